@@ -1,0 +1,68 @@
+"""Packaging: where the folders install, the C++ kernels, and what vLLM finds at start-up.
+
+Static metadata (name, version, dependencies) lives in pyproject.toml; here is only what needs code.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).parent
+SOURCES = ROOT / "vllm_sparq" / "csrc"
+
+# One library per instruction set; vllm_sparq/ops/native.py picks one at import. gcc 12 does not know -march=znver4, so
+# the sets are spelled out. Never -ffast-math: linking with it would switch denormals off for the whole process.
+COMMON_FLAGS = ["-O3", "-std=c++17", "-fPIC", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden"]
+AVX2 = ["-mavx2", "-mfma", "-mf16c", "-mbmi2"]
+AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512cd"]
+INSTRUCTION_SETS = {
+    "avx2": AVX2,
+    "avx512": AVX512,
+    "avx512_bf16": [*AVX512, "-mavx512bf16", "-mavx512vnni", "-mavx512vbmi"],
+}
+
+
+class BuildKernels(build_ext):
+    """Compiles vllm_sparq/csrc once per instruction set; without a compiler it installs the pure-torch reference."""
+
+    def build_extension(self, ext: Extension) -> None:
+        compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
+        target = Path(self.get_ext_fullpath(ext.name))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        flags = INSTRUCTION_SETS[ext.name.rsplit("sparq_", 1)[1]]
+        if compiler is None:
+            self.warn(
+                "no C++ compiler found: vllm-sparq installs without its CPU kernels and will run the pure-torch "
+                "reference on CPU, hundreds of times slower. Install g++ and reinstall."
+            )
+            return
+        subprocess.run([compiler, *COMMON_FLAGS, *flags, "-shared", *ext.sources, "-o", str(target)], check=True)
+
+    def get_ext_filename(self, fullname: str) -> str:
+        """A plain shared library: it uses neither Python's nor torch's ABI, so one file serves all of them."""
+        return str(Path(*fullname.split("."))) + ".so"
+
+
+def kernel_libraries() -> list[Extension]:
+    sources = sorted(str(path.relative_to(ROOT)) for path in SOURCES.glob("*.cpp"))
+    headers = sorted(str(path.relative_to(ROOT)) for path in SOURCES.glob("*.h"))
+    names = [f"vllm_sparq.lib.libsparq_{isa}" for isa in INSTRUCTION_SETS]
+    return [Extension(name, sources, depends=headers) for name in names]
+
+
+setup(
+    package_dir={
+        "vllm_sparq": "vllm_sparq",
+        "vllm_sparq.attention_backends": "attention_backends",
+        "vllm_sparq.scheduler": "scheduler",
+        "vllm_sparq.benchmarks": "benchmarks",
+    },
+    ext_modules=kernel_libraries(),
+    cmdclass={"build_ext": BuildKernels},
+)

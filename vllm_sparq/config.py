@@ -1,0 +1,162 @@
+"""Every option, on one page: the keys of ``additional_config["sparq"]`` and what they resolve to for a model.
+
+    vllm serve MODEL --attention-backend sparq --additional-config '{"sparq": {"compression": 4}}'
+
+`parse_options` checks what the user wrote, before a model is loaded; `Options.sparq_read` turns it into numbers for one
+model. Nothing here knows about vLLM or tensors.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+NAMESPACE = "sparq"
+"""Our key in vLLM's ``additional_config``."""
+
+MEASURED_BREAK_EVEN = 1024
+"""Tokens of context from which a SparQ read beats our own dense read (``vllm-sparq bench ops`` measures it)."""
+
+GATED_ALPHA_FLOOR = 0.5
+"""With grouped queries, ``mean_value: auto`` never lets the mean value take more than half of the output."""
+
+
+class Options(BaseModel):
+    """What a user may set. The docstring of each field is what ``vllm-sparq doctor`` prints."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
+
+    read: Literal["sparq", "dense"] = "sparq"
+    """What a decode step reads: the tokens SparQ picks, or all of them."""
+    compression: float = Field(default=8.0, ge=1.0, allow_inf_nan=False)
+    """Bytes of a dense read per byte of a sparse one: sets r = D / compression and k = S / (2 * compression)."""
+    r: int | None = Field(default=None, ge=1)
+    """Query components that rank the tokens; at most the head size. Overrides compression."""
+    k: int | None = Field(default=None, ge=1)
+    """Cached tokens attended to exactly, beside the current one. Overrides compression and min_k."""
+    local: int | None = Field(default=None, ge=0)
+    """How many of the k are the newest tokens, whatever their rank. Default: a quarter of k."""
+    min_k: int = Field(default=128, ge=1)
+    """Floor of the k that compression sets: below about 64 the mean value and short contexts suffer."""
+    scoring: Literal["int4", "int8", "model"] = "int4"
+    """Type of the channel-major copy of K that ranks the tokens: +14%, +27% or +50% memory."""
+    mean_value: Literal["auto", "on", "off"] = "auto"
+    """Give the probability of unread tokens to the mean of V. auto: on for one KV head per query head, else gated."""
+    group_reduce: Literal["logits", "probs"] = "logits"
+    """How the scores of a query group combine: summed logits (the authors' code) or probabilities (the paper)."""
+    dense_layers: int = Field(default=0, ge=0)
+    """First layers of the model that always read densely."""
+    dense_below: Literal["auto"] | Annotated[int, Field(ge=0)] = "auto"
+    """Contexts shorter than this many tokens are read densely. auto: below the measured break-even."""
+
+    def sparq_read(self, *, head_size: int, n_heads: int, n_kv_heads: int) -> SparqRead:
+        """The numbers of a SparQ read for one model.
+
+        Raises:
+            ValueError: r is larger than the model's head size.
+        """
+        r = self.r if self.r is not None else max(1, round(head_size / self.compression))
+        if r > head_size:
+            raise ValueError(
+                f"sparq option r={r} is larger than the model's head size {head_size}: "
+                f"use r <= {head_size} (r = {head_size} ranks with every channel), or leave r out"
+            )
+        gated = 0.0 if n_heads == n_kv_heads else GATED_ALPHA_FLOOR
+        return SparqRead(
+            r=r,
+            min_k=self.min_k if self.k is None else self.k,
+            k_per_token=Fraction(1 / (2 * self.compression)).limit_denominator(4096) if self.k is None else Fraction(0),
+            local=self.local,
+            alpha_floor={"on": 0.0, "off": 1.0, "auto": gated}[self.mean_value],
+            group_reduce=self.group_reduce,
+            dense_below=MEASURED_BREAK_EVEN if self.dense_below == "auto" else self.dense_below,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SparqRead:
+    """A SparQ read, resolved for one model. S is the context length, the current token included.
+
+    Attributes:
+        r: channels that rank the tokens.
+        min_k: floor of k (tokens).
+        k_per_token: slope of k over S; zero for a fixed k.
+        local: newest cached tokens that are always read; None for a quarter of k.
+        alpha_floor: least weight of the exact part of the output; 0 is the paper's mean-value reallocation, 1 switches
+            it off, anything between bounds what the mean value may take.
+        group_reduce: ``logits | probs``.
+        dense_below: contexts shorter than this are read densely (tokens).
+    """
+
+    r: int
+    min_k: int
+    k_per_token: Fraction = Fraction(0)
+    local: int | None = None
+    alpha_floor: float = 1.0
+    group_reduce: Literal["logits", "probs"] = "logits"
+    dense_below: int = 0
+
+    def k(self, context_len: int) -> int:
+        """Cached tokens to read beside the current one: exact integer arithmetic, alike in every kernel."""
+        slope = self.k_per_token
+        return max(self.min_k, context_len * slope.numerator // slope.denominator)
+
+    def n_selected(self, context_len: int) -> int:
+        """Tokens read, the current one included."""
+        return min(context_len, self.k(context_len) + 1)
+
+    def n_local(self, context_len: int) -> int:
+        """Newest tokens among them that need no rank, the current one included."""
+        k = self.k(context_len)
+        return min(context_len, (k // 4 if self.local is None else min(self.local, k)) + 1)
+
+    def is_dense(self, context_len: int) -> bool:
+        """Whether this context is read in full: too short to gain, or no longer than what would be picked."""
+        return context_len < self.dense_below or context_len <= self.k(context_len) + 1
+
+
+class OptionsError(ValueError):
+    """What the user wrote under ``additional_config["sparq"]`` cannot be used."""
+
+
+def parse_options(additional_config: Mapping[str, Any] | None) -> Options:
+    """Options from vLLM's ``additional_config``.
+
+    Raises:
+        OptionsError: an unknown key, a wrong type or a value out of range; the message names value, rule and remedy.
+    """
+    given = (additional_config or {}).get(NAMESPACE, {})
+    if not isinstance(given, Mapping):
+        raise OptionsError(
+            f'additional_config["{NAMESPACE}"] must be an object of options, got {given!r}; '
+            f'write for example --additional-config \'{{"{NAMESPACE}": {{"compression": 4}}}}\''
+        )
+    try:
+        return Options.model_validate(dict(given))
+    except ValidationError as error:
+        raise OptionsError("; ".join(_explain(e) for e in _distinct(error))) from None
+
+
+def _distinct(error: ValidationError) -> list[dict[str, Any]]:
+    """One finding per option: a union type reports each of its branches."""
+    by_option: dict[str, dict[str, Any]] = {}
+    for finding in error.errors(include_url=False):
+        by_option.setdefault(str(finding["loc"][0]), dict(finding))
+    return list(by_option.values())
+
+
+def _explain(finding: Mapping[str, Any]) -> str:
+    name = str(finding["loc"][0])
+    known = list(Options.model_fields)
+    if finding["type"] == "extra_forbidden":
+        nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+        hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
+        return f"unknown sparq option {name!r}.{hint} Known options: {', '.join(known)}"
+    field = Options.model_fields[name]
+    allowed = "'auto' or a number of tokens >= 0" if name == "dense_below" else finding["msg"].lower()
+    return f"sparq option {name}={finding['input']!r} is not usable: {allowed}. {field.description}"

@@ -1,0 +1,43 @@
+"""The specification of `vllm_sparq.ops.dense_decode.dense_decode`: one request and one KV head at a time."""
+
+from __future__ import annotations
+
+import torch
+
+from vllm_sparq.layout import Pages
+
+
+def dense_decode(
+    query: torch.Tensor,
+    pages: Pages,
+    block_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    *,
+    scale: float,
+    out: torch.Tensor,
+) -> None:
+    n_kv_heads = pages.data.shape[1]
+    for b in range(query.shape[0]):
+        context_len = int(seq_lens[b])
+        if context_len == 0:
+            out[b] = 0
+            continue
+        heads, heads_out = query[b].unflatten(0, (n_kv_heads, -1)), out[b].unflatten(0, (n_kv_heads, -1))
+        for head in range(n_kv_heads):
+            keys, values = cached_tokens(pages, block_table[b], context_len, head)
+            heads_out[head] = attend(heads[head].float(), keys, values, scale)
+
+
+def cached_tokens(
+    pages: Pages, blocks: torch.Tensor, context_len: int, head: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """K and V, fp32 [S, D], of one request's first ``context_len`` tokens for one KV head; ``blocks`` is int32 [M]."""
+    n_blocks = -(-context_len // pages.layout.block_size)
+    ids = blocks[:n_blocks].long()
+    keys, values = pages.keys[ids, head].flatten(0, 1), pages.values[ids, head].flatten(0, 1)
+    return keys[:context_len].float(), values[:context_len].float()
+
+
+def attend(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float) -> torch.Tensor:
+    """Softmax attention of query [H', D] over keys and values [S, D], all fp32."""
+    return torch.softmax(scale * query @ keys.T, dim=-1) @ values

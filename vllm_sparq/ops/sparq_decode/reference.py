@@ -1,0 +1,86 @@
+"""The specification of `vllm_sparq.ops.sparq_decode.sparq_decode`: one request and one KV head at a time."""
+
+from __future__ import annotations
+
+import torch
+
+from vllm_sparq.config import SparqRead
+from vllm_sparq.layout import Pages
+from vllm_sparq.ops.dense_decode.reference import attend, cached_tokens
+from vllm_sparq.ops.write.reference import dequantize, unpack_nibbles
+
+
+def sparq_decode(
+    query: torch.Tensor,
+    pages: Pages,
+    block_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    *,
+    read: SparqRead,
+    scale: float,
+    out: torch.Tensor,
+) -> None:
+    n_kv_heads = pages.data.shape[1]
+    for b in range(query.shape[0]):
+        context_len = int(seq_lens[b])
+        if context_len == 0:
+            out[b] = 0
+            continue
+        heads, heads_out = query[b].unflatten(0, (n_kv_heads, -1)), out[b].unflatten(0, (n_kv_heads, -1))
+        for head in range(n_kv_heads):
+            q = heads[head].float()  # [H/G, D]
+            keys, values = cached_tokens(pages, block_table[b], context_len, head)
+            if read.is_dense(context_len):
+                heads_out[head] = attend(q, keys, values, scale)
+                continue
+            channels = pick_channels(q, read.r)
+            scores = approximate_scores(q, ranking_keys(pages, block_table[b], keys, head), channels, scale)
+            tokens = pick_tokens(scores, read)
+            exact = attend(q, keys[tokens], values[tokens], scale)
+            if read.alpha_floor < 1.0:
+                alpha = torch.softmax(scores, -1)[:, tokens].sum(-1, keepdim=True).clamp(read.alpha_floor, 1.0)
+                mean = mean_value(pages, block_table[b], values, head)
+                exact = alpha * exact + (1 - alpha) * mean
+            heads_out[head] = exact
+
+
+def pick_channels(q: torch.Tensor, r: int) -> torch.Tensor:
+    """Step 1: int64 [r] channels with the largest sum of |q| over the group q [H/G, D]."""
+    return q.abs().sum(0).sort(descending=True, stable=True).indices[:r]
+
+
+def approximate_scores(q: torch.Tensor, keys: torch.Tensor, channels: torch.Tensor, scale: float) -> torch.Tensor:
+    """Step 2: fp32 [H/G, S] scores of every token from a few channels of q [H/G, D] and keys [S, D]."""
+    coverage = q[:, channels].abs().sum(-1) / q.abs().sum(-1)
+    temperature = scale / coverage.nan_to_num(1.0).sqrt()
+    return (q[:, channels] * temperature[:, None]) @ keys[:, channels].T
+
+
+def pick_tokens(scores: torch.Tensor, read: SparqRead) -> torch.Tensor:
+    """Step 3: int64 [n_selected] tokens for the whole group, from its scores [H/G, S]."""
+    context_len = scores.shape[1]
+    group = scores.sum(0) if read.group_reduce == "logits" else torch.softmax(scores, -1).sum(0)
+    group[context_len - read.n_local(context_len) :] = torch.inf
+    return group.sort(descending=True, stable=True).indices[: read.n_selected(context_len)]
+
+
+def mean_value(pages: Pages, blocks: torch.Tensor, values: torch.Tensor, head: int) -> torch.Tensor:
+    """Step 5: fp32 [D], the mean of all S values: what the last page's sum says, and the rows of that page."""
+    context_len, block_size = values.shape[0], pages.layout.block_size
+    last = (context_len - 1) // block_size
+    rows = values[last * block_size :].sum(0)
+    return (pages.value_sum[int(blocks[last]), head] + rows) / context_len
+
+
+def ranking_keys(pages: Pages, blocks: torch.Tensor, keys: torch.Tensor, head: int) -> torch.Tensor:
+    """fp32 [S, D] keys that rank the tokens: the scoring copy of full pages, K itself (``keys`` [S, D]) behind them."""
+    n_full = keys.shape[0] // pages.layout.block_size
+    ranked = keys.clone()
+    for i, page in enumerate(blocks[:n_full].tolist()):
+        copy = pages.scoring[page, head]  # [D, N], or packed codes
+        if pages.layout.scoring == "int4":
+            copy = unpack_nibbles(copy)
+        if pages.layout.scoring != "model":
+            copy = dequantize(copy, pages.ranges[page, head])
+        ranked[i * pages.layout.block_size : (i + 1) * pages.layout.block_size] = copy.float().T
+    return ranked

@@ -1,0 +1,52 @@
+"""Append new tokens to their pages."""
+
+from __future__ import annotations
+
+import torch
+
+from vllm_sparq.layout import Pages
+from vllm_sparq.ops.checks import check_heads, check_table, require
+from vllm_sparq.ops.dispatch import choose
+
+
+def write(
+    key: torch.Tensor,
+    value: torch.Tensor,
+    pages: Pages,
+    block_table: torch.Tensor,
+    query_start_loc: torch.Tensor,
+    seq_lens: torch.Tensor,
+) -> None:
+    """Append the new tokens of each request to its pages, and finish what a page owes at its first and last token.
+
+    Request b brings rows ``query_start_loc[b] : query_start_loc[b + 1]``; its last new token is at position
+    ``seq_lens[b] - 1``. For every page that a new token touches:
+
+    * its K and V go into ``records``;
+    * when the page gets its first token (and only then), ``value_sum`` becomes the previous page's ``value_sum`` plus
+      the sum of the previous page's V, in fp32; zero for the first page of a request;
+    * when the page gets its last token, ``scoring`` and ``ranges`` are made from the page's K, per channel:
+      ``zero`` is the largest fp16 not above the least element, ``step`` the smallest fp16 not below
+      ``(max - zero) / (2**bits - 1)``, ``code = clamp(round_half_even((x - zero) / step))`` in fp32, 0 where step is 0 (a constant
+      channel). Elements that are not finite count as 0. ``zero`` and ``step`` saturate at fp16's range.
+
+    Nothing else of any page changes: slots behind the last token, and pages of other requests, keep their bytes.
+    A position may be written again later (a rejected draft token): the page then pays its dues again.
+
+    Args:
+        key: [T, G, D], rotated as the model rotates.
+        value: [T, G, D].
+        pages: the cache; changed in place.
+        block_table: int32 [B, M], page ids in token order; entries past a request's last block are never read.
+        query_start_loc: int32 [B + 1], ascending; rows from its last entry on are padding and ignored.
+        seq_lens: int32 [B], context lengths S, new tokens included. A request may bring no token.
+
+    Raises:
+        ValueError: a shape, type or stride that does not fit; the message names it.
+    """
+    check_heads("key", key, pages, multiple_of_kv_heads=False)
+    check_heads("value", value, pages, multiple_of_kv_heads=False)
+    require(key.shape == value.shape, f"key {tuple(key.shape)} and value {tuple(value.shape)} must have one shape")
+    n_requests = query_start_loc.shape[0] - 1
+    check_table(block_table, n_requests, seq_lens=seq_lens)
+    choose("write", key.device.type).load()(key, value, pages, block_table, query_start_loc, seq_lens)
