@@ -1,0 +1,99 @@
+// The C ABI: what Python passes, and how the kernels find a token. vllm_sparq/ops/native.py mirrors `Pages` field by field.
+//
+// Sizes, as in vllm_sparq/ops/__init__.py: B requests, T new tokens, S context length, H query heads, G KV heads,
+// D head size, P pages, N tokens per page, M blocks of the longest request.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#define SPARQ_API extern "C" __attribute__((visibility("default")))
+
+namespace sparq {
+
+enum class DType : int32_t { bf16 = 0, fp16 = 1, fp32 = 2 };
+enum class Scoring : int32_t { none = 0, int4 = 1, int8 = 2, model = 3 };
+
+// Element types of K, V, query and out. The 16-bit ones are storage only; simd.h converts them.
+struct bf16 {
+  uint16_t bits;
+};
+struct fp16 {
+  uint16_t bits;
+};
+
+// The KV cache of one layer. vllm_sparq/layout.py decides every number in it.
+struct Pages {
+  uint8_t* data;
+  int64_t page_stride;  // bytes between pages
+  int64_t head_stride;  // bytes between the KV heads of a page
+  int64_t records;      // byte offsets of the parts; -1 where the layout has no such part
+  int64_t scoring;
+  int64_t ranges;
+  int64_t value_sum;
+  int32_t n_kv_heads;  // G
+  int32_t block_size;  // N
+  int32_t head_size;   // D
+  DType dtype;
+  Scoring scoring_type;
+
+  uint8_t* page(int32_t id, int head) const { return data + id * page_stride + head * head_stride; }
+  int n_blocks(int n_tokens) const { return (n_tokens + block_size - 1) / block_size; }
+};
+
+// A tensor [rows, heads, D], dense in its last dimension; strides in elements.
+template <class T>
+struct Heads {
+  T* data;
+  int64_t row_stride;
+  int64_t head_stride;
+
+  T* at(int64_t row, int head) const { return data + row * row_stride + head * head_stride; }
+};
+
+// Where the tokens of each request are: one row of page ids per request, and its length in tokens.
+struct Requests {
+  const int32_t* block_table;
+  int64_t table_stride;  // elements
+  const int32_t* lens;
+  int32_t n;  // B
+
+  const int32_t* blocks(int request) const { return block_table + request * table_stride; }
+};
+
+// One KV head of one request: finds the record (K row, then V row) of a token.
+struct Sequence {
+  const Pages* pages;
+  const int32_t* blocks;
+  int head;
+
+  uint8_t* page(int block) const { return pages->page(blocks[block], head); }
+};
+
+// Calls f(T{}) with the element type of the pages.
+template <class F>
+void with_dtype(DType dtype, F&& f) {
+  if (dtype == DType::bf16) return f(bf16{});
+  if (dtype == DType::fp16) return f(fp16{});
+  f(float{});
+}
+
+// D as a compile-time constant for the head sizes of common models, 0 for "read it from the pages".
+template <int D>
+struct HeadSize {
+  static constexpr int value = D;
+};
+
+template <class F>
+void with_head_size(int head_size, F&& f) {
+  switch (head_size) {
+    case 64: return f(HeadSize<64>{});
+    case 80: return f(HeadSize<80>{});
+    case 96: return f(HeadSize<96>{});
+    case 128: return f(HeadSize<128>{});
+    case 256: return f(HeadSize<256>{});
+    default: return f(HeadSize<0>{});
+  }
+}
+
+}  // namespace sparq

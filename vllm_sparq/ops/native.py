@@ -1,0 +1,156 @@
+"""The compiled CPU kernels: which instruction set this machine gets, and how their C functions are called.
+
+One source, three libraries (setup.py): ``vllm_sparq/lib/libsparq_<isa>.so``. The best one that this CPU can run is loaded
+on first use, with plain ctypes: a call costs about two microseconds, and neither Python's nor torch's ABI is involved.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+import platform
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch  # first: its libgomp must be loaded before ours asks for one, so that both share one pool of threads
+
+from vllm_sparq.layout import PageLayout, Pages
+
+LIBRARIES = Path(__file__).parents[1] / "lib"
+
+OVERRIDE = "VLLM_SPARQ_ISA"
+"""Environment variable that restricts the search to one instruction set, for tests and measurements."""
+
+_AVX2 = {"avx2", "fma", "f16c", "bmi2"}
+_AVX512 = {*_AVX2, "avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512cd"}
+INSTRUCTION_SETS: dict[str, tuple[str, set[str]]] = {
+    "avx512_bf16": ("AVX-512 with BF16", {*_AVX512, "avx512_bf16", "avx512_vnni", "avx512vbmi"}),
+    "avx512": ("AVX-512", _AVX512),
+    "avx2": ("AVX2", _AVX2),
+}
+"""isa -> its name for people, and the CPU flags (as in /proc/cpuinfo) that its library uses; best first."""
+
+DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
+SCORINGS = {None: 0, "int4": 1, "int8": 2, "model": 3}
+
+REFERENCE_INSTEAD = "the pure-torch reference runs instead, hundreds of times slower"
+
+
+@dataclass(frozen=True)
+class Found:
+    """The library that runs here, or None, and the reason in words."""
+
+    library: Path | None
+    isa: str | None
+    reason: str
+
+
+@functools.cache
+def find() -> Found:
+    """The best compiled library for this CPU.
+
+    Raises:
+        ValueError: the override names no instruction set, one that this CPU lacks, or one that was not built.
+    """
+    forced = os.environ.get(OVERRIDE)
+    if forced:
+        return _find_forced(forced)
+    flags = cpu_flags()
+    runnable = [isa for isa, (_, needs) in INSTRUCTION_SETS.items() if needs <= flags]
+    if not runnable:
+        return Found(None, None, f"this CPU has no AVX2, which every compiled kernel needs; {REFERENCE_INSTEAD}")
+    for isa in runnable:
+        if _library(isa).is_file():
+            return _found(isa)
+    reason = f"no compiled kernels in {LIBRARIES}; {REFERENCE_INSTEAD}. Install g++ and reinstall vllm-sparq."
+    return Found(None, None, reason)
+
+
+def cpu_flags() -> set[str]:
+    """Flags of the first CPU, as Linux reports them; empty on other systems and architectures."""
+    if platform.machine() != "x86_64" or not os.path.exists("/proc/cpuinfo"):
+        return set()
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("flags"):
+            return set(line.split(":", 1)[1].split())
+    return set()
+
+
+def _find_forced(isa: str) -> Found:
+    if isa not in INSTRUCTION_SETS:
+        raise ValueError(f"{OVERRIDE}={isa!r} is not an instruction set: use one of {list(INSTRUCTION_SETS)}")
+    missing = sorted(INSTRUCTION_SETS[isa][1] - cpu_flags())
+    if missing:
+        raise ValueError(f"{OVERRIDE}={isa!r} cannot run on this CPU: it lacks {', '.join(missing)}")
+    if not _library(isa).is_file():
+        raise ValueError(f"{OVERRIDE}={isa!r} was not built: {_library(isa)} does not exist. Reinstall with g++.")
+    return _found(isa)
+
+
+def _library(isa: str) -> Path:
+    return LIBRARIES / f"libsparq_{isa}.so"
+
+
+def _found(isa: str) -> Found:
+    return Found(_library(isa), isa, f"{INSTRUCTION_SETS[isa][0]} ({_library(isa).name})")
+
+
+@functools.cache
+def function(name: str, signature: str) -> Any:
+    """A C function that returns nothing.
+
+    Args:
+        name: of the symbol.
+        signature: one letter per argument: ``p`` pointer, ``l`` int64, ``i`` int32, ``f`` float, ``d`` double.
+
+    Raises:
+        RuntimeError: there is no library to take it from.
+    """
+    symbol = getattr(library(), name)
+    letters = {"p": ctypes.c_void_p, "l": ctypes.c_int64, "i": ctypes.c_int32, "f": ctypes.c_float, "d": ctypes.c_double}
+    symbol.argtypes = [letters[letter] for letter in signature]
+    symbol.restype = None
+    return symbol
+
+
+@functools.cache
+def library() -> ctypes.CDLL:
+    """The loaded library."""
+    found = find()
+    if found.library is None:
+        raise RuntimeError(found.reason)
+    return ctypes.CDLL(str(found.library))
+
+
+class PagesStruct(ctypes.Structure):
+    """``sparq::Pages`` of csrc/paged.h."""
+
+    _fields_ = [
+        ("data", ctypes.c_void_p),
+        *[(name, ctypes.c_int64) for name in ("page_stride", "head_stride")],
+        *[(name, ctypes.c_int64) for name in ("records", "scoring", "ranges", "value_sum")],
+        *[(name, ctypes.c_int32) for name in ("n_kv_heads", "block_size", "head_size", "dtype", "scoring_type")],
+    ]
+
+
+def pages_address(pages: Pages) -> int:
+    """Address of the `PagesStruct` of a layer, built on its first call."""
+    data = pages.data
+    return _pages_struct(data.data_ptr(), data.stride(), data.shape[1], pages.layout)[1]
+
+
+@functools.lru_cache(maxsize=4096)  # keyed by value, so a struct that outlives its tensor does no harm
+def _pages_struct(
+    data: int, strides: tuple[int, ...], n_kv_heads: int, layout: PageLayout
+) -> tuple[PagesStruct, int]:
+    offsets = [layout.parts[n].offset if n in layout.parts else -1 for n in ("records", "scoring", "ranges", "value_sum")]
+    numbers = (n_kv_heads, layout.block_size, layout.head_size, DTYPES[layout.dtype], SCORINGS[layout.scoring])
+    struct = PagesStruct(data, strides[0], strides[1], *offsets, *numbers)
+    return struct, ctypes.addressof(struct)
+
+
+def heads(tensor: torch.Tensor) -> tuple[int, int, int]:
+    """``sparq::Heads`` of a [rows, heads, D] tensor, flat: address, row stride, head stride (elements)."""
+    return tensor.data_ptr(), tensor.stride(0), tensor.stride(1)
