@@ -52,6 +52,8 @@ class BuildKernels(build_ext):
 def kernel_libraries() -> list[Extension]:
     sources = sorted(str(path.relative_to(ROOT)) for path in SOURCES.glob("*.cpp"))
     headers = sorted(str(path.relative_to(ROOT)) for path in SOURCES.glob("*.h"))
+    if not sources:
+        return []
     names = [f"vllm_sparq.lib.libsparq_{isa}" for isa in INSTRUCTION_SETS]
     return [Extension(name, sources, depends=headers) for name in names]
 

