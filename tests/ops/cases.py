@@ -1,0 +1,297 @@
+"""Cases for the op tests: a frozen `Case`, and the world around one call that makes stray reads and writes visible.
+
+In a `World` pages are permuted, lie apart, and are surrounded by poison; slots and pages that nobody owns hold poison;
+unused entries of every int32 argument are 2**31 - 1; query, key and value are slices of one fused tensor, whose rows
+past the end are NaN.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+
+from vllm_sparq.layout import PageLayout, Pages
+from vllm_sparq.ops.dispatch import IMPLEMENTATIONS
+from vllm_sparq.ops.write.reference import write as reference_write
+
+NAN_BYTE = 0xFF
+"""Poison: every byte pattern of it is a NaN in bf16, fp16 and fp32, and the largest code."""
+
+HUGE_BYTE = 0x7B
+"""The other poison, finite and huge (6e4 in fp16, 1e36 else): wins every comparison that a NaN would lose."""
+
+UNUSED = 2**31 - 1
+"""In every int32 entry that must not be read."""
+
+SHORT = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One batch.
+
+    Attributes:
+        lens: S per request, new tokens included; 0 is a padding row.
+        new: how many of them the step brings; empty for one each (decode).
+    """
+
+    heads: int = 4
+    kv_heads: int = 2
+    head_size: int = 64
+    block_size: int = 16
+    dtype: torch.dtype = torch.float32
+    scoring: str | None = "int4"
+    value_sum: bool = True
+    lens: tuple[int, ...] = (1, 15, 16, 17, 33)
+    new: tuple[int, ...] = ()
+
+    def __str__(self) -> str:
+        lens = ".".join(f"{s}+{t}" if self.new else f"{s}" for s, t in zip(self.lens, self.n_new, strict=True))
+        return (
+            f"h{self.heads}g{self.kv_heads}-d{self.head_size}-n{self.block_size}-{SHORT[self.dtype]}-"
+            f"{self.scoring}{'' if self.value_sum else '-nosum'}-s{lens}"
+        )
+
+    @property
+    def n_new(self) -> tuple[int, ...]:
+        return self.new or tuple(min(s, 1) for s in self.lens)
+
+    @property
+    def layout(self) -> PageLayout:
+        return PageLayout(
+            head_size=self.head_size,
+            block_size=self.block_size,
+            dtype=self.dtype,
+            scoring=self.scoring,
+            value_sum=self.value_sum,
+        )
+
+    @property
+    def scale(self) -> float:
+        return self.head_size**-0.5
+
+    def generator(self) -> torch.Generator:
+        return torch.Generator().manual_seed(zlib.crc32(str(self).encode()))
+
+    def tokens(self) -> Tokens:
+        """Random tokens: channels of K with own scales and offsets, a few heavy channels of q, V off centre."""
+        gen, g, d = self.generator(), self.kv_heads, self.head_size
+
+        def randn(*shape: int) -> torch.Tensor:
+            return torch.randn(*shape, generator=gen)
+
+        spread, offset = randn(g, d).abs() + 0.5, randn(g, d)
+        heavy = 1 + 2 * (torch.rand(d, generator=gen) < 0.2)
+        return Tokens(
+            query=[(randn(t, self.heads, d) * heavy).to(self.dtype) for t in self.n_new],
+            key=[(randn(s, g, d) * spread + offset).to(self.dtype) for s in self.lens],
+            value=[(randn(s, g, d) + randn(g, d)).to(self.dtype) for s in self.lens],
+        )
+
+
+@dataclass
+class Tokens:
+    """Per request: query of the new tokens [T', H, D], key and value of all tokens [S, G, D]."""
+
+    query: list[torch.Tensor]
+    key: list[torch.Tensor]
+    value: list[torch.Tensor]
+
+
+@dataclass
+class World:
+    """Arguments of one call. T' new tokens per request; everything on one device."""
+
+    case: Case
+    buffer: torch.Tensor  # uint8, all pages and the poison between them
+    pages: Pages
+    block_table: torch.Tensor  # int32 [B + 2, M + 2]
+    query_start_loc: torch.Tensor  # int32 [B + 1]
+    seq_lens: torch.Tensor  # int32 [B + 2], new tokens included
+    context_lens: torch.Tensor  # int32 [B + 2], without them
+    query: torch.Tensor  # [T + 3, H, D]; rows past T are NaN
+    key: torch.Tensor  # [T + 3, G, D]
+    value: torch.Tensor  # [T + 3, G, D]
+
+    @property
+    def n_requests(self) -> int:
+        return len(self.case.lens)
+
+    def empty_out(self, rows: int | None = None) -> torch.Tensor:
+        """NaN [rows or B, H, D], rows apart by one head more."""
+        case = self.case
+        shape = (self.n_requests if rows is None else rows, case.heads + 1, case.head_size)
+        return torch.full(shape, torch.nan, dtype=case.dtype, device=self.buffer.device)[:, : case.heads]
+
+    def decode(self, run: Callable[..., None], **options: object) -> torch.Tensor:
+        """``out`` [B, H, D] of a decode op on the last token of every request."""
+        out = self.empty_out()
+        query, table = self.query[: self.n_requests], self.block_table
+        run(query, self.pages, table, self.seq_lens, scale=self.case.scale, out=out, **options)
+        return out
+
+    def write(self, run: Callable[..., None]) -> None:
+        run(self.key, self.value, self.pages, self.block_table, self.query_start_loc, self.seq_lens)
+
+    def prefill(self, run: Callable[..., None]) -> torch.Tensor:
+        """``out`` [T, H, D]."""
+        out = self.empty_out(len(self.query))
+        new = self.query, self.key, self.value
+        table, starts, contexts = self.block_table, self.query_start_loc, self.context_lens
+        run(*new, self.pages, table, starts, contexts, scale=self.case.scale, out=out)
+        return out[: int(starts[-1])]
+
+
+def build(
+    case: Case,
+    tokens: Tokens | None = None,
+    *,
+    written: str = "all",
+    poison: int = NAN_BYTE,
+    shuffle: int = 0,
+    device: str = "cpu",
+) -> World:
+    """The world of a case.
+
+    Args:
+        case: what to build.
+        tokens: what to put in, if not `Case.tokens`.
+        written: which tokens the reference has written to the pages: ``all``, or ``context`` (all but the new ones).
+        poison: the byte in every place that nobody owns.
+        shuffle: which permutation of the pages.
+        device: where the result lives.
+    """
+    tokens = tokens or case.tokens()
+    layout, n_kv = case.layout, case.kv_heads
+    n_blocks = [-(-s // case.block_size) for s in case.lens]
+    n_pages = sum(n_blocks) + 3
+    ids = torch.randperm(n_pages, generator=case.generator().manual_seed(shuffle)).int().split([*n_blocks, 3])
+    table = torch.full((len(case.lens) + 2, max(n_blocks) + 2), UNUSED, dtype=torch.int32)
+    for row, own in zip(table, ids, strict=False):
+        row[: len(own)] = own
+
+    # Pages of one block lie 64 bytes apart, blocks 128 bytes more.
+    head_stride = layout.page_bytes + 64
+    strides = (n_kv * head_stride + 128, head_stride, 1)
+    buffer = torch.full((n_pages * strides[0] + 256,), poison, dtype=torch.uint8)
+
+    def pages_of(buffer: torch.Tensor) -> Pages:
+        return Pages(buffer.as_strided((n_pages, n_kv, layout.page_bytes), strides, 128), layout)
+
+    context = [s - t for s, t in zip(case.lens, case.n_new, strict=True)]
+    fill = list(case.lens) if written == "all" else context
+    reference_write(
+        torch.cat([k[:n] for k, n in zip(tokens.key, fill, strict=True)]),
+        torch.cat([v[:n] for v, n in zip(tokens.value, fill, strict=True)]),
+        pages_of(buffer),
+        table,
+        int32([0, *torch.tensor(fill).cumsum(0).tolist()]),
+        int32(fill),
+    )
+
+    fresh = [
+        torch.cat([q.flatten(1), k[n:].flatten(1), v[n:].flatten(1)], 1)
+        for q, k, v, n in zip(tokens.query, tokens.key, tokens.value, context, strict=True)
+    ]
+    width = (case.heads + 2 * n_kv) * case.head_size
+    fused = torch.cat([*fresh, torch.full((3, width), torch.nan, dtype=case.dtype)]).to(device)
+    query, key, value = fused.unflatten(1, (-1, case.head_size)).split([case.heads, n_kv, n_kv], 1)
+    if not case.new and 0 in case.lens:  # decode batches keep a row per request, padding rows too
+        rows = torch.full((len(case.lens) + 3, case.heads, case.head_size), torch.nan, dtype=case.dtype)
+        rows[: len(case.lens)][torch.tensor(case.lens) > 0] = torch.cat(tokens.query)
+        query = rows.to(device)
+    buffer = buffer.to(device)
+    return World(
+        case=case,
+        buffer=buffer,
+        pages=pages_of(buffer),
+        block_table=table.to(device),
+        query_start_loc=int32([0, *torch.tensor(case.n_new).cumsum(0).tolist()]).to(device),
+        seq_lens=int32([*case.lens, UNUSED, UNUSED]).to(device),
+        context_lens=int32([*context, UNUSED, UNUSED]).to(device),
+        query=query,
+        key=key,
+        value=value,
+    )
+
+
+def int32(numbers: Sequence[int]) -> torch.Tensor:
+    return torch.tensor(numbers, dtype=torch.int32)
+
+
+def load(op: str, implementation: str) -> Callable[..., None]:
+    """The function, or a visible skip where this machine cannot run it."""
+    from vllm_sparq.ops.dispatch import Choice
+
+    if implementation == "cpu":
+        from vllm_sparq.ops import native
+
+        found = native.find()
+        if found.library is None:
+            pytest.skip(f"no CPU kernels: {found.reason}")
+    if implementation == "triton":
+        pytest.importorskip("triton", reason="triton is not installed")
+    return Choice(op, implementation, "test").load()
+
+
+def device_of(implementation: str) -> str:
+    return "cuda" if implementation == "triton" and torch.cuda.is_available() else "cpu"
+
+
+def each(implementations: Iterable[str], cases: Iterable[Case]) -> list[object]:
+    """Parameters (implementation, case)."""
+    return [pytest.param(i, c, id=f"{i}-{c}") for i in implementations for c in cases]
+
+
+def kernels_on(cases: Iterable[Case], tiny: Iterable[Case]) -> list[object]:
+    """Parameters (implementation, case) for everything but the reference; Triton, interpreted here, gets ``tiny``."""
+    rows: list[object] = []
+    for implementation in IMPLEMENTATIONS["write"]:
+        if implementation == "reference":
+            continue
+        own = tiny if implementation == "triton" and not torch.cuda.is_available() else (*cases, *tiny)
+        rows += each([implementation], own)
+    return rows
+
+
+ALL = tuple(IMPLEMENTATIONS["write"])
+"""Every implementation, for invariants that the reference must keep too."""
+
+_BASE = Case()
+SHAPES: tuple[Case, ...] = (
+    # Each head size, block size, type, grouping and scoring at least twice, each pair of interest once.
+    replace(_BASE, dtype=torch.bfloat16),
+    replace(_BASE, heads=1, kv_heads=1, head_size=16, scoring="model"),
+    replace(_BASE, heads=3, kv_heads=1, head_size=80, dtype=torch.float16, scoring="int8"),
+    replace(_BASE, heads=8, kv_heads=1, head_size=96, block_size=32, dtype=torch.bfloat16, lens=(1, 31, 32, 33, 65)),
+    replace(_BASE, heads=6, kv_heads=2, head_size=128, block_size=64, dtype=torch.bfloat16, lens=(63, 64, 65, 129)),
+    replace(_BASE, heads=8, kv_heads=2, head_size=128, block_size=128, dtype=torch.bfloat16, lens=(127, 128, 129, 300)),
+    replace(_BASE, heads=4, kv_heads=4, head_size=128, block_size=128, scoring="int8", lens=(5, 257, 128)),
+    replace(_BASE, heads=4, kv_heads=1, head_size=256, block_size=32, dtype=torch.float16, lens=(1, 32, 100)),
+    replace(_BASE, heads=2, kv_heads=2, head_size=256, dtype=torch.bfloat16, scoring="model", lens=(16, 17, 47, 48)),
+    replace(_BASE, heads=8, kv_heads=1, head_size=80, block_size=64, scoring="model", lens=(64, 1, 130)),
+    replace(_BASE, heads=16, kv_heads=2, head_size=64, block_size=256, dtype=torch.float16, lens=(255, 256, 257, 520)),
+    replace(
+        _BASE, heads=12, kv_heads=4, head_size=96, block_size=128, dtype=torch.float16, scoring="model", lens=(129,)
+    ),
+    replace(
+        _BASE, heads=3, kv_heads=3, head_size=64, block_size=48, dtype=torch.bfloat16, scoring="int8", lens=(47, 97)
+    ),
+    replace(_BASE, heads=5, kv_heads=1, head_size=112, block_size=32, dtype=torch.bfloat16, lens=(40, 64, 70)),
+)
+"""Shapes that every op takes, kernels of the CPU."""
+
+TINY: tuple[Case, ...] = (
+    replace(_BASE, lens=(1, 15, 16, 17, 33)),
+    replace(_BASE, heads=3, kv_heads=1, head_size=80, dtype=torch.bfloat16, scoring="int8", lens=(18, 32)),
+    replace(
+        _BASE, heads=2, kv_heads=2, head_size=96, block_size=32, dtype=torch.float16, scoring="model", lens=(31, 65)
+    ),
+    replace(_BASE, heads=8, kv_heads=1, head_size=128, block_size=128, dtype=torch.bfloat16, lens=(130,)),
+    replace(_BASE, heads=1, kv_heads=1, head_size=256, block_size=32, lens=(32, 40)),
+)
+"""The same for the Triton interpreter, which needs about a second a shape."""

@@ -1,0 +1,96 @@
+"""`dense_decode`: against the reference, by hand, and what must not change its result."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from ops import tolerances
+from ops.cases import ALL, HUGE_BYTE, SHAPES, TINY, Case, Tokens, build, each, kernels_on, load
+from ops.cases import device_of as device
+
+from vllm_sparq.ops.dense_decode.reference import dense_decode as reference
+
+LONG = (
+    Case(heads=8, kv_heads=2, head_size=128, block_size=128, dtype=torch.bfloat16, lens=(900, 3, 0, 513)),
+    Case(lens=(0, 600, 1), dtype=torch.float32, head_size=80, scoring=None, value_sum=False),
+    Case(lens=(700,), dtype=torch.float16, block_size=64, kv_heads=4, scoring=None),
+)
+
+
+@pytest.mark.parametrize(("implementation", "case"), kernels_on((*SHAPES, *LONG), TINY))
+def test_dense_decode_is_the_reference(implementation: str, case: Case) -> None:
+    world = build(case, device=device(implementation))
+    got = world.decode(load("dense_decode", implementation))
+    want = build(case).decode(reference)
+    torch.testing.assert_close(got.cpu(), want, **tolerances.OUT[case.dtype])
+
+
+@pytest.mark.parametrize("implementation", ALL)
+def test_dense_decode_by_hand(implementation: str) -> None:
+    # D = 16, scale 1/4. q = 4 in channel 0, so the logit of a token is its K in channel 0: ln 1, ln 2, ln 5 over three
+    # tokens, weights 1/8, 2/8, 5/8. V is 8, 16, 24: (8 + 32 + 120) / 8 = 20.
+    # The second head has q = 0: the plain mean, 16.
+    case = Case(heads=2, kv_heads=1, head_size=16, lens=(3,), scoring=None, value_sum=False)
+    query, key = torch.zeros(1, 2, 16), torch.zeros(3, 1, 16)
+    query[0, 0, 0] = 4
+    key[:, 0, 0] = torch.tensor([1.0, 2.0, 5.0]).log()
+    value = torch.tensor([8.0, 16.0, 24.0])[:, None, None].repeat(1, 1, 16)
+    world = build(case, Tokens([query], [key], [value]), device=device(implementation))
+    out = world.decode(load("dense_decode", implementation)).cpu()
+    torch.testing.assert_close(out[0], torch.tensor([20.0, 16.0])[:, None].repeat(1, 16))
+
+
+@pytest.mark.parametrize("implementation", ALL)
+def test_large_logits_do_not_overflow(implementation: str) -> None:
+    case = Case(lens=(20, 33), dtype=torch.bfloat16)
+    tokens = case.tokens()
+    tokens.query = [100 * q for q in tokens.query]
+    tokens.key = [100 * k for k in tokens.key]
+    world = build(case, tokens, device=device(implementation))
+    out = world.decode(load("dense_decode", implementation)).cpu()
+    # Logits differ by thousands: the output is the value of the best key.
+    for b, (query, key, value) in enumerate(zip(tokens.query, tokens.key, tokens.value, strict=True)):
+        for h in range(case.heads):
+            logits = key[:, h // 2].double() @ query[0, h].double()
+            top = logits.topk(2)
+            assert (top.values[0] - top.values[1]) * case.scale > 100
+            torch.testing.assert_close(out[b, h], value[top.indices[0], h // 2], **tolerances.OUT[case.dtype])
+
+
+@pytest.mark.parametrize(("implementation", "case"), each(ALL, [TINY[0], replace(TINY[1], lens=(0, 18, 0))]))
+def test_nothing_but_the_tokens_matters(implementation: str, case: Case) -> None:
+    """Other page ids, other garbage: the same bits. Padding rows are zero, and the gap between rows keeps its NaN."""
+    run, on = load("dense_decode", implementation), device(implementation)
+    plain = build(case, device=on).decode(run)
+    assert plain.isfinite().all()
+    assert build(case, poison=HUGE_BYTE, device=on).decode(run).equal(plain)
+    assert build(case, shuffle=1, device=on).decode(run).equal(plain)
+    for b, s in enumerate(case.lens):
+        assert s > 0 or not plain[b].any()
+    assert plain._base is not None
+    assert plain._base[:, case.heads].isnan().all()
+
+
+@pytest.mark.parametrize("implementation", ALL)
+def test_a_batch_of_one_is_a_row_of_the_batch(implementation: str) -> None:
+    case = replace(TINY[0], lens=(33, 17, 1))
+    tokens, run, on = case.tokens(), load("dense_decode", implementation), device(implementation)
+    together = build(case, tokens, device=on).decode(run)
+    for b, s in enumerate(case.lens):
+        row = Tokens(tokens.query[b : b + 1], tokens.key[b : b + 1], tokens.value[b : b + 1])
+        alone = build(replace(case, lens=(s,)), row, device=on).decode(run)
+        torch.testing.assert_close(alone[0], together[b], **tolerances.OUT[case.dtype])
+
+
+@pytest.mark.parametrize("implementation", ALL)
+@pytest.mark.parametrize("group", [3, 4, 8])
+def test_a_group_of_equal_heads_is_one_head(implementation: str, group: int) -> None:
+    case = Case(heads=group, kv_heads=1, lens=(17, 33), dtype=torch.float32)
+    tokens, run, on = case.tokens(), load("dense_decode", implementation), device(implementation)
+    alone = Tokens([q[:, :1] for q in tokens.query], tokens.key, tokens.value)
+    tokens.query = [q[:, :1].repeat(1, group, 1) for q in tokens.query]
+    grouped = build(case, tokens, device=on).decode(run)
+    single = build(replace(case, heads=1), alone, device=on).decode(run)
+    torch.testing.assert_close(grouped, single.expand_as(grouped), **tolerances.OUT[case.dtype])

@@ -1,0 +1,113 @@
+"""`prefill`: against the reference, by hand, and what must not change its result."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from ops import tolerances
+from ops.cases import ALL, HUGE_BYTE, SHAPES, TINY, Case, Tokens, build, each, kernels_on, load
+from ops.cases import device_of as device
+
+from vllm_sparq.ops.prefill.reference import prefill as reference
+
+
+def chunks(case: Case) -> Case:
+    """The same requests with steps of many sizes: a whole prompt, an odd chunk, one token, a block."""
+    sizes = (10**9, 5, 1, case.block_size, 33)
+    return replace(case, new=tuple(min(s, sizes[b % len(sizes)]) for b, s in enumerate(case.lens)))
+
+
+CHUNKED = (
+    *(chunks(case) for case in SHAPES),
+    Case(lens=(1, 15, 16, 17, 33), new=(1, 15, 16, 17, 33), dtype=torch.bfloat16),
+    Case(lens=(16, 32, 48, 7), new=(0, 16, 1, 0)),
+    Case(lens=(300, 200), new=(150, 200), dtype=torch.bfloat16, head_size=128, block_size=128, heads=8),
+    Case(lens=(40, 40), new=(24, 8), scoring=None, value_sum=False, dtype=torch.float16),
+    Case(lens=(257,), new=(256,), dtype=torch.float32, block_size=64),
+)
+FEW = (*(chunks(case) for case in TINY), CHUNKED[len(SHAPES) + 1])
+
+
+@pytest.mark.parametrize(("implementation", "case"), kernels_on(CHUNKED, FEW))
+@pytest.mark.parametrize("written", ["context", "all"])
+def test_prefill_is_the_reference(implementation: str, case: Case, written: str) -> None:
+    """Whether or not the new tokens are in their pages already."""
+    world = build(case, written=written, device=device(implementation))
+    got = world.prefill(load("prefill", implementation))
+    want = build(case, written="context").prefill(reference)
+    torch.testing.assert_close(got.cpu(), want, **tolerances.OUT[case.dtype])
+
+
+@pytest.mark.parametrize("implementation", ALL)
+def test_prefill_by_hand(implementation: str) -> None:
+    # D = 16, scale 1/4, q = 4 in channel 0: the logit of a token is its K in channel 0, ln of 1, 3 | 4, 8.
+    # Two tokens are cached, two are new. V is 8, 4 | 6, 10.
+    # Row 0 sees 1, 3, 4 of 8: (8 + 12 + 24) / 8 = 5.5. Row 1 sees 1, 3, 4, 8 of 16: (8 + 12 + 24 + 80) / 16 = 7.75.
+    case = Case(heads=1, kv_heads=1, head_size=16, lens=(4,), new=(2,), scoring=None, value_sum=False)
+    query, key = torch.zeros(2, 1, 16), torch.zeros(4, 1, 16)
+    query[:, 0, 0] = 4
+    key[:, 0, 0] = torch.tensor([1.0, 3.0, 4.0, 8.0]).log()
+    value = torch.tensor([8.0, 4.0, 6.0, 10.0])[:, None, None].repeat(1, 1, 16)
+    world = build(case, Tokens([query], [key], [value]), written="context", device=device(implementation))
+    out = world.prefill(load("prefill", implementation)).cpu()
+    torch.testing.assert_close(out, torch.tensor([5.5, 7.75])[:, None, None].repeat(1, 1, 16))
+
+
+@pytest.mark.parametrize(("implementation", "case"), each(ALL, [chunks(TINY[0]), chunks(TINY[1])]))
+def test_nothing_but_the_tokens_matters(implementation: str, case: Case) -> None:
+    run, on = load("prefill", implementation), device(implementation)
+    plain = build(case, written="context", device=on).prefill(run)
+    assert plain.isfinite().all()
+    assert build(case, written="context", poison=HUGE_BYTE, device=on).prefill(run).equal(plain)
+    assert build(case, written="context", shuffle=1, device=on).prefill(run).equal(plain)
+    assert plain._base is not None
+    assert plain._base[:, case.heads].isnan().all()
+
+
+@pytest.mark.parametrize("implementation", ALL)
+def test_a_chunked_prompt_is_the_whole_prompt(implementation: str) -> None:
+    whole = Case(lens=(40,), new=(40,), heads=2, kv_heads=1)
+    tokens, run, on = whole.tokens(), load("prefill", implementation), device(implementation)
+    want = build(whole, tokens, written="context", device=on).prefill(run)
+    done = 0
+    for upto in (1, 16, 29, 40):
+        case = replace(whole, lens=(upto,), new=(upto - done,))
+        part = Tokens([tokens.query[0][done:upto]], [tokens.key[0][:upto]], [tokens.value[0][:upto]])
+        got = build(case, part, written="context", device=on).prefill(run)
+        torch.testing.assert_close(got, want[done:upto], **tolerances.OUT[case.dtype])
+        done = upto
+
+
+@pytest.mark.parametrize("implementation", ALL)
+def test_later_tokens_do_not_leak(implementation: str) -> None:
+    case = Case(lens=(40,), new=(24,), heads=2, kv_heads=1)
+    tokens, run, on = case.tokens(), load("prefill", implementation), device(implementation)
+    plain = build(case, tokens, written="context", device=on).prefill(run)
+    tokens.key[0][30:] *= 1000  # positions 30 on: rows 14 on
+    tokens.value[0][30:] *= -1000
+    changed = build(case, tokens, written="context", device=on).prefill(run)
+    assert changed[:14].equal(plain[:14])
+    assert not changed[14:].isclose(plain[14:]).any(-1).any()
+
+
+@pytest.mark.parametrize("implementation", ALL)
+def test_one_new_token_is_a_dense_decode(implementation: str) -> None:
+    case = Case(lens=(1, 16, 17, 33), dtype=torch.bfloat16)
+    on = device(implementation)
+    as_prefill = build(case, written="context", device=on).prefill(load("prefill", implementation))
+    as_decode = build(case, device=on).decode(load("dense_decode", implementation))
+    torch.testing.assert_close(as_prefill, as_decode, **tolerances.OUT[case.dtype])
+
+
+@pytest.mark.parametrize("implementation", ALL)
+@pytest.mark.parametrize("group", [3, 8])
+def test_a_group_of_equal_heads_is_one_head(implementation: str, group: int) -> None:
+    case = Case(heads=group, kv_heads=1, lens=(17, 20), new=(17, 3))
+    tokens, run, on = case.tokens(), load("prefill", implementation), device(implementation)
+    alone = Tokens([q[:, :1] for q in tokens.query], tokens.key, tokens.value)
+    tokens.query = [q[:, :1].repeat(1, group, 1) for q in tokens.query]
+    grouped = build(case, tokens, written="context", device=on).prefill(run)
+    single = build(replace(case, heads=1), alone, written="context", device=on).prefill(run)
+    torch.testing.assert_close(grouped, single.expand_as(grouped), **tolerances.OUT[case.dtype])

@@ -1,0 +1,35 @@
+"""How far two right answers may lie apart: one table, each row with its reason.
+
+Copies, codes, ranges and selected tokens have no row: they are exact.
+"""
+
+from __future__ import annotations
+
+import torch
+
+OUT: dict[torch.dtype, dict[str, float]] = {
+    # Both sides sum in fp32, in another order: about D * 2^-24 of |q||k| in a logit, so 1e-6 of a weight; and an exp
+    # that is good to a few ulp. Values are about 1, contexts below 1000 tokens.
+    torch.float32: {"rtol": 1e-5, "atol": 1e-5},
+    # One last rounding on each side: two neighbours, 2^-10 of the value. The absolute part covers weights that a kernel
+    # rounds to the model's type before it multiplies V (at most 2^-11 of sum(p |v|), which is about 1).
+    torch.float16: {"rtol": 2**-10, "atol": 1e-3},
+    # The same with 8 bits: neighbours are 2^-7 apart, the weights good to 2^-9.
+    torch.bfloat16: {"rtol": 2**-7, "atol": 4e-3},
+}
+"""Of an attention output against fp32 or fp64 arithmetic."""
+
+SCORE: dict[torch.dtype, float] = {
+    # Sums of at most 256 products in fp32, in any order, either with ``zero`` factored out or not.
+    torch.float32: 256 * 2**-24,
+    # A kernel may round ``scale * q * step`` once to the model's type (half an ulp: 2^-11, 2^-9), so that the dot
+    # product with the codes, exact in it, runs on the type's own instructions; a tenth more for the fp32 sums.
+    torch.float16: 1.1 * 2**-11,
+    torch.bfloat16: 1.1 * 2**-9,
+}
+"""Of an approximate score, as a fraction of ``sum_c |scale_g q_c| (|zero_c| + step_c code_c)``."""
+
+
+def value_sum(n_tokens: int, absolute_sum: torch.Tensor) -> torch.Tensor:
+    """Bound on the difference of two fp32 sums of ``n_tokens`` numbers in any two orders: n * 2^-24 * sum |v| each."""
+    return 2 * n_tokens * 2**-24 * absolute_sum
