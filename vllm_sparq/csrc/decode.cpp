@@ -1,0 +1,130 @@
+#include "decode.h"
+
+#include <algorithm>
+#include <utility>
+
+#include "tile.h"
+
+namespace sparq {
+namespace {
+
+constexpr int MIN_PART = 512;          // tokens; less is not worth a merge
+constexpr int PARTS_PER_THREAD = 4;    // so that no thread waits long for the last part
+
+// Pointers to a tile of records, the last one repeated up to the end, so that a kernel may read whole vectors of tokens.
+struct Rows {
+  const uint8_t* at[TILE];
+  int n;
+
+  void pad() { std::fill(at + n, at + TILE, at[n - 1]); }
+
+  void range(const Sequence& sequence, int first, int last, int record_bytes) {
+    n = std::min(TILE, last - first);
+    const int block_size = sequence.pages->block_size;
+    for (int i = 0; i < n;) {
+      const int block = (first + i) / block_size, slot = (first + i) % block_size;
+      const uint8_t* record = sequence.page(block) + sequence.pages->records + (size_t)slot * record_bytes;
+      for (const int stop = std::min(n, i + block_size - slot); i < stop; ++i, record += record_bytes) at[i] = record;
+    }
+    pad();
+  }
+
+  void list(const Sequence& sequence, const int32_t* tokens, int count, int record_bytes) {
+    n = std::min(TILE, count);
+    const unsigned block_size = (unsigned)sequence.pages->block_size;
+    for (int i = 0; i < n; ++i) {
+      const unsigned token = (unsigned)tokens[i];
+      at[i] = sequence.page((int)(token / block_size)) + sequence.pages->records +
+              (size_t)(token % block_size) * record_bytes;
+    }
+    pad();
+  }
+};
+
+int record_bytes(const Decode& call) { return 2 * call.pages.head_size * (int)call.element_bytes(); }
+
+}  // namespace
+
+Decode decode_call(const Pages& pages, const Requests& requests, const void* query, int64_t query_row,
+                   int64_t query_head, void* out, int64_t out_row, int64_t out_head, int n_heads, float scale) {
+  const int64_t bytes = pages.dtype == DType::fp32 ? 4 : 2;
+  return {pages,
+          requests,
+          {(const uint8_t*)query, query_row * bytes, query_head * bytes},
+          {(uint8_t*)out, out_row * bytes, out_head * bytes},
+          n_heads,
+          scale,
+          attend_kernels(pages.dtype, pages.head_size)};
+}
+
+State Decode::new_state(float* memory) const {
+  const State state = State::in(memory, group_size(), pages.head_size);
+  reset(state, group_size(), pages.head_size);
+  return state;
+}
+
+Group Decode::group(int request, int head, void* memory) const {
+  for (int h = 0; h < group_size(); ++h)
+    kernels.load_query(query.at(request, head * group_size() + h), pages.head_size,
+                       (uint8_t*)memory + (size_t)h * pages.head_size * kernels.query_bytes);
+  return {memory, group_size(), pages.head_size, scale};
+}
+
+void Decode::finish(int request, int head, const State& state, const float* weights, const float* rests) const {
+  const int d = pages.head_size;
+  for (int h = 0; h < group_size(); ++h)
+    kernels.finish(state.acc + (size_t)h * d, state.total[h], weights ? weights[h] : 1.0f,
+                   rests ? rests + (size_t)h * d : nullptr, d, out.at(request, head * group_size() + h));
+}
+
+void Decode::zero_out(int request) const {
+  for (int h = 0; h < n_heads; ++h) std::fill_n(out.at(request, h), pages.head_size * element_bytes(), uint8_t{0});
+}
+
+void plan_tasks(const Requests& requests, int n_kv_heads, int block_size, int n_threads, std::vector<Task>& tasks) {
+  int64_t n_tokens = 0;
+  for (int b = 0; b < requests.n; ++b) n_tokens += requests.lens[b];
+  const int64_t share = n_tokens * n_kv_heads / (PARTS_PER_THREAD * n_threads) + 1;
+  const int part_blocks = (int)((std::max<int64_t>(share, MIN_PART) + block_size - 1) / block_size);
+  tasks.clear();
+  for (int b = 0; b < requests.n; ++b) {
+    const int len = requests.lens[b], n_blocks = (len + block_size - 1) / block_size;
+    const int n_parts = (n_blocks + part_blocks - 1) / part_blocks;
+    for (int head = 0; head < n_kv_heads; ++head)
+      for (int part = 0; part < n_parts; ++part) {
+        const int first = (int)((int64_t)n_blocks * part / n_parts) * block_size;
+        const int last = (int)((int64_t)n_blocks * (part + 1) / n_parts) * block_size;
+        tasks.push_back({b, head, first, std::min(last, len), part, n_parts});
+      }
+  }
+}
+
+void attend_range(const Decode& call, const Group& group, const State& state, const Sequence& sequence, int first,
+                  int last) {
+  const int bytes = record_bytes(call);
+  Rows rows[2];
+  Rows *now = &rows[0], *next = &rows[1];
+  now->range(sequence, first, last, bytes);
+  for (; first < last; first += TILE, std::swap(now, next)) {
+    const bool more = first + TILE < last;
+    if (more) next->range(sequence, first + TILE, last, bytes);
+    call.kernels.absorb(group, state, now->at, now->n, more ? next->at : nullptr);
+  }
+}
+
+void attend_tokens(const Decode& call, const Group& group, const State& state, const Sequence& sequence,
+                   const int32_t* tokens, int n) {
+  const int bytes = record_bytes(call);
+  Rows rows[2];
+  Rows *now = &rows[0], *next = &rows[1];
+  now->list(sequence, tokens, n, bytes);
+  for (int i = 0; i < now->n; ++i)
+    for (int byte = 0; byte < bytes; byte += 64) prefetch_l2(now->at[i] + byte);
+  for (int first = 0; first < n; first += TILE, std::swap(now, next)) {
+    const bool more = first + TILE < n;
+    if (more) next->list(sequence, tokens + first + TILE, n - first - TILE, bytes);
+    call.kernels.absorb(group, state, now->at, now->n, more ? next->at : nullptr);
+  }
+}
+
+}  // namespace sparq
