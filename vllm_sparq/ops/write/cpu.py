@@ -1,0 +1,31 @@
+"""`vllm_sparq.ops.write.write` in C++: csrc/write.cpp."""
+
+from __future__ import annotations
+
+import torch
+
+from vllm_sparq.layout import Pages
+from vllm_sparq.ops import native
+
+SIGNATURE = "p pll pll i pl p p".replace(" ", "")
+"""pages | key | value | B | block_table | query_start_loc | seq_lens"""
+
+
+def write(
+    key: torch.Tensor,
+    value: torch.Tensor,
+    pages: Pages,
+    block_table: torch.Tensor,
+    query_start_loc: torch.Tensor,
+    seq_lens: torch.Tensor,
+) -> None:
+    native.function("sparq_write", SIGNATURE)(
+        native.pages_address(pages),
+        *native.heads(key),
+        *native.heads(value),
+        query_start_loc.shape[0] - 1,
+        block_table.data_ptr(),
+        block_table.stride(0),
+        query_start_loc.data_ptr(),
+        seq_lens.data_ptr(),
+    )
