@@ -1,0 +1,293 @@
+// Prefill: causal attention of the new tokens over [cached pages ; new tokens], without an S x S tensor.
+//
+// A task is a range of query rows of one request and KV head (all query heads of the group, so a tile of tokens that was
+// packed once serves them all) against a range of its tokens. Few long tasks are cut along the tokens and merged.
+#include <omp.h>
+
+#include <vector>
+
+#include "prefill_tokens.h"
+#include "scratch.h"
+
+namespace sparq::prefill {
+namespace {
+
+constexpr int PANEL_VECS = 3;
+constexpr int MAX_VECS = 5 * PANEL_VECS;  // rows of a task, in vectors: query, output and scores stay in half of L2
+
+template <class T>
+struct Call {
+  Heads<const T> query, key, value;
+  Heads<T> out;
+  const Pages* pages;
+  Requests requests;               // lens: context
+  const int32_t* query_start_loc;  // [B + 1]
+  int n_heads;
+  float scale;
+
+  int head_size() const { return pages->head_size; }
+  int group() const { return n_heads / pages->n_kv_heads; }
+  int n_new(int request) const { return query_start_loc[request + 1] - query_start_loc[request]; }
+};
+
+// Sums of `rows` rows over a part of the tokens.
+struct Partial {
+  float *output, *tops, *sums;
+
+  Partial(float* memory, int rows, int head_size)
+      : output(memory), tops(memory + (ptrdiff_t)rows * head_size), sums(tops + rows) {}
+  static size_t floats(int rows, int head_size) { return (size_t)rows * (head_size + 2); }
+};
+
+struct Task {
+  int request, kv_head;
+  int first_row, n_rows;
+  int first_tile, end_tile;
+  int part;  // slot of its Partial; -1: the whole, written to out
+  int64_t cost;
+
+  int n_vecs() const { return (n_rows + W - 1) / W; }
+};
+
+struct Merge {
+  Task rows;
+  int first_part, n_parts;
+};
+
+struct Plan {
+  std::vector<Task> tasks;
+  std::vector<Merge> merges;
+  int n_parts;
+};
+
+template <class T>
+RowRange row_range(const Call<T>& call, const Task& task) {
+  const int group = call.group();
+  return {call.query_start_loc[task.request], task.kv_head * group, group, task.first_row, task.n_rows};
+}
+
+// Tiles of a request: of the context first, then of the new tokens; none holds both.
+template <class T>
+int n_tiles(const Call<T>& call, int request, int n_new) {
+  constexpr int TILE = Model<T>::tile;
+  return (call.requests.lens[request] + TILE - 1) / TILE + (n_new + TILE - 1) / TILE;
+}
+
+// f(panel index, first vector, vectors): as few panels as possible, of even widths.
+template <class F>
+void each_panel(int n_vecs, F&& f) {
+  const int n_panels = (n_vecs + PANEL_VECS - 1) / PANEL_VECS;
+  for (int i = 0, first = 0; i < n_panels; ++i) {
+    const int nv = n_vecs / n_panels + (i < n_vecs % n_panels);
+    f(i, first, nv);
+    first += nv;
+  }
+}
+
+// Every (request, KV head, range of rows), whole.
+template <class T>
+void whole_tasks(const Call<T>& call, int threads, std::vector<Task>& tasks) {
+  int64_t total_rows = 0;
+  const int group = call.group(), n_kv_heads = call.pages->n_kv_heads;
+  for (int b = 0; b < call.requests.n; ++b) total_rows += (int64_t)call.n_new(b) * call.n_heads;
+  const int64_t wanted = total_rows / (4 * threads) / (W * PANEL_VECS) * PANEL_VECS;
+  const int rows = W * (int)std::clamp<int64_t>(wanted, PANEL_VECS, MAX_VECS);
+  tasks.clear();
+  for (int b = 0; b < call.requests.n; ++b) {
+    const int n_rows = call.n_new(b) * group;
+    for (int head = 0; head < n_kv_heads; ++head) {
+      for (int first = 0; first < n_rows; first += rows) {
+        Task task{b, head, first, std::min(rows, n_rows - first), 0, 0, -1, 0};
+        const int n_new = (first + task.n_rows - 1) / group + 1;
+        task.end_tile = n_tiles(call, b, n_new);
+        task.cost = (int64_t)(call.requests.lens[b] + n_new) * (task.n_vecs() + 1);  // + 1: reading and packing
+        tasks.push_back(task);
+      }
+    }
+  }
+}
+
+// Cuts tasks along the tokens where one would be more than half of a thread's share, and puts long ones first.
+void balance(Plan& plan, int threads) {
+  int64_t total = 0;
+  for (const Task& task : plan.tasks) total += task.cost;
+  const int64_t share = std::max<int64_t>(total / (2 * threads), 1);
+  plan.merges.clear();
+  plan.n_parts = 0;
+  const size_t n_whole = threads == 1 ? 0 : plan.tasks.size();
+  for (size_t i = 0; i < n_whole; ++i) {
+    const Task whole = plan.tasks[i];
+    const int parts = (int)std::min<int64_t>((whole.cost + share - 1) / share, whole.end_tile);
+    if (parts < 2) continue;
+    plan.merges.push_back({whole, plan.n_parts, parts});
+    for (int p = 0; p < parts; ++p) {
+      Task part = whole;
+      part.first_tile = (int)((int64_t)whole.end_tile * p / parts);
+      part.end_tile = (int)((int64_t)whole.end_tile * (p + 1) / parts);
+      part.cost = whole.cost / parts;
+      part.part = plan.n_parts++;
+      p == 0 ? void(plan.tasks[i] = part) : plan.tasks.push_back(part);
+    }
+  }
+  std::stable_sort(plan.tasks.begin(), plan.tasks.end(), [](const Task& a, const Task& b) { return a.cost > b.cost; });
+}
+
+// The buffers of a thread, all in one allocation.
+template <class T>
+struct Buffers {
+  void* keys;
+  float *values, *query, *staging, *scores, *partial;
+
+  explicit Buffers(int d) {
+    using Loader = TileLoader<T>;
+    constexpr int PANEL = PANEL_VECS * W, ROWS = MAX_VECS * W;
+    static thread_local Scratch scratch;
+    const size_t n_keys = Loader::key_bytes(d), n_values = Loader::value_bytes(d) / 4;
+    const size_t n_query = (size_t)ROWS * d, n_staging = (size_t)PANEL * d, n_scores = (size_t)Model<T>::tile * PANEL;
+    const size_t n_partial = Partial::floats(ROWS, d);
+    scratch.reserve(n_keys + 4 * (n_values + n_query + n_staging + n_scores + n_partial));
+    keys = scratch.take<char>(n_keys);
+    values = scratch.take<float>(n_values);
+    query = scratch.take<float>(n_query);
+    staging = scratch.take<float>(n_staging);
+    scores = scratch.take<float>(n_scores);
+    partial = scratch.take<float>(n_partial);
+  }
+};
+
+// The panels of a task over one Partial, queries packed and nothing seen yet.
+template <class T>
+int open_panels(const Call<T>& call, const Task& task, const Buffers<T>& buffers, Partial partial, int32_t* limits,
+                Panel* panels) {
+  const int d = call.head_size(), rows = task.n_vecs() * W, group = call.group();
+  const RowRange range = row_range(call, task);
+  for (int r = 0; r < rows; ++r) {
+    limits[r] = call.requests.lens[task.request] + (task.first_row + std::min(r, task.n_rows - 1)) / group + 1;
+  }
+  std::fill_n(partial.output, (ptrdiff_t)rows * d, 0.0f);
+  std::fill_n(partial.tops, rows, NOTHING_SEEN);
+  std::fill_n(partial.sums, rows, 0.0f);
+  int n = 0;
+  each_panel(task.n_vecs(), [&](int i, int first_vec, int nv) {
+    const int first = first_vec * W;
+    float* const query = buffers.query + (ptrdiff_t)first * d;
+    pack_query<T>(range, call.query, d, first, nv * W, buffers.staging, query);
+    panels[i] = {nv, query, limits + first, partial.output + (ptrdiff_t)first * d, partial.tops + first,
+                 partial.sums + first};
+    n = i + 1;
+  });
+  return n;
+}
+
+template <class T>
+void close_panels(const Call<T>& call, const Task& task, const Buffers<T>& buffers, Partial partial) {
+  const RowRange range = row_range(call, task);
+  const int d = call.head_size();
+  each_panel(task.n_vecs(), [&](int, int first_vec, int nv) {
+    const int first = first_vec * W;
+    const Panel panel{nv, nullptr, nullptr, partial.output + (ptrdiff_t)first * d, partial.tops + first,
+                      partial.sums + first};
+    emit<T>(range, call.out, d, first, panel, buffers.staging);
+  });
+}
+
+template <class T>
+void run_task(const Call<T>& call, const Task& task, float* parts) {
+  constexpr int TILE = Model<T>::tile;
+  const int d = call.head_size(), rows = task.n_vecs() * W;
+  const Buffers<T> buffers(d);
+  float* const memory =
+      task.part < 0 ? buffers.partial : parts + task.part * (ptrdiff_t)Partial::floats(MAX_VECS * W, d);
+  const Partial partial(memory, rows, d);
+  alignas(64) int32_t limits[MAX_VECS * W];
+  Panel panels[MAX_VECS];
+  const int n_panels = open_panels(call, task, buffers, partial, limits, panels);
+
+  const Sequence sequence{call.pages, call.requests.blocks(task.request), task.kv_head};
+  const int context = call.requests.lens[task.request], context_tiles = (context + TILE - 1) / TILE;
+  const int seen = limits[rows - 1] - context;  // new tokens
+  const int64_t token0 = call.query_start_loc[task.request];
+  TileLoader<T> loader(d, buffers.keys, buffers.values);
+  for (int t = task.first_tile; t < task.end_tile; ++t) {
+    const int first = (t - context_tiles) * TILE;
+    const Tile tile = t < context_tiles
+                          ? loader.load(sequence, t * TILE, std::min(TILE, context - t * TILE))
+                          : loader.load(call.key, call.value, task.kv_head, token0 + first, context + first,
+                                        std::min(TILE, seen - first));
+    for (int p = 0; p < n_panels; ++p) {
+      attend<typename Model<T>::M, Model<T>::degree>(panels[p], tile, d, call.scale * LOG2_E, buffers.scores);
+    }
+  }
+  if (task.part < 0) close_panels(call, task, buffers, partial);
+}
+
+// Adds the parts of some rows up in the first of them, each weighted by how far its maximum is below the common one.
+template <class T>
+void run_merge(const Call<T>& call, const Merge& merge, float* parts) {
+  const int d = call.head_size(), rows = merge.rows.n_vecs() * W;
+  const size_t slot = Partial::floats(MAX_VECS * W, d);
+  parts += merge.first_part * slot;
+  const Partial sum(parts, rows, d);
+  for (int i = 1; i < merge.n_parts; ++i) {
+    const Partial part(parts + i * slot, rows, d);
+    each_panel(merge.rows.n_vecs(), [&](int, int first_vec, int nv) {
+      for (int v = 0; v < nv; ++v) {
+        const int r = (first_vec + v) * W;
+        const Vec a = load(sum.tops + r), b = load(part.tops + r), top = max(a, b);
+        const Vec of_a = exp2_negative<6>(sub(a, top)), of_b = exp2_negative<6>(sub(b, top));
+        store(sum.tops + r, top);
+        store(sum.sums + r, fma(load(part.sums + r), of_b, mul(load(sum.sums + r), of_a)));
+        for (int k = 0; k < d; ++k) {
+          const ptrdiff_t at = (ptrdiff_t)first_vec * W * d + (k * nv + v) * W;
+          store(sum.output + at, fma(load(part.output + at), of_b, mul(load(sum.output + at), of_a)));
+        }
+      }
+    });
+  }
+  close_panels(call, merge.rows, Buffers<T>(d), sum);
+}
+
+template <class T>
+void run(const Call<T>& call) {
+  static thread_local Plan plan_of_thread;
+  static thread_local Scratch scratch;
+  Plan& plan = plan_of_thread;
+  const int threads = omp_get_max_threads();
+  whole_tasks(call, threads, plan.tasks);
+  balance(plan, threads);
+  const size_t n_floats = plan.n_parts * Partial::floats(MAX_VECS * W, call.head_size());
+  scratch.reserve(n_floats * sizeof(float));
+  float* const parts = scratch.take<float>(n_floats);
+  const int n_tasks = (int)plan.tasks.size(), n_merges = (int)plan.merges.size();
+#pragma omp parallel num_threads(std::min(threads, std::max(n_tasks, 1)))
+  {
+#pragma omp for schedule(dynamic, 1)
+    for (int i = 0; i < n_tasks; ++i) run_task(call, plan.tasks[i], parts);
+#pragma omp for schedule(dynamic, 1)
+    for (int i = 0; i < n_merges; ++i) run_merge(call, plan.merges[i], parts);
+  }
+}
+
+}  // namespace
+}  // namespace sparq::prefill
+
+// context_lens: int32 [B]; query_start_loc: int32 [B + 1]; each tensor is its address, row stride and head stride.
+SPARQ_API void sparq_prefill(const sparq::Pages* pages, const int32_t* block_table, int64_t table_stride,
+                             const int32_t* context_lens, const int32_t* query_start_loc, int32_t n_requests,
+                             int32_t n_heads, const void* query, int64_t query_row, int64_t query_head, const void* key,
+                             int64_t key_row, int64_t key_head, const void* value, int64_t value_row, int64_t value_head,
+                             void* out, int64_t out_row, int64_t out_head, float scale) {
+  using namespace sparq;
+  with_dtype(pages->dtype, [&](auto element) {
+    using T = decltype(element);
+    prefill::run<T>({{(const T*)query, query_row, query_head},
+                     {(const T*)key, key_row, key_head},
+                     {(const T*)value, value_row, value_head},
+                     {(T*)out, out_row, out_head},
+                     pages,
+                     {block_table, table_stride, context_lens, n_requests},
+                     query_start_loc,
+                     n_heads,
+                     scale});
+  });
+}
