@@ -7,6 +7,7 @@ past the end are NaN.
 
 from __future__ import annotations
 
+import functools
 import zlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -15,7 +16,8 @@ import pytest
 import torch
 
 from vllm_sparq.layout import PageLayout, Pages
-from vllm_sparq.ops.dispatch import IMPLEMENTATIONS
+from vllm_sparq.ops import native
+from vllm_sparq.ops.dispatch import IMPLEMENTATIONS, Choice
 from vllm_sparq.ops.write.reference import write as reference_write
 
 NAN_BYTE = 0xFF
@@ -26,6 +28,9 @@ HUGE_BYTE = 0x7B
 
 UNUSED = 2**31 - 1
 """In every int32 entry that must not be read."""
+
+THREADS = 3
+"""Of the CPU kernels: odd, so that nothing divides evenly."""
 
 SHORT = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 
@@ -225,17 +230,29 @@ def int32(numbers: Sequence[int]) -> torch.Tensor:
 
 def load(op: str, implementation: str) -> Callable[..., None]:
     """The function, or a visible skip where this machine cannot run it."""
-    from vllm_sparq.ops.dispatch import Choice
-
-    if implementation == "cpu":
-        from vllm_sparq.ops import native
-
-        found = native.find()
-        if found.library is None:
-            pytest.skip(f"no CPU kernels: {found.reason}")
     if implementation == "triton":
         pytest.importorskip("triton", reason="triton is not installed")
-    return Choice(op, implementation, "test").load()
+    if implementation != "cpu":
+        return Choice(op, implementation, "test").load()
+    found = native.find()
+    if found.library is None:
+        pytest.skip(f"no CPU kernels: {found.reason}")
+    return threaded(Choice(op, implementation, "test").load(), THREADS)
+
+
+def threaded(run: Callable[..., None], n_threads: int) -> Callable[..., None]:
+    """``run`` with so many OpenMP threads, which kernels and torch share."""
+
+    @functools.wraps(run)
+    def call(*args: object, **kwargs: object) -> None:
+        before = torch.get_num_threads()
+        torch.set_num_threads(n_threads)
+        try:
+            run(*args, **kwargs)
+        finally:
+            torch.set_num_threads(before)
+
+    return call
 
 
 def device_of(implementation: str) -> str:

@@ -1,0 +1,400 @@
+"""`sparq_decode`: the tokens read, the output given those tokens, exact cases, and invariants.
+
+Which tokens an implementation reads shows in its output once V is replaced by unit vectors (`tokens_read`). So ties do
+not loosen the tolerance of the output: any set is right that scores within their error bound may lead to, and the
+output must be that of the set.
+
+A kernel may sum in another order and round ``scale * q * step`` to the model's type. Its scores of query head g differ
+from ours by at most ``e_g = tolerances.SCORE * max_t sum_c |scale_g q_c| (|zero_c| + step_c code_c)``. Hence:
+
+* What tokens are ranked by moves by at most ``m_t = sum_g e_g`` (``logits``), or ``m_t = sum_g p_gt (exp(2 e_g) - 1)``
+  (``probs``: a term and the sum it is divided by move by a factor ``exp(e_g)`` each). A token read may be worse than
+  one left out by no more than both margins.
+* The log-odds of alpha are a difference of two log-sum-exps that move by e_g each: 2 e_g. The slope of a probability in
+  its log-odds is at most 1/4, so alpha moves by e_g / 2, and the output by that times ``|exact - mean|``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from fractions import Fraction
+
+import numpy as np
+import pytest
+import torch
+from ops import tolerances
+from ops.cases import (
+    ALL,
+    HUGE_BYTE,
+    SHAPES,
+    THREADS,
+    TINY,
+    Case,
+    Tokens,
+    World,
+    build,
+    each,
+    kernels_on,
+    load,
+    threaded,
+)
+from ops.cases import device_of as device
+from ops.test_oracle import Array, numbers, probabilities, repository
+
+from vllm_sparq.config import SparqRead
+from vllm_sparq.layout import Pages
+from vllm_sparq.ops.dense_decode.reference import dense_decode as dense_reference
+from vllm_sparq.ops.sparq_decode.reference import sparq_decode as reference
+
+
+def ranking(world: World, key: Array, b: int, head: int) -> tuple[Array, Array]:
+    """What tokens are ranked with: keys [S, D], and ``|zero| + step code`` [S, D] (their own size without codes)."""
+    keys, size, n = key.copy(), np.abs(key), world.case.block_size
+    pages, scoring = world.pages, world.case.scoring
+    for block in range(len(key) // n):
+        rows = slice(block * n, block * n + n)
+        copy = pages.scoring[int(world.block_table[b, block]), head].cpu()
+        if scoring == "model":
+            keys[rows] = copy.double().numpy().T
+            size[rows] = np.abs(keys[rows])
+            continue
+        codes = copy.numpy()
+        if scoring == "int4":
+            codes = np.concatenate([codes % 16, codes // 16], axis=1)
+        step, zero = pages.ranges[int(world.block_table[b, block]), head].cpu().double().numpy().T
+        keys[rows] = zero + step * codes.T
+        size[rows] = np.abs(zero) + step * codes.T
+    return keys, size
+
+
+def tokens_read(run: Callable[..., None], world: World, read: SparqRead) -> dict[tuple[int, int], Array]:
+    """(request, KV head) -> ascending positions that ``run`` reads, for requests that are not read densely.
+
+    V of D tokens at a time becomes a unit vector each, that of all others zero: an element of the output is not zero
+    just where its token has been read. V has no say in what is read.
+    """
+    case, size = world.case, world.case.head_size
+    group, n = case.heads // case.kv_heads, case.block_size
+    seen: dict[tuple[int, int], list[int]] = {}
+    for first in range(0, max(case.lens), size):
+        probe = replace(world, buffer=world.buffer.clone())
+        strides = world.pages.data.stride()
+        probe.pages = Pages(probe.buffer.as_strided(world.pages.data.shape, strides, 128), case.layout)
+        for b, s in enumerate(case.lens):
+            units = torch.zeros(s, size)
+            shown = torch.arange(first, max(first, min(first + size, s)))
+            units[shown, shown - first] = 2.0**15  # far from underflow, and the sum is finite in fp16
+            for block in range(-(-s // n)):
+                rows = units[block * n : block * n + n].to(case.dtype)
+                probe.pages.values[int(world.block_table[b, block]), :, : len(rows)] = rows.to(world.buffer.device)
+        out = probe.decode(run, read=replace(read, alpha_floor=1.0)).cpu()
+        for b, s in enumerate(case.lens):
+            for g in range(case.kv_heads if s and not read.is_dense(s) else 0):
+                hit = (out[b, g * group : (g + 1) * group] > 0).any(0)
+                seen.setdefault((b, g), []).extend((first + hit.nonzero().flatten()).tolist())
+    return {key: np.array(positions) for key, positions in seen.items()}
+
+
+def assert_right(run: Callable[..., None], case: Case, tokens: Tokens, read: SparqRead, on: str = "cpu") -> None:
+    """``run`` reads tokens that it may read, and answers what follows from them."""
+    world, group = build(case, tokens, device=on), case.heads // case.kv_heads
+    got, read_by = world.decode(run, read=read).cpu(), tokens_read(run, world, read)
+    dense, tolerance = build(case, tokens).decode(dense_reference), tolerances.OUT[case.dtype]
+    for b, s in enumerate(case.lens):
+        if s == 0 or read.is_dense(s):
+            torch.testing.assert_close(got[b], dense[b], **tolerance)
+    for (b, g), chosen in read_by.items():
+        s, heads, where = case.lens[b], slice(g * group, (g + 1) * group), f"request {b}, KV head {g}"
+        given = numbers(read, s, case.head_size)
+        query = tokens.query[b][0, heads].double().numpy()
+        key, value = (x[b][:, g].double().numpy() for x in (tokens.key, tokens.value))
+        keys, size = ranking(world, key, b, g)
+        want = repository(query, keys, key, value, **given, chosen=chosen)
+        error = score_error(case, query, want.channels, size)
+
+        assert len(chosen) == given["n_selected"], f"{where}: {len(chosen)} tokens read"
+        assert set(range(s - given["n_local"], s)) <= set(chosen.tolist()), f"{where}: the newest are not all read"
+        margin = np.full(s, error.sum())
+        if read.group_reduce == "probs":
+            margin = (probabilities(want.scores) * np.expm1(2 * error)[:, None]).sum(0) + 2.0**-120
+        left = np.setdiff1d(np.arange(s), chosen)
+        ranked = np.setdiff1d(chosen, np.arange(s - given["n_local"], s))
+        worst = (want.rank_by + margin)[ranked].min(initial=np.inf)
+        assert worst >= (want.rank_by - margin)[left].max(), f"{where}: a better token is left out"
+
+        room = tolerance["atol"] + tolerance["rtol"] * np.abs(want.out)
+        if read.alpha_floor < 1:
+            room += error[:, None] / 2 * np.abs(want.exact - want.mean)
+        miss = (np.abs(got[b, heads].double().numpy() - want.out) / room).max()
+        assert miss <= 1, f"{where} (S={s}): off by {miss:.3g} tolerances"
+
+
+def score_error(case: Case, query: Array, channels: Array, size: Array) -> Array:
+    """The bound e_g [H'] of this file's head; ``size`` [S, D] is ``|zero| + step code``."""
+    total, held = np.abs(query).sum(1), np.abs(query[:, channels]).sum(1)
+    scaled = case.scale * np.sqrt(total / held)[:, None] * np.abs(query[:, channels])
+    return tolerances.SCORE[case.dtype] * (scaled @ size[:, channels].T).max(1)
+
+
+def reads(case: Case, i: int) -> SparqRead:
+    """The i-th of a set of reads that fits the case: r of 1, odd, a quarter, D; all floors and reductions."""
+    d, longest = case.head_size, max(case.lens)
+    return SparqRead(
+        r=(d // 4, d // 8 + 1, d, 1, d // 2 + 1)[i % 5],
+        min_k=max(1, longest // (3, 5, 2)[i % 3]),
+        k_per_token=(Fraction(0), Fraction(1, 16))[i % 2],
+        local=(None, 0, 1, 10**6)[i % 4] if i % 5 != 3 else None,
+        alpha_floor=(0.0, 0.5, 1.0)[i % 3],
+        group_reduce=("logits", "probs")[i // 2 % 2],  # type: ignore[arg-type]
+        dense_below=(0, 17)[i % 2],
+    )
+
+
+LONG = (
+    Case(heads=8, kv_heads=2, head_size=128, block_size=128, dtype=torch.bfloat16, lens=(900, 3, 0, 513)),
+    Case(heads=4, kv_heads=4, head_size=64, block_size=64, dtype=torch.float16, lens=(320, 0, 700), scoring="int8"),
+    Case(heads=4, kv_heads=1, head_size=128, block_size=32, dtype=torch.bfloat16, lens=(640, 333)),
+    Case(heads=2, kv_heads=1, head_size=64, block_size=256, dtype=torch.float32, lens=(1500,)),
+)
+RANKED = tuple(case for case in (*SHAPES, *LONG) if max(case.lens) > 4)
+NUMBERED = {case: i for i, case in enumerate((*RANKED, *TINY))}
+
+
+@pytest.mark.parametrize(("implementation", "case"), [*each(["reference"], RANKED), *kernels_on(RANKED, TINY)])
+@pytest.mark.parametrize("turn", [0, 1, 2])
+def test_sparq_decode_is_right(implementation: str, case: Case, turn: int) -> None:
+    """The reference too."""
+    read = reads(case, 3 * NUMBERED[case] + turn)
+    assert_right(load("sparq_decode", implementation), case, case.tokens(), read, device(implementation))
+
+
+@pytest.mark.parametrize("implementation", ALL)
+@pytest.mark.parametrize("scoring", ["int4", "int8", "model"])
+@pytest.mark.parametrize("heads", [1, 3])
+def test_planted_tokens_are_found(implementation: str, scoring: str, heads: int) -> None:
+    """Keys with a gap around the k-th place leave nothing to argue about: the tokens along the query are read."""
+    case = Case(heads=heads, kv_heads=1, scoring=scoring, lens=(100,), dtype=torch.bfloat16)
+    tokens, planted, on = case.tokens(), [0, 3, 15, 16, 40, 63, 64, 95, 96, 97], device(implementation)
+    direction = tokens.query[0][0, 0].sign()
+    tokens.query[0][0] = tokens.query[0][0].abs() * direction
+    tokens.key[0] = (tokens.key[0] / 4).to(case.dtype)
+    tokens.key[0][planted] += 2 * direction
+    read, run = SparqRead(r=24, min_k=len(planted), local=0, alpha_floor=1.0), load("sparq_decode", implementation)
+    assert tokens_read(run, build(case, tokens, device=on), read)[0, 0].tolist() == [*planted, 99]
+    assert_right(run, case, tokens, read, on)
+
+
+def exact_tokens(case: Case, s: int, keys: torch.Tensor, values: torch.Tensor) -> Tokens:
+    """Queries of +-1 in every channel: with r = D / 4 the temperature is 2 and a score a whole multiple of 2 scale."""
+    signs = torch.tensor([1.0, -1.0]).repeat(case.head_size // 2)
+    query = signs.repeat(1, case.heads, 1).to(case.dtype)
+    assert keys.shape == values.shape == (s, case.kv_heads, case.head_size)
+    return Tokens([query], [keys.to(case.dtype)], [values.to(case.dtype)])
+
+
+EXACT = [
+    Case(heads=g, kv_heads=1, head_size=d, block_size=n, dtype=dtype, scoring=scoring, lens=(3 * n + 5,))
+    for g, d, n, dtype, scoring in [
+        (1, 64, 16, torch.float32, "int4"),
+        (4, 64, 16, torch.bfloat16, "int4"),
+        (2, 64, 32, torch.float16, "int8"),
+        (8, 256, 16, torch.bfloat16, "int8"),
+        (4, 64, 64, torch.bfloat16, "model"),
+        (3, 64, 128, torch.bfloat16, "int4"),
+    ]
+]
+
+
+@pytest.mark.parametrize(("implementation", "case"), each(ALL, EXACT))
+@pytest.mark.parametrize("reduce", ["logits", "probs"])
+def test_ties_go_to_the_oldest(implementation: str, case: Case, reduce: str) -> None:
+    """All keys alike: every score ties, and the weights are 1 / n. V of token t is t, so the output tells the tokens.
+
+    n_selected = k + 1 tokens: the oldest k - local and the newest local + 1. alpha = (k + 1) / S.
+    """
+    s, k, local = case.lens[0], 21, 6
+    keys = torch.tensor([3.0, 1.0]).repeat(case.head_size // 2).expand(s, 1, -1)
+    values = torch.arange(float(s))[:, None, None].expand(s, 1, case.head_size)
+    tokens = exact_tokens(case, s, keys, values)
+    chosen = [*range(k - local), *range(s - local - 1, s)]
+    position = tokens.value[0][:, 0, 0].double()  # as the model's type holds it
+    run = load("sparq_decode", implementation)
+    for floor in (0.0, 0.5, 1.0):
+        read = SparqRead(r=case.head_size // 4, min_k=k, local=local, alpha_floor=floor, group_reduce=reduce)  # type: ignore[arg-type]
+        out = build(case, tokens, device=device(implementation)).decode(run, read=read).cpu()
+        alpha = max(floor, (k + 1) / s)
+        want = alpha * position[chosen].mean() + (1 - alpha) * position.mean()
+        tolerance = {"rtol": max(1e-5, torch.finfo(case.dtype).eps), "atol": 0.0}
+        torch.testing.assert_close(out, torch.full_like(out, float(want)), **tolerance)
+
+
+@pytest.mark.parametrize(("implementation", "case"), each(ALL, EXACT))
+@pytest.mark.parametrize("seed", [0, 1])
+def test_integers_are_ranked_exactly(implementation: str, case: Case, seed: int) -> None:
+    """Keys of small integers in steps of one (each channel of a page spans all codes): scores are exact in any order
+    and type, many tie, and the k-th place lies among equals that span full pages and the unfinished one.
+    """
+    s, d, n = case.lens[0], case.head_size, case.block_size
+    top = 15.0 if case.scoring == "int4" else 255.0
+    gen = torch.Generator().manual_seed(seed)
+    signs = torch.tensor([1.0, -1.0]).repeat(d // 2)
+    # A score is 2 scale times the sum of signs * key over D / 4 channels: here -2 .. 2 of them, so ties abound.
+    base = torch.randint(0, 3, (s, d // 2), generator=gen).repeat_interleave(2, 1).float()
+    level = torch.randint(-2, 3, (s,), generator=gen)
+    base[:, 0] += level.clamp(0)
+    base[:, 1] += (-level).clamp(0)
+    base[0::n] = 0  # these two have score 0 and make every channel of a page span its codes
+    base[1::n] = top
+    tokens = exact_tokens(case, s, base[:, None], torch.zeros(s, 1, d))
+    score = (base[:, : d // 4] * signs[: d // 4]).sum(1)
+    assert score.abs().max() == 2
+    k = int((score > 0).sum()) + 5  # five places left for the many zeros
+    by_rank = (score[:-1] * s - torch.arange(s - 1)).sort(descending=True).indices
+    world, read = build(case, tokens, device=device(implementation)), SparqRead(r=d // 4, min_k=k, local=0)
+    chosen = tokens_read(load("sparq_decode", implementation), world, read)[0, 0]
+    assert chosen.tolist() == sorted([*by_rank[:k].tolist(), s - 1])
+
+
+SMALL = [
+    replace(TINY[0], lens=(1, 17, 33, 47)),
+    replace(TINY[1], lens=(18, 0, 40)),
+    replace(TINY[2], lens=(31, 65)),
+]
+
+
+@pytest.mark.parametrize(("implementation", "case"), each(ALL, SMALL))
+@pytest.mark.parametrize("beyond", [0, 1])
+def test_with_nothing_left_out_it_is_dense(implementation: str, case: Case, beyond: int) -> None:
+    """k + 1 >= S is dense; k + 1 = S - 1 leaves one token out."""
+    run, longest = load("sparq_decode", implementation), max(case.lens)
+    world = build(case, device=device(implementation))
+    got = world.decode(run, read=SparqRead(r=3, min_k=longest - 1 + beyond, alpha_floor=0.0)).cpu()
+    want = build(case).decode(dense_reference)
+    torch.testing.assert_close(got, want, **tolerances.OUT[case.dtype])
+    read = SparqRead(r=case.head_size, min_k=longest - 2, alpha_floor=1.0)
+    assert not read.is_dense(longest)
+    assert_right(run, case, case.tokens(), read, device(implementation))
+    assert {len(positions) for positions in tokens_read(run, world, read).values()} == {longest - 1}
+
+
+@pytest.mark.parametrize("implementation", ALL)
+@pytest.mark.parametrize("kv_heads", [1, 4])
+def test_with_all_channels_it_is_the_exact_top_k(implementation: str, kv_heads: int) -> None:
+    """r = D on keys of the model's type, no window, one head a group: out = sum of the k largest (and the current)
+    probabilities times V, plus the missing mass times the mean: alpha is the exact mass."""
+    case = Case(heads=kv_heads, kv_heads=kv_heads, scoring="model", lens=(60, 100))
+    tokens, read = case.tokens(), SparqRead(r=64, min_k=9, local=0, alpha_floor=0.0)
+    world = build(case, tokens, device=device(implementation))
+    got = world.decode(load("sparq_decode", implementation), read=read).cpu()
+    for b, (query, key, value) in enumerate(zip(tokens.query, tokens.key, tokens.value, strict=True)):
+        for h in range(kv_heads):
+            p = torch.softmax(case.scale * key[:, h].double() @ query[0, h].double(), 0)
+            kept = torch.zeros_like(p)
+            kept[p[:-1].topk(9).indices] = 1
+            kept[-1] = 1
+            v = value[:, h].double()
+            want = (p * kept) @ v + (p * (1 - kept)).sum() * v.mean(0)
+            torch.testing.assert_close(got[b, h].double(), want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("implementation", "case"), each(ALL, SMALL))
+def test_nothing_but_the_tokens_matters(implementation: str, case: Case) -> None:
+    """Other page ids, other garbage: the same bits. Padding rows are zero, and the gap between rows keeps its NaN."""
+    run, on = load("sparq_decode", implementation), device(implementation)
+    for floor in (0.0, 1.0):
+        read = SparqRead(r=7, min_k=8, alpha_floor=floor)
+        plain = build(case, device=on).decode(run, read=read)
+        assert plain.isfinite().all()
+        assert build(case, poison=HUGE_BYTE, device=on).decode(run, read=read).equal(plain)
+        assert build(case, shuffle=1, device=on).decode(run, read=read).equal(plain)
+        for b, s in enumerate(case.lens):
+            assert s > 0 or not plain[b].any()
+        assert plain._base is not None
+        assert plain._base[:, case.heads].isnan().all()
+
+
+@pytest.mark.parametrize("implementation", ALL)
+def test_pages_without_sums_do_without_the_mean(implementation: str) -> None:
+    case, read = Case(lens=(40, 33), dtype=torch.bfloat16), SparqRead(r=16, min_k=8, alpha_floor=1.0)
+    run, tokens, on = load("sparq_decode", implementation), case.tokens(), device(implementation)
+    with_sums = build(case, tokens, device=on).decode(run, read=read)
+    assert build(replace(case, value_sum=False), tokens, device=on).decode(run, read=read).equal(with_sums)
+
+
+@pytest.mark.parametrize("implementation", ALL)
+def test_a_batch_of_one_is_a_row_of_the_batch(implementation: str) -> None:
+    case, read = replace(SMALL[0], lens=(47, 17, 33)), SparqRead(r=7, min_k=8, alpha_floor=0.0)
+    tokens, run, on = case.tokens(), load("sparq_decode", implementation), device(implementation)
+    together = build(case, tokens, device=on).decode(run, read=read)
+    for b, s in enumerate(case.lens):
+        row = Tokens(tokens.query[b : b + 1], tokens.key[b : b + 1], tokens.value[b : b + 1])
+        alone = build(replace(case, lens=(s,)), row, device=on).decode(run, read=read)
+        torch.testing.assert_close(alone[0], together[b], **tolerances.OUT[case.dtype])
+
+
+@pytest.mark.parametrize("implementation", ALL)
+@pytest.mark.parametrize("group", [3, 4, 8])
+@pytest.mark.parametrize("reduce", ["logits", "probs"])
+def test_a_group_of_equal_heads_is_one_head(implementation: str, group: int, reduce: str) -> None:
+    case = Case(heads=group, kv_heads=1, lens=(40, 33))
+    tokens, run, on = case.tokens(), load("sparq_decode", implementation), device(implementation)
+    read = SparqRead(r=16, min_k=8, alpha_floor=0.0, group_reduce=reduce)  # type: ignore[arg-type]
+    alone = Tokens([q[:, :1] for q in tokens.query], tokens.key, tokens.value)
+    tokens.query = [q[:, :1].repeat(1, group, 1) for q in tokens.query]
+    grouped = build(case, tokens, device=on).decode(run, read=read)
+    single = build(replace(case, heads=1), alone, device=on).decode(run, read=read)
+    torch.testing.assert_close(grouped, single.expand_as(grouped), **tolerances.OUT[case.dtype])
+
+
+@pytest.mark.parametrize("implementation", ALL)
+@pytest.mark.parametrize("kind", ["zero query", "head off the channels", "constant keys", "huge logits"])
+def test_degenerate_scores(implementation: str, kind: str) -> None:
+    case, read = Case(heads=2, kv_heads=1, lens=(40, 65)), SparqRead(r=8, min_k=8, local=2, alpha_floor=0.0)
+    tokens = case.tokens()
+    for query, key in zip(tokens.query, tokens.key, strict=True):
+        if kind == "zero query":
+            query[:] = 0
+        elif kind == "head off the channels":  # the second head has nothing on the channels of the first
+            query[:, 0, :8], query[:, 1, :8] = 50, 0
+        elif kind == "constant keys":
+            key[:] = key[:1].clone()
+        else:
+            query *= 200
+    run = load("sparq_decode", implementation)
+    got = build(case, tokens, device=device(implementation)).decode(run, read=read).cpu()
+    world = build(case, tokens)
+    for b, s in enumerate(case.lens):
+        query = tokens.query[b][0].double().numpy()
+        key, value = (x[b][:, 0].double().numpy() for x in (tokens.key, tokens.value))
+        want = repository(query, ranking(world, key, b, 0)[0], key, value, **numbers(read, s, 64)).out
+        torch.testing.assert_close(got[b].double(), torch.from_numpy(want), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("n_threads", [1, 2, 7])
+def test_threads_do_not_matter(n_threads: int) -> None:
+    case, read = LONG[0], SparqRead(r=32, min_k=64, alpha_floor=0.0)
+    run, world = load("sparq_decode", "cpu"), build(case)
+    other = threaded(run.__wrapped__, n_threads)  # type: ignore[attr-defined]
+    assert n_threads != THREADS
+    torch.testing.assert_close(
+        world.decode(other, read=read), world.decode(run, read=read), **tolerances.OUT[case.dtype]
+    )
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [({"min_k": 9}, "tokens read"), ({"r": 15}, "a better token|off by"), ({"alpha_floor": 0.9}, "off by")],
+)
+def test_a_wrong_answer_is_refused(wrong: dict[str, float], message: str) -> None:
+    """Guard of this file's own check."""
+    case, read = Case(lens=(60,)), SparqRead(r=16, min_k=10, local=0, alpha_floor=0.0)
+
+    def run(*args: object, **kwargs: object) -> None:
+        asked = kwargs.pop("read")
+        floor = max(asked.alpha_floor, wrong.get("alpha_floor", 0.0))  # type: ignore[attr-defined]
+        reference(*args, **kwargs, read=replace(asked, **{**wrong, "alpha_floor": floor}))  # type: ignore[arg-type]
+
+    assert_right(reference, case, case.tokens(), read)
+    with pytest.raises(AssertionError, match=message):
+        assert_right(run, case, case.tokens(), read)
