@@ -1,0 +1,65 @@
+"""What the engine tests share: the model, prompts, options."""
+
+from __future__ import annotations
+
+import os
+import random
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+MODEL = Path(os.environ.get("SPARQ_TEST_MODEL", Path(__file__).parents[2] / "benchmarks" / "tiny_model" / "weights"))
+
+EXACT: dict[str, dict[str, Any]] = {
+    # With nothing left out SparQ is dense attention.
+    "full": {"r": 64, "k": 4096, "scoring": "model", "dense_below": 0},
+    # So little is read that a wrong token, channel, sum or scoring copy changes the answers.
+    "sparse": {"r": 8, "k": 24, "local": 4, "mean_value": "on", "dense_below": 0},
+}
+N_ANSWER = 24
+
+
+def environment() -> None:
+    """Small, offline, in-process engines."""
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ.setdefault("OMP_NUM_THREADS", "2")
+    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+
+
+class Prompts:
+    """Prompts as token ids, and greedy answers to them."""
+
+    def __init__(self, tokenizer: Any, rng: random.Random) -> None:
+        self.tokenizer, self.rng = tokenizer, rng
+
+    def of_length(self, n_tokens: int) -> list[int]:
+        """A task of about n_tokens, cut from the left to exactly that many."""
+        from vllm_sparq.benchmarks import tasks
+
+        task = self.rng.choice(["repetition", "recall", "needle"])
+        room = max(n_tokens + 64, 640)
+        example = tasks.make_example(
+            task,
+            n_tokens=min(room, 4000),
+            count_tokens=lambda text: len(self.tokenizer(text).input_ids),
+            seed=self.rng.randrange(1 << 30),
+        )
+        ids = self.tokenizer(example.prompt).input_ids
+        while len(ids) < n_tokens:
+            ids = ids[:1] + ids
+        return ids[len(ids) - n_tokens :]
+
+    @cached_property
+    def mixed(self) -> list[list[int]]:
+        """Lengths around the block size and far behind it, for runs that are compared with each other."""
+        return [self.of_length(n) for n in (1, 7, 127, 128, 129, 255, 300, 511, 640, 900, 1300)]
+
+    def answers(self, llm: Any, prompts: list[list[int]], n_tokens: int = N_ANSWER) -> list[list[int]]:
+        """Greedy continuations, all prompts in one batch."""
+        from vllm import SamplingParams
+
+        params = SamplingParams(temperature=0, max_tokens=n_tokens, ignore_eos=True, detokenize=False)
+        requests = [{"prompt_token_ids": prompt} for prompt in prompts]
+        return [list(out.outputs[0].token_ids) for out in llm.generate(requests, params, use_tqdm=False)]

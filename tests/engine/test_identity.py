@@ -1,0 +1,45 @@
+"""With nothing left out, SparQ is dense attention: greedy tokens equal those of vLLM's own backend, on every prompt."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import pytest
+
+from tests.engine.support import EXACT, Prompts
+
+pytestmark = pytest.mark.engine
+
+N_PROMPTS = 100
+READS = {
+    "full sparq": EXACT["full"],
+    "dense read": {"read": "dense"},
+    # The scores never decide: every request is below its k, or every context below dense_below.
+    "defaults below the break-even": {"dense_below": 5000},
+}
+
+
+@pytest.fixture(scope="module")
+def hundred(prompts: Prompts) -> list[list[int]]:
+    """Lengths 1 to 4096 minus the answer, evenly spread on a logarithmic scale, in random order."""
+    rng = random.Random(3)
+    lengths = [round(4080 ** (i / (N_PROMPTS - 1))) for i in range(N_PROMPTS)]
+    rng.shuffle(lengths)
+    return [prompts.of_length(n) for n in lengths]
+
+
+@pytest.fixture(scope="module")
+def dense_answers(hundred: list[list[int]], engine: Any, prompts: Prompts) -> list[list[int]]:
+    with engine("CPU_ATTN") as llm:
+        return prompts.answers(llm, hundred, n_tokens=16)
+
+
+@pytest.mark.parametrize("read", READS)
+def test_equals_dense(
+    read: str, hundred: list[list[int]], dense_answers: list[list[int]], engine: Any, prompts: Prompts
+) -> None:
+    with engine("sparq", READS[read], max_num_batched_tokens=1024) as llm:
+        answers = prompts.answers(llm, hundred, n_tokens=16)
+    different = [len(p) for p, a, d in zip(hundred, answers, dense_answers, strict=True) if a != d]
+    assert not different, f"{N_PROMPTS - len(different)} of {N_PROMPTS} equal; prompts of {different} tokens differ"

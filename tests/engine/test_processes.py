@@ -1,0 +1,77 @@
+"""Engine core and workers in processes of their own: the plugin must arrive there, and the class in use must be ours."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from tests.engine.support import EXACT, MODEL
+
+pytestmark = pytest.mark.engine
+
+SCRIPT = """
+import json, sys
+
+def main(settings):
+    from vllm import LLM, SamplingParams
+    llm = LLM(**settings["engine"])
+    params = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True, detokenize=False)
+    outputs = llm.generate([{"prompt_token_ids": p} for p in settings["prompts"]], params, use_tqdm=False)
+    reports = llm.collective_rpc("attention_report")
+    print("RESULT" + json.dumps({"tokens": [list(o.outputs[0].token_ids) for o in outputs], "reports": reports}))
+
+if __name__ == "__main__":
+    main(json.loads(sys.argv[1]))
+"""
+
+
+def run_engine(prompts: list[list[int]], env: dict[str, str] | None = None, **engine_args: object) -> dict:
+    """Tokens and attention reports of an engine in a fresh process, which spawns its core and workers."""
+    settings = {
+        "engine": dict(
+            model=str(MODEL),
+            dtype="float32",
+            enforce_eager=True,
+            max_model_len=2048,
+            kv_cache_memory_bytes=64 << 20,
+            attention_backend="sparq",
+            additional_config={"sparq": EXACT["sparse"]},
+            **engine_args,
+        ),
+        "prompts": prompts,
+    }
+    environment = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "1", "OMP_NUM_THREADS": "1", **(env or {})}
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT, json.dumps(settings)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return json.loads(done.stdout.split("RESULT")[1])
+
+
+@pytest.mark.parametrize("workers", [1, 2], ids=["spawn", "tensor parallel 2"])
+def test_class_in_the_worker(workers: int, prompts, sparse_alone: dict[int, list[int]]) -> None:
+    chosen = [0, 4, 6, 9]
+    result = run_engine([prompts.mixed[i] for i in chosen], tensor_parallel_size=workers)
+    assert len(result["reports"]) == workers
+    for report in result["reports"]:
+        assert len(report) == 4
+        assert {(layer["backend"], layer["impl"]) for layer in report.values()} == {("SPARQ", "SparqImpl")}
+    assert result["tokens"] == [sparse_alone[i] for i in chosen]
+
+
+@pytest.mark.parametrize(
+    "env", [{"VLLM_TARGET_DEVICE": "cpu"}, {"VLLM_PLUGINS": ""}], ids=["platform plugin bypassed", "plugins switched off"]
+)
+def test_never_silently_dense(env: dict[str, str], prompts) -> None:
+    """Where vLLM does not take our platform, a start under our name fails instead of running dense attention."""
+    with pytest.raises(AssertionError, match=r"VLLM_TARGET_DEVICE|SPARQ"):
+        run_engine([prompts.mixed[0]], env=env)

@@ -1,0 +1,115 @@
+"""What cannot be served is refused before the model loads, with the value, the rule and the remedy."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.engine.support import MODEL
+
+pytestmark = pytest.mark.engine
+
+BAD_OPTIONS = [
+    ({"comprssion": 4}, r"unknown sparq option 'comprssion'. Did you mean 'compression'\?.*dense_below"),
+    ({"r": 65}, r"r=65 is larger than the model's head size 64: use r <= 64"),
+    ({"k": 0}, r"k=0 is not usable: .*greater than or equal to 1"),
+    ({"compression": 0.5}, r"compression=0.5 .*greater than or equal to 1"),
+    ({"r": "many"}, r"r='many' .*valid integer"),
+    ({"dense_below": -1}, r"dense_below=-1 .*'auto' or a number of tokens >= 0"),
+]
+
+
+def start(model: Path = MODEL, options: dict | None = None, **engine_args: Any) -> None:
+    from vllm.engine.arg_utils import EngineArgs
+
+    EngineArgs(
+        model=str(model),
+        attention_backend="sparq",
+        additional_config={"sparq": options or {}},
+        skip_tokenizer_init=True,
+        load_format="dummy",
+        **engine_args,
+    ).create_engine_config()
+
+
+@pytest.mark.parametrize(("options", "message"), BAD_OPTIONS, ids=[str(options) for options, _ in BAD_OPTIONS])
+def test_options(options: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        start(options=options)
+
+
+def test_all_reasons_at_once() -> None:
+    with pytest.raises(ValueError, match=r"(?s)k=0.*--kv-cache-dtype fp8.*leave --kv-cache-dtype out"):
+        start(options={"k": 0}, kv_cache_dtype="fp8")
+
+
+def test_block_size() -> None:
+    with pytest.raises(ValueError, match=r"--block-size 24 .*multiple of 16"):
+        start(block_size=24)
+
+
+def altered(folder: Path, **changes: Any) -> Path:
+    """The bundled model's configuration with some values changed."""
+    config = json.loads((MODEL / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **changes}))
+    return folder
+
+
+MODELS: dict[str, tuple[dict[str, Any], str]] = {
+    "head size": (dict(head_dim=40, hidden_size=320), r"head size 40 is not one of \[64, 80, 96, 128, 256\]"),
+    "soft cap": (
+        dict(
+            architectures=["Gemma2ForCausalLM"],
+            model_type="gemma2",
+            attn_logit_softcapping=50.0,
+            query_pre_attn_scalar=64,
+            sliding_window=512,
+        ),
+        r"soft-capped logits \(attn_logit_softcapping=50.0\)",
+    ),
+    "ALiBi": (
+        dict(architectures=["BloomForCausalLM"], model_type="bloom", n_head=8, n_layer=2, hidden_size=512),
+        r"ALiBi adds a bias",
+    ),
+    "MLA": (
+        dict(
+            architectures=["DeepseekV2ForCausalLM"],
+            model_type="deepseek_v2",
+            kv_lora_rank=64,
+            q_lora_rank=64,
+            qk_nope_head_dim=64,
+            qk_rope_head_dim=64,
+            v_head_dim=64,
+        ),
+        r"multi-head latent attention",
+    ),
+    "encoder-decoder": (
+        dict(architectures=["WhisperForConditionalGeneration"], model_type="whisper"),
+        r"encoder-decoder models are not supported",
+    ),
+    "shared KV cache": (
+        dict(
+            architectures=["Gemma3nForCausalLM"],
+            model_type="gemma3n_text",
+            num_kv_shared_layers=2,
+            layer_types=["full_attention"] * 4,
+        ),
+        r"num_kv_shared_layers=2",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", MODELS)
+def test_models(case: str, tmp_path: Path) -> None:
+    changes, message = MODELS[case]
+    with pytest.raises(ValueError, match=message) as failure:
+        start(altered(tmp_path, **changes))
+    assert re.search(r"leave --attention-backend out|set --dtype", str(failure.value)), "no remedy in the message"
+
+
+def test_good_model_is_not_refused() -> None:
+    start()

@@ -1,0 +1,62 @@
+"""A request answers the same however the engine runs it: the promise behind everything vLLM does with blocks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from tests.engine.support import EXACT, Prompts
+
+pytestmark = pytest.mark.engine
+
+RUNS: dict[str, dict[str, Any]] = {
+    "in one batch": {},
+    "chunks of 64": dict(max_num_batched_tokens=64, max_num_seqs=8),
+    "chunks of 256": dict(max_num_batched_tokens=256),
+    "prefix caching": dict(enable_prefix_caching=True, max_num_batched_tokens=256),
+    "compiled": dict(enforce_eager=False),
+    "blocks of 32": dict(block_size=32),
+}
+
+
+def test_sparse_reading_matters(engine: Any, prompts: Prompts, sparse_alone: dict[int, list[int]]) -> None:
+    """The yardstick is worth something: dense answers differ from it, so the reads really are sparse."""
+    with engine("CPU_ATTN") as llm:
+        dense = prompts.answers(llm, prompts.mixed)
+    assert dense[0] == sparse_alone[0]  # one token of context: nothing to leave out
+    assert sum(dense[i] != sparse_alone[i] for i in range(len(dense))) >= 3
+
+
+@pytest.mark.parametrize("run", [run for run in RUNS if run != "blocks of 32"])
+def test_same_answers(run: str, engine: Any, prompts: Prompts, sparse_alone: dict[int, list[int]]) -> None:
+    with engine("sparq", EXACT["sparse"], **RUNS[run]) as llm:
+        first = prompts.answers(llm, prompts.mixed)
+        again = prompts.answers(llm, prompts.mixed)  # with prefix caching: from cached blocks
+    assert first == list(sparse_alone.values())
+    assert again == first
+
+
+def test_prefix_cache_is_hit(engine: Any, prompts: Prompts) -> None:
+    """As many hits as dense attention gets on the same requests."""
+    hits = {}
+    for backend, options in (("sparq", EXACT["sparse"]), ("CPU_ATTN", None)):
+        with engine(backend, options, enable_prefix_caching=True, disable_log_stats=False) as llm:
+            prompts.answers(llm, prompts.mixed)
+            prompts.answers(llm, prompts.mixed)
+            metrics = {m.name: m.value for m in llm.get_metrics() if hasattr(m, "value")}
+            hits[backend] = metrics["vllm:prefix_cache_hits"]
+    assert hits["sparq"] == hits["CPU_ATTN"] > 1000
+
+
+def test_preemption(engine: Any, prompts: Prompts, sparse_alone: dict[int, list[int]]) -> None:
+    """A pool that cannot hold all requests: some are thrown out in the middle of an answer and start again."""
+    chosen = [3, 4, 5, 6, 7]  # 128 to 511 tokens: together more blocks than the pool has once they grow
+    with engine("sparq", EXACT["sparse"], num_gpu_blocks_override=13, disable_log_stats=False, max_model_len=1024) as llm:
+        batch = [prompts.mixed[i] for i in chosen]
+        answers = prompts.answers(llm, batch, n_tokens=150)
+        preemptions = {m.name: m.value for m in llm.get_metrics() if hasattr(m, "value")}["vllm:num_preemptions"]
+        assert preemptions > 0
+        alone = [prompts.answers(llm, [prompt], n_tokens=150)[0] for prompt in batch]
+    assert [answer[:24] for answer in answers] == [sparse_alone[i] for i in chosen]
+    assert answers == alone
