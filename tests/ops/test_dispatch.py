@@ -1,0 +1,178 @@
+"""Which implementation runs, that each of them is there, and the kernels of every instruction set of this CPU."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from vllm_sparq.ops import native
+from vllm_sparq.ops.dispatch import IMPLEMENTATIONS, OVERRIDE, Choice, choose
+
+ROWS = [(op, implementation) for op, rows in IMPLEMENTATIONS.items() for implementation in rows]
+RUNNABLE = [isa for isa, (_, needs) in native.INSTRUCTION_SETS.items() if needs <= native.cpu_flags()]
+
+
+def test_the_table_is_whole() -> None:
+    assert list(IMPLEMENTATIONS) == ["write", "dense_decode", "sparq_decode", "prefill"]
+    for op, rows in IMPLEMENTATIONS.items():
+        assert list(rows) == ["reference", "cpu", "triton"]
+        for implementation, where in rows.items():
+            assert where == f"vllm_sparq.ops.{op}.{implementation}:{op}"
+
+
+@pytest.mark.parametrize(("op", "implementation"), ROWS)
+def test_every_row_has_the_signature_of_its_contract(op: str, implementation: str) -> None:
+    if implementation == "triton":
+        pytest.importorskip("triton", reason="triton is not installed")
+    contract = inspect.signature(getattr(importlib.import_module(f"vllm_sparq.ops.{op}"), op))
+    assert inspect.signature(Choice(op, implementation, "test").load()) == contract
+
+
+@pytest.mark.skipif(not (shutil.which("g++") or os.environ.get("CXX")), reason="no C++ compiler")
+@pytest.mark.parametrize("isa", native.INSTRUCTION_SETS)
+def test_the_kernels_are_built(isa: str) -> None:
+    """Without this, a machine that can compile them would skip every test of the kernels and look green."""
+    path = native.LIBRARIES / f"libsparq_{isa}.so"
+    assert path.is_file(), f"{path} is missing although there is a C++ compiler: python setup.py build_ext --inplace"
+    sources = [p for p in (native.LIBRARIES.parent / "csrc").glob("*") if p.suffix in (".cpp", ".h")]
+    newest = max(sources, key=lambda p: p.stat().st_mtime, default=path)  # an installed package has no sources
+    assert path.stat().st_mtime >= newest.stat().st_mtime, f"{path} is older than {newest}: build the kernels again"
+
+
+@pytest.mark.parametrize("op", IMPLEMENTATIONS)
+def test_the_best_kernels_are_chosen_on_cpu(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(OVERRIDE, raising=False)
+    found, choice = native.find(), choose(op, "cpu")
+    assert choice.op == op
+    assert choice.reason == found.reason
+    assert choice.implementation == ("reference" if found.library is None else "cpu")
+    if RUNNABLE and found.library is not None and not os.environ.get(native.OVERRIDE):
+        assert found.isa == RUNNABLE[0]
+
+
+@pytest.mark.parametrize("op", IMPLEMENTATIONS)
+def test_without_kernels_it_is_the_reference_and_says_so(
+    op: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.delenv(OVERRIDE, raising=False)
+    monkeypatch.delenv(native.OVERRIDE, raising=False)
+    monkeypatch.setattr(native, "LIBRARIES", tmp_path)
+    native.find.cache_clear()
+    try:
+        choice = choose(op, "cpu")
+        assert choice.implementation == "reference"
+        assert "reference" in choice.reason
+        assert "hundreds of times slower" in choice.reason
+    finally:
+        native.find.cache_clear()
+
+
+@pytest.mark.parametrize("op", IMPLEMENTATIONS)
+def test_cuda_is_triton(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(OVERRIDE, raising=False)
+    assert choose(op, "cuda") == Choice(op, "triton", "CUDA device")
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda", "tpu"])
+def test_override(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(OVERRIDE, "reference")
+    assert choose("write", device) == Choice("write", "reference", f"forced by {OVERRIDE}")
+    monkeypatch.setenv(OVERRIDE, "fast")
+    with pytest.raises(ValueError, match=rf"{OVERRIDE}='fast' .*\['reference', 'cpu', 'triton'\]"):
+        choose("write", device)
+
+
+def test_other_devices_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(OVERRIDE, raising=False)
+    with pytest.raises(NotImplementedError, match="write for device 'xpu': vllm-sparq runs on cpu and cuda"):
+        choose("write", "xpu")
+
+
+def test_contracts_run_what_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each contract asks for its own op on the device of its tensors."""
+    from ops.test_checks import CONTRACTS, arguments
+
+    for op, contract in CONTRACTS.items():
+        asked: list[tuple[str, str]] = []
+
+        def spy(op: str, device: str, asked: list[tuple[str, str]] = asked) -> Choice:
+            asked.append((op, device))
+            return Choice(op, "reference", "test")
+
+        monkeypatch.setattr(sys.modules[contract.__module__], "choose", spy)
+        contract(**arguments(op))
+        assert asked == [(op, "cpu")]
+
+
+@pytest.mark.parametrize(
+    ("isa", "message"),
+    [("sse2", r"is not an instruction set: use one of \['avx512_bf16', 'avx512', 'avx2'\]")],
+)
+def test_unknown_instruction_sets_are_refused(isa: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(native.OVERRIDE, isa)
+    native.find.cache_clear()
+    try:
+        with pytest.raises(ValueError, match=rf"{native.OVERRIDE}='{isa}' {message}"):
+            native.find()
+    finally:
+        native.find.cache_clear()
+
+
+def test_instruction_sets_that_the_cpu_lacks_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "cpu_flags", lambda: {"avx2", "fma", "f16c", "bmi2"})
+    monkeypatch.setenv(native.OVERRIDE, "avx512")
+    native.find.cache_clear()
+    try:
+        with pytest.raises(ValueError, match=r"='avx512' cannot run on this CPU: it lacks avx512bw"):
+            native.find()
+    finally:
+        native.find.cache_clear()
+
+
+OTHERS = RUNNABLE[1:] if not os.environ.get(native.OVERRIDE) else []
+"""Instruction sets that the rest of the suite does not run with."""
+
+
+@pytest.mark.parametrize("isa", OTHERS)
+def test_other_instruction_sets_pass_the_op_tests(isa: str) -> None:
+    """The cases of the four ops once more, in a process that loads the library of ``isa``."""
+    if native.find().library is None:
+        pytest.skip(f"no CPU kernels: {native.find().reason}")
+    here = Path(__file__).parent
+    files = [str(here / f"test_{op}.py") for op in IMPLEMENTATIONS]
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "pytest",
+            *files,
+            "-q",
+            "-x",
+            "-k",
+            "cpu and (reference or right)",
+            "-p",
+            "no:cacheprovider",
+        ],
+        env={**os.environ, native.OVERRIDE: isa},
+        capture_output=True,
+        text=True,
+        timeout=500,
+        check=False,
+    )
+    summary = done.stdout.strip().splitlines()[-1] if done.stdout.strip() else done.stderr
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    assert "passed" in summary
+    assert "skipped" not in summary, summary
+
+
+def test_the_interpreter_is_on_without_cuda() -> None:
+    """Else the Triton rows of this folder would not run at all."""
+    assert torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1"

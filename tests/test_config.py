@@ -1,0 +1,234 @@
+"""`config`: defaults, what an option resolves to, and every refusal in words."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from fractions import Fraction
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from vllm_sparq.config import MEASURED_BREAK_EVEN, Options, OptionsError, SparqRead, parse_options
+
+LLAMA = {"head_size": 128, "n_heads": 32, "n_kv_heads": 8}
+MHA = {"head_size": 128, "n_heads": 32, "n_kv_heads": 32}
+
+
+def parse(**options: Any) -> Options:
+    return parse_options({"sparq": options})
+
+
+def test_defaults() -> None:
+    assert Options().model_dump() == {
+        "read": "sparq",
+        "compression": 8.0,
+        "r": None,
+        "k": None,
+        "local": None,
+        "min_k": 128,
+        "scoring": "int4",
+        "mean_value": "auto",
+        "group_reduce": "logits",
+        "dense_layers": 0,
+        "dense_below": "auto",
+    }
+
+
+@pytest.mark.parametrize("nothing", [None, {}, {"sparq": {}}, {"other": {"k": -1}}])
+def test_nothing_given_is_the_defaults(nothing: dict[str, Any] | None) -> None:
+    assert parse_options(nothing) == Options()
+
+
+def test_every_option_is_documented() -> None:
+    for name, field in Options.model_fields.items():
+        assert field.description, f"option {name} has no docstring for `vllm-sparq doctor`"
+
+
+def test_options_are_frozen() -> None:
+    with pytest.raises(ValidationError, match="frozen"):
+        Options().k = 3
+    read = Options().sparq_read(**LLAMA)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        read.r = 3  # type: ignore[misc]
+    with pytest.raises(TypeError):
+        SparqRead(16, 128)  # type: ignore[misc]
+    assert hash(read) == hash(Options().sparq_read(**LLAMA))
+
+
+def test_compression_by_hand() -> None:
+    # c = 8: r = 128 / 8 = 16, k = S / 16, at least 128.
+    read = Options().sparq_read(**LLAMA)
+    assert (read.r, read.min_k, read.k_per_token) == (16, 128, Fraction(1, 16))
+    assert [read.k(s) for s in (1, 2047, 2048, 2063, 2064, 16000, 131072)] == [128, 128, 128, 128, 129, 1000, 8192]
+    # S = 16000: 1000 cached tokens and the current one; a quarter of 1000 and the current one are the newest.
+    assert (read.n_selected(16000), read.n_local(16000)) == (1001, 251)
+    # c = 4 on a head of 80: r = 20, k = S / 8.
+    read = parse(compression=4, min_k=1).sparq_read(head_size=80, n_heads=8, n_kv_heads=8)
+    assert (read.r, read.k_per_token, read.k(999)) == (20, Fraction(1, 8), 124)
+    # c = 3: r = round(128 / 3) = 43, k = S / 6 with no rounding of 1/6: 6 million tokens give exactly a million.
+    read = parse(compression=3, min_k=1).sparq_read(**LLAMA)
+    assert (read.r, read.k(6_000_000), read.k(5_999_999)) == (43, 1_000_000, 999_999)
+    # More compression than channels leaves one.
+    assert parse(compression=1000).sparq_read(**LLAMA).r == 1
+    assert parse(compression=1).sparq_read(**LLAMA).r == 128
+
+
+def test_explicit_numbers_override_compression() -> None:
+    read = parse(r=7, k=50, compression=2, min_k=4000).sparq_read(**LLAMA)
+    assert (read.r, read.k(10), read.k(10**6)) == (7, 50, 50)
+    assert parse(k=50).sparq_read(**LLAMA).r == 16
+    assert parse(r=7).sparq_read(**LLAMA).k(10**6) == 62500
+
+
+def test_local() -> None:
+    assert [parse(k=k).sparq_read(**LLAMA).n_local(1000) for k in (1, 3, 4, 7, 8, 128)] == [1, 1, 2, 2, 3, 33]
+    assert [parse(k=8, local=n).sparq_read(**LLAMA).n_local(1000) for n in (0, 1, 8, 9, 10**6)] == [1, 2, 9, 9, 9]
+
+
+@pytest.mark.parametrize(
+    ("mean_value", "shape", "floor"),
+    [
+        ("on", LLAMA, 0.0),
+        ("off", LLAMA, 1.0),
+        ("auto", LLAMA, 0.5),
+        ("on", MHA, 0.0),
+        ("off", MHA, 1.0),
+        ("auto", MHA, 0.0),
+    ],
+)
+def test_mean_value(mean_value: str, shape: dict[str, int], floor: float) -> None:
+    """auto: the authors' choice of always for one KV head per query head, and never more than half otherwise."""
+    assert parse(mean_value=mean_value).sparq_read(**shape).alpha_floor == floor
+
+
+def test_the_rest_passes_through() -> None:
+    options = parse(group_reduce="probs", dense_below=77, local=3)
+    read = options.sparq_read(**LLAMA)
+    assert (read.group_reduce, read.dense_below, read.local) == ("probs", 77, 3)
+    assert Options().sparq_read(**LLAMA).dense_below == MEASURED_BREAK_EVEN
+    assert parse(dense_below=0).sparq_read(**LLAMA).dense_below == 0
+
+
+slopes = st.floats(1, 64).map(lambda c: Fraction(1 / (2 * c)).limit_denominator(4096))
+reads = st.builds(
+    SparqRead,
+    r=st.just(16),
+    min_k=st.integers(1, 5000),
+    k_per_token=st.one_of(st.just(Fraction(0)), slopes),
+    local=st.one_of(st.none(), st.integers(0, 10_000)),
+    dense_below=st.integers(0, 5000),
+)
+
+
+@given(reads, st.integers(1, 1_000_000))
+def test_numbers_of_a_read(read: SparqRead, s: int) -> None:
+    k, selected, local = read.k(s), read.n_selected(s), read.n_local(s)
+    assert k >= read.min_k
+    assert k == max(read.min_k, int(s * read.k_per_token))  # int truncates, and all is positive
+    assert 1 <= local <= selected <= s
+    assert selected == min(s, k + 1)
+    wanted = k // 4 if read.local is None else read.local
+    assert local == min(s, min(wanted, k) + 1)
+    assert read.is_dense(s) == (s < read.dense_below or selected == s)
+
+
+@given(reads, st.integers(1, 1_000_000))
+def test_more_context_never_reads_less(read: SparqRead, s: int) -> None:
+    assert read.k(s + 1) - read.k(s) in (0, 1)  # the slope is at most 1/2
+    assert read.n_selected(s + 1) >= read.n_selected(s)
+    assert read.n_local(s + 1) >= read.n_local(s)
+    assert read.is_dense(s) or not read.is_dense(s + 1) or read.k(s + 1) > read.k(s)
+
+
+@given(st.floats(1, 1000), st.sampled_from([64, 80, 96, 128, 256]))
+def test_compression_means_what_it_says(compression: float, head_size: int) -> None:
+    read = parse(compression=compression, min_k=1).sparq_read(head_size=head_size, n_heads=8, n_kv_heads=2)
+    assert 1 <= read.r <= head_size
+    assert abs(read.r - head_size / compression) <= 0.5 or read.r == 1
+    assert abs(read.k(65536) - 65536 / (2 * compression)) <= 1 + 65536 / 4096
+
+
+REFUSED = [
+    ({"k": 0}, "k=0", "greater than or equal to 1", "Cached tokens attended to exactly"),
+    ({"r": 0}, "r=0", "greater than or equal to 1", "Query components"),
+    ({"r": 2.0}, "r=2.0", "integer", "Query components"),
+    ({"k": "128"}, "k='128'", "integer", "Cached tokens"),
+    ({"k": True}, "k=True", "integer", "Cached tokens"),
+    ({"local": -1}, "local=-1", "greater than or equal to 0", "newest tokens"),
+    ({"min_k": 0}, "min_k=0", "greater than or equal to 1", "Floor"),
+    ({"compression": 0.5}, "compression=0.5", "greater than or equal to 1", "Bytes of a dense read"),
+    ({"compression": float("inf")}, "compression=inf", "finite", "Bytes of a dense read"),
+    ({"compression": float("nan")}, "compression=nan", "finite|greater", "Bytes of a dense read"),
+    ({"compression": "8"}, "compression='8'", "number", "Bytes of a dense read"),
+    ({"scoring": "int2"}, "scoring='int2'", "'int4', 'int8' or 'model'", "channel-major"),
+    ({"read": "sparse"}, "read='sparse'", "'sparq' or 'dense'", "decode step"),
+    ({"mean_value": True}, "mean_value=True", "'auto', 'on' or 'off'", "probability of unread tokens"),
+    ({"group_reduce": "max"}, "group_reduce='max'", "'logits' or 'probs'", "query group"),
+    ({"dense_layers": -1}, "dense_layers=-1", "greater than or equal to 0", "First layers"),
+    ({"dense_below": -1}, "dense_below=-1", "'auto' or a number of tokens >= 0", "read densely"),
+    ({"dense_below": "never"}, "dense_below='never'", "'auto' or a number of tokens >= 0", "read densely"),
+    ({"dense_below": 1.5}, "dense_below=1.5", "'auto' or a number of tokens >= 0", "read densely"),
+]
+
+
+@pytest.mark.parametrize(("options", "value", "rule", "remedy"), REFUSED, ids=[row[1] for row in REFUSED])
+def test_a_bad_value_is_refused(options: dict[str, Any], value: str, rule: str, remedy: str) -> None:
+    with pytest.raises(OptionsError) as error:
+        parse_options({"sparq": options})
+    message = str(error.value)
+    assert message.startswith(f"sparq option {value} is not usable: ")
+    assert re.search(rule, message), message
+    assert remedy in message, message
+    assert message.count("sparq option") == 1, "one finding per option"
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [
+        ("topk", None),
+        ("compresion", "compression"),
+        ("K", None),
+        ("minK", "min_k"),
+        ("mean", "mean_value"),
+        ("locals", "local"),
+    ],
+)
+def test_an_unknown_option_is_refused(given: str, meant: str | None) -> None:
+    with pytest.raises(OptionsError) as error:
+        parse_options({"sparq": {given: 1}})
+    message = str(error.value)
+    assert f"unknown sparq option {given!r}." in message
+    assert ("Did you mean" in message) == (meant is not None)
+    if meant:
+        assert f"Did you mean {meant!r}?" in message
+    for name in Options.model_fields:
+        assert name in message.split("Known options: ")[1].split(", ")
+
+
+def test_all_findings_at_once() -> None:
+    with pytest.raises(OptionsError) as error:
+        parse_options({"sparq": {"k": 0, "rr": 1, "dense_below": "x"}})
+    message = str(error.value)
+    assert all(part in message for part in ("k=0", "'rr'", "dense_below='x'"))
+    assert len(message.split("; ")) == 3
+
+
+@pytest.mark.parametrize("value", ["compression=4", 4, ["k"], True])
+def test_something_else_than_an_object_is_refused(value: object) -> None:
+    with pytest.raises(OptionsError, match=re.escape(f"must be an object of options, got {value!r}")) as error:
+        parse_options({"sparq": value})
+    assert '{"sparq": {"compression": 4}}' in str(error.value)
+
+
+def test_r_beyond_the_head_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"r=129 is larger than the model's head size 128: use r <= 128"):
+        parse(r=129).sparq_read(**LLAMA)
+    assert parse(r=128).sparq_read(**LLAMA).r == 128
+
+
+def test_errors_are_value_errors() -> None:
+    assert issubclass(OptionsError, ValueError)
