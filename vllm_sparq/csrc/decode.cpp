@@ -63,10 +63,11 @@ State Decode::new_state(float* memory) const {
   return state;
 }
 
-Group Decode::group(int request, int head, void* memory) const {
+Group Decode::group(int request, int head, Arena& arena) const {
+  auto* memory = arena.take<uint8_t>(group_bytes());
   for (int h = 0; h < group_size(); ++h)
     kernels.load_query(query.at(request, head * group_size() + h), pages.head_size,
-                       (uint8_t*)memory + (size_t)h * pages.head_size * kernels.query_bytes);
+                       memory + (size_t)h * pages.head_size * kernels.query_bytes);
   return {memory, group_size(), pages.head_size, scale};
 }
 
@@ -110,6 +111,24 @@ void attend_range(const Decode& call, const Group& group, const State& state, co
     if (more) next->range(sequence, first + TILE, last, bytes);
     call.kernels.absorb(group, state, now->at, now->n, more ? next->at : nullptr);
   }
+}
+
+void attend_part(const Decode& call, const Task& task, float* part_state) {
+  thread_local Scratch scratch;
+  Arena arena = scratch.arena(call.group_bytes() + call.state_bytes());
+  const Group group = call.group(task.request, task.head, arena);
+  const bool whole = task.n_parts == 1;
+  const State state = call.new_state(whole ? arena.take<float>(call.state_floats()) : part_state);
+  attend_range(call, group, state, call.sequence(task.request, task.head), task.first, task.last);
+  if (whole) call.finish(task.request, task.head, state, nullptr, nullptr);
+}
+
+void merge_parts(const Decode& call, const Task& first, float* part_states, size_t stride) {
+  const int n_heads = call.group_size(), d = call.pages.head_size;
+  const State state = State::in(part_states, n_heads, d);
+  for (int part = 1; part < first.n_parts; ++part)
+    merge(state, State::in(part_states + part * stride, n_heads, d), n_heads, d);
+  call.finish(first.request, first.head, state, nullptr, nullptr);
 }
 
 void attend_tokens(const Decode& call, const Group& group, const State& state, const Sequence& sequence,

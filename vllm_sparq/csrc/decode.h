@@ -23,13 +23,14 @@ struct Decode {
 
   int group_size() const { return n_heads / pages.n_kv_heads; }
   size_t element_bytes() const { return pages.dtype == DType::fp32 ? 4 : 2; }
-  size_t query_bytes() const { return (size_t)group_size() * pages.head_size * kernels.query_bytes; }
+  size_t group_bytes() const { return round_up((size_t)group_size() * pages.head_size * kernels.query_bytes, 64); }
   size_t state_floats() const { return State::n_floats(group_size(), pages.head_size); }
+  size_t state_bytes() const { return state_floats() * sizeof(float); }
   State new_state(float* memory) const;
   Sequence sequence(int request, int head) const { return {&pages, requests.blocks(request), head}; }
 
-  // The query group of a KV head, in `memory` of query_bytes().
-  Group group(int request, int head, void* memory) const;
+  // The query group of a KV head, in group_bytes() of the arena.
+  Group group(int request, int head, Arena& arena) const;
   // Rounds the outputs of a query group; weights [H/G] and rest [D] as in AttendKernels::finish, null for 1 and 0.
   void finish(int request, int head, const State& state, const float* weights, const float* rests) const;
   void zero_out(int request) const;
@@ -56,6 +57,12 @@ inline int team_size(size_t n_tasks) {
 // Dense attention over tokens first .. last.
 void attend_range(const Decode& call, const Group& group, const State& state, const Sequence& sequence, int first,
                   int last);
+
+// Dense attention over one task. A whole context is finished; of a part, the state goes to `part_state`.
+void attend_part(const Decode& call, const Task& task, float* part_state);
+
+// Finishes a context whose parts left their states `stride` floats apart.
+void merge_parts(const Decode& call, const Task& first, float* part_states, size_t stride);
 
 // Attention over the tokens listed, in any order.
 void attend_tokens(const Decode& call, const Group& group, const State& state, const Sequence& sequence,

@@ -89,9 +89,9 @@ void quantize(const Pages& pages, uint8_t* page) {
   thread_local Scratch scratch;
   const int d = pages.head_size, n = pages.block_size;
   const int rows = pages.scoring_type == Scoring::int4 ? n / 2 : n;
-  scratch.reserve((size_t)rows * d + 2 * sizeof(fp16) * (size_t)d);
-  uint8_t* codes = scratch.take<uint8_t>((size_t)rows * d);
-  fp16 *steps = scratch.take<fp16>(d), *zeros = scratch.take<fp16>(d);
+  Arena arena = scratch.arena(Arena::room<uint8_t>((size_t)rows * d) + 2 * Arena::room<fp16>(d));
+  uint8_t* codes = arena.take<uint8_t>((size_t)rows * d);
+  fp16 *steps = arena.take<fp16>(d), *zeros = arena.take<fp16>(d);
   const T* keys = (const T*)(page + pages.records);
   for (int c = 0; c < d; c += W)
     quantize_channels(keys + c, 2 * (int64_t)d, n, pages.scoring_type, codes + c, d, steps + c, zeros + c);

@@ -4,13 +4,38 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstdlib>
-#include <new>
 
 namespace sparq {
 
 inline size_t round_up(size_t n, size_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
-// A buffer for `reserve`d bytes, cut into cache-line aligned pieces by `take`.
+// Memory handed out in cache-line aligned pieces. Nobody gives a piece back.
+class Arena {
+ public:
+  Arena() = default;
+  Arena(uint8_t* memory, size_t n_bytes) : next_(memory), left_(n_bytes) {}
+
+  template <class T>
+  T* take(size_t n) {
+    const size_t n_bytes = round_up(n * sizeof(T), LINE);
+    if (n_bytes > left_) abort();  // a size computed wrongly here must not become a wild write
+    T* piece = (T*)next_;
+    next_ += n_bytes, left_ -= n_bytes;
+    return piece;
+  }
+
+  // Room for n of T, for those who add up what they will take.
+  template <class T>
+  static size_t room(size_t n) {
+    return round_up(n * sizeof(T), LINE);
+  }
+
+ private:
+  static constexpr size_t LINE = 64;
+  uint8_t* next_ = nullptr;
+  size_t left_ = 0;
+};
+
 class Scratch {
  public:
   Scratch() = default;
@@ -18,28 +43,20 @@ class Scratch {
   Scratch& operator=(const Scratch&) = delete;
   ~Scratch() { free(memory_); }
 
-  // Forgets what was taken; room for n_bytes in at most 64 pieces.
-  void reserve(size_t n_bytes) {
-    used_ = 0;
-    n_bytes += 64 * 64;
-    if (n_bytes <= size_) return;
-    free(memory_);
-    size_ = round_up(n_bytes + n_bytes / 4, 4096);
-    memory_ = (uint8_t*)aligned_alloc(4096, size_);
-    if (memory_ == nullptr) abort();
-  }
-
-  template <class T>
-  T* take(size_t n) {
-    T* piece = (T*)(memory_ + used_);
-    used_ += round_up(n * sizeof(T), 64);
-    if (used_ > size_) abort();
-    return piece;
+  // All of it, at least n_bytes; what an earlier arena handed out is void.
+  Arena arena(size_t n_bytes) {
+    if (n_bytes > size_) {
+      free(memory_);
+      size_ = round_up(n_bytes + n_bytes / 4, 4096);
+      memory_ = (uint8_t*)aligned_alloc(4096, size_);
+      if (memory_ == nullptr) abort();
+    }
+    return {memory_, size_};
   }
 
  private:
   uint8_t* memory_ = nullptr;
-  size_t size_ = 0, used_ = 0;
+  size_t size_ = 0;
 };
 
 }  // namespace sparq

@@ -1,0 +1,36 @@
+// Steps 1 and 2 of a SparQ read: which channels rank the tokens, and the approximate scores of all tokens.
+#pragma once
+
+#include "decode.h"
+#include "paged.h"
+#include "scratch.h"
+
+namespace sparq {
+
+// The scaled query of a group on its channels. One row per query head, or one row for their sum where nothing needs the
+// scores of single heads: the sum of scores is the score of the summed query.
+struct Ranking {
+  const Pages* pages;
+  int r;
+  int n_rows;
+  int32_t* row_offsets;  // [r] bytes from the scoring copy to the row of a channel, ascending
+  int32_t* channels;     // [r] ascending
+  float* query;          // [n_rows, stride] on the channels, with temperature
+  float* whole_query;    // [n_rows, D], the same with zeros elsewhere
+  float* weights;        // [n_rows, stride] scratch: query times step of the page being scored
+  float* bias;           // [n_rows] scratch
+  fp16* ranges;          // [2, stride] scratch
+  int stride;
+
+  static size_t n_bytes(int head_size, int n_rows);
+  static Ranking in(Arena& arena, const Pages& pages, int r, int n_rows);
+};
+
+// Chooses the channels of a query group and scales its heads; takes its memory from `arena`.
+Ranking make_ranking(const Decode& call, int request, int head, int r, bool per_head, Arena& arena);
+
+// scores[row][slot] of all tokens of a full page, from its scoring copy; rows are `stride` floats apart and may be
+// overwritten up to N + 16. The page `ahead` is prefetched, unless null.
+void score_page(const Ranking& ranking, const uint8_t* page, const uint8_t* ahead, float* scores, int stride);
+
+}  // namespace sparq

@@ -1,0 +1,298 @@
+// vllm_sparq/ops/sparq_decode: rank all tokens with a few channels of the scoring copy, attend to the best.
+#include <algorithm>
+#include <cmath>
+
+#include "decode.h"
+#include "ranking.h"
+#include "select.h"
+#include "simd.h"
+
+namespace sparq {
+namespace {
+
+// vllm_sparq/config.py: SparqRead.
+struct Read {
+  int r;
+  int64_t min_k, slope, slope_divisor;
+  int64_t local;  // -1: a quarter of k
+  int64_t dense_below;
+  float alpha_floor;
+  bool probs;
+
+  int64_t k(int len) const { return std::max(min_k, len * slope / slope_divisor); }
+  int n_selected(int len) const { return (int)std::min<int64_t>(len, k(len) + 1); }
+  int n_local(int len) const {
+    return (int)std::min<int64_t>(len, (local < 0 ? k(len) / 4 : std::min(local, k(len))) + 1);
+  }
+  bool is_dense(int len) const { return len < dense_below || len <= k(len) + 1; }
+  bool has_mean() const { return alpha_floor < 1.0f; }
+  bool per_head() const { return has_mean() || probs; }
+};
+
+// What ranking one part of a context leaves behind.
+struct Ranked {
+  Candidates candidates;  // probs: empty, since probabilities need the sums of all parts
+  SoftmaxSums sums;
+};
+
+struct Sparq {
+  Decode call;
+  Read read;
+
+  int n_rows() const { return read.per_head() ? call.group_size() : 1; }
+  int n_kept_rows() const { return read.has_mean() ? n_rows() : 0; }
+  int scores_stride() const { return call.pages.block_size + 32; }
+  size_t ranked_bytes(int len) const {
+    return Candidates::n_bytes(capacity(len), n_kept_rows()) + SoftmaxSums::n_bytes(n_rows());
+  }
+  Ranked new_ranked(int len, Arena& arena) const {
+    const Candidates candidates = Candidates::in(arena, read.n_selected(len), capacity(len), n_kept_rows());
+    return {candidates, SoftmaxSums::in(arena, n_rows())};
+  }
+
+ private:
+  int capacity(int len) const { return Candidates::capacity_for(read.n_selected(len), call.pages.block_size); }
+};
+
+// Scores of all heads and all tokens of one KV head of one request, kept for `probs` only: [n_rows, stride].
+struct AllScores {
+  float* data = nullptr;
+  size_t stride = 0;
+
+  static size_t n_bytes(const Sparq& op, int len) {
+    return op.read.probs ? Arena::room<float>(op.n_rows() * stride_for(len)) : 0;
+  }
+  static AllScores in(const Sparq& op, int len, Arena& arena) {
+    if (!op.read.probs) return {};
+    return {arena.take<float>(op.n_rows() * stride_for(len)), stride_for(len)};
+  }
+
+ private:
+  static size_t stride_for(int len) { return round_up((size_t)len, 16) + 16; }
+};
+
+// Step 2 for the tokens of one block: into `scores`, from the scoring copy if the block is full, else from K itself.
+void score_block(const Sparq& op, const Ranking& ranking, const Sequence& sequence, int block, int len, float* scores) {
+  const Pages& pages = op.call.pages;
+  const int n = pages.block_size, stride = op.scores_stride(), n_here = std::min(n, len - block * n);
+  const uint8_t* page = sequence.page(block);
+  if (n_here == n) {
+    const bool next_is_full = (block + 2) * n <= len;
+    score_page(ranking, page, next_is_full ? sequence.page(block + 1) : nullptr, scores, stride);
+    return;
+  }
+  const size_t record_bytes = 2 * pages.head_size * op.call.element_bytes();
+  for (int first = 0; first < n_here; first += 64) {
+    const uint8_t* rows[64];
+    for (int i = 0; i < 64; ++i)
+      rows[i] = page + pages.records + (size_t)std::min(first + i, n_here - 1) * record_bytes;
+    op.call.kernels.dot(ranking.whole_query, ranking.n_rows, pages.head_size, rows, std::min(64, n_here - first),
+                        scores + first, stride);
+  }
+}
+
+// group[i] = sum over rows of scores[row][i]; infinite for the newest tokens, from `first_local` on.
+void sum_rows(const float* scores, int n_rows, int stride, int count, int first_local, float* group) {
+  for (int i = 0; i < count; i += W) {
+    Vec sum = load(scores + i);
+    for (int row = 1; row < n_rows; ++row) sum = add(sum, load(scores + (size_t)row * stride + i));
+    store(group + i, sum);
+  }
+  for (int i = std::max(first_local, 0); i < count; ++i) group[i] = INFINITY;
+}
+
+// Steps 1 to 3 over one part of a context.
+void rank_part(const Sparq& op, const Task& task, int len, Ranked& ranked, const AllScores& all) {
+  thread_local Scratch scratch;
+  const int n = op.call.pages.block_size, stride = op.scores_stride();
+  Arena arena = scratch.arena(Ranking::n_bytes(op.call.pages.head_size, op.n_rows()) +
+                              Arena::room<float>((size_t)op.n_rows() * stride) + Arena::room<float>(stride));
+  const Ranking ranking = make_ranking(op.call, task.request, task.head, op.read.r, op.read.per_head(), arena);
+  float *scores = arena.take<float>((size_t)ranking.n_rows * stride), *group = arena.take<float>(stride);
+  const Sequence sequence = op.call.sequence(task.request, task.head);
+  const int first_local = len - op.read.n_local(len);
+  for (int first = task.first; first < task.last; first += n) {
+    const int count = std::min(n, task.last - first);
+    score_block(op, ranking, sequence, first / n, len, scores);
+    if (op.read.per_head()) ranked.sums.add_scores(scores, stride, count);
+    if (op.read.probs) {
+      for (int row = 0; row < ranking.n_rows; ++row)
+        std::copy_n(scores + (size_t)row * stride, count, all.data + row * all.stride + first);
+    } else {
+      sum_rows(scores, ranking.n_rows, stride, count, first_local - first, group);
+      ranked.candidates.push(group, scores, stride, first, count);
+    }
+  }
+  ranked.candidates.keep_best();
+}
+
+// Step 3 with group_reduce = probs: summed probabilities instead of summed scores.
+void push_probs(const Sparq& op, int len, Ranked& ranked, const AllScores& all) {
+  constexpr int STRIP = 128;
+  alignas(64) float group[STRIP];
+  const int first_local = len - op.read.n_local(len);
+  for (int first = 0; first < len; first += STRIP) {
+    const int count = std::min(STRIP, len - first);
+    std::fill_n(group, STRIP, 0.0f);
+    for (int row = 0; row < op.n_rows(); ++row) {
+      const Vec peak = set1(ranked.sums.peak[row]), total = set1(ranked.sums.total_of(row));
+      for (int i = 0; i < count; i += W)
+        store(group + i, add(load(group + i),
+                             div(exp_negative(sub(load(all.data + row * all.stride + first + i), peak)), total)));
+    }
+    for (int i = std::max(first_local - first, 0); i < count; ++i) group[i] = INFINITY;
+    ranked.candidates.push(group, all.data + first, (int)all.stride, first, count);
+  }
+  ranked.candidates.keep_best();
+}
+
+// Step 5: alpha of each head, and (1 - alpha) times the mean of V.
+void mean_value(const Sparq& op, const Sequence& sequence, int len, const Ranked& ranked, float* alphas, float* rests,
+                float* mean) {
+  const Pages& pages = op.call.pages;
+  const int d = pages.head_size, last = (len - 1) / pages.block_size;
+  const size_t row_bytes = d * op.call.element_bytes();
+  const uint8_t* page = sequence.page(last);
+  memcpy(mean, page + pages.value_sum, d * sizeof(float));
+  for (int slot = 0; slot < len - last * pages.block_size; ++slot)
+    op.call.kernels.add_row(page + pages.records + (2 * slot + 1) * row_bytes, d, mean);
+  const Candidates& chosen = ranked.candidates;
+  for (int h = 0; h < op.call.group_size(); ++h) {
+    const float* scores = chosen.head_scores + (size_t)h * (chosen.capacity + 16);
+    const Vec peak = set1(ranked.sums.peak[h]);
+    Vec sum = zero();
+    for (int i = 0; i < chosen.n; i += W) {
+      const Vec x = exp_negative(sub(load(scores + i), peak));
+      sum = add(sum, select((1u << std::min(W, chosen.n - i)) - 1, x, zero()));
+    }
+    alphas[h] = std::min(std::max(reduce_add(sum) / ranked.sums.total_of(h), op.read.alpha_floor), 1.0f);
+    const Vec factor = set1((1.0f - alphas[h]) / (float)len);
+    for (int c = 0; c < d; c += W) store(rests + (size_t)h * d + c, mul(load(mean + c), factor));
+  }
+}
+
+// Steps 4 and 5 for one KV head of one request.
+void finish_request(const Sparq& op, const Task& task, int len, const Ranked& ranked) {
+  thread_local Scratch scratch;
+  const Decode& call = op.call;
+  const size_t d = call.pages.head_size, n_heads = call.group_size();
+  Arena arena = scratch.arena(call.group_bytes() + call.state_bytes() + Arena::room<float>(n_heads) +
+                              Arena::room<float>(n_heads * d) + Arena::room<float>(d));
+  const Group group = call.group(task.request, task.head, arena);
+  const State state = call.new_state(arena.take<float>(call.state_floats()));
+  const Sequence sequence = call.sequence(task.request, task.head);
+  attend_tokens(call, group, state, sequence, ranked.candidates.token, ranked.candidates.n);
+  float *alphas = nullptr, *rests = nullptr;
+  if (op.read.has_mean()) {
+    alphas = arena.take<float>(n_heads), rests = arena.take<float>(n_heads * d);
+    mean_value(op, sequence, len, ranked, alphas, rests, arena.take<float>(d));
+  }
+  call.finish(task.request, task.head, state, alphas, rests);
+}
+
+// A part of a cut context, kept until all parts are there.
+struct Part {
+  uint8_t* memory;
+  size_t n_bytes;
+  AllScores scores;
+  Ranked ranked;
+};
+
+void run_whole(const Sparq& op, const Task& task, int len) {
+  thread_local Scratch scratch;
+  Arena arena = scratch.arena(op.ranked_bytes(len) + AllScores::n_bytes(op, len));
+  Ranked ranked = op.new_ranked(len, arena);
+  const AllScores scores = AllScores::in(op, len, arena);
+  rank_part(op, task, len, ranked, scores);
+  if (op.read.probs) push_probs(op, len, ranked, scores);
+  finish_request(op, task, len, ranked);
+}
+
+void run_part(const Sparq& op, const Task& task, int len, Part& part) {
+  Arena arena(part.memory, part.n_bytes);
+  part.ranked = op.new_ranked(len, arena);
+  rank_part(op, task, len, part.ranked, part.scores);
+}
+
+// What the parts of a context found, as if one had found it; candidates stay in the order of the tokens.
+void merge_ranked(const Sparq& op, const Task& first, int len, const Part* parts) {
+  thread_local Scratch scratch;
+  const int wanted = op.read.n_selected(len), capacity = std::max(first.n_parts, 2) * wanted + 128;
+  Arena arena = scratch.arena(Candidates::n_bytes(capacity, op.n_kept_rows()));
+  Ranked ranked{Candidates::in(arena, wanted, capacity, op.n_kept_rows()), parts[0].ranked.sums};
+  for (int i = 0; i < first.n_parts; ++i) {
+    ranked.candidates.push(parts[i].ranked.candidates);
+    if (i > 0) ranked.sums.merge(parts[i].ranked.sums);
+  }
+  if (op.read.probs) push_probs(op, len, ranked, parts[0].scores);
+  ranked.candidates.keep_best();
+  finish_request(op, first, len, ranked);
+}
+
+// Memory for the parts of cut contexts; those of one context lie equally far apart.
+void place_parts(const Sparq& op, const std::vector<Task>& tasks, Scratch& scratch, std::vector<Part>& parts) {
+  parts.assign(tasks.size(), Part{});
+  size_t total = 0;
+  auto place = [&](auto&& each) {
+    for (size_t i = 0; i < tasks.size(); ++i) {
+      const int len = op.call.requests.lens[tasks[i].request];
+      if (tasks[i].n_parts > 1) each(tasks[i], len, parts[i], op.read.is_dense(len));
+    }
+  };
+  place([&](const Task& task, int len, Part& part, bool dense) {
+    part.n_bytes = dense ? op.call.state_bytes() : op.ranked_bytes(len);
+    total += part.n_bytes + (task.part == 0 && !dense ? AllScores::n_bytes(op, len) : 0);
+  });
+  Arena arena = scratch.arena(total);
+  place([&](const Task&, int, Part& part, bool) { part.memory = arena.take<uint8_t>(part.n_bytes); });
+  AllScores scores;
+  place([&](const Task& task, int len, Part& part, bool dense) {
+    if (task.part == 0 && !dense) scores = AllScores::in(op, len, arena);
+    part.scores = scores;
+  });
+}
+
+void sparq_decode(const Sparq& op) {
+  thread_local std::vector<Task> tasks;
+  thread_local std::vector<Part> kept;
+  thread_local Scratch scratch;
+  const Decode& call = op.call;
+  plan_tasks(call.requests, call.pages.n_kv_heads, call.pages.block_size, omp_get_max_threads(), tasks);
+  place_parts(op, tasks, scratch, kept);
+  const Task* const task = tasks.data();
+  Part* const parts = kept.data();
+  const int n_tasks = (int)tasks.size();
+#pragma omp parallel num_threads(team_size(tasks.size()))
+  {
+#pragma omp for schedule(dynamic, 1)
+    for (int i = 0; i < n_tasks; ++i) {
+      const int len = call.requests.lens[task[i].request];
+      if (op.read.is_dense(len)) attend_part(call, task[i], (float*)parts[i].memory);
+      else if (task[i].n_parts == 1) run_whole(op, task[i], len);
+      else run_part(op, task[i], len, parts[i]);
+    }
+#pragma omp for schedule(dynamic, 1)
+    for (int i = 0; i < n_tasks; ++i) {
+      const int len = call.requests.lens[task[i].request];
+      if (task[i].part > 0 || task[i].n_parts == 1) continue;
+      if (op.read.is_dense(len)) merge_parts(call, task[i], (float*)parts[i].memory, call.state_floats());
+      else merge_ranked(op, task[i], len, parts + i);
+    }
+  }
+  for (int b = 0; b < call.requests.n; ++b)
+    if (call.requests.lens[b] == 0) call.zero_out(b);
+}
+
+}  // namespace
+}  // namespace sparq
+
+SPARQ_API void sparq_sparq_decode(const sparq::Pages* pages, const void* query, int64_t query_row, int64_t query_head,
+                                  void* out, int64_t out_row, int64_t out_head, int32_t n_requests, int32_t n_heads,
+                                  const int32_t* block_table, int64_t table_stride, const int32_t* seq_lens,
+                                  float scale, int32_t r, int64_t min_k, int64_t slope, int64_t slope_divisor,
+                                  int64_t local, int64_t dense_below, double alpha_floor, int32_t probs) {
+  const sparq::Requests requests{block_table, table_stride, seq_lens, n_requests};
+  sparq::sparq_decode({sparq::decode_call(*pages, requests, query, query_row, query_head, out, out_row, out_head,
+                                          n_heads, scale),
+                       {r, min_k, slope, slope_divisor, local, dense_below, (float)alpha_floor, probs != 0}});
+}

@@ -1,0 +1,41 @@
+"""`vllm_sparq.ops.sparq_decode.sparq_decode` in C++: csrc/sparq_decode.cpp."""
+
+from __future__ import annotations
+
+import torch
+
+from vllm_sparq.config import SparqRead
+from vllm_sparq.layout import Pages
+from vllm_sparq.ops import native
+
+SIGNATURE = "p pll pll ii plp f illlll di".replace(" ", "")
+"""pages | query | out | B, H | block_table, seq_lens | scale | r, min_k, k_per_token (2), local, dense_below | the rest"""
+
+
+def sparq_decode(
+    query: torch.Tensor,
+    pages: Pages,
+    block_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    *,
+    read: SparqRead,
+    scale: float,
+    out: torch.Tensor,
+) -> None:
+    native.function("sparq_sparq_decode", SIGNATURE)(
+        native.pages_address(pages),
+        *native.heads(query),
+        *native.heads(out),
+        *query.shape[:2],
+        block_table.data_ptr(),
+        block_table.stride(0),
+        seq_lens.data_ptr(),
+        scale,
+        read.r,
+        read.min_k,
+        *read.k_per_token.as_integer_ratio(),
+        -1 if read.local is None else read.local,
+        read.dense_below,
+        read.alpha_floor,
+        read.group_reduce == "probs",
+    )
