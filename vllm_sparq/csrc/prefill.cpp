@@ -145,13 +145,15 @@ struct Buffers {
     const size_t n_keys = Loader::key_bytes(d), n_values = Loader::value_bytes(d) / 4;
     const size_t n_query = (size_t)ROWS * d, n_staging = (size_t)PANEL * d, n_scores = (size_t)Model<T>::tile * PANEL;
     const size_t n_partial = Partial::floats(ROWS, d);
-    scratch.reserve(n_keys + 4 * (n_values + n_query + n_staging + n_scores + n_partial));
-    keys = scratch.take<char>(n_keys);
-    values = scratch.take<float>(n_values);
-    query = scratch.take<float>(n_query);
-    staging = scratch.take<float>(n_staging);
-    scores = scratch.take<float>(n_scores);
-    partial = scratch.take<float>(n_partial);
+    Arena arena = scratch.arena(Arena::room<char>(n_keys) + Arena::room<float>(n_values) + Arena::room<float>(n_query) +
+                                Arena::room<float>(n_staging) + Arena::room<float>(n_scores) +
+                                Arena::room<float>(n_partial));
+    keys = arena.take<char>(n_keys);
+    values = arena.take<float>(n_values);
+    query = arena.take<float>(n_query);
+    staging = arena.take<float>(n_staging);
+    scores = arena.take<float>(n_scores);
+    partial = arena.take<float>(n_partial);
   }
 };
 
@@ -214,8 +216,13 @@ void run_task(const Call<T>& call, const Task& task, float* parts) {
                           ? loader.load(sequence, t * TILE, std::min(TILE, context - t * TILE))
                           : loader.load(call.key, call.value, task.kv_head, token0 + first, context + first,
                                         std::min(TILE, seen - first));
+    const int next = (t + 1) * TILE;
+    const Ahead ahead = t + 1 < std::min(task.end_tile, context_tiles)
+                            ? loader.ahead(sequence, next, std::min(TILE, context - next))
+                            : Ahead{};
     for (int p = 0; p < n_panels; ++p) {
-      attend<typename Model<T>::M, Model<T>::degree>(panels[p], tile, d, call.scale * LOG2_E, buffers.scores);
+      attend<typename Model<T>::M, Model<T>::degree>(panels[p], tile, d, call.scale * LOG2_E, p == 0 ? ahead : Ahead{},
+                                                     buffers.scores);
     }
   }
   if (task.part < 0) close_panels(call, task, buffers, partial);
@@ -256,8 +263,7 @@ void run(const Call<T>& call) {
   whole_tasks(call, threads, plan.tasks);
   balance(plan, threads);
   const size_t n_floats = plan.n_parts * Partial::floats(MAX_VECS * W, call.head_size());
-  scratch.reserve(n_floats * sizeof(float));
-  float* const parts = scratch.take<float>(n_floats);
+  float* const parts = scratch.arena(Arena::room<float>(n_floats)).template take<float>(n_floats);
   const int n_tasks = (int)plan.tasks.size(), n_merges = (int)plan.merges.size();
 #pragma omp parallel num_threads(std::min(threads, std::max(n_tasks, 1)))
   {

@@ -42,6 +42,13 @@ struct Group {
   ptrdiff_t token_bytes;  // to the next
 };
 
+// Memory that the next tile will read, one piece per group of this tile; fetched while this one is multiplied.
+struct Ahead {
+  const char* const* pieces;  // nullptr: nothing
+  int n;
+  int bytes;  // of a piece
+};
+
 // Tokens `first` to `first + n` of one request and KV head.
 struct Tile {
   int first, n;
@@ -60,12 +67,14 @@ struct Panel {
   float* sums;          // [rows] of the weights
 };
 
-// sums[i][v] = A[i][:] . B[:][v] over `cells`; A by bytes between rows and between cells, B dense.
-template <class M, int MR, int NV>
-SPARQ_INLINE void multiply(Vec (&sums)[MR][NV], const char* a, ptrdiff_t row, ptrdiff_t cell, const float* b, int cells) {
+// sums[i][v] = A[i][:] . B[:][v] over `cells`; A by bytes between rows and between cells, B dense. `each(c)` runs between.
+template <class M, int MR, int NV, class F>
+SPARQ_INLINE void multiply(Vec (&sums)[MR][NV], const char* a, ptrdiff_t row, ptrdiff_t cell, const float* b, int cells,
+                           F&& each) {
   for (auto& line : sums)
     for (auto& sum : line) sum = zero();
   for (int c = 0; c < cells; ++c, a += cell, b += NV * W) {
+    each(c);
     Vec right[NV];
 #pragma GCC unroll 4
     for (int v = 0; v < NV; ++v) right[v] = load(b + v * W);
@@ -115,14 +124,24 @@ SPARQ_INLINE Vec exp2_negative(Vec x) {
 }
 
 // scores [n][rows], times `scale`, of the first n tokens (a multiple of 16); `tops` becomes the maximum per row.
-template <class M, int NV, bool MASKED>
-void score(const Panel& panel, const Tile& tile, int n, int dim_cells, float scale, const int32_t* limits, float* scores,
-           Vec (&tops)[NV]) {
+template <class M, int NV, bool MASKED, bool AHEAD>
+void score(const Panel& panel, const Tile& tile, int n, int dim_cells, float scale, const int32_t* limits, Ahead ahead,
+           float* scores, Vec (&all_tops)[NV]) {
   constexpr int MR = block_rows(NV);
+  const int lines = ahead.bytes * MR / GROUP / dim_cells;  // bytes per cell, in lines or a part of one
+  Vec tops[NV];  // not a reference: stays in registers
+  for (int v = 0; v < NV; ++v) tops[v] = all_tops[v];
   for (int j = 0; j < n; j += MR) {
     const Group& group = tile.groups[j / GROUP];
+    const char* const piece = AHEAD && j / GROUP < ahead.n ? ahead.pieces[j / GROUP] + j % GROUP * (ahead.bytes / GROUP)
+                                                           : (const char*)scores;
     Vec sums[MR][NV];
-    multiply<M>(sums, group.keys + (j % GROUP) * group.token_bytes, group.token_bytes, 4, panel.query, dim_cells);
+    multiply<M>(sums, group.keys + (j % GROUP) * group.token_bytes, group.token_bytes, 4, panel.query, dim_cells,
+                [&](int c) {
+                  if (!AHEAD) return;
+                  prefetch_l2(piece + c * lines);
+                  if (MR == 16) prefetch_l2(piece + c * lines + lines / 2);
+                });
 #pragma GCC unroll 16
     for (int i = 0; i < MR; ++i) {
 #pragma GCC unroll 4
@@ -134,6 +153,7 @@ void score(const Panel& panel, const Tile& tile, int n, int dim_cells, float sca
       }
     }
   }
+  for (int v = 0; v < NV; ++v) all_tops[v] = tops[v];
 }
 
 // Turns scores [n][rows] into weights, cells [n / per_cell][rows], in place; returns their sums in `sums`.
@@ -172,7 +192,7 @@ void accumulate(const Panel& panel, const Tile& tile, int n, int head_size, cons
   for (int d = 0; d < head_size; d += MR) {
     const float* values = tile.values + d / 16 * (ptrdiff_t)tile.value_stride + d % 16;
     Vec sums[MR][NV];
-    multiply<M>(sums, (const char*)values, 4, 64, weights, n / M::per_cell);
+    multiply<M>(sums, (const char*)values, 4, 64, weights, n / M::per_cell, [](int) {});
 #pragma GCC unroll 16
     for (int i = 0; i < MR; ++i) {
 #pragma GCC unroll 4
@@ -186,7 +206,7 @@ void accumulate(const Panel& panel, const Tile& tile, int n, int head_size, cons
 
 // One step of the online softmax: all tokens of the tile that some row of the panel sees.
 template <class M, int NV, int DEGREE>
-void attend(const Panel& panel, const Tile& tile, int head_size, float scale, float* scores) {
+void attend(const Panel& panel, const Tile& tile, int head_size, float scale, Ahead ahead, float* scores) {
   constexpr int ROWS = NV * W;
   const int seen = std::min(tile.n, panel.limits[ROWS - 1] - tile.first);
   if (seen <= 0) return;
@@ -198,9 +218,10 @@ void attend(const Panel& panel, const Tile& tile, int head_size, float scale, fl
   for (int v = 0; v < NV; ++v) tops[v] = old[v] = load(panel.tops + v * W);
   const int dim_cells = head_size / M::per_cell;
   if (limits[0] >= n) {
-    score<M, NV, false>(panel, tile, n, dim_cells, scale, limits, scores, tops);
+    ahead.pieces ? score<M, NV, false, true>(panel, tile, n, dim_cells, scale, limits, ahead, scores, tops)
+                 : score<M, NV, false, false>(panel, tile, n, dim_cells, scale, limits, ahead, scores, tops);
   } else {
-    score<M, NV, true>(panel, tile, n, dim_cells, scale, limits, scores, tops);
+    score<M, NV, true, false>(panel, tile, n, dim_cells, scale, limits, ahead, scores, tops);
   }
   weigh<M, NV, DEGREE>(scores, n, tops, sums);
   for (int v = 0; v < NV; ++v) {
@@ -212,10 +233,10 @@ void attend(const Panel& panel, const Tile& tile, int head_size, float scale, fl
 }
 
 template <class M, int DEGREE>
-void attend(const Panel& panel, const Tile& tile, int head_size, float scale, float* scores) {
-  if (panel.nv == 3) return attend<M, 3, DEGREE>(panel, tile, head_size, scale, scores);
-  if (panel.nv == 2) return attend<M, 2, DEGREE>(panel, tile, head_size, scale, scores);
-  attend<M, 1, DEGREE>(panel, tile, head_size, scale, scores);
+void attend(const Panel& panel, const Tile& tile, int head_size, float scale, Ahead ahead, float* scores) {
+  if (panel.nv == 3) return attend<M, 3, DEGREE>(panel, tile, head_size, scale, ahead, scores);
+  if (panel.nv == 2) return attend<M, 2, DEGREE>(panel, tile, head_size, scale, ahead, scores);
+  attend<M, 1, DEGREE>(panel, tile, head_size, scale, ahead, scores);
 }
 
 }  // namespace sparq::prefill

@@ -63,7 +63,7 @@ class TileLoader {
 
  public:
   static constexpr int value_stride() { return (TOKENS / M::per_cell + 1) * 16; }  // odd in lines: spreads over L1 sets
-  static size_t key_bytes(int head_size) { return (size_t)(IN_PLACE ? GROUP : TOKENS) * head_size * sizeof(Key); }
+  static size_t key_bytes(int head_size) { return (size_t)TOKENS * head_size * sizeof(Key); }
   static size_t value_bytes(int head_size) { return (size_t)head_size / 16 * value_stride() * sizeof(float); }
 
   TileLoader(int head_size, void* keys, float* values) : head_size_(head_size), keys_((Key*)keys), values_(values) {}
@@ -76,40 +76,56 @@ class TileLoader {
       const int token = first + j;
       const T* const keys = (const T*)(sequence.page(token / pages.block_size) + pages.records) +
                             (ptrdiff_t)(token % pages.block_size) * row;
-      add(j / GROUP, keys, row, keys + head_size_, row, std::min(GROUP, n - j));
+      const int count = std::min(GROUP, n - j);
+      if (IN_PLACE && count == GROUP) {
+        groups_[j / GROUP] = {(const char*)keys, row * (ptrdiff_t)sizeof(T)};
+      } else {
+        add_keys(j / GROUP, keys, row, count);
+      }
+      add_values(j / GROUP, keys + head_size_, row, count);
     }
     return {first, n, groups_, values_, value_stride()};
   }
 
-  // New tokens: rows from `row` of key and value.
+  // The records of those tokens.
+  Ahead ahead(const Sequence& sequence, int first, int n) {
+    const Pages& pages = *sequence.pages;
+    const int bytes = 2 * head_size_ * (int)sizeof(T);
+    const int pieces = n / GROUP;
+    for (int i = 0; i < pieces; ++i) {
+      const int token = first + i * GROUP;
+      pieces_[i] = (const char*)sequence.page(token / pages.block_size) + pages.records +
+                   (ptrdiff_t)(token % pages.block_size) * bytes;
+    }
+    return {pieces_, pieces, GROUP * bytes};
+  }
+
+  // New tokens: rows from `row` of key and value. Always copied: rows of a fused tensor lie a multiple of 4 KB apart, all
+  // in one set of L1.
   Tile load(const Heads<const T>& key, const Heads<const T>& value, int head, int64_t row, int first, int n) {
     for (int j = 0; j < n; j += GROUP) {
       const int count = std::min(GROUP, n - j);
-      add(j / GROUP, key.at(row + j, head), key.row_stride, value.at(row + j, head), value.row_stride, count);
+      add_keys(j / GROUP, key.at(row + j, head), key.row_stride, count);
+      add_values(j / GROUP, value.at(row + j, head), value.row_stride, count);
     }
     return {first, n, groups_, values_, value_stride()};
   }
 
  private:
-  void add(int group, const T* keys, ptrdiff_t key_stride, const T* values, ptrdiff_t value_stride, int count) {
-    if (IN_PLACE && count == GROUP) {
-      groups_[group] = {(const char*)keys, key_stride * (ptrdiff_t)sizeof(T)};
-    } else {
-      copy_keys(group, keys, key_stride, count);
-    }
+  void add_values(int group, const T* values, ptrdiff_t stride, int count) {
     if constexpr (M::per_cell == 1) {
-      for (int j = 0; j < GROUP; ++j) add_value(group * GROUP + j, j < count ? values + j * value_stride : nullptr);
+      for (int j = 0; j < GROUP; ++j) add_value(group * GROUP + j, j < count ? values + j * stride : nullptr);
     } else {
       for (int j = 0; j < GROUP; j += 2) {
-        const T* const at = values + j * value_stride;
-        add_value_pair((group * GROUP + j) / 2, j < count ? at : nullptr, j + 1 < count ? at + value_stride : nullptr);
+        const T* const at = values + j * stride;
+        add_value_pair((group * GROUP + j) / 2, j < count ? at : nullptr, j + 1 < count ? at + stride : nullptr);
       }
     }
   }
 
-  // K rows that are not cells as they lie, or fewer than a group: what follows the last one belongs to nobody.
-  void copy_keys(int group, const T* keys, ptrdiff_t stride, int count) {
-    Key* const to = keys_ + (IN_PLACE ? 0 : (ptrdiff_t)group * GROUP * head_size_);
+  // What follows the last row belongs to nobody: zero.
+  void add_keys(int group, const T* keys, ptrdiff_t stride, int count) {
+    Key* const to = keys_ + (ptrdiff_t)group * GROUP * head_size_;
     for (int j = 0; j < count; ++j) {
       if constexpr (IN_PLACE) {
         memcpy(to + j * head_size_, keys + j * stride, head_size_ * sizeof(T));
@@ -143,6 +159,7 @@ class TileLoader {
   Key* keys_;
   float* values_;
   Group groups_[TOKENS / GROUP];
+  const char* pieces_[TOKENS / GROUP];
 };
 
 // The query rows of one task: row r is head `r % group` of token `r / group`.
