@@ -14,9 +14,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from vllm_sparq.benchmarks import tasks
 from vllm_sparq.benchmarks.tiny_model import WEIGHTS
+from vllm_sparq.benchmarks.tiny_model.corpus import documents
 
 LENGTHS = (256, 512, 1024, 2048, 4000)  # prompt tokens; the answer has to fit into 4,096 as well
 SEED = 1_000_000  # far from the small seeds of demos and tests
@@ -57,6 +59,23 @@ def score_task(
     return [tasks.score(example, complete(model, tokenizer, example)) for example in drawn]
 
 
+@torch.inference_mode()
+def bits_per_byte(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], *, n_tokens: int = 1024
+) -> float:
+    """Cross-entropy of the texts' first `n_tokens` tokens, per byte of text; shorter texts are left out."""
+    bits, n_bytes = 0.0, 0
+    for text in texts:
+        ids = torch.tensor([tokenizer(text).input_ids[:n_tokens]])
+        if ids.shape[1] == n_tokens:
+            losses = F.cross_entropy(model(ids).logits[0, :-1].float(), ids[0, 1:], reduction="sum")
+            bits += losses.item() / math.log(2)
+            n_bytes += len(str(tokenizer.decode(ids[0, 1:])).encode())
+    if not n_bytes:
+        raise ValueError(f"none of the {len(texts)} texts has {n_tokens} tokens")
+    return bits / n_bytes
+
+
 def mean_and_error(scores: Sequence[float]) -> tuple[float, float]:
     """Mean and its standard error, Laplace-smoothed so that a row of equal scores has an error above 0."""
     n = len(scores)
@@ -73,6 +92,7 @@ def main() -> None:
     parser.add_argument("--lengths", nargs="+", type=int, default=list(LENGTHS), help="prompt tokens")
     parser.add_argument("--n", type=int, default=50, help="examples per cell")
     parser.add_argument("--seed", type=int, default=SEED, help="of the first example")
+    parser.add_argument("--text", action="store_true", help="bits per byte on held-out text of this machine as well")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     args = parser.parse_args()
     model, tokenizer = load(args.model, getattr(torch, args.dtype))
@@ -85,6 +105,9 @@ def main() -> None:
             scores = score_task(model, tokenizer, task, n=args.n, n_tokens=n_tokens, seed=args.seed)
             print(" {:.2f} ± {:.2f} |".format(*mean_and_error(scores)), end="", flush=True)
         print()
+    if args.text:
+        held_out = [text for text in documents(1_000_000, held_out=True) if len(text) > 5000][:64]
+        print(f"\nbits per byte on {len(held_out)} held-out documents: {bits_per_byte(model, tokenizer, held_out):.3f}")
     print(f"\nn = {args.n} per cell, {args.dtype}, seeds from {args.seed}, {time.perf_counter() - begun:.0f} s")
 
 

@@ -3,7 +3,8 @@
     OMP_NUM_THREADS=1 python -m vllm_sparq.benchmarks.tiny_model.train --out FOLDER
 
 The schedule counts steps, every step draws its rows from the seed and its number, and a run that was interrupted
-goes on from FOLDER/checkpoint.pt as if nothing had happened.
+goes on from FOLDER/checkpoint.pt as if nothing had happened. It may go on with another number of steps, which
+stretches or shortens what is left of the schedule.
 """
 
 from __future__ import annotations
@@ -140,9 +141,9 @@ class Trainer:
         save_model(self.config, self.model.parameters, folder)
 
     def load(self, folder: Path) -> None:
-        """Go on from a checkpoint of the same recipe."""
+        """Go on from a checkpoint of the same recipe, save for its number of steps."""
         state = torch.load(folder / "checkpoint.pt", weights_only=True)
-        if state["recipe"] != vars(self.recipe):
+        if state["recipe"] | {"n_steps": self.recipe.n_steps} != vars(self.recipe):
             raise ValueError(f"{folder} was trained with {state['recipe']}, not with {vars(self.recipe)}")
         for name, p in self.model.parameters.items():
             p.data.copy_(state["parameters"][name])
@@ -165,8 +166,10 @@ def prepare(folder: Path, recipe: Recipe, config: Config) -> RowMaker:
     return RowMaker(tokenizer, corpus)
 
 
-def train(folder: Path, recipe: Recipe, *, checkpoint_every: int, log_every: int = 25) -> None:
-    """Train to the recipe's last step, logging means over `log_every` steps."""
+def train(
+    folder: Path, recipe: Recipe, *, stop_after: int | None = None, checkpoint_every: int = 250, log_every: int = 25
+) -> None:
+    """Train to the recipe's last step or step `stop_after`, logging means over `log_every` steps."""
     config = Config()
     folder.mkdir(parents=True, exist_ok=True)
     trainer = Trainer(config, recipe, prepare(folder, recipe, config))
@@ -174,7 +177,8 @@ def train(folder: Path, recipe: Recipe, *, checkpoint_every: int, log_every: int
         trainer.load(folder)
     recent: list[tuple[float, float, float]] = []
     begun = time.process_time()
-    while trainer.step < recipe.n_steps:
+    last = min(recipe.n_steps, stop_after or recipe.n_steps)
+    while trainer.step < last:
         recent.append(trainer.train_step())
         if trainer.step % log_every == 0:
             loss, sure_loss, right = np.nanmean(recent, axis=0)
@@ -184,7 +188,7 @@ def train(folder: Path, recipe: Recipe, *, checkpoint_every: int, log_every: int
                 flush=True,
             )
             recent.clear()
-        if trainer.step % checkpoint_every == 0 or trainer.step == recipe.n_steps:
+        if trainer.step % checkpoint_every == 0 or trainer.step == last:
             trainer.save(folder)
 
 
@@ -194,9 +198,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder for tokenizer, weights and checkpoint")
     parser.add_argument("--steps", type=int, default=Recipe.n_steps)
     parser.add_argument("--seed", type=int, default=Recipe.seed)
+    parser.add_argument("--stop-after", type=int, help="leave off at this step of the schedule")
     parser.add_argument("--checkpoint-every", type=int, default=250, help="steps")
     args = parser.parse_args()
-    train(args.out, Recipe(n_steps=args.steps, seed=args.seed), checkpoint_every=args.checkpoint_every)
+    recipe = Recipe(n_steps=args.steps, seed=args.seed)
+    train(args.out, recipe, stop_after=args.stop_after, checkpoint_every=args.checkpoint_every)
 
 
 if __name__ == "__main__":
