@@ -22,7 +22,7 @@ def chunks(case: Case) -> Case:
 CHUNKED = (
     *(chunks(case) for case in SHAPES),
     Case(lens=(1, 15, 16, 17, 33), new=(1, 15, 16, 17, 33), dtype=torch.bfloat16),
-    Case(lens=(16, 32, 48, 7), new=(0, 16, 1, 0)),
+    Case(lens=(16, 32, 0, 48, 7), new=(0, 16, 0, 1, 0)),
     Case(lens=(300, 200), new=(150, 200), dtype=torch.bfloat16, head_size=128, block_size=128, heads=8),
     Case(lens=(40, 40), new=(24, 8), scoring=None, value_sum=False, dtype=torch.float16),
     Case(lens=(257,), new=(256,), dtype=torch.float32, block_size=64),

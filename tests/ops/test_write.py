@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -176,7 +177,7 @@ def test_codes_are_within_half_a_step(implementation: str, scoring: str, kind: s
         fits = (np.abs(low) <= fp16_max) & (ideal <= fp16_max)
         error = np.abs(zero + step * codes - x)
         assert (error <= step / 2 * (1 + 2**-20) + np.abs(x) * 2**-23)[fits[:, 0]].all()
-        assert (codes[step[:, 0] == 0] == 0).all()
+        assert (codes[step[:, 0] <= 0] == 0).all()  # constant, or all below what fp16 can hold
         assert fits.mean() > 0.5
 
 
@@ -230,9 +231,19 @@ def split_write(case: Case, tokens: Tokens, run: object, cuts: list[int], on: st
     return world
 
 
-@pytest.mark.parametrize("implementation", ALL)
+def rows(slow: set[int], values: Sequence[object]) -> list[object]:
+    """Parameters (implementation, value); the Triton interpreter skips the ``slow`` positions."""
+    quick = [v for i, v in enumerate(values) if i not in slow]
+    return [
+        pytest.param(i, v, id=f"{i}-{str(v)[:16]}".replace(" ", ""))
+        for i in ALL
+        for v in (quick if i == "triton" and not torch.cuda.is_available() else values)
+    ]
+
+
 @pytest.mark.parametrize(
-    "cuts", [list(range(1, 50)), [16, 32], [15, 16, 17], [1, 31, 33, 48], [7, 40]], ids=lambda c: f"{len(c)}cuts{c[0]}"
+    ("implementation", "cuts"),
+    rows({0, 3, 4}, [list(range(1, 49)), [15, 16, 17], [1, 31, 33, 48], [16, 32], [7, 40]]),
 )
 def test_chunks_leave_the_same_bytes_as_the_whole(implementation: str, cuts: list[int]) -> None:
     case = Case(lens=(49, 16, 33), dtype=torch.bfloat16, heads=1, kv_heads=1, head_size=32)
@@ -272,8 +283,7 @@ def test_only_the_bytes_of_the_contract_change(implementation: str, case: Case, 
     assert changed[may_change].float().mean() > 0.9
 
 
-@pytest.mark.parametrize("implementation", ALL)
-@pytest.mark.parametrize("back_to", [47, 40, 33, 32, 31, 16, 5, 0])
+@pytest.mark.parametrize(("implementation", "back_to"), rows({1, 2, 4, 7}, [47, 40, 33, 32, 31, 16, 5, 0]))
 def test_writing_again_after_a_rollback(implementation: str, back_to: int) -> None:
     case = Case(lens=(48,), dtype=torch.bfloat16, heads=1, kv_heads=1, head_size=32)
     first, second = case.tokens(), replace(case, lens=(48, 1)).tokens()
@@ -308,7 +318,7 @@ def test_a_shared_prefix_gives_its_sum(implementation: str) -> None:
 @pytest.mark.parametrize("implementation", ALL)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_value_sums_of_integers_are_exact(implementation: str, dtype: torch.dtype) -> None:
-    case = Case(lens=(100, 17), new=(100, 1), dtype=dtype, kv_heads=4, head_size=80)
+    case = Case(lens=(50, 17), new=(50, 1), dtype=dtype, kv_heads=1, head_size=80)
     tokens = case.tokens()
     tokens.value = [torch.randint(-200, 200, v.shape, generator=case.generator()).to(dtype) for v in tokens.value]
     world = build(case, tokens, written="context", device=device(implementation))
@@ -321,7 +331,7 @@ def test_value_sums_of_integers_are_exact(implementation: str, dtype: torch.dtyp
 
 @pytest.mark.parametrize("implementation", ALL)
 def test_no_tokens_change_nothing(implementation: str) -> None:
-    world = build(Case(lens=(20, 16, 5), new=(0, 0, 0)), written="context", device=device(implementation))
+    world = build(Case(lens=(20, 16, 5, 0), new=(0, 0, 0, 0)), written="context", device=device(implementation))
     before = world.buffer.clone()
     world.write(load("write", implementation))
     assert world.buffer.equal(before)
