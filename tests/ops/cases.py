@@ -259,24 +259,25 @@ def device_of(implementation: str) -> str:
     return "cuda" if implementation == "triton" and torch.cuda.is_available() else "cpu"
 
 
-def each(implementations: Iterable[str], cases: Iterable[Case]) -> list[object]:
-    """Parameters (implementation, case)."""
-    return [pytest.param(i, c, id=f"{i}-{c}") for i in implementations for c in cases]
-
-
-def kernels_on(cases: Iterable[Case], tiny: Iterable[Case]) -> list[object]:
-    """Parameters (implementation, case) for everything but the reference; Triton, interpreted here, gets ``tiny``."""
-    rows: list[object] = []
-    for implementation in IMPLEMENTATIONS["write"]:
-        if implementation == "reference":
-            continue
-        interpreted = implementation == "triton" and not torch.cuda.is_available()
-        rows += each([implementation], tiny if interpreted else dict.fromkeys((*cases, *tiny)))
-    return rows
-
-
 ALL = tuple(IMPLEMENTATIONS["write"])
 """Every implementation, for invariants that the reference must keep too."""
+
+KERNELS = tuple(implementation for implementation in ALL if implementation != "reference")
+
+
+def each(
+    values: Iterable[object], *, tiny: Iterable[object] = (), implementations: Iterable[str] = ALL
+) -> list[object]:
+    """Parameters (implementation, value). The Triton interpreter is slow and gets ``tiny``, if given, and no other."""
+    values, tiny = list(values), list(tiny)
+    both = [*values, *(value for value in tiny if value not in values)]
+    rows = []
+    for implementation in implementations:
+        interpreted = implementation == "triton" and not torch.cuda.is_available()
+        for value in tiny if tiny and interpreted else both:
+            rows.append(pytest.param(implementation, value, id=f"{implementation}-{value}"[:99].replace(" ", "")))
+    return rows
+
 
 _BASE = Case()
 SHAPES: tuple[Case, ...] = (

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from ops import tolerances
-from ops.cases import ALL, HUGE_BYTE, NAN_BYTE, SHAPES, TINY, Case, Tokens, World, build, each, int32, kernels_on, load
+from ops.cases import ALL, HUGE_BYTE, KERNELS, NAN_BYTE, SHAPES, TINY, Case, Tokens, World, build, each, int32, load
 from ops.cases import device_of as device
 
 from vllm_sparq.layout import SCORING_BITS, Pages
@@ -71,7 +70,7 @@ def where(world: World, byte: int) -> str:
 FEW = (*APPENDED[:3], prefilled(TINY[3]))
 
 
-@pytest.mark.parametrize(("implementation", "case"), kernels_on((*APPENDED, *MORE), FEW))
+@pytest.mark.parametrize(("implementation", "case"), each((*APPENDED, *MORE), tiny=FEW, implementations=KERNELS))
 def test_write_leaves_the_same_bytes_as_the_reference(implementation: str, case: Case) -> None:
     run, tokens = load("write", implementation), case.tokens()
     got = build(case, tokens, written="context", device=device(implementation))
@@ -132,7 +131,7 @@ HOSTILE = (
 )
 
 
-@pytest.mark.parametrize(("implementation", "case"), kernels_on(HOSTILE, (HOSTILE[0], HOSTILE[5], HOSTILE[2])))
+@pytest.mark.parametrize(("implementation", "case"), each(HOSTILE, tiny=HOSTILE[:6:2], implementations=KERNELS))
 def test_hostile_channels_leave_the_same_bytes_as_the_reference(implementation: str, case: Case) -> None:
     run, tokens = load("write", implementation), hostile(case)
     got = build(case, tokens, written="context", device=device(implementation))
@@ -231,20 +230,10 @@ def split_write(case: Case, tokens: Tokens, run: object, cuts: list[int], on: st
     return world
 
 
-def rows(slow: set[int], values: Sequence[object]) -> list[object]:
-    """Parameters (implementation, value); the Triton interpreter skips the ``slow`` positions."""
-    quick = [v for i, v in enumerate(values) if i not in slow]
-    return [
-        pytest.param(i, v, id=f"{i}-{str(v)[:16]}".replace(" ", ""))
-        for i in ALL
-        for v in (quick if i == "triton" and not torch.cuda.is_available() else values)
-    ]
+CUTS = [list(range(1, 49)), [15, 16, 17], [1, 31, 33, 48], [16, 32], [7, 40]]
 
 
-@pytest.mark.parametrize(
-    ("implementation", "cuts"),
-    rows({0, 3, 4}, [list(range(1, 49)), [15, 16, 17], [1, 31, 33, 48], [16, 32], [7, 40]]),
-)
+@pytest.mark.parametrize(("implementation", "cuts"), each(CUTS, tiny=CUTS[1:3]))
 def test_chunks_leave_the_same_bytes_as_the_whole(implementation: str, cuts: list[int]) -> None:
     case = Case(lens=(49, 16, 33), dtype=torch.bfloat16, heads=1, kv_heads=1, head_size=32)
     tokens, run, on = case.tokens(), load("write", implementation), device(implementation)
@@ -252,7 +241,7 @@ def test_chunks_leave_the_same_bytes_as_the_whole(implementation: str, cuts: lis
     assert whole.buffer.equal(parts.buffer)
 
 
-@pytest.mark.parametrize(("implementation", "case"), each(ALL, [*APPENDED, prefilled(TINY[3])]))
+@pytest.mark.parametrize(("implementation", "case"), each([*APPENDED, prefilled(TINY[3])], tiny=FEW))
 @pytest.mark.parametrize("poison", [NAN_BYTE, HUGE_BYTE])
 def test_only_the_bytes_of_the_contract_change(implementation: str, case: Case, poison: int) -> None:
     world = build(case, written="context", poison=poison, device=device(implementation))
@@ -283,7 +272,7 @@ def test_only_the_bytes_of_the_contract_change(implementation: str, case: Case, 
     assert changed[may_change].float().mean() > 0.9
 
 
-@pytest.mark.parametrize(("implementation", "back_to"), rows({1, 2, 4, 7}, [47, 40, 33, 32, 31, 16, 5, 0]))
+@pytest.mark.parametrize(("implementation", "back_to"), each([47, 40, 33, 32, 31, 16, 5, 0], tiny=[47, 32, 5]))
 def test_writing_again_after_a_rollback(implementation: str, back_to: int) -> None:
     case = Case(lens=(48,), dtype=torch.bfloat16, heads=1, kv_heads=1, head_size=32)
     first, second = case.tokens(), replace(case, lens=(48, 1)).tokens()
