@@ -209,6 +209,7 @@ void run_task(const Call<T>& call, const Task& task, float* parts) {
   const int context = call.requests.lens[task.request], context_tiles = (context + TILE - 1) / TILE;
   const int seen = limits[rows - 1] - context;  // new tokens
   const int64_t token0 = call.query_start_loc[task.request];
+  const float scale = call.scale * LOG2_E;
   TileLoader<T> loader(d, buffers.keys, buffers.values);
   for (int t = task.first_tile; t < task.end_tile; ++t) {
     const int first = (t - context_tiles) * TILE;
@@ -221,7 +222,7 @@ void run_task(const Call<T>& call, const Task& task, float* parts) {
                             ? loader.ahead(sequence, next, std::min(TILE, context - next))
                             : Ahead{};
     for (int p = 0; p < n_panels; ++p) {
-      attend<typename Model<T>::M, Model<T>::degree>(panels[p], tile, d, call.scale * LOG2_E, p == 0 ? ahead : Ahead{},
+      attend<typename Model<T>::M, Model<T>::degree>(panels[p], tile, d, &scale, p == 0 ? ahead : Ahead{},
                                                      buffers.scores);
     }
   }

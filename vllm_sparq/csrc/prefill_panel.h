@@ -44,8 +44,8 @@ struct Group {
 
 // Memory that the next tile will read, one piece per group of this tile; fetched while this one is multiplied.
 struct Ahead {
-  const char* const* pieces;  // nullptr: nothing
-  int n;
+  const char* const* pieces;
+  int n;      // 0: nothing
   int bytes;  // of a piece
 };
 
@@ -136,14 +136,13 @@ SPARQ_INLINE Vec exp2_negative(Vec x) {
   return scale_by_power(fma(p, part, set1(1.0f)), whole);
 }
 
-// scores [n][rows], times `scale`, of the first n tokens (a multiple of 16); `tops` becomes the maximum per row.
+// scores [n][rows], times `scale`, of the first n tokens (a multiple of 16); panel.tops becomes the maximum per row.
+// Scale and tops come from memory every time: the product needs all the registers.
 template <class M, int NV, bool MASKED, bool AHEAD>
-void score(const Panel& panel, const Tile& tile, int n, int dim_cells, float scale, const int32_t* limits, Ahead ahead,
-           float* scores, Vec (&all_tops)[NV]) {
+void score(const Panel& panel, const Tile& tile, int n, int dim_cells, const float* scale, const int32_t* limits,
+           Ahead ahead, float* scores) {
   constexpr int MR = block_rows(NV);
   const int per_cell = ahead.bytes * MR / GROUP / dim_cells;
-  Vec tops[NV];  // not a reference: stays in registers
-  for (int v = 0; v < NV; ++v) tops[v] = all_tops[v];
   for (int j = 0; j < n; j += MR) {
     const Group& group = tile.groups[j / GROUP];
     const char* const piece = AHEAD && j / GROUP < ahead.n ? ahead.pieces[j / GROUP] + j % GROUP * (ahead.bytes / GROUP)
@@ -151,18 +150,20 @@ void score(const Panel& panel, const Tile& tile, int n, int dim_cells, float sca
     Vec sums[MR][NV];
     multiply<M>(sums, group.keys + (j % GROUP) * group.token_bytes, group.token_bytes, 4, panel.query, dim_cells,
                 Fetch<AHEAD ? MR / 8 : 0>{piece, per_cell});
-#pragma GCC unroll 16
-    for (int i = 0; i < MR; ++i) {
+    const Vec factor = set1(*scale);
 #pragma GCC unroll 4
-      for (int v = 0; v < NV; ++v) {
-        Vec s = mul(sums[i][v], set1(scale));
+    for (int v = 0; v < NV; ++v) {
+      Vec top = load(panel.tops + v * W);
+#pragma GCC unroll 16
+      for (int i = 0; i < MR; ++i) {
+        Vec s = mul(sums[i][v], factor);
         if (MASKED) s = where_visible(j + i, limits + v * W, s);
         store(scores + ((j + i) * NV + v) * W, s);
-        tops[v] = max(s, tops[v]);
+        top = max(s, top);
       }
+      store(panel.tops + v * W, top);
     }
   }
-  for (int v = 0; v < NV; ++v) all_tops[v] = tops[v];
 }
 
 // Turns scores [n][rows] into weights, cells [n / per_cell][rows], in place; returns their sums in `sums`.
@@ -215,7 +216,7 @@ void accumulate(const Panel& panel, const Tile& tile, int n, int head_size, cons
 
 // One step of the online softmax: all tokens of the tile that some row of the panel sees.
 template <class M, int NV, int DEGREE>
-void attend(const Panel& panel, const Tile& tile, int head_size, float scale, Ahead ahead, float* scores) {
+void attend(const Panel& panel, const Tile& tile, int head_size, const float* scale, Ahead ahead, float* scores) {
   constexpr int ROWS = NV * W;
   const int seen = std::min(tile.n, panel.limits[ROWS - 1] - tile.first);
   if (seen <= 0) return;
@@ -224,25 +225,26 @@ void attend(const Panel& panel, const Tile& tile, int head_size, float scale, Ah
   for (int r = 0; r < ROWS; ++r) limits[r] = std::min(tile.n, panel.limits[r] - tile.first);
 
   Vec old[NV], tops[NV], sums[NV], decay[NV];
-  for (int v = 0; v < NV; ++v) tops[v] = old[v] = load(panel.tops + v * W);
+  for (int v = 0; v < NV; ++v) old[v] = load(panel.tops + v * W);
   const int dim_cells = head_size / M::per_cell;
-  if (limits[0] >= n) {
-    ahead.pieces ? score<M, NV, false, true>(panel, tile, n, dim_cells, scale, limits, ahead, scores, tops)
-                 : score<M, NV, false, false>(panel, tile, n, dim_cells, scale, limits, ahead, scores, tops);
+  if (limits[0] < n) {
+    score<M, NV, true, false>(panel, tile, n, dim_cells, scale, limits, ahead, scores);
+  } else if (ahead.n > 0) {
+    score<M, NV, false, true>(panel, tile, n, dim_cells, scale, limits, ahead, scores);
   } else {
-    score<M, NV, true, false>(panel, tile, n, dim_cells, scale, limits, ahead, scores, tops);
+    score<M, NV, false, false>(panel, tile, n, dim_cells, scale, limits, ahead, scores);
   }
+  for (int v = 0; v < NV; ++v) tops[v] = load(panel.tops + v * W);
   weigh<M, NV, DEGREE>(scores, n, tops, sums);
   for (int v = 0; v < NV; ++v) {
     decay[v] = exp2_negative<6>(sub(old[v], tops[v]));  // accurate: its errors multiply over the tiles
-    store(panel.tops + v * W, tops[v]);
     store(panel.sums + v * W, fma(load(panel.sums + v * W), decay[v], sums[v]));
   }
   accumulate<M, NV>(panel, tile, n, head_size, scores, decay);
 }
 
 template <class M, int DEGREE>
-void attend(const Panel& panel, const Tile& tile, int head_size, float scale, Ahead ahead, float* scores) {
+void attend(const Panel& panel, const Tile& tile, int head_size, const float* scale, Ahead ahead, float* scores) {
   if (panel.nv == 3) return attend<M, 3, DEGREE>(panel, tile, head_size, scale, ahead, scores);
   if (panel.nv == 2) return attend<M, 2, DEGREE>(panel, tile, head_size, scale, ahead, scores);
   attend<M, 1, DEGREE>(panel, tile, head_size, scale, ahead, scores);
