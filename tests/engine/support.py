@@ -56,7 +56,8 @@ class Prompts:
         """Lengths around the block size and far behind it, for runs that are compared with each other."""
         return [self.of_length(n) for n in (1, 7, 127, 128, 129, 255, 300, 511, 640, 900, 1300)]
 
-    def answers(self, llm: Any, prompts: list[list[int]], n_tokens: int = N_ANSWER) -> list[list[int]]:
+    @staticmethod
+    def answers(llm: Any, prompts: list[list[int]], n_tokens: int = N_ANSWER) -> list[list[int]]:
         """Greedy continuations, all prompts in one batch."""
         from vllm import SamplingParams
 

@@ -1,0 +1,95 @@
+"""Which rows of a step are decodes, prefill rows and replayed rows; by hand."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from vllm_sparq.attention_backends import metadata
+from vllm_sparq.attention_backends.metadata import SparqMetadataBuilder
+
+
+def step(*requests: tuple[int, int, int]) -> Any:
+    """A step of (new tokens, context length, prompt length) requests, as vLLM's V1 runner describes it."""
+    query_lens, seq_lens, prompt_lens = (torch.tensor(column, dtype=torch.int32) for column in zip(*requests, strict=True))
+    starts = torch.cat([torch.zeros(1, dtype=torch.int32), query_lens.cumsum(0, dtype=torch.int32)])
+    return SimpleNamespace(
+        num_reqs=len(requests),
+        num_actual_tokens=int(starts[-1]),
+        max_query_len=int(query_lens.max()),
+        query_start_loc=starts,
+        query_start_loc_cpu=starts,
+        seq_lens=seq_lens,
+        seq_lens_cpu_upper_bound=seq_lens,
+        is_prefilling=seq_lens - query_lens < prompt_lens,
+        block_table_tensor=torch.arange(len(requests), dtype=torch.int32)[:, None] * 100 + torch.arange(4, dtype=torch.int32),
+        prompt_lens=prompt_lens,
+    )
+
+
+def build(common: Any) -> metadata.SparqMetadata:
+    builder = object.__new__(SparqMetadataBuilder)
+    return builder.build(0, common)
+
+
+@pytest.fixture(autouse=True)
+def known_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(metadata, "prompt_lengths", lambda common: common.prompt_lens)
+
+
+def test_all_decodes() -> None:
+    result = build(step((1, 50, 40), (1, 41, 40)))
+    assert (result.n_decodes, result.prefill, result.replayed) == (2, None, None)
+
+
+def test_one_token_of_a_prompt_is_prefill() -> None:
+    """The tail of a prompt may be one token long: how the prompt was cut must not show."""
+    result = build(step((1, 41, 40), (1, 40, 40)))
+    assert result.n_decodes == 1
+    assert result.prefill is not None
+    assert result.prefill.query_start_loc.tolist() == [1, 2]
+    assert result.prefill.context_lens.tolist() == [39]
+    assert result.replayed is None
+
+
+def test_mixed_step() -> None:
+    result = build(step((1, 9, 8), (3, 10, 20), (5, 5, 5)))
+    assert result.n_decodes == 1
+    assert result.prefill is not None
+    assert result.prefill.query_start_loc.tolist() == [1, 4, 9]
+    assert result.prefill.context_lens.tolist() == [7, 0]
+    assert result.prefill.block_table[:, 0].tolist() == [100, 200]
+    assert result.replayed is None
+
+
+def test_output_tokens_are_replayed_at_their_own_length() -> None:
+    """A preempted request comes back with 4 prompt tokens and 3 output tokens: rows 4 to 6 of it are replayed."""
+    result = build(step((1, 9, 8), (7, 7, 4), (2, 12, 12)))
+    assert result.replayed is not None
+    assert result.replayed.rows.tolist() == [5, 6, 7]  # row 0 is the decode
+    assert result.replayed.seq_lens.tolist() == [5, 6, 7]
+    assert result.replayed.block_table[:, 0].tolist() == [100, 100, 100]
+
+
+def test_a_chunk_behind_the_prompt_is_replayed_whole() -> None:
+    result = build(step((3, 13, 4), (2, 6, 5)))
+    assert result.n_decodes == 0
+    assert result.replayed is not None
+    assert result.replayed.rows.tolist() == [0, 1, 2, 4]
+    assert result.replayed.seq_lens.tolist() == [11, 12, 13, 6]
+    assert result.replayed.block_table[:, 0].tolist() == [0, 0, 0, 100]
+
+
+def test_without_prompt_lengths_only_whole_chunks_are_replayed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(metadata, "prompt_lengths", None)
+    result = build(step((7, 7, 4), (3, 13, 4)))
+    assert result.replayed is not None
+    assert result.replayed.rows.tolist() == [7, 8, 9]
+
+
+def test_padding_requests_count_as_decodes() -> None:
+    result = build(step((1, 9, 8), (0, 0, 0)))
+    assert (result.n_decodes, result.prefill) == (2, None)
