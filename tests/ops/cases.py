@@ -299,6 +299,7 @@ SHAPES: tuple[Case, ...] = (
     replace(
         _BASE, heads=3, kv_heads=3, head_size=64, block_size=48, dtype=torch.bfloat16, scoring="int8", lens=(47, 97)
     ),
+    replace(_BASE, heads=23, kv_heads=1, block_size=32, dtype=torch.bfloat16, lens=(33, 70)),
     replace(_BASE, heads=5, kv_heads=1, head_size=112, block_size=32, dtype=torch.bfloat16, lens=(40, 64, 70)),
 )
 """Shapes that every op takes, kernels of the CPU."""

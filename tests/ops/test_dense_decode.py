@@ -10,6 +10,8 @@ from ops import tolerances
 from ops.cases import ALL, HUGE_BYTE, KERNELS, SHAPES, TINY, Case, Tokens, build, each, load
 from ops.cases import device_of as device
 
+from vllm_sparq.config import SparqRead
+from vllm_sparq.layout import Pages
 from vllm_sparq.ops.dense_decode.reference import dense_decode as reference
 
 LONG = (
@@ -17,9 +19,13 @@ LONG = (
     Case(lens=(0, 600, 1), dtype=torch.float32, head_size=80, scoring=None, value_sum=False),
     Case(lens=(700,), dtype=torch.float16, block_size=64, kv_heads=4, scoring=None),
 )
+SPLIT = Case(heads=2, kv_heads=1, head_size=256, block_size=128, lens=(600,))
+"""Long enough for every implementation to cut it."""
+
+CASES, FEW = (*SHAPES, *LONG), (*TINY, SPLIT)
 
 
-@pytest.mark.parametrize(("implementation", "case"), each((*SHAPES, *LONG), tiny=TINY, implementations=KERNELS))
+@pytest.mark.parametrize(("implementation", "case"), each(CASES, tiny=FEW, implementations=KERNELS))
 def test_dense_decode_is_the_reference(implementation: str, case: Case) -> None:
     world = build(case, device=device(implementation))
     got = world.decode(load("dense_decode", implementation))
@@ -40,6 +46,31 @@ def test_dense_decode_by_hand(implementation: str) -> None:
     world = build(case, Tokens([query], [key], [value]), device=device(implementation))
     out = world.decode(load("dense_decode", implementation)).cpu()
     torch.testing.assert_close(out[0], torch.tensor([20.0, 16.0])[:, None].repeat(1, 16))
+
+
+@pytest.mark.parametrize("implementation", ALL)
+def test_caches_beyond_two_gigabytes(implementation: str) -> None:
+    """All four ops on pages whose addresses need 64 bits: two pages 3 GB apart, of which little is ever touched."""
+    case, on = Case(lens=(20,), new=(20,)), device(implementation)
+    tokens = case.tokens()
+    near = build(case, tokens, written="context", device=on)
+    page_bytes, far = case.layout.page_bytes, 3 * 10**9 // 64 * 64
+    buffer = torch.empty(2 * far + 4 * page_bytes, dtype=torch.uint8, device=on)
+    table, read = near.block_table.clone(), SparqRead(r=16, min_k=8, alpha_floor=0.0)
+    table[0, :2] = torch.tensor([2, 0])
+    data = buffer.as_strided((3, 2, page_bytes), (far, page_bytes, 1), 0)
+    world = replace(near, pages=Pages(data, case.layout), block_table=table, query=near.query[19:20])
+    near = replace(near, query=near.query[19:20])
+    for one in (near, world):
+        one.write(load("write", implementation))
+    for op, options in [("dense_decode", {}), ("sparq_decode", {"read": read})]:
+        run = load(op, implementation)
+        assert world.decode(run, **options).equal(near.decode(run, **options))
+    last = replace(tokens, query=[tokens.query[0][19:]])
+    context = build(replace(case, new=(1,)), last, written="context", device=on)
+    run = load("prefill", implementation)
+    got = replace(context, pages=world.pages, block_table=table).prefill(run)
+    assert got.equal(context.prefill(run))
 
 
 @pytest.mark.parametrize("implementation", ALL)

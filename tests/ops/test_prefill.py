@@ -26,8 +26,13 @@ CHUNKED = (
     Case(lens=(300, 200), new=(150, 200), dtype=torch.bfloat16, head_size=128, block_size=128, heads=8),
     Case(lens=(40, 40), new=(24, 8), scoring=None, value_sum=False, dtype=torch.float16),
     Case(lens=(257,), new=(256,), dtype=torch.float32, block_size=64),
+    Case(lens=(1300, 700), new=(2, 250), dtype=torch.bfloat16, block_size=64, heads=3, kv_heads=1),
+    Case(lens=(800,), new=(400,), dtype=torch.float16, block_size=64, heads=1, kv_heads=1),
 )
-FEW = (*(chunks(case) for case in TINY), CHUNKED[len(SHAPES) + 1])
+SPLIT = Case(lens=(2100,), new=(3,), block_size=256, heads=2, kv_heads=1)
+"""So few rows and so long a context that every implementation cuts it."""
+
+FEW = (*(chunks(case) for case in TINY), CHUNKED[len(SHAPES) + 1], SPLIT)
 
 
 @pytest.mark.parametrize(("implementation", "case"), each(CHUNKED, tiny=FEW, implementations=KERNELS))
