@@ -13,7 +13,10 @@ namespace sparq::prefill {
 namespace {
 
 constexpr int PANEL_VECS = 3;
-constexpr int MAX_VECS = 5 * PANEL_VECS;  // rows of a task, in vectors: query, output and scores stay in half of L2
+constexpr int MAX_VECS = 10 * PANEL_VECS;  // rows of a task, in vectors
+
+// The same for a head size: query and output, 6 or 8 bytes an element, stay in half of L2.
+int max_vecs(int head_size) { return std::clamp(10 * 128 / head_size, 1, 10) * PANEL_VECS; }
 
 template <class T>
 struct Call {
@@ -91,7 +94,7 @@ void whole_tasks(const Call<T>& call, int threads, std::vector<Task>& tasks) {
   const int group = call.group(), n_kv_heads = call.pages->n_kv_heads;
   for (int b = 0; b < call.requests.n; ++b) total_rows += (int64_t)call.n_new(b) * call.n_heads;
   const int64_t wanted = total_rows / (4 * threads) / (W * PANEL_VECS) * PANEL_VECS;
-  const int rows = W * (int)std::clamp<int64_t>(wanted, PANEL_VECS, MAX_VECS);
+  const int rows = W * (int)std::clamp<int64_t>(wanted, PANEL_VECS, max_vecs(call.head_size()));
   tasks.clear();
   for (int b = 0; b < call.requests.n; ++b) {
     const int n_rows = call.n_new(b) * group;
@@ -266,7 +269,7 @@ void run(const Call<T>& call) {
   const size_t n_floats = plan.n_parts * Partial::floats(MAX_VECS * W, call.head_size());
   float* const parts = scratch.arena(Arena::room<float>(n_floats)).template take<float>(n_floats);
   const int n_tasks = (int)plan.tasks.size(), n_merges = (int)plan.merges.size();
-#pragma omp parallel num_threads(std::min(threads, std::max(n_tasks, 1)))
+#pragma omp parallel if (n_tasks > 1)
   {
 #pragma omp for schedule(dynamic, 1)
     for (int i = 0; i < n_tasks; ++i) run_task(call, plan.tasks[i], parts);

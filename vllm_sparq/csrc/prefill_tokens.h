@@ -105,6 +105,10 @@ class TileLoader {
   Tile load(const Heads<const T>& key, const Heads<const T>& value, int head, int64_t row, int first, int n) {
     for (int j = 0; j < n; j += GROUP) {
       const int count = std::min(GROUP, n - j);
+      for (int i = j + GROUP; i < std::min(j + 2 * GROUP, n); ++i) {
+        prefetch_row(key.at(row + i, head));
+        prefetch_row(value.at(row + i, head));
+      }
       add_keys(j / GROUP, key.at(row + j, head), key.row_stride, count);
       add_values(j / GROUP, value.at(row + j, head), value.row_stride, count);
     }
@@ -121,6 +125,10 @@ class TileLoader {
         add_value_pair((group * GROUP + j) / 2, j < count ? at : nullptr, j + 1 < count ? at + stride : nullptr);
       }
     }
+  }
+
+  void prefetch_row(const T* row) const {
+    for (int d = 0; d < head_size_; d += 64 / (int)sizeof(T)) prefetch_l2(row + d);
   }
 
   // What follows the last row belongs to nobody: zero.
