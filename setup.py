@@ -18,7 +18,15 @@ SOURCES = ROOT / "vllm_sparq" / "csrc"
 
 # One library per instruction set; vllm_sparq/ops/native.py picks one at import. gcc 12 does not know -march=znver4, so
 # the sets are spelled out. Never -ffast-math: linking with it would switch denormals off for the whole process.
-COMMON_FLAGS = ["-O3", "-std=c++17", "-fPIC", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden"]
+COMMON_FLAGS = [
+    "-O3",
+    "-std=c++17",
+    "-fPIC",
+    "-fopenmp",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-fvisibility=hidden",
+]
 AVX2 = ["-mavx2", "-mfma", "-mf16c", "-mbmi2"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512cd"]
 INSTRUCTION_SETS = {

@@ -2,13 +2,13 @@
 
 Three kinds of rows:
 
-* *decodes*: requests with one new token behind their prompt. They come first (the runner sorts the batch) and are read by
-  the read policy.
-* *prefill rows*: tokens of a prompt, in chunks. Always dense, however short the chunk, so that what a request answers does
-  not depend on how its prompt was cut.
+* *decodes*: requests with one new token behind their prompt. They come first (the runner sorts the batch) and are read
+  by the read policy.
+* *prefill rows*: tokens of a prompt, in chunks. Always dense, however short the chunk, so that what a request answers
+  does not depend on how its prompt was cut.
 * *replayed rows*: several tokens behind the prompt in one step. They are output tokens that are computed again after a
-  preemption, or draft tokens to verify. Each is read by the read policy at its own context length, which is what happened
-  (or would have happened) when it was decoded alone; so a preempted request goes on with exactly the K and V it had.
+  preemption, or draft tokens to verify. Each is read by the read policy at its own context length, which is what
+  happened (or would have happened) when it was decoded alone; so a preempted request goes on with the K and V it had.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from vllm.v1.attention.backend import (
 from vllm.v1.kv_cache_interface import AttentionSpec
 
 prompt_lengths: Callable[[CommonAttentionMetadata], torch.Tensor] | None = None
-"""Prompt length of each request of a step, int [B] on the CPU. vLLM's metadata does not carry it; our worker sets this to
-ask its model runner. Without it (a worker class of the user's own) a chunk that holds the end of a prompt and output tokens
-behind it is read densely as a whole."""
+"""Prompt length of each request of a step, int [B] on the CPU. vLLM's metadata does not carry it; our worker sets this
+to ask its model runner. Without it (a worker class of the user's own) a chunk that holds the end of a prompt and output
+tokens behind it is read densely as a whole."""
 
 
 @dataclass(frozen=True)
@@ -60,8 +60,8 @@ class SparqMetadata(AttentionMetadata):
         n_decodes: leading requests that are read by the policy, one row each.
         block_table: int32 [B, M]; query_start_loc: int32 [B + 1]; seq_lens: int32 [B], new tokens included.
         prefill: rows to attend densely, or None.
-        replayed: rows to read by the policy although their request brings several, or None. They are part of ``prefill``
-            too; what the policy says replaces what the dense pass wrote.
+        replayed: rows to read by the policy although their request brings several, or None. They are part of
+            ``prefill`` too; what the policy says replaces what the dense pass wrote.
     """
 
     n_tokens: int

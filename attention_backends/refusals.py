@@ -42,9 +42,7 @@ def engine_refusals(vllm_config: Any) -> list[str]:
         if size > 1:
             reasons.append(f"{flag} {size} splits a request's tokens over workers, which is not supported: set it to 1")
     if vllm_config.kv_transfer_config is not None:
-        reasons.append(
-            "a KV connector copies dense K and V, our pages hold more: start without --kv-transfer-config"
-        )
+        reasons.append("a KV connector copies dense K and V, our pages hold more: start without --kv-transfer-config")
     return reasons
 
 
@@ -110,7 +108,11 @@ def model_refusals(model_config: Any) -> list[str]:
 def _uses_alibi(config: Any) -> bool:
     """The ways in which models on the hub say that they use ALiBi."""
     attn_config = getattr(config, "attn_config", None) or {}
-    get = attn_config.get if isinstance(attn_config, dict) else lambda key, default=None: getattr(attn_config, key, default)
+    get = (
+        attn_config.get
+        if isinstance(attn_config, dict)
+        else lambda key, default=None: getattr(attn_config, key, default)
+    )
     return bool(
         getattr(config, "model_type", None) == "bloom"
         or getattr(config, "alibi", False)

@@ -94,7 +94,7 @@ def test_local() -> None:
     [
         ("on", LLAMA, 0.0),
         ("off", LLAMA, 1.0),
-        ("auto", LLAMA, 0.5),
+        ("auto", LLAMA, 0.9),
         ("on", MHA, 0.0),
         ("off", MHA, 1.0),
         ("auto", MHA, 0.0),

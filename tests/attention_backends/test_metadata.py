@@ -14,7 +14,9 @@ from vllm_sparq.attention_backends.metadata import SparqMetadataBuilder
 
 def step(*requests: tuple[int, int, int]) -> Any:
     """A step of (new tokens, context length, prompt length) requests, as vLLM's V1 runner describes it."""
-    query_lens, seq_lens, prompt_lens = (torch.tensor(column, dtype=torch.int32) for column in zip(*requests, strict=True))
+    query_lens, seq_lens, prompt_lens = (
+        torch.tensor(column, dtype=torch.int32) for column in zip(*requests, strict=True)
+    )
     starts = torch.cat([torch.zeros(1, dtype=torch.int32), query_lens.cumsum(0, dtype=torch.int32)])
     return SimpleNamespace(
         num_reqs=len(requests),
@@ -25,7 +27,8 @@ def step(*requests: tuple[int, int, int]) -> Any:
         seq_lens=seq_lens,
         seq_lens_cpu_upper_bound=seq_lens,
         is_prefilling=seq_lens - query_lens < prompt_lens,
-        block_table_tensor=torch.arange(len(requests), dtype=torch.int32)[:, None] * 100 + torch.arange(4, dtype=torch.int32),
+        block_table_tensor=torch.arange(len(requests), dtype=torch.int32)[:, None] * 100
+        + torch.arange(4, dtype=torch.int32),
         prompt_lens=prompt_lens,
     )
 

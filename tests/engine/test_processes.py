@@ -69,7 +69,9 @@ def test_class_in_the_worker(workers: int, prompts, sparse_alone: dict[int, list
 
 
 @pytest.mark.parametrize(
-    "env", [{"VLLM_TARGET_DEVICE": "cpu"}, {"VLLM_PLUGINS": ""}], ids=["platform plugin bypassed", "plugins switched off"]
+    "env",
+    [{"VLLM_TARGET_DEVICE": "cpu"}, {"VLLM_PLUGINS": ""}],
+    ids=["platform plugin bypassed", "plugins switched off"],
 )
 def test_never_silently_dense(env: dict[str, str], prompts) -> None:
     """Where vLLM does not take our platform, a start under our name fails instead of running dense attention."""

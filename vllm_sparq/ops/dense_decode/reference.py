@@ -28,9 +28,7 @@ def dense_decode(
             heads_out[head] = attend(heads[head].float(), keys, values, scale)
 
 
-def cached_tokens(
-    pages: Pages, blocks: torch.Tensor, context_len: int, head: int
-) -> tuple[torch.Tensor, torch.Tensor]:
+def cached_tokens(pages: Pages, blocks: torch.Tensor, context_len: int, head: int) -> tuple[torch.Tensor, torch.Tensor]:
     """K and V, fp32 [S, D], of one request's first ``context_len`` tokens for one KV head; ``blocks`` is int32 [M]."""
     n_blocks = -(-context_len // pages.layout.block_size)
     ids = blocks[:n_blocks].long()
