@@ -60,7 +60,7 @@ void absorb_heads(const Group& group, const State& state, int h0, const uint8_t*
     state.total[h0 + h] = state.total[h0 + h] * rescale + sum;
     if (rescale != 1.0f) scale_row(state.acc + (size_t)(h0 + h) * d, d, rescale);
   }
-  mix_tile<T, HH, D>(weights, d, rows, n, state.acc + (size_t)h0 * d);
+  mix_tile<T, HH, D>(weights, d, rows, n, ahead, state.acc + (size_t)h0 * d);
 }
 
 template <class T, int D>

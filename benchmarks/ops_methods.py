@@ -1,0 +1,218 @@
+"""What `vllm-sparq bench ops` measures: one row of `METHODS` each, and the caches they read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+
+from vllm_sparq.config import SparqRead
+from vllm_sparq.layout import SCORING_BITS, PageLayout, Pages
+from vllm_sparq.ops.dispatch import choose
+
+BLOCK_SIZE = 128
+"""Tokens per block of our pages; the fastest on CPU."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """One decode step of one layer: B requests of equal context length S.
+
+    Attributes:
+        context: S, the new token included.
+        batch: B.
+        heads: H query heads.
+        kv_heads: G.
+        head_dim: D.
+        dtype: of the model.
+        scoring: type of the channel-major copy of K.
+        read: what SparQ reads.
+    """
+
+    context: int
+    batch: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    dtype: torch.dtype
+    scoring: str
+    read: SparqRead
+
+    @property
+    def scale(self) -> float:
+        return self.head_dim**-0.5
+
+    @property
+    def token_bytes(self) -> int:
+        """K and V of one token and KV head."""
+        return 2 * self.head_dim * self.dtype.itemsize
+
+    @property
+    def dense_bytes(self) -> int:
+        return self.batch * self.kv_heads * self.context * self.token_bytes
+
+    @property
+    def sparq_bytes(self) -> int:
+        """Rows of the scoring copy with their ranges, and the tokens read. The open block counts as a full one."""
+        bits = SCORING_BITS.get(self.scoring, 8 * self.dtype.itemsize)
+        ranges = 4 * self.read.r / BLOCK_SIZE if self.scoring in SCORING_BITS else 0
+        scan = self.context * (self.read.r * bits / 8 + ranges)
+        return int(self.batch * self.kv_heads * (scan + self.read.n_selected(self.context) * self.token_bytes))
+
+    @property
+    def layout(self) -> PageLayout:
+        return PageLayout(
+            head_size=self.head_dim, block_size=BLOCK_SIZE, dtype=self.dtype, scoring=self.scoring, value_sum=True
+        )
+
+
+@dataclass(frozen=True)
+class Call:
+    """Something to time: ``run()`` is one op call, ``impl`` says which code and settings it is."""
+
+    impl: str
+    run: Callable[[], None]
+
+
+@dataclass
+class Tensors:
+    """A decode step's arguments, and our pages filled with random tokens; every request has its own copy of them."""
+
+    cell: Cell
+    query: torch.Tensor
+    out: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    pages: Pages
+    block_table: torch.Tensor
+    seq_lens: torch.Tensor
+    query_start_loc: torch.Tensor
+
+    @classmethod
+    def build(cls, cell: Cell) -> Tensors:
+        torch.manual_seed(0)
+        b, s, g, d = cell.batch, cell.context, cell.kv_heads, cell.head_dim
+        n_blocks = -(-s // BLOCK_SIZE)
+        pages = Pages.empty(b * n_blocks, g, cell.layout)
+        pages.data.zero_()
+        table = torch.randperm(b * n_blocks, dtype=torch.int32).view(b, n_blocks)
+        key, value = (torch.randn(s, g, d, dtype=cell.dtype) for _ in range(2))
+        start, lens = torch.tensor([0, s], dtype=torch.int32), torch.tensor([s], dtype=torch.int32)
+        for row in table:
+            choose("write", "cpu").load()(key, value, pages, row[None], start, lens)
+        query = torch.randn(b, cell.heads, d, dtype=cell.dtype)
+        return cls(
+            cell=cell,
+            query=query,
+            out=torch.empty_like(query),
+            key=key[-1:].expand(b, g, d).contiguous(),
+            value=value[-1:].expand(b, g, d).contiguous(),
+            pages=pages,
+            block_table=table,
+            seq_lens=torch.full((b,), s, dtype=torch.int32),
+            query_start_loc=torch.arange(b + 1, dtype=torch.int32),
+        )
+
+
+def our_impl(op: str) -> str:
+    choice = choose(op, "cpu")
+    return f"{choice.implementation}: {choice.reason}"
+
+
+def dense_calls(t: Tensors) -> Iterator[Call]:
+    op = choose("dense_decode", "cpu").load()
+    args = (t.query, t.pages, t.block_table, t.seq_lens)
+    yield Call(our_impl("dense_decode"), lambda: op(*args, scale=t.cell.scale, out=t.out))
+
+
+def sparq_calls(t: Tensors) -> Iterator[Call]:
+    op = choose("sparq_decode", "cpu").load()
+    args = (t.query, t.pages, t.block_table, t.seq_lens)
+    yield Call(our_impl("sparq_decode"), lambda: op(*args, read=t.cell.read, scale=t.cell.scale, out=t.out))
+
+
+def write_calls(t: Tensors) -> Iterator[Call]:
+    op = choose("write", "cpu").load()
+    args = (t.key, t.value, t.pages, t.block_table, t.query_start_loc, t.seq_lens)
+    yield Call(our_impl("write"), lambda: op(*args))
+
+
+def vllm_calls(t: Tensors) -> Iterator[Call]:
+    """vLLM's own op at every setting worth trying: block sizes, and splitting a context over threads or not.
+
+    It reads a cache of random numbers: its time does not depend on them.
+    """
+    from vllm import _custom_ops as ops
+    from vllm.platforms import current_platform
+    from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend, _get_attn_isa
+
+    cell = t.cell
+    if cell.head_dim not in CPUAttentionBackend.get_supported_head_sizes():
+        return
+    current_platform.import_kernels()
+    out = torch.empty_like(t.query)
+    for block_size in (32, 64, 128, 256):
+        n_blocks = -(-cell.context // block_size)
+        cache = torch.empty(cell.batch * n_blocks, cell.kv_heads, 2 * block_size, cell.head_dim, dtype=cell.dtype)
+        cache[:] = torch.randn(cache.shape[1:], dtype=cell.dtype)
+        keys, values = cache.chunk(2, dim=2)
+        table = torch.randperm(len(cache), dtype=torch.int32).view(cell.batch, n_blocks)
+        isa = _get_attn_isa(cell.dtype, block_size, cell.head_dim)
+        for split in (False, True):
+            schedule = ops.cpu_attn_get_scheduler_metadata(
+                num_reqs=cell.batch,
+                num_heads=cell.heads,
+                num_kv_heads=cell.kv_heads,
+                head_dim=cell.head_dim,
+                seq_lens=t.seq_lens,
+                dtype=cell.dtype,
+                query_start_loc=t.query_start_loc,
+                causal=True,
+                sliding_window_size=-1,
+                isa=isa,
+                enable_kv_split=split,
+            )
+
+            def run(
+                keys: torch.Tensor = keys,
+                values: torch.Tensor = values,
+                table: torch.Tensor = table,
+                schedule: torch.Tensor = schedule,
+            ) -> None:
+                ops.cpu_attention_with_kv_cache(
+                    query=t.query,
+                    key_cache=keys,
+                    value_cache=values,
+                    output=out,
+                    query_start_loc=t.query_start_loc,
+                    seq_lens=t.seq_lens,
+                    scale=cell.scale,
+                    causal=True,
+                    alibi_slopes=None,
+                    sliding_window=-1,
+                    block_table=table,
+                    softcap=0,
+                    scheduler_metadata=schedule,
+                    s_aux=None,
+                )
+
+            yield Call(f"CPU_ATTN {isa}, blocks of {block_size}, {'split' if split else 'no split'}", run)
+
+
+@dataclass(frozen=True)
+class Method:
+    """A row of the table: what it is, how it is called, how many bytes it must move."""
+
+    summary: str
+    calls: Callable[[Tensors], Iterator[Call]]
+    bytes_moved: Callable[[Cell], int]
+
+
+METHODS: dict[str, Method] = {
+    "vllm": Method("vLLM's own dense op, at its best setting", vllm_calls, lambda c: c.dense_bytes),
+    "dense": Method("our dense op", dense_calls, lambda c: c.dense_bytes),
+    "sparq": Method("SparQ", sparq_calls, lambda c: c.sparq_bytes),
+    "write": Method("appending the step's tokens", write_calls, lambda c: 2 * c.batch * c.kv_heads * c.token_bytes),
+}
+"""name -> what is timed. Of several calls, the fastest in a short trial is measured."""
