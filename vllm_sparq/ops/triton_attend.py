@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from vllm_sparq.layout import Pages
-from vllm_sparq.ops.triton_common import cast, dot, read_counts, split_count
+from vllm_sparq.ops.triton_common import cast, dot, read_counts, split_count, split_tokens
 
 LOG2_E = 1.4426950408889634
 
@@ -59,9 +59,7 @@ def attend_kernel(
         tokens += row.to(tl.int64) * tokens_stride
     else:
         tokens += b * tokens_stride
-    per_split = tl.cdiv(tl.cdiv(n_tokens, N_SPLITS), TILE) * TILE
-    start = split * per_split
-    stop = tl.minimum(n_tokens, start + per_split)
+    start, stop = split_tokens(n_tokens, split, N_SPLITS, TILE)
 
     h = tl.arange(0, GROUP_PAD)
     d = tl.arange(0, D_PAD)
@@ -104,8 +102,9 @@ def attend_kernel(
 
 
 def tile_tokens(head_size: int, dtype: torch.dtype) -> int:
-    """Tokens of one step: about 16 KiB of K, so that three stages of K and V leave room for two programs per SM."""
-    return max(16, 16384 // (triton.next_power_of_2(head_size) * dtype.itemsize))
+    """Tokens of one step: 16 KiB of K, so that four programs with K and V twice fit an SM; fp32 lives in registers."""
+    row_bytes = triton.next_power_of_2(head_size) * dtype.itemsize
+    return max(16, (8192 if dtype == torch.float32 else 16384) // row_bytes)
 
 
 def attend(

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 PROGRAMS_PER_SM = 4
-"""Programs a decode kernel is split into, per multiprocessor: enough to even out the tail, few enough to merge cheaply."""
+"""Programs of a decode kernel per multiprocessor: enough to even out the tail, few enough to merge cheaply."""
 
 INTERPRETED_SMS = 1
 """Stands for the multiprocessors of a device where the Triton interpreter runs: some rows get split, cheaply."""
@@ -81,11 +81,16 @@ def read_counts(
     k = tl.maximum(s * K_NUM // K_DEN, MIN_K)
     is_dense = (s < DENSE_BELOW) | (s <= k + 1)
     n_read = tl.where(is_dense, s, k + 1)
-    if LOCAL is None:
-        local = k // 4
-    else:
-        local = tl.minimum(k, LOCAL)
+    local = k // 4 if LOCAL is None else tl.minimum(k, LOCAL)
     return is_dense, n_read.to(tl.int32), tl.minimum(s, local + 1).to(tl.int32)
+
+
+@triton.jit
+def split_tokens(n_tokens, split, N_SPLITS: tl.constexpr, TILE: tl.constexpr):
+    """The tokens [start, stop) of one split: whole tiles, in order; none where the splits before took all."""
+    per_split = tl.cdiv(tl.cdiv(n_tokens, N_SPLITS), TILE) * TILE
+    start = split * per_split
+    return start, tl.minimum(n_tokens, start + per_split)
 
 
 @triton.jit

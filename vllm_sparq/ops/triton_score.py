@@ -5,17 +5,19 @@ than its bytes take to arrive, and tensor cores would want the codes turned arou
 owns tokens and walks the channels, so nothing is reduced across threads.
 """
 
+# ruff: noqa: RUF005  Triton knows no starred element of a tuple
+
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-from vllm_sparq.ops.triton_common import read_counts
+from vllm_sparq.ops.triton_common import cast, read_counts, split_tokens
 
 
 @triton.jit
 def group_weight(query, d, query_stride_h, GROUP: tl.constexpr, D: tl.constexpr):
-    """fp32 sum of |q| over the group for channels d, -1 beyond D. Head by head: the same bits whatever the shape of d."""
+    """fp32 sum of |q| over the group for channels d, -1 beyond D; head by head, so the same bits for any shape of d."""
     total = tl.zeros(d.shape, tl.float32)
     for h in tl.static_range(GROUP):
         q = tl.load(query + h * query_stride_h + d, mask=d < D, other=0.0).to(tl.float32)
@@ -69,8 +71,56 @@ def add_channel(scores, weights, c, keys, HEADS: tl.constexpr, R: tl.constexpr):
     """``scores[h] + weights[h, c] * keys`` for every head."""
     result = ()
     for h in tl.static_range(HEADS):
-        result = result + (scores[h] + tl.load(weights + h * R + c) * keys,)
+        weight = tl.load(weights + h * R + c, mask=c < R, other=0.0)
+        result = result + (scores[h] + weight * keys,)
     return result
+
+
+@triton.jit
+def score_full_pages(
+    early,  # tuples with fp32 [PAGES, SLOTS] per head: slots n, and slots n + N/2
+    late,
+    weights,
+    channels,
+    scoring,  # pointers to each page's codes, [PAGES, SLOTS]
+    ranges,  # pointers to each page's ranges, [PAGES]
+    full,
+    mask,
+    SCORING: tl.constexpr,
+    HEADS: tl.constexpr,
+    R: tl.constexpr,
+    N: tl.constexpr,
+    CHANNELS: tl.constexpr,
+):
+    """Add the scores from the scoring copy, where ``mask``; the loads of several channels leave before any is used."""
+    HALF: tl.constexpr = N // 2
+    WIDTH: tl.constexpr = HALF if SCORING == "int4" else N
+    for first in range(0, R, CHANNELS):
+        codes = ()
+        codes_late = ()
+        scales = ()
+        for i in tl.static_range(CHANNELS):
+            channel = tl.load(channels + first + i, mask=first + i < R, other=0)
+            codes = codes + (tl.load(scoring + channel * WIDTH, mask=mask, other=0),)
+            if SCORING != "int4":
+                codes_late = codes_late + (tl.load(scoring + channel * WIDTH + HALF, mask=mask, other=0),)
+            if SCORING != "model":
+                scales = scales + (tl.load(ranges + channel, mask=full, other=0),)
+        for i in tl.static_range(CHANNELS):
+            if SCORING == "int4":
+                k_early = (codes[i] & 15).to(tl.float32)
+                k_late = (codes[i] >> 4).to(tl.float32)
+            else:
+                k_early = codes[i].to(tl.float32)
+                k_late = codes_late[i].to(tl.float32)
+            if SCORING != "model":
+                step = scales[i].to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)[:, None]
+                zero = (scales[i] >> 16).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)[:, None]
+                k_early = zero + step * k_early
+                k_late = zero + step * k_late
+            early = add_channel(early, weights, first + i, k_early, HEADS, R)
+            late = add_channel(late, weights, first + i, k_late, HEADS, R)
+    return early, late
 
 
 @triton.jit
@@ -94,6 +144,7 @@ def score_tile(
     D: tl.constexpr,
     PAGES: tl.constexpr,
     SLOTS: tl.constexpr,
+    CHANNELS: tl.constexpr,
 ):
     """Scores of the slots n and n + N/2 of several pages: two tuples with fp32 [PAGES, SLOTS] per head.
 
@@ -101,34 +152,18 @@ def score_tile(
     in one tile of a request, reads R elements of each token's record.
     """
     HALF: tl.constexpr = N // 2
-    WIDTH: tl.constexpr = HALF if SCORING == "int4" else N
     block = first_page + tl.arange(0, PAGES)
     slot = first_slot + tl.arange(0, SLOTS)
     n_full = context_len // N
     page = tl.load(table + block, mask=block * N < context_len, other=0).to(tl.int64)
     full = block < n_full
-    mask = full[:, None] & (slot < HALF)[None, :]
-    code_at = scoring + (page * scoring_stride_p)[:, None] + slot[None, :]
-    range_at = ranges + page * ranges_stride_p
     early = (tl.zeros([PAGES, SLOTS], tl.float32),) * HEADS
     late = (tl.zeros([PAGES, SLOTS], tl.float32),) * HEADS
-    for c in tl.range(0, R, loop_unroll_factor=4):
-        channel = tl.load(channels + c)
-        k_early = tl.load(code_at + channel * WIDTH, mask=mask, other=0)
-        if SCORING == "int4":
-            k_late = k_early >> 4
-            k_early = k_early & 15
-        else:
-            k_late = tl.load(code_at + channel * WIDTH + HALF, mask=mask, other=0)
-        k_early = k_early.to(tl.float32)
-        k_late = k_late.to(tl.float32)
-        if SCORING != "model":
-            step = tl.load(range_at + channel * 2, mask=full, other=0.0).to(tl.float32)[:, None]
-            zero = tl.load(range_at + channel * 2 + 1, mask=full, other=0.0).to(tl.float32)[:, None]
-            k_early = zero + step * k_early
-            k_late = zero + step * k_late
-        early = add_channel(early, weights, c, k_early, HEADS, R)
-        late = add_channel(late, weights, c, k_late, HEADS, R)
+    early, late = score_full_pages(
+        *(early, late, weights, channels),
+        *(scoring + (page * scoring_stride_p)[:, None] + slot[None, :], ranges + page * ranges_stride_p),
+        *(full, full[:, None] & (slot < HALF)[None, :], SCORING, HEADS, R, N, CHANNELS),
+    )
     n_rest = context_len - n_full * N
     if (n_rest > 0) & (first_page <= n_full) & (n_full < first_page + PAGES):
         record_at = records + (page * page_stride)[:, None] + slot[None, :] * (2 * D)
@@ -145,56 +180,22 @@ def score_tile(
 
 
 @triton.jit
-def score_tokens(
-    weights,
-    channels,
-    records,
-    scoring,
-    ranges,
-    table,
-    t,  # int32 [n], tokens
-    mask,
-    context_len,
-    page_stride,
-    scoring_stride_p,
-    ranges_stride_p,
-    SCORING: tl.constexpr,
-    HEADS: tl.constexpr,
-    R: tl.constexpr,
-    N: tl.constexpr,
-    D: tl.constexpr,
-):
-    """Scores of a few tokens anywhere: a tuple with fp32 [n] per head. 32 bytes per channel and token."""
-    HALF: tl.constexpr = N // 2
-    WIDTH: tl.constexpr = HALF if SCORING == "int4" else N
-    page = tl.load(table + t // N, mask=mask, other=0).to(tl.int64)
-    slot = t % N
-    full = mask & (t // N < context_len // N)
-    rest = mask & (t // N >= context_len // N)
-    byte = slot % WIDTH
-    scores = (tl.zeros(t.shape, tl.float32),) * HEADS
-    for c in range(R):
-        channel = tl.load(channels + c)
-        k = tl.load(scoring + page * scoring_stride_p + channel * WIDTH + byte, mask=full, other=0)
-        if SCORING == "int4":
-            k = tl.where(slot < HALF, k & 15, k >> 4)
-        k = k.to(tl.float32)
-        if SCORING != "model":
-            at = ranges + page * ranges_stride_p + channel * 2
-            step = tl.load(at, mask=full, other=0.0).to(tl.float32)
-            k = tl.load(at + 1, mask=full, other=0.0).to(tl.float32) + step * k
-        own = tl.load(records + page * page_stride + slot * (2 * D) + channel, mask=rest, other=0.0)
-        scores = add_channel(scores, weights, c, tl.where(rest, own.to(tl.float32), k), HEADS, R)
-    return scores
-
-
-@triton.jit
 def sum_heads(scores, HEADS: tl.constexpr):
     """The sum over the heads of a tuple."""
     total = scores[0]
     for h in tl.static_range(1, HEADS):
         total += scores[h]
     return total
+
+
+@triton.jit
+def store_heads(head_scores, scores, t, live, max_tokens, HEADS: tl.constexpr):
+    """Keep the scores of each head, in the model's type."""
+    for h in tl.static_range(HEADS):
+        s = scores[h]
+        if head_scores.dtype.element_ty == tl.float16:
+            s = tl.minimum(tl.maximum(s, -65504.0), 65504.0)
+        tl.store(head_scores + h * max_tokens + t, cast(s, head_scores.dtype.element_ty), mask=live)
 
 
 @triton.jit
@@ -226,15 +227,6 @@ def mean_value(
 
 
 @triton.jit
-def split_pages(context_len, split, N: tl.constexpr, N_SPLITS: tl.constexpr, PAGES: tl.constexpr):
-    """The pages [first, stop) of one split: whole tiles, in order."""
-    n_pages = tl.cdiv(context_len, N)
-    per_split = tl.cdiv(tl.cdiv(n_pages, N_SPLITS), PAGES) * PAGES
-    first = split * per_split
-    return first, tl.minimum(first + per_split, n_pages)
-
-
-@triton.jit
 def note_extremes(tops, sums, scores, live, HEADS: tl.constexpr):
     """Running maximum and sum of exponentials of each lane and head; dead lanes add nothing."""
     new_tops = ()
@@ -262,6 +254,7 @@ def score_kernel(
     extent,  # fp32 [rows, N_SPLITS, 2], written: least and largest score of the tokens that are ranked
     tops,  # fp32 [rows, N_SPLITS, HEADS], written with STATISTICS: largest score of each head,
     sums,  # and its sum of exponentials below that
+    head_scores,  # [rows, HEADS, max_tokens], written with KEEP
     mean,  # fp32 [rows, D], written with MEAN
     query_stride_b,
     query_stride_h,
@@ -285,11 +278,13 @@ def score_kernel(
     D_PAD: tl.constexpr,
     SCORING: tl.constexpr,
     STATISTICS: tl.constexpr,
+    KEEP: tl.constexpr,
     PROBS: tl.constexpr,
     MEAN: tl.constexpr,
     N_SPLITS: tl.constexpr,
     PAGES: tl.constexpr,
     SLOTS: tl.constexpr,
+    CHANNELS: tl.constexpr,
     MIN_K: tl.constexpr,
     K_NUM: tl.constexpr,
     K_DEN: tl.constexpr,
@@ -306,7 +301,7 @@ def score_kernel(
         return
     records += g * head_stride
     table = block_table + b * table_stride
-    if MEAN:
+    if MEAN:  # noqa: SIM102  known at compile time, the rest is not
         if split == N_SPLITS:
             value_sum += g * sum_stride_g
             mean += row * D
@@ -318,6 +313,7 @@ def score_kernel(
     channels += row * R
     weights += row * HEADS * R
     scores += row * max_tokens
+    head_scores += row * HEADS * max_tokens
     pick_channels(query, channels, weights, query_stride_h, scale, HEADS, GROUP, R, D, D_PAD)
     tl.debug_barrier()  # the loop reads what other threads wrote
 
@@ -327,13 +323,13 @@ def score_kernel(
     most = tl.full([PAGES, SLOTS], float("-inf"), tl.float32)
     lane_tops = (tl.full([PAGES, SLOTS], -1e30, tl.float32),) * HEADS  # finite: a lane may never see a token
     lane_sums = (tl.zeros([PAGES, SLOTS], tl.float32),) * HEADS
-    first, stop = split_pages(context_len, split, N, N_SPLITS, PAGES)
+    first, stop = split_tokens(tl.cdiv(context_len, N), split, N_SPLITS, PAGES)
     for first_page in range(first, stop, PAGES):
         for first_slot in range(0, HALF, SLOTS):
             early, late = score_tile(
                 *(weights, channels, records, scoring + g * scoring_stride_g, ranges + g * ranges_stride_g, table),
                 *(first_page, first_slot, context_len, page_stride, scoring_stride_p, ranges_stride_p),
-                *(SCORING, HEADS, R, N, D, PAGES, SLOTS),
+                *(SCORING, HEADS, R, N, D, PAGES, SLOTS, CHANNELS),
             )
             slot = first_slot + tl.arange(0, SLOTS)[None, :]
             t = (first_page + tl.arange(0, PAGES))[:, None] * N + slot
@@ -342,6 +338,9 @@ def score_kernel(
             if STATISTICS:
                 lane_tops, lane_sums = note_extremes(lane_tops, lane_sums, early, live_early, HEADS)
                 lane_tops, lane_sums = note_extremes(lane_tops, lane_sums, late, live_late, HEADS)
+            if KEEP:
+                store_heads(head_scores, early, t, live_early, max_tokens, HEADS)
+                store_heads(head_scores, late, t + HALF, live_late, max_tokens, HEADS)
             if not PROBS:
                 s = sum_heads(early, HEADS)
                 tl.store(scores + t, s, mask=live_early)

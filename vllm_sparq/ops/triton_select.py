@@ -3,19 +3,20 @@
 1. `count_kernel` sorts the scores of each split into 256 bins that rise with the score.
 2. `partition_kernel` finds the bin in which the k-th score lies. Everything above is picked; the bin itself, about one
    token in a hundred, becomes the list of candidates. All positions follow from the counts: no atomics, one result.
-3. `finish_kernel` picks the rest from the candidates by radix select on the 32 bits of their scores, ties to the oldest.
+3. `finish_kernel` picks the rest from the candidates by radix select on the 32 bits of a score, ties to the oldest.
 
 A picked token is written as its cell, ``page * N + slot``. The order of the list is fixed but has no meaning.
 Rows that are read densely list all their tokens.
 """
+
+# ruff: noqa: RUF005  Triton knows no starred element of a tuple
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-from vllm_sparq.ops.triton_common import read_counts
-from vllm_sparq.ops.triton_score import score_tile, score_tokens, split_pages
+from vllm_sparq.ops.triton_common import read_counts, split_tokens
 
 N_BINS = tl.constexpr(256)
 """More would narrow the candidates, but each split stores its counts, and each split of the row reads all of them."""
@@ -56,47 +57,31 @@ def head_statistics(tops, sums, row, h, N_SPLITS: tl.constexpr, HEADS: tl.conste
 
 
 @triton.jit
-def group_probability(scores, tops, sums, row, N_SPLITS: tl.constexpr, HEADS: tl.constexpr):
-    """The sum over the heads of the softmax of their scores."""
-    total = tl.zeros(scores[0].shape, tl.float32)
+def row_statistics(tops, sums, row, N_SPLITS: tl.constexpr, HEADS: tl.constexpr):
+    """`head_statistics` of every head: two tuples."""
+    row_tops = ()
+    row_sums = ()
     for h in tl.static_range(HEADS):
-        top, size = head_statistics(tops, sums, row, h, N_SPLITS, HEADS)
-        total += tl.exp(scores[h] - top) / size
-    return total
+        top, total = head_statistics(tops, sums, row, h, N_SPLITS, HEADS)
+        row_tops = row_tops + (top,)
+        row_sums = row_sums + (total,)
+    return row_tops, row_sums
 
 
 @triton.jit
 def count_kernel(
-    records,
-    scoring,
-    ranges,
-    block_table,
     seq_lens,
-    channels,
-    weights,
     scores,  # fp32 [rows, max_tokens]; PROBS: written here
+    head_scores,  # [rows, HEADS, max_tokens]
     extent,
     tops,
     sums,
     counts,  # int32 [rows, N_SPLITS, N_BINS], written
-    page_stride,
-    head_stride,
-    scoring_stride_p,
-    scoring_stride_g,
-    ranges_stride_p,
-    ranges_stride_g,
-    table_stride,
     max_tokens,
     G: tl.constexpr,
     HEADS: tl.constexpr,
-    R: tl.constexpr,
-    N: tl.constexpr,
-    D: tl.constexpr,
-    SCORING: tl.constexpr,
     PROBS: tl.constexpr,
     N_SPLITS: tl.constexpr,
-    PAGES: tl.constexpr,
-    SLOTS: tl.constexpr,
     TILE: tl.constexpr,
     MIN_K: tl.constexpr,
     K_NUM: tl.constexpr,
@@ -104,41 +89,33 @@ def count_kernel(
     LOCAL: tl.constexpr,
     DENSE_BELOW: tl.constexpr,
 ):
-    """Grid (B * G, N_SPLITS). Reads 4 bytes per token, from L2 mostly; PROBS scores all tokens again and writes 4 more."""
+    """Grid (B * G, N_SPLITS). Reads 4 bytes per token, from L2 mostly; PROBS 4 per head, and writes 4."""
     row = tl.program_id(0).to(tl.int64)
     split = tl.program_id(1)
-    b, g = row // G, row % G
-    context_len = tl.load(seq_lens + b)
+    context_len = tl.load(seq_lens + row // G)
     is_dense, _, n_local = read_counts(context_len, MIN_K, K_NUM, K_DEN, LOCAL, DENSE_BELOW)
     if is_dense:
         return
     scores += row * max_tokens
-    first, stop = split_pages(context_len, split, N, N_SPLITS, PAGES)
-    if PROBS:
-        HALF: tl.constexpr = N // 2
-        for first_page in range(first, stop, PAGES):
-            for first_slot in range(0, HALF, SLOTS):
-                early, late = score_tile(
-                    *(weights + row * HEADS * R, channels + row * R, records + g * head_stride),
-                    *(scoring + g * scoring_stride_g, ranges + g * ranges_stride_g, block_table + b * table_stride),
-                    *(first_page, first_slot, context_len, page_stride, scoring_stride_p, ranges_stride_p),
-                    *(SCORING, HEADS, R, N, D, PAGES, SLOTS),
-                )
-                slot = first_slot + tl.arange(0, SLOTS)[None, :]
-                t = (first_page + tl.arange(0, PAGES))[:, None] * N + slot
-                p = group_probability(early, tops, sums, row, N_SPLITS, HEADS)
-                tl.store(scores + t, p, mask=(slot < HALF) & (t < context_len))
-                p = group_probability(late, tops, sums, row, N_SPLITS, HEADS)
-                tl.store(scores + t + HALF, p, mask=(slot < HALF) & (t + HALF < context_len))
-        tl.debug_barrier()
+    head_scores += row * HEADS * max_tokens
+    n_ranked = context_len - n_local
     low, per_unit = bin_scale(extent, row, N_SPLITS, PROBS)
+    if PROBS:
+        row_tops, row_sums = row_statistics(tops, sums, row, N_SPLITS, HEADS)
     histogram = tl.zeros([N_BINS], tl.int32)
-    stop_token = tl.minimum(stop * N, context_len)
-    for first_token in range(first * N, stop_token, TILE):
-        t = first_token + tl.arange(0, TILE)
-        live = t < stop_token
-        s = tl.load(scores + t, mask=live, other=0.0)
-        histogram += tl.histogram(bin_of(s, t, context_len - n_local, low, per_unit, PROBS), N_BINS, mask=live)
+    start, stop = split_tokens(context_len, split, N_SPLITS, TILE)
+    for first in range(start, stop, TILE):
+        t = first + tl.arange(0, TILE)
+        live = t < stop
+        if PROBS:
+            s = tl.zeros([TILE], tl.float32)
+            for h in tl.static_range(HEADS):
+                own = tl.load(head_scores + h * max_tokens + t, mask=live, other=0.0).to(tl.float32)
+                s += tl.exp(own - row_tops[h]) / row_sums[h]
+            tl.store(scores + t, s, mask=live)
+        else:
+            s = tl.load(scores + t, mask=live, other=0.0)
+        histogram += tl.histogram(bin_of(s, t, n_ranked, low, per_unit, PROBS), N_BINS, mask=live)
     tl.store(counts + (row * N_SPLITS + split) * N_BINS + tl.arange(0, N_BINS), histogram)
 
 
@@ -153,7 +130,7 @@ def append_cells(cells, n, table, t, chosen, N: tl.constexpr):
 
 @triton.jit
 def find_bin(counts, row, split, n_read, N_SPLITS: tl.constexpr, STEP: tl.constexpr):
-    """The bin of the last token to read, and (tokens above it, tokens in it) in the row and in the splits before this."""
+    """The bin of the last token to read, then tokens (above it, in it) in the row, and in the splits before."""
     index = tl.arange(0, N_BINS)
     total = tl.zeros([N_BINS], tl.int32)
     before = tl.zeros([N_BINS], tl.int32)
@@ -173,34 +150,28 @@ def find_bin(counts, row, split, n_read, N_SPLITS: tl.constexpr, STEP: tl.conste
 
 
 @triton.jit
-def add_shares(shares, scores, chosen, tops, HEADS: tl.constexpr):
+def add_shares(shares, head_scores, t, chosen, tops, max_tokens, HEADS: tl.constexpr):
     """Per lane and head, the exponentials of the chosen tokens' scores."""
     result = ()
     for h in tl.static_range(HEADS):
-        result = result + (shares[h] + tl.where(chosen, tl.exp(scores[h] - tops[h]), 0.0),)
+        s = tl.load(head_scores + h * max_tokens + t, mask=chosen, other=0.0).to(tl.float32)
+        result = result + (shares[h] + tl.where(chosen, tl.exp(s - tops[h]), 0.0),)
     return result
 
 
 @triton.jit
-def row_tops(tops, sums, row, N_SPLITS: tl.constexpr, HEADS: tl.constexpr):
-    """The largest score of each head: a tuple of scalars."""
-    result = ()
+def store_shares(shares, lane_shares, HEADS: tl.constexpr):
+    """[HEADS] sums over the lanes."""
     for h in tl.static_range(HEADS):
-        top, _ = head_statistics(tops, sums, row, h, N_SPLITS, HEADS)
-        result = result + (top,)
-    return result
+        tl.store(shares + h, tl.sum(lane_shares[h], 0))
 
 
 @triton.jit
 def partition_kernel(
-    records,
-    scoring,
-    ranges,
     block_table,
     seq_lens,
-    channels,
-    weights,
     scores,
+    head_scores,
     extent,
     tops,
     sums,
@@ -209,26 +180,15 @@ def partition_kernel(
     candidates,  # int32 [rows, max_tokens], written: tokens of the last bin, ascending
     pending,  # int32 [rows, 2], written: cells in the list so far, and candidates
     shares,  # fp32 [rows, N_SPLITS + 1, HEADS], written with STATISTICS: exponentials of the tokens listed
-    page_stride,
-    head_stride,
-    scoring_stride_p,
-    scoring_stride_g,
-    ranges_stride_p,
-    ranges_stride_g,
     table_stride,
     max_tokens,
     capacity,
     G: tl.constexpr,
     HEADS: tl.constexpr,
-    R: tl.constexpr,
     N: tl.constexpr,
-    D: tl.constexpr,
-    SCORING: tl.constexpr,
     STATISTICS: tl.constexpr,
     PROBS: tl.constexpr,
     N_SPLITS: tl.constexpr,
-    PAGES: tl.constexpr,
-    SLOTS: tl.constexpr,
     TILE: tl.constexpr,
     MIN_K: tl.constexpr,
     K_NUM: tl.constexpr,
@@ -236,70 +196,46 @@ def partition_kernel(
     LOCAL: tl.constexpr,
     DENSE_BELOW: tl.constexpr,
 ):
-    """Grid (B * G, N_SPLITS). Reads 4 bytes per token; STATISTICS scores all tokens again: r / 2 bytes more.
-
-    Scoring again beats keeping the scores of every head: those are 4 bytes per token and query head, written and read.
-    """
+    """Grid (B * G, N_SPLITS). Reads 4 bytes per token; STATISTICS at most 32 more per query head and token picked."""
     row = tl.program_id(0).to(tl.int64)
     split = tl.program_id(1)
-    b, g = row // G, row % G
-    context_len = tl.load(seq_lens + b)
+    context_len = tl.load(seq_lens + row // G)
     is_dense, n_read, n_local = read_counts(context_len, MIN_K, K_NUM, K_DEN, LOCAL, DENSE_BELOW)
-    table = block_table + b * table_stride
+    table = block_table + row // G * table_stride
     cells += row * capacity
-    scores += row * max_tokens
-    candidates += row * max_tokens
-    first, stop = split_pages(context_len, split, N, N_SPLITS, PAGES)
-    stop_token = tl.minimum(stop * N, context_len)
+    start, stop = split_tokens(context_len, split, N_SPLITS, TILE)
     if is_dense:
-        for first_token in range(first * N, stop_token, TILE):
-            t = first_token + tl.arange(0, TILE)
-            page = tl.load(table + t // N, mask=t < stop_token, other=0)
-            tl.store(cells + t, page * N + t % N, mask=t < stop_token)
+        for first in range(start, stop, TILE):
+            t = first + tl.arange(0, TILE)
+            page = tl.load(table + t // N, mask=t < stop, other=0)
+            tl.store(cells + t, page * N + t % N, mask=t < stop)
         return
 
+    scores += row * max_tokens
+    head_scores += row * HEADS * max_tokens
+    candidates += row * max_tokens
     low, per_unit = bin_scale(extent, row, N_SPLITS, PROBS)
     last, n_above, n_in, n_cells, n_candidates = find_bin(counts, row, split, n_read, N_SPLITS, min(N_SPLITS, 8))
     if split == 0:
         tl.store(pending + row * 2, n_above)
         tl.store(pending + row * 2 + 1, n_in)
-    n_ranked = context_len - n_local
-    for first_token in range(first * N, stop_token, TILE):
-        t = first_token + tl.arange(0, TILE)
-        live = t < stop_token
-        index = bin_of(tl.load(scores + t, mask=live, other=0.0), t, n_ranked, low, per_unit, PROBS)
-        n_cells = append_cells(cells, n_cells, table, t, live & (index > last), N)
-        chosen = live & (index == last)
-        place = n_candidates + tl.cumsum(chosen.to(tl.int32), 0) - 1
-        tl.store(candidates + place, t, mask=chosen)
-        n_candidates += tl.sum(chosen.to(tl.int32), 0)
-
     if STATISTICS:
-        HALF: tl.constexpr = N // 2
-        head_tops = row_tops(tops, sums, row, N_SPLITS, HEADS)
-        lane_shares = (tl.zeros([PAGES, SLOTS], tl.float32),) * HEADS
-        for first_page in range(first, stop, PAGES):
-            for first_slot in range(0, HALF, SLOTS):
-                early, late = score_tile(
-                    *(weights + row * HEADS * R, channels + row * R, records + g * head_stride),
-                    *(scoring + g * scoring_stride_g, ranges + g * ranges_stride_g, table),
-                    *(first_page, first_slot, context_len, page_stride, scoring_stride_p, ranges_stride_p),
-                    *(SCORING, HEADS, R, N, D, PAGES, SLOTS),
-                )
-                slot = first_slot + tl.arange(0, SLOTS)[None, :]
-                t = (first_page + tl.arange(0, PAGES))[:, None] * N + slot
-                live = (slot < HALF) & (t < context_len)
-                s = tl.load(scores + t, mask=live, other=0.0)
-                chosen = live & (bin_of(s, t, n_ranked, low, per_unit, PROBS) > last)
-                lane_shares = add_shares(lane_shares, early, chosen, head_tops, HEADS)
-                t += HALF
-                live = (slot < HALF) & (t < context_len)
-                s = tl.load(scores + t, mask=live, other=0.0)
-                chosen = live & (bin_of(s, t, n_ranked, low, per_unit, PROBS) > last)
-                lane_shares = add_shares(lane_shares, late, chosen, head_tops, HEADS)
-        for h in tl.static_range(HEADS):
-            at = (row * (N_SPLITS + 1) + split) * HEADS + h
-            tl.store(shares + at, tl.sum(tl.sum(lane_shares[h], 1), 0))
+        row_tops, _ = row_statistics(tops, sums, row, N_SPLITS, HEADS)
+        lane_shares = (tl.zeros([TILE], tl.float32),) * HEADS
+    for first in range(start, stop, TILE):
+        t = first + tl.arange(0, TILE)
+        live = t < stop
+        s = tl.load(scores + t, mask=live, other=0.0)
+        index = bin_of(s, t, context_len - n_local, low, per_unit, PROBS)
+        chosen = live & (index > last)
+        n_cells = append_cells(cells, n_cells, table, t, chosen, N)
+        if STATISTICS:
+            lane_shares = add_shares(lane_shares, head_scores, t, chosen, row_tops, max_tokens, HEADS)
+        waiting = (live & (index == last)).to(tl.int32)
+        tl.store(candidates + n_candidates + tl.cumsum(waiting, 0) - 1, t, mask=waiting > 0)
+        n_candidates += tl.sum(waiting, 0)
+    if STATISTICS:
+        store_shares(shares + (row * (N_SPLITS + 1) + split) * HEADS, lane_shares, HEADS)
 
 
 @triton.jit
@@ -312,7 +248,7 @@ def sort_key(score, t, n_ranked):
 
 @triton.jit
 def find_threshold(candidates, scores, n_candidates, n_wanted, n_ranked, TILE: tl.constexpr):
-    """(key of the last candidate to read, how many candidates with that very key to read): radix select, 8 bits a pass."""
+    """Key of the last candidate to read, and how many with that very key to read: radix select, 8 bits a pass."""
     threshold = tl.zeros([], tl.uint32)
     index = tl.arange(0, N_BINS)
     for shift in tl.static_range(24, -8, -8):
@@ -334,35 +270,22 @@ def find_threshold(candidates, scores, n_candidates, n_wanted, n_ranked, TILE: t
 
 @triton.jit
 def finish_kernel(
-    records,
-    scoring,
-    ranges,
     block_table,
     seq_lens,
-    channels,
-    weights,
     scores,
+    head_scores,
     tops,
     sums,
     cells,
     candidates,
     pending,
     shares,
-    page_stride,
-    head_stride,
-    scoring_stride_p,
-    scoring_stride_g,
-    ranges_stride_p,
-    ranges_stride_g,
     table_stride,
     max_tokens,
     capacity,
     G: tl.constexpr,
     HEADS: tl.constexpr,
-    R: tl.constexpr,
     N: tl.constexpr,
-    D: tl.constexpr,
-    SCORING: tl.constexpr,
     STATISTICS: tl.constexpr,
     N_SPLITS: tl.constexpr,
     TILE: tl.constexpr,
@@ -372,16 +295,16 @@ def finish_kernel(
     LOCAL: tl.constexpr,
     DENSE_BELOW: tl.constexpr,
 ):
-    """Grid (B * G). Touches the candidates only: 8 bytes each, and with STATISTICS 32 r for each one picked."""
+    """Grid (B * G). Touches the candidates only: five passes over 8 bytes each, all but the first from L1."""
     row = tl.program_id(0).to(tl.int64)
-    b, g = row // G, row % G
-    context_len = tl.load(seq_lens + b)
+    context_len = tl.load(seq_lens + row // G)
     is_dense, n_read, n_local = read_counts(context_len, MIN_K, K_NUM, K_DEN, LOCAL, DENSE_BELOW)
     if is_dense:
         return
-    table = block_table + b * table_stride
+    table = block_table + row // G * table_stride
     cells += row * capacity
     scores += row * max_tokens
+    head_scores += row * HEADS * max_tokens
     candidates += row * max_tokens
     n_ranked = context_len - n_local
     n_cells = tl.load(pending + row * 2)
@@ -389,7 +312,7 @@ def finish_kernel(
     threshold, n_equal = find_threshold(candidates, scores, n_candidates, n_read - n_cells, n_ranked, TILE)
     seen = n_cells * 0
     if STATISTICS:
-        head_tops = row_tops(tops, sums, row, N_SPLITS, HEADS)
+        row_tops, _ = row_statistics(tops, sums, row, N_SPLITS, HEADS)
         lane_shares = (tl.zeros([TILE], tl.float32),) * HEADS
     for first in range(0, n_candidates, TILE):
         i = first + tl.arange(0, TILE)
@@ -402,13 +325,6 @@ def finish_kernel(
         seen += tl.sum(equal.to(tl.int32), 0)
         n_cells = append_cells(cells, n_cells, table, t, chosen, N)
         if STATISTICS:
-            s = score_tokens(
-                *(weights + row * HEADS * R, channels + row * R, records + g * head_stride),
-                *(scoring + g * scoring_stride_g, ranges + g * ranges_stride_g, table, t, chosen, context_len),
-                *(page_stride, scoring_stride_p, ranges_stride_p, SCORING, HEADS, R, N, D),
-            )
-            lane_shares = add_shares(lane_shares, s, chosen, head_tops, HEADS)
+            lane_shares = add_shares(lane_shares, head_scores, t, chosen, row_tops, max_tokens, HEADS)
     if STATISTICS:
-        for h in tl.static_range(HEADS):
-            at = (row * (N_SPLITS + 1) + N_SPLITS) * HEADS + h
-            tl.store(shares + at, tl.sum(lane_shares[h], 0))
+        store_shares(shares + (row * (N_SPLITS + 1) + N_SPLITS) * HEADS, lane_shares, HEADS)

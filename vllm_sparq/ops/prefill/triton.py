@@ -12,7 +12,7 @@ import triton.language as tl
 
 from vllm_sparq.layout import Pages
 from vllm_sparq.ops.triton_attend import LOG2_E
-from vllm_sparq.ops.triton_common import cast, dot, find_request, merge, split_count
+from vllm_sparq.ops.triton_common import cast, dot, find_request, merge, split_count, split_tokens
 
 
 @triton.jit
@@ -88,9 +88,7 @@ def prefill_kernel(
 
     # Keys are numbered: cached tokens, then new ones up to the tile's last. A split takes a range of whole tiles.
     n_keys = context_len + tl.minimum((tile + 1) * TOKENS, n_new)
-    per_split = tl.cdiv(tl.cdiv(n_keys, N_SPLITS), TILE) * TILE
-    first_key = split * per_split
-    stop_key = tl.minimum(n_keys, first_key + per_split)
+    first_key, stop_key = split_tokens(n_keys, split, N_SPLITS, TILE)
     top = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     acc = tl.zeros([ROWS, D_PAD], tl.float32)
@@ -167,18 +165,22 @@ def prefill(
         TILE=tile,
         N_SPLITS=n_splits,
         num_warps=n_warps,
-        num_stages=2,
+        num_stages=3,
     )
     if n_splits > 1:
         merge(partial, weight, out)
 
 
 def tile_sizes(head_size: int, dtype: torch.dtype, group: int, rows_per_request: int) -> tuple[int, int, int]:
-    """(query rows, keys, warps) of a tile: q, and two stages of K and V, stay within 96 KiB of shared memory.
+    """(query rows, keys, warps) of a tile: q, and two or three stages of K and V, stay within 160 KiB of shared memory.
 
-    ``rows_per_request`` are the (token, head) pairs of a mean request: short steps get a small tile.
+    ``rows_per_request`` are the (token, head) pairs of a mean request: short steps get a small tile. fp32 has no tensor
+    cores of its own precision, and keeps its operands in registers.
     """
-    row_bytes = triton.next_power_of_2(head_size) * dtype.itemsize
-    most = 128 if row_bytes <= 256 else 64 if row_bytes <= 512 else 32
+    width = triton.next_power_of_2(head_size)
+    if dtype == torch.float32:
+        most, tile = 16, 16
+    else:
+        most, tile = (128, 64) if width <= 128 else (64, 32)
     n_rows = max(16, min(most, triton.next_power_of_2(rows_per_request)), triton.next_power_of_2(group))
-    return n_rows, 64 if row_bytes <= 256 else 32 if row_bytes <= 512 else 16, 8 if n_rows >= 128 else 4
+    return n_rows, tile, 8 if n_rows >= 128 else 4

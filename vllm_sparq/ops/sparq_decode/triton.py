@@ -1,19 +1,22 @@
 """`vllm_sparq.ops.sparq_decode.sparq_decode` on a GPU: six launches, no sync, nothing sized by a length.
 
-Bytes per token and KV head, D = 128, bf16, r = 16, int4, N = 128, k = S / 16 (a dense read: 512):
+Bytes per token and KV head for D = 128, bf16, four query heads, r = 16, int4, N = 128, k = S / 16 (a dense read: 512):
 
-    score       8 of codes, 0.5 of ranges (4 if a sector is fetched for each), writes 4 of score    triton_score.py
-    count       4 of score, in L2 while B G S is below ten million                                  triton_select.py
-    partition   4 of score; with mean value 8 of codes again, likewise from L2
+    score       8 of codes, 0.5 of ranges (4 where a sector is fetched for each);                   triton_score.py
+                writes 4 of group score, and with mean value 8 of head scores
+    count       4 of group score, from L2 while a batch has below ten million tokens and KV heads   triton_select.py
+    partition   4 of group score; with mean value the sectors of head scores that a picked token is in, at most 8
     finish      the candidates, about one token in a hundred
     attend      512 for one token in sixteen: 32                                                    triton_attend.py
-    merge       8 D per split and head
+    blend       8 D per split and head, once per row
 
-Scratch is 8 bytes per KV head and token that the block table could hold, beside the list of picked cells. A batch whose
-scratch would exceed `SCRATCH_BYTES` runs in slices, one after the other.
+Scratch is that of the scores and 4 bytes for the candidates, for every token that the block table could hold. A batch
+whose scratch would exceed `SCRATCH_BYTES` runs in slices, one after the other.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 import triton
@@ -29,6 +32,9 @@ from vllm_sparq.ops.triton_select import N_BINS, count_kernel, finish_kernel, he
 
 SCRATCH_BYTES = 256 << 20
 """Largest scratch of one slice of the batch."""
+
+TILE = 1024
+"""Tokens of one step of the selection kernels."""
 
 
 @triton.jit
@@ -51,7 +57,6 @@ def blend_kernel(
     STEP: tl.constexpr,
     N_ATTEND_SPLITS: tl.constexpr,
     N_SPLITS: tl.constexpr,
-    MEAN: tl.constexpr,
     MIN_K: tl.constexpr,
     K_NUM: tl.constexpr,
     K_DEN: tl.constexpr,
@@ -63,16 +68,55 @@ def blend_kernel(
     b, h = head_row // H, head_row % H
     y = merge_splits(partial, weight, head_row, N_ATTEND_SPLITS, D, D_PAD, STEP)
     d = tl.arange(0, D_PAD)
-    is_dense, _, _ = read_counts(tl.load(seq_lens + b), MIN_K, K_NUM, K_DEN, LOCAL, DENSE_BELOW)
+    is_dense, _n_read, _n_local = read_counts(tl.load(seq_lens + b), MIN_K, K_NUM, K_DEN, LOCAL, DENSE_BELOW)
     if not is_dense:
         row = head_row // HEADS  # HEADS query heads share a KV head
-        _, size = head_statistics(tops, sums, row, h % HEADS, N_SPLITS, HEADS)
+        _top, size = head_statistics(tops, sums, row, h % HEADS, N_SPLITS, HEADS)
         split = tl.arange(0, N_SPLITS)
         at = shares + row * (N_SPLITS + 1) * HEADS + h % HEADS
         share = tl.sum(tl.load(at + split * HEADS), 0) + tl.load(at + N_SPLITS * HEADS)
         alpha = tl.minimum(tl.maximum(share / size, alpha_floor), 1.0)
         y = alpha * y + (1.0 - alpha) * tl.load(mean + row * D + d, mask=d < D, other=0.0)
     tl.store(out + b * out_stride_b + h * out_stride_h + d, cast(y, out.dtype.element_ty), mask=d < D)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What the launches of one slice share; rows are requests times KV heads."""
+
+    n_rows: int
+    n_heads: int  # query heads that keep scores of their own, per KV head; 1: the group's sum is enough
+    max_tokens: int
+    capacity: int  # of the list of cells
+    n_splits: int
+    lanes: int  # of a scoring tile
+    slots: int  # of them, in one page
+    with_mean: bool
+    probs: bool
+    head_dtype: torch.dtype
+    constants: dict[str, object]
+
+    @property
+    def keep(self) -> bool:
+        """Whether head scores have a tensor of their own, instead of being the group scores."""
+        return self.n_heads > 1 or self.probs
+
+
+class Scratch:
+    """Tensors between the launches of one slice."""
+
+    def __init__(self, plan: Plan, r: int, head_size: int, device: torch.device) -> None:
+        def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+            return torch.empty(plan.n_rows, *shape, dtype=dtype, device=device)
+
+        n_splits, heads = plan.n_splits, plan.n_heads
+        self.channels, self.weights = empty(r, dtype=torch.int32), empty(heads, r)
+        self.scores, self.extent = empty(plan.max_tokens), empty(n_splits, 2)
+        self.head_scores = empty(heads, plan.max_tokens, dtype=plan.head_dtype) if plan.keep else self.scores
+        self.tops, self.sums, self.shares = empty(n_splits, heads), empty(n_splits, heads), empty(n_splits + 1, heads)
+        self.mean = empty(head_size if plan.with_mean else 0)
+        self.counts, self.pending = empty(n_splits, N_BINS.value, dtype=torch.int32), empty(2, dtype=torch.int32)
+        self.cells, self.candidates = empty(plan.capacity, dtype=torch.int32), empty(plan.max_tokens, dtype=torch.int32)
 
 
 def sparq_decode(
@@ -85,12 +129,12 @@ def sparq_decode(
     scale: float,
     out: torch.Tensor,
 ) -> None:
-    n_requests, n_kv_heads = query.shape[0], pages.data.shape[1]
+    (n_requests, n_heads, _), n_kv_heads = query.shape, pages.data.shape[1]
     max_tokens = block_table.shape[1] * pages.layout.block_size
     if read.k_per_token <= 1 and read.is_dense(max_tokens):  # so is every shorter context
         dense_decode(query, pages, block_table, seq_lens, scale=scale, out=out)
         return
-    per_slice = max(1, SCRATCH_BYTES // (8 * max_tokens * n_kv_heads))
+    per_slice = max(1, SCRATCH_BYTES // (max_tokens * (8 * n_kv_heads + 4 * n_heads)))
     for first in range(0, n_requests, per_slice):
         rows = slice(first, min(first + per_slice, n_requests))
         decode_slice(query[rows], pages, block_table[rows], seq_lens[rows], read, scale, out[rows])
@@ -106,88 +150,133 @@ def decode_slice(
     out: torch.Tensor,
 ) -> None:
     """The requests whose scratch fits at once."""
-    (n_requests, n_heads, head_size), n_kv_heads = query.shape, pages.data.shape[1]
-    max_tokens = block_table.shape[1] * pages.layout.block_size
-    capacity = max(read.n_selected(max_tokens), min(read.dense_below, max_tokens))
-    group, with_mean, probs = n_heads // n_kv_heads, read.alpha_floor < 1.0, read.group_reduce == "probs"
-    heads = group if with_mean or probs else 1
-    n_rows, numbers = n_requests * n_kv_heads, read_constants(read)
-    lanes = 512 if heads <= 4 else 256 if heads <= 8 else 128
-    slots = min(triton.next_power_of_2(pages.layout.block_size // 2), 64)
-    n_splits = split_count(n_rows, max_tokens, query.device, min_tokens=2 * lanes, limit=64)
-
-    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        return torch.empty(n_rows, *shape, dtype=dtype, device=query.device)
-
-    channels, weights = empty(read.r, dtype=torch.int32), empty(heads, read.r)
-    scores, extent, mean = empty(max_tokens), empty(n_splits, 2), empty(head_size if with_mean else 0)
-    tops, sums, shares = empty(n_splits, heads), empty(n_splits, heads), empty(n_splits + 1, heads)
-    counts, pending = empty(n_splits, N_BINS.value, dtype=torch.int32), empty(2, dtype=torch.int32)
-    cells, candidates = empty(capacity, dtype=torch.int32), empty(max_tokens, dtype=torch.int32)
-
-    keys, scoring = pages.keys, pages.scoring
-    ranges = pages.data if pages.layout.scoring == "model" else pages.ranges
-    value_sum = pages.value_sum if with_mean else pages.data
-    strides = [t.stride(i) for t in (keys, scoring, ranges) for i in (0, 1)]
-    sizes = dict(G=n_kv_heads, HEADS=heads, R=read.r, N=pages.layout.block_size, D=head_size, N_SPLITS=n_splits)
-    tiles = dict(PAGES=max(1, lanes // slots), SLOTS=slots)
-    common = dict(**sizes, **numbers, SCORING=pages.layout.scoring, num_warps=4)
-    parts = keys, scoring, ranges
-    score_kernel[(n_rows // n_kv_heads * n_kv_heads, n_splits + with_mean)](
-        *(query, *parts, value_sum, block_table, seq_lens, channels, weights, scores, extent, tops, sums, mean),
-        *(query.stride(0), query.stride(1), *strides, value_sum.stride(0), value_sum.stride(1)),
-        *(block_table.stride(0), max_tokens, scale),
-        GROUP=group,
-        D_PAD=triton.next_power_of_2(head_size),
-        STATISTICS=heads > 1 or with_mean or probs,
-        PROBS=probs,
-        MEAN=with_mean,
-        **common,
-        **tiles,
-    )
-    ranked = parts + (block_table, seq_lens, channels, weights, scores)
-    sizes_of = *strides, block_table.stride(0), max_tokens
-    count_kernel[(n_rows, n_splits)](
-        *(*ranked, extent, tops, sums, counts, *sizes_of), PROBS=probs, TILE=1024, **common, **tiles
-    )
-    partition_kernel[(n_rows, n_splits)](
-        *(*ranked, extent, tops, sums, counts, cells, candidates, pending, shares, *sizes_of, capacity),
-        STATISTICS=with_mean,
-        PROBS=probs,
-        TILE=1024,
-        **common,
-        **tiles,
-    )
-    finish_kernel[(n_rows,)](
-        *(*ranked, tops, sums, cells, candidates, pending, shares, *sizes_of, capacity),
-        STATISTICS=with_mean,
-        TILE=1024,
-        **common,
-    )
+    plan = make_plan(query, pages, block_table, read)
+    work = Scratch(plan, read.r, query.shape[2], query.device)
+    score(plan, work, query, pages, block_table, seq_lens, read.r, scale)
+    select(plan, work, pages, block_table, seq_lens)
     split = attend(
-        *(query, pages, cells, seq_lens),
+        *(query, pages, work.cells, seq_lens),
         scale=scale,
         out=out,
-        max_tokens=capacity,
-        read=numbers,
-        keep_splits=with_mean,
+        max_tokens=plan.capacity,
+        read=plan.constants,
+        keep_splits=plan.with_mean,
     )
     if split is None:
         return
-    if not with_mean:
+    if plan.with_mean:
+        blend(plan, work, *split, seq_lens, read.alpha_floor, out)
+    else:
         merge(*split, out)
-        return
-    n_attend_splits = split[1].shape[-1]
-    blend_kernel[(n_requests * n_heads,)](
-        *(*split, seq_lens, tops, sums, shares, mean, out, out.stride(0), out.stride(1), read.alpha_floor),
-        H=n_heads,
-        HEADS=heads,
+
+
+def make_plan(query: torch.Tensor, pages: Pages, block_table: torch.Tensor, read: SparqRead) -> Plan:
+    """Launch sizes from shapes and options alone."""
+    n_kv_heads, block_size = pages.data.shape[1], pages.layout.block_size
+    n_rows, max_tokens = query.shape[0] * n_kv_heads, block_table.shape[1] * block_size
+    with_mean, probs = read.alpha_floor < 1.0, read.group_reduce == "probs"
+    n_heads = query.shape[1] // n_kv_heads if with_mean or probs else 1
+    lanes = 512 if n_heads <= 2 else 256 if n_heads <= 8 else 128  # sums of a lane's tokens and heads stay in registers
+    return Plan(
+        n_rows=n_rows,
+        n_heads=n_heads,
+        max_tokens=max_tokens,
+        capacity=max(read.n_selected(max_tokens), min(read.dense_below, max_tokens)),
+        n_splits=split_count(n_rows, max_tokens, query.device, min_tokens=TILE, limit=64),
+        lanes=lanes,
+        slots=min(triton.next_power_of_2(block_size // 2), 64),
+        with_mean=with_mean,
+        probs=probs,
+        head_dtype=torch.float32 if probs else query.dtype,
+        constants=read_constants(read),
+    )
+
+
+def score(
+    plan: Plan,
+    work: Scratch,
+    query: torch.Tensor,
+    pages: Pages,
+    block_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    r: int,
+    scale: float,
+) -> None:
+    """Steps 1 and 2, and the mean value."""
+    keys, scoring, scheme = pages.keys, pages.scoring, pages.layout.scoring
+    # Step and zero of a channel come in one load. A part that the layout lacks is never touched: any pointer does.
+    ranges = pages.data if scheme == "model" else pages.part("ranges").view(torch.int32)
+    value_sum = pages.value_sum if plan.with_mean else pages.data
+    strides = [t.stride(i) for t in (query, keys, scoring, ranges, value_sum) for i in (0, 1)]
+    n_kv_heads, head_size = keys.shape[1], keys.shape[3]
+    score_kernel[(plan.n_rows, plan.n_splits + plan.with_mean)](
+        *(query, keys, scoring, ranges, value_sum, block_table, seq_lens, work.channels, work.weights, work.scores),
+        *(work.extent, work.tops, work.sums, work.head_scores, work.mean),
+        *(*strides, block_table.stride(0), plan.max_tokens, scale),
+        G=n_kv_heads,
+        GROUP=query.shape[1] // n_kv_heads,
+        HEADS=plan.n_heads,
+        R=r,
+        N=pages.layout.block_size,
         D=head_size,
         D_PAD=triton.next_power_of_2(head_size),
-        STEP=min(n_attend_splits, 16),
-        N_ATTEND_SPLITS=n_attend_splits,
-        N_SPLITS=n_splits,
-        MEAN=with_mean,
-        **numbers,
+        SCORING=scheme,
+        STATISTICS=plan.with_mean or plan.probs,
+        KEEP=plan.keep,
+        PROBS=plan.probs,
+        MEAN=plan.with_mean,
+        N_SPLITS=plan.n_splits,
+        PAGES=max(1, plan.lanes // plan.slots),
+        SLOTS=plan.slots,
+        CHANNELS=min(triton.next_power_of_2(r), 16 if scheme == "int4" and plan.n_heads <= 4 else 8),
+        **plan.constants,
+        num_warps=4,
+    )
+
+
+def select(plan: Plan, work: Scratch, pages: Pages, block_table: torch.Tensor, seq_lens: torch.Tensor) -> None:
+    """Step 3: the list of cells, and the share of each head's probability that is on them."""
+    sizes = dict(G=pages.data.shape[1], HEADS=plan.n_heads, N_SPLITS=plan.n_splits, TILE=TILE, **plan.constants)
+    scores = work.scores, work.head_scores
+    statistics = work.tops, work.sums
+    lists = work.cells, work.candidates, work.pending, work.shares
+    strides = block_table.stride(0), plan.max_tokens, plan.capacity
+    count_kernel[(plan.n_rows, plan.n_splits)](
+        *(seq_lens, *scores, work.extent, *statistics, work.counts, plan.max_tokens), PROBS=plan.probs, **sizes
+    )
+    sizes |= dict(N=pages.layout.block_size, STATISTICS=plan.with_mean)
+    partition_kernel[(plan.n_rows, plan.n_splits)](
+        *(block_table, seq_lens, *scores, work.extent, *statistics, work.counts, *lists, *strides),
+        PROBS=plan.probs,
+        **sizes,
+        num_warps=8,
+    )
+    finish_kernel[(plan.n_rows,)](
+        *(block_table, seq_lens, *scores, *statistics, *lists, *strides), **sizes, num_warps=8
+    )
+
+
+def blend(
+    plan: Plan,
+    work: Scratch,
+    partial: torch.Tensor,
+    weight: torch.Tensor,
+    seq_lens: torch.Tensor,
+    alpha_floor: float,
+    out: torch.Tensor,
+) -> None:
+    """Step 5."""
+    n_requests, n_heads, head_size = out.shape
+    blend_kernel[(n_requests * n_heads,)](
+        *(partial, weight, seq_lens, work.tops, work.sums, work.shares, work.mean),
+        *(out, out.stride(0), out.stride(1), alpha_floor),
+        H=n_heads,
+        HEADS=plan.n_heads,
+        D=head_size,
+        D_PAD=triton.next_power_of_2(head_size),
+        STEP=min(weight.shape[-1], 16),
+        N_ATTEND_SPLITS=weight.shape[-1],
+        N_SPLITS=plan.n_splits,
+        **plan.constants,
         num_warps=4,
     )

@@ -2,9 +2,9 @@
 
 Two kinds of programs share the grid and never read what the other writes in this launch:
 
-* a *page* program copies the new tokens of one page and KV head, and makes the scoring copy if that completes the page;
-  old tokens come from the page, new ones from ``key``. ``4 D`` elements per new token; a completed page costs its K twice,
-  the second time from L1, and D / 2 bytes per token.
+* a *page* program copies the new tokens of one page and KV head, and makes the scoring copy if that completes the
+  page; old tokens come from the page, new ones from ``key``. Moves ``4 D`` elements per new token; a completed page its
+  K twice, the second time from L1, and D / 2 bytes per token.
 * a *sum* program walks the pages that one request opens, for a slice of the channels: a chain in block order, fed by
   ``value``. In a decode step nearly all of them find nothing to open and leave after one load.
 """
@@ -241,7 +241,7 @@ def write_kernel(
         v = tl.load(value + slot.to(tl.int64) * value_stride_t + d, mask=mask)
         tl.store(records + slot * (2 * D) + d, k, mask=mask)
         tl.store(records + slot * (2 * D) + D + d, v, mask=mask)
-    if SCORING is not None:
+    if SCORING is not None:  # noqa: SIM102  known at compile time, the rest is not
         if stop == N:
             scoring += page * scoring_stride_p + g * scoring_stride_g
             ranges += page * ranges_stride_p + g * ranges_stride_g
