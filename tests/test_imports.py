@@ -130,7 +130,7 @@ def violations(imports: list[Import]) -> list[str]:
             if inside(one.name, "vllm_sparq.benchmarks") and not inside(one.module, *MAY_IMPORT_BENCHMARKS):
                 refuse(one, f"only {list(MAY_IMPORT_BENCHMARKS)} import benchmarks")
         if inside(one.name, "vllm") and not inside(one.module, *MAY_IMPORT_VLLM):
-            refuse(one, "ops, config and layout know nothing of vLLM")
+            refuse(one, f"only {list(MAY_IMPORT_VLLM)} import vLLM")
         for module, names in LAZY.items():
             if one.module == module and not one.lazy and inside(one.name, *names):
                 refuse(one, "only inside functions")
