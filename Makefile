@@ -30,8 +30,10 @@ lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-types: $(READY)
-	$(BIN)/mypy
+types: $(READY)  ## mypy, over the packages as they install
+	rm -rf build/types && mkdir -p build/types/vllm_sparq
+	ln -s $(CURDIR)/vllm_sparq/* $(CURDIR)/attention_backends $(CURDIR)/scheduler $(CURDIR)/benchmarks build/types/vllm_sparq/
+	cd build/types && $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml -p vllm_sparq
 
 unit: $(READY)
 	$(BIN)/pytest

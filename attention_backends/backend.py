@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any, ClassVar
+
 import torch
 from vllm.v1.attention.backend import AttentionBackend, MultipleOf
-from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec, KVCacheLayout, KVCacheSpec
+from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec, KVCacheSpec
+from vllm.v1.kv_cache_layout import KVCacheLayout
 
 from vllm_sparq.attention_backends import refusals
 from vllm_sparq.attention_backends.impl import SparqImpl, active_options, page_layout
@@ -16,8 +19,8 @@ from vllm_sparq.scheduler.spec import page_spec
 class SparqBackend(AttentionBackend):
     """SparQ attention over pages; see `vllm_sparq.layout` for the pages and `vllm_sparq.ops` for the operations."""
 
-    supported_dtypes = list(refusals.DTYPES)
-    supported_kv_cache_dtypes = list(refusals.KV_CACHE_DTYPES)  # type: ignore[arg-type]
+    supported_dtypes: ClassVar[list[torch.dtype]] = list(refusals.DTYPES)
+    supported_kv_cache_dtypes: ClassVar[list[Any]] = list(refusals.KV_CACHE_DTYPES)
 
     # The write needs the block table, not the runner's slots: it finishes a page at the page's first and last token.
     forward_includes_kv_cache_update = True
@@ -61,8 +64,3 @@ class SparqBackend(AttentionBackend):
             return spec
         layout = page_layout(active_options(), spec.head_size, spec.block_size, spec.dtype)
         return page_spec(spec, layout)
-
-
-def supported_dtype_names() -> list[str]:
-    """For messages."""
-    return [str(dtype).removeprefix("torch.") for dtype in refusals.DTYPES if isinstance(dtype, torch.dtype)]

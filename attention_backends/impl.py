@@ -68,7 +68,7 @@ class SparqImpl(AttentionImpl[SparqMetadata]):
         if refusals:
             raise NotImplementedError("; ".join(refusals))
         global _active_options
-        vllm_config = get_current_vllm_config()
+        vllm_config: Any = get_current_vllm_config()
         self.options = _active_options = parse_options(vllm_config.additional_config)
         self.num_heads, self.num_kv_heads = num_heads, num_kv_heads or num_heads
         self.head_size, self.scale = head_size, float(scale)

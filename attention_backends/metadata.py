@@ -56,7 +56,6 @@ class SparqMetadata(AttentionMetadata):
     """One step of one KV cache group.
 
     Attributes:
-        n_tokens: rows of the step that belong to requests.
         n_decodes: leading requests that are read by the policy, one row each.
         block_table: int32 [B, M]; query_start_loc: int32 [B + 1]; seq_lens: int32 [B], new tokens included.
         prefill: rows to attend densely, or None.
@@ -64,7 +63,6 @@ class SparqMetadata(AttentionMetadata):
             ``prefill`` too; what the policy says replaces what the dense pass wrote.
     """
 
-    n_tokens: int
     n_decodes: int
     block_table: torch.Tensor
     query_start_loc: torch.Tensor
@@ -89,22 +87,15 @@ class SparqMetadataBuilder(AttentionMetadataBuilder[SparqMetadata]):
     ) -> SparqMetadata:
         step = common_attn_metadata
         n_decodes = count_decodes(step)
-        metadata = dict(
-            n_tokens=step.num_actual_tokens,
+        all_decode = n_decodes == step.num_reqs
+        return SparqMetadata(
             n_decodes=n_decodes,
             block_table=step.block_table_tensor,
             query_start_loc=step.query_start_loc,
             seq_lens=step.seq_lens,
+            prefill=None if all_decode else prefill_rows(step, n_decodes),
+            replayed=None if all_decode else find_replayed(step, n_decodes),
         )
-        if n_decodes == step.num_reqs:
-            return SparqMetadata(**metadata)
-        starts = step.query_start_loc[n_decodes:]
-        prefill = PrefillRows(
-            block_table=step.block_table_tensor[n_decodes:],
-            query_start_loc=starts,
-            context_lens=step.seq_lens[n_decodes:] - (starts[1:] - starts[:-1]),
-        )
-        return SparqMetadata(**metadata, prefill=prefill, replayed=find_replayed(step, n_decodes))
 
 
 def count_decodes(step: CommonAttentionMetadata) -> int:
@@ -117,6 +108,16 @@ def count_decodes(step: CommonAttentionMetadata) -> int:
         others = (~is_decode).nonzero()
         return int(others[0]) if len(others) else step.num_reqs
     return step.num_reqs
+
+
+def prefill_rows(step: CommonAttentionMetadata, n_decodes: int) -> PrefillRows:
+    """Everything behind the decodes."""
+    starts = step.query_start_loc[n_decodes:]
+    return PrefillRows(
+        block_table=step.block_table_tensor[n_decodes:],
+        query_start_loc=starts,
+        context_lens=step.seq_lens[n_decodes:] - (starts[1:] - starts[:-1]),
+    )
 
 
 def _any_prefilling(step: CommonAttentionMetadata) -> bool:
@@ -150,7 +151,8 @@ def _tokens_behind_prompt(step: CommonAttentionMetadata) -> torch.Tensor:
     if seq_lens is None:
         seq_lens = step.seq_lens.cpu()
     if prompt_lengths is not None:
-        return seq_lens - prompt_lengths(step).to(seq_lens.dtype)
+        known: torch.Tensor = seq_lens - prompt_lengths(step).to(seq_lens.dtype)
+        return known
     if step.is_prefilling is None:
         return torch.zeros_like(seq_lens)
     return torch.where(step.is_prefilling, 0, seq_lens)

@@ -108,17 +108,14 @@ def model_refusals(model_config: Any) -> list[str]:
 def _uses_alibi(config: Any) -> bool:
     """The ways in which models on the hub say that they use ALiBi."""
     attn_config = getattr(config, "attn_config", None) or {}
-    get = (
-        attn_config.get
-        if isinstance(attn_config, dict)
-        else lambda key, default=None: getattr(attn_config, key, default)
-    )
+    if not isinstance(attn_config, dict):
+        attn_config = vars(attn_config)
     return bool(
         getattr(config, "model_type", None) == "bloom"
         or getattr(config, "alibi", False)
         or getattr(config, "use_alibi", False)
         or str(getattr(config, "position_embedding", getattr(config, "position_embedding_type", ""))).lower() == "alibi"
-        or get("alibi", False)
+        or attn_config.get("alibi", False)
     )
 
 

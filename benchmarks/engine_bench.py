@@ -2,12 +2,13 @@
 
     vllm-sparq bench engine --context 32768 --batch 1,4,8
 
-Three engines on one dummy-weight model of a real model's shape, each in a process of its own, decode in turns: one decodes
-while the others wait, round after round, so that all see the same machine. The third engine skips the attention op of its
-decode steps; its time is what no attention kernel can beat, and dense time over its time is the Amdahl bound of any speed-up.
+Three engines on one dummy-weight model of a real model's shape, each in a process of its own, decode in turns: one
+decodes while the others wait, round after round, so that all see the same machine. The third engine skips the attention
+op of its decode steps; its time is what no attention kernel can beat, and dense time over its time is the Amdahl bound
+of any speed-up.
 
 All requests of a batch share one prompt through prefix caching, so the context is prefilled once. The attention of that
-prefill is skipped too, everywhere alike: K and V are written, what they hold does not change how long they take to read.
+prefill is skipped too, everywhere alike: K and V are written, and what they hold does not change how long a read takes.
 """
 
 from __future__ import annotations
@@ -85,10 +86,7 @@ class SkippedAttention:
     def __call__(
         self, layer: Any, query: Any, key: Any, value: Any, kv_cache: Any, meta: Any, output: Any, **kw: Any
     ) -> Any:
-        if meta is None:
-            return self.attend(layer, query, key, value, kv_cache, meta, output=output, **kw)
-        is_decode = int(meta.query_start_loc.diff().max()) == 1
-        if is_decode and self.decode:
+        if meta is None or (self.decode and int(meta.query_start_loc.diff().max()) == 1):
             return self.attend(layer, query, key, value, kv_cache, meta, output=output, **kw)
         if self.write is not None:  # our backends write inside of forward, vLLM's before it
             pages = layer.impl._bind(layer, kv_cache, query.dtype)
@@ -124,7 +122,7 @@ def serve_turns(method: Method, model: Path, max_context: int, max_batch: int, p
         additional_config={"sparq": method.options},
         disable_log_stats=True,
     )
-    engine = llm.llm_engine
+    engine: Any = llm.llm_engine
     for layer in engine.vllm_config.compilation_config.static_forward_context.values():
         layer.impl.forward = SkippedAttention(layer.impl, decode=not method.skip_attention)
     pipe.send("ready")

@@ -1,4 +1,4 @@
-"""The supported range of vLLM, and every name of vLLM's that has moved or may move. Nothing here is imported before use."""
+"""The supported range of vLLM, and the names of vLLM's that have moved or may move. Imports nothing of vLLM."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
 SUPPORTED_VLLM = SpecifierSet(">=0.32,<0.34", prereleases=True)
-"""String-named backends and `customize_spec` exist from 0.32 on; each new minor version is checked before it is let in."""
+"""String-named backends exist from 0.32 on; each new minor version is checked before it is let in."""
 
 CPU_PLATFORM = "vllm.platforms.cpu.CpuPlatform"
 CUDA_PLATFORM = "vllm.platforms.cuda.CudaPlatform"

@@ -24,7 +24,7 @@ MEASURED_BREAK_EVEN = 1024
 
 GATED_ALPHA_FLOOR = 0.9
 """With grouped queries, ``mean_value: auto`` never lets the mean value take more than a tenth of the output: on the
-bundled model that is what helps recall and repetition without costing bits per byte; the paper's full share hurts both."""
+bundled model that helps recall and repetition without costing bits per byte; the paper's full share hurts all three."""
 
 
 class Options(BaseModel):

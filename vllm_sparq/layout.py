@@ -9,10 +9,10 @@ A *page* is one block of one KV head: ``block_size`` tokens in ``page_bytes`` co
     +----------------------------------+------------------------+------------------+------------+
 
 * ``records``: the tokens as the model made them. Written when a token arrives.
-* ``scoring`` and ``ranges``: the low-bit copy of K that SparQ ranks tokens with. Written once, when the block fills; the
-  tokens of an unfinished block are ranked from ``records``.
-* ``value_sum``: the sum of V over all tokens *before* this block. Written once, when the block gets its first token. It
-  depends on the prefix alone, so it stays right under prefix caching, preemption and copy-on-write.
+* ``scoring`` and ``ranges``: the low-bit copy of K that SparQ ranks tokens with. Written once, when the block fills;
+  the tokens of an unfinished block are ranked from ``records``.
+* ``value_sum``: the sum of V over all tokens *before* this block. Written once, when the block gets its first token.
+  It depends on the prefix alone, so it stays right under prefix caching, preemption and copy-on-write.
 
 Nothing a method must remember lives outside the page, so whatever vLLM does with blocks, it does with all of it.
 
@@ -160,7 +160,8 @@ class Pages:
         """View of one part in every page: [P, G, *shape] of the part's dtype."""
         part = self.layout.parts[name]
         window = self.data[..., part.offset : part.offset + part.nbytes]
-        return window.view(part.dtype).unflatten(-1, part.shape)
+        view: torch.Tensor = window.view(part.dtype).unflatten(-1, part.shape)
+        return view
 
     @cached_property
     def keys(self) -> torch.Tensor:

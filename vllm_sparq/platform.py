@@ -1,8 +1,8 @@
-"""vLLM's built-in platforms, honouring our backends: chooses them per layer and checks everything before the model loads."""
+"""vLLM's built-in platforms, honouring our backends: chosen per layer, checked before the model loads."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from vllm.logger import init_logger
 from vllm.platforms.cpu import CpuPlatform
@@ -20,7 +20,7 @@ class SparqPlatformMixin:
     """What both platforms add to vLLM's own."""
 
     serves_sparq = True
-    sparq_workers: dict[str, str] = {}
+    sparq_workers: ClassVar[dict[str, str]] = {}
     """vLLM's worker class -> ours."""
 
     @classmethod
@@ -49,7 +49,7 @@ class SparqPlatformMixin:
 
     @classmethod
     def check_and_update_config(cls, vllm_config: VllmConfig) -> None:
-        """Check options and features in the driver, where the message reaches the user; called again in the engine core.
+        """Check options and features in the driver, where the message reaches the user; runs in the engine core too.
 
         Raises:
             ValueError: options or features that cannot work, with value, rule and remedy of each.
@@ -69,7 +69,9 @@ class SparqPlatformMixin:
 class SparqCpuPlatform(SparqPlatformMixin, CpuPlatform):
     """vLLM on CPU, honouring our backends."""
 
-    sparq_workers = {compat.CPU_WORKER: "vllm_sparq.attention_backends.cpu_worker.SparqCpuWorker"}
+    sparq_workers: ClassVar[dict[str, str]] = {
+        compat.CPU_WORKER: "vllm_sparq.attention_backends.cpu_worker.SparqCpuWorker"
+    }
 
 
 def __getattr__(name: str) -> Any:

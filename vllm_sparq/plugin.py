@@ -16,8 +16,8 @@ logger = logging.getLogger("vllm.sparq")  # below vLLM's own logger, so that its
 def register() -> None:
     """Entry point `vllm.general_plugins`: make the names known to vLLM.
 
-    An unsupported vLLM is left alone with an error in the log: its users who do not ask for sparq must not notice us, and
-    those who do are told by vLLM that the backend is unknown, right below our reason.
+    An unsupported vLLM is left alone with an error in the log: users who do not ask for sparq must not be stopped by
+    us, and those who do are told by vLLM that the backend is unknown, right below our reason.
     """
     problem = compat.unsupported_vllm()
     if problem:
@@ -34,7 +34,7 @@ def ensure_backend(name: str) -> Any:
 
     if name not in AttentionBackendEnum.__members__:
         register_backend(name, BACKENDS[name])
-        member = AttentionBackendEnum[name]
+        member: Any = AttentionBackendEnum[name]
         # A member added at run time pickles by value, which a spawned process cannot look up before plugins are loaded
         # there. Pickled like this, it brings its own registration along.
         member.__reduce_ex__ = lambda protocol: (ensure_backend, (name,))
@@ -67,7 +67,7 @@ def _guard_bypassed_platform() -> None:
 
     if not current_platform.is_cpu() or getattr(current_platform, "serves_sparq", False):
         return
-    platform_class = type(current_platform)
+    platform_class: Any = type(current_platform)
     if getattr(platform_class.get_attn_backend_cls, "guards_sparq", False):
         return
     original = platform_class.get_attn_backend_cls.__func__

@@ -1,4 +1,4 @@
-"""Engine core and workers in processes of their own: the plugin must arrive there, and the class in use must be ours."""
+"""Engine core and workers in processes of their own: the plugin arrives there, and the class in use is ours."""
 
 from __future__ import annotations
 
