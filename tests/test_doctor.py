@@ -1,0 +1,144 @@
+"""The doctor finds what is wrong, says what to do, and what the options mean for a model."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from packaging.version import Version
+
+from vllm_sparq import cli, compat, doctor, engine_check
+from vllm_sparq.config import Options
+from vllm_sparq.model_report import model_section
+
+LLAMA = {**engine_check.CONFIG, "max_position_embeddings": 8192, "num_hidden_layers": 3}
+
+
+def model_folder(folder: Path, **config: Any) -> str:
+    (folder / "config.json").write_text(json.dumps({**LLAMA, **config}))
+    return str(folder)
+
+
+def texts(section: doctor.Section, mark: str) -> str:
+    return "\n".join(finding.text for finding in section.findings if finding.mark == mark)
+
+
+def test_quick_check_of_this_machine(capsys: pytest.CaptureFixture[str]) -> None:
+    code = cli.main(["doctor", "--quick", "--json"])
+    report = json.loads(capsys.readouterr().out)
+    assert [section["title"] for section in report["sections"]] == ["versions", "plugin", "device", "operations"]
+    wrong = [f["text"] for section in report["sections"] for f in section["findings"] if f["mark"] == "✗"]
+    assert (code, report["is_well"], wrong) == (0, True, [])
+    device, operations = report["sections"][2:]
+    assert device["numbers"]["platform"].startswith("vllm_sparq.platform.Sparq")
+    assert set(operations["numbers"]) == {"write", "prefill", "dense_decode", "sparq_decode"}
+
+
+def test_for_people_it_ends_with_a_verdict(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(compat, "vllm_version", lambda: Version("0.31.1"))
+    assert cli.main(["doctor", "--quick"]) == 1
+    out = capsys.readouterr().out
+    assert "✗ vLLM 0.31.1 is not supported" in out
+    assert "1 thing is wrong" in out
+    assert "operations" not in out  # they need a vLLM that can be used
+
+
+def test_a_bypassed_platform_is_found() -> None:
+    code = "import sys; from vllm_sparq.cli import main; sys.exit(main(['doctor', '--quick', '--json']))"
+    environment = os.environ | {"VLLM_TARGET_DEVICE": "cpu"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    wrong = [f["text"] for s in json.loads(done.stdout)["sections"] for f in s["findings"] if f["mark"] == "✗"]
+    assert done.returncode == 1
+    assert wrong[0].startswith("VLLM_TARGET_DEVICE=cpu makes vLLM skip platform plugins")
+    assert "not ours" in wrong[1]
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "mark", "message"),
+    [
+        ("VLLM_PLUGINS", "other", "✗", "'other' switches vllm-sparq off: unset it"),
+        ("VLLM_PLUGINS", "other,sparq", "✓", "names sparq"),
+        ("VLLM_SPARQ_IMPL", "reference", "•", "VLLM_SPARQ_IMPL=reference overrides"),
+    ],
+)
+def test_environment_variables(name: str, value: str, mark: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(name, value)
+    assert message in texts(doctor.environment(), mark)
+
+
+def test_an_unknown_implementation_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_SPARQ_IMPL", "cuda")
+    assert "VLLM_SPARQ_IMPL='cuda' is not an implementation of write" in texts(doctor.implementations(), "✗")
+
+
+def test_a_check_that_breaks_is_a_finding() -> None:
+    def broken() -> doctor.Section:
+        raise RuntimeError("no such thing")
+
+    assert texts(doctor.run_check(broken), "✗") == "RuntimeError: no such thing"
+
+
+def test_what_options_mean_for_a_model(tmp_path: Path) -> None:
+    section = model_section(model_folder(tmp_path), Options(compression=4.0, dense_below=2048))
+    assert section.is_well
+    assert section.numbers["shape"] == dict(n_layers=3, n_full=3, n_heads=4, n_kv_heads=2, head_size=64)
+    # k = S / 8, a quarter of it the newest; one more for the current token
+    assert section.numbers["contexts"] == [
+        dict(context=1024, tokens_read=1024, k=128, local=32),
+        dict(context=4096, tokens_read=513, k=512, local=128),
+        dict(context=8192, tokens_read=1025, k=1024, local=256),
+    ]
+    memory = section.numbers["memory"]
+    # bf16 K and V, an int4 copy of K, and per page of 128 tokens two fp16 per channel and the fp32 sum of V
+    per_head = 2 * 64 * 2 + 64 // 2 + (64 * 2 * 2 + 64 * 4) // 128
+    assert memory["bytes_per_token_and_kv_head"] == dict(sparq=per_head, dense=256)
+    assert memory["bytes_per_token"] == dict(sparq=per_head * 2 * 3, dense=256 * 2 * 3)
+    assert memory["tokens_per_gib"]["sparq"] == 2**30 // (per_head * 6)
+    assert "r = 16 of 64 channels" in texts(section, "✓")
+    assert "at   1,024 tokens a step reads all of them" in texts(section, "•")
+
+
+@pytest.mark.parametrize(
+    ("config", "options", "message"),
+    [
+        (dict(head_dim=32), {}, "head size 32 is not one of"),
+        (dict(attn_logit_softcapping=50.0), {}, "soft-capped logits"),
+        ({}, dict(r=65), "r=65 is larger than the model's head size 64: use r <= 64"),
+        (dict(model_type="unheard_of", architectures=["UnheardOf"]), {}, "vLLM cannot read it"),
+    ],
+)
+def test_what_would_be_refused(config: dict[str, Any], options: dict[str, Any], message: str, tmp_path: Path) -> None:
+    section = model_section(model_folder(tmp_path, **config), Options(**options))
+    assert not section.is_well
+    assert message in texts(section, "✗")
+
+
+@pytest.mark.parametrize(("make", "message"), [(False, "no such folder"), (True, "there is no config.json in it")])
+def test_a_model_that_is_not_there(
+    make: bool, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "model"
+    if make:
+        folder.mkdir()
+    assert cli.main(["doctor", "--quick", "--model", str(folder)]) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.engine
+def test_a_real_engine_runs_our_class_in_a_spawned_worker(tmp_path: Path) -> None:
+    report = engine_check.check_engine(tmp_path)
+    assert {(layer["backend"], layer["impl"]) for layer in report["layers"].values()} == {("SPARQ", "SparqImpl")}
+    assert len(report["layers"]) == 2
+    assert report["n_tokens"] == engine_check.N_TOKENS
+
+
+def test_an_engine_that_fails_shows_the_cause(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_PLUGINS", "")  # vLLM loads no plugin, so it does not know sparq
+    with pytest.raises(engine_check.EngineError, match="SPARQ") as caught:
+        engine_check.check_engine(tmp_path)
+    assert "the engine failed; its log says:" in str(caught.value)

@@ -1,0 +1,104 @@
+"""The console script `vllm-sparq`. A command is a row of `COMMANDS` and a module with `add_arguments` and `main`."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import sys
+from collections.abc import Sequence
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+from vllm_sparq import __version__
+
+if TYPE_CHECKING:
+    from vllm_sparq.config import Options
+
+COMMANDS = {
+    "doctor": ("vllm_sparq.doctor", "say whether everything works here, and what options mean for a model"),
+    "demo": ("vllm_sparq.benchmarks.demo", "two real `vllm serve`, SparQ and dense, answer the same questions"),
+    "bench ops": ("vllm_sparq.benchmarks.ops_bench", "time the attention ops against dense ones on this machine"),
+}
+"""Words of the command -> module, one line of help. Only the module of the command in use is imported."""
+
+GROUPS = {"bench": "measurements"}
+"""First word of a command of two words -> one line of help."""
+
+EXAMPLES = """\
+examples:
+  vllm-sparq doctor                      is everything in place on this machine?
+  vllm-sparq doctor --model MODEL        what will SparQ read, and what does its cache cost, for MODEL?
+  vllm-sparq demo                        see it answer, beside dense attention
+
+`vllm-sparq COMMAND --help` explains a command.
+"""
+
+
+class UsageError(ValueError):
+    """What the user asked for cannot be done as written; said in one line, exit code 2."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command: 0 if all is well, 1 if something is wrong, 2 for bad usage, 128 + n when stopped by signal n."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    parser, module = build_parser(words)
+    args = parser.parse_args(words)
+    if module is None:
+        parser.error("give a command")
+    from vllm_sparq import processes
+
+    try:
+        with processes.raising_on_stop_signals():
+            return int(module.main(args))
+    except UsageError as error:
+        print(f"{args.prog}: {error}", file=sys.stderr)
+        return 2
+    except processes.Stopped as stopped:
+        print(f"{args.prog}: stopped by {stopped}", file=sys.stderr)
+        return stopped.exit_code
+
+
+def build_parser(words: Sequence[str]) -> tuple[argparse.ArgumentParser, ModuleType | None]:
+    """The parser of all commands, filled in for the one that `words` begin with, and that one's module."""
+    parser = argparse.ArgumentParser(
+        prog="vllm-sparq",
+        description="SparQ attention for vLLM: read few tokens of a long context.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"vllm-sparq {__version__}")
+    top = parser.add_subparsers(metavar="COMMAND")
+    inner = {}
+    for group, text in GROUPS.items():
+        group_parser = top.add_parser(group, help=text, description=text)
+        inner[group] = group_parser.add_subparsers(metavar="COMMAND", required=True)
+    chosen = None
+    for command, (path, text) in COMMANDS.items():
+        *group_words, name = command.split()
+        parent = inner[group_words[0]] if group_words else top
+        command_parser = parent.add_parser(name, help=text, description=text)
+        command_parser.formatter_class = argparse.RawDescriptionHelpFormatter
+        command_parser.set_defaults(prog=f"vllm-sparq {command}")
+        if list(words[: len(command.split())]) == command.split():
+            chosen = importlib.import_module(path)
+            chosen.add_arguments(command_parser)
+    return parser, chosen
+
+
+def sparq_options(text: str) -> Options:
+    """For argparse: the options in a JSON object, with or without the key "sparq" around it."""
+    from vllm_sparq.config import NAMESPACE, OptionsError, parse_options
+
+    try:
+        given = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not JSON ({error}): write for example '{{\"compression\": 4}}', in single quotes"
+        ) from None
+    if isinstance(given, dict) and list(given) == [NAMESPACE]:
+        given = given[NAMESPACE]
+    try:
+        return parse_options({NAMESPACE: given})
+    except OptionsError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None

@@ -1,0 +1,129 @@
+"""What SparQ's options mean for one model: what is read, what the cache costs, what is refused. Part of the doctor."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from vllm_sparq.config import Options, SparqRead
+from vllm_sparq.doctor import Section
+
+BLOCK_SIZE = 128
+"""Tokens per page, as our backend prefers."""
+
+CONTEXTS = (1024, 4096, 16384, 65536, 131072)
+
+
+def model_section(model: str, options: Options) -> Section:
+    """The report, from the model's configuration alone."""
+    from vllm.config import ModelConfig
+
+    from vllm_sparq.attention_backends.refusals import model_refusals
+
+    section = Section(f"model {model}")
+    try:
+        config = ModelConfig(model=model, skip_tokenizer_init=True)
+    except Exception as error:  # vLLM raises many kinds, all of them about this model
+        section.bad(f"vLLM cannot read it: {_first_line(error)}")
+        return section
+    refusals = model_refusals(config)
+    for reason in refusals:
+        section.bad(f"refused: {reason}")
+    if refusals:
+        return section
+    shape = _shape(config)
+    section.numbers["shape"] = shape
+    section.good(
+        f"{config.architecture}, {str(config.dtype).removeprefix('torch.')}: {shape['n_layers']} layers, "
+        f"{shape['n_heads']} query heads on {shape['n_kv_heads']} KV heads of {shape['head_size']} elements, "
+        f"{config.max_model_len:,} positions"
+    )
+    n_others = shape["n_layers"] - shape["n_full"]
+    if n_others:
+        section.note(f"{n_others} layers without full attention stay with vLLM; what follows is about the others")
+    if not shape["n_full"]:
+        section.bad("no layer has full attention, so there is nothing to read sparsely: use vLLM's own backend")
+        return section
+    try:
+        _describe_read(section, options, shape, config.max_model_len)
+        _describe_memory(section, options, shape, config.dtype)
+    except ValueError as error:  # r beyond the head size, a page that cannot be cut
+        section.bad(f"refused: {error}")
+    return section
+
+
+def _first_line(error: Exception) -> str:
+    """Of a pydantic message the line that says something, else the first."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    telling = [line for line in lines if line.startswith(("Value error", "Assertion failed"))]
+    return (telling or lines or [type(error).__name__])[0].split(" [type=")[0]
+
+
+def _shape(config: Any) -> dict[str, int]:
+    text = config.hf_text_config
+    n_layers = int(text.num_hidden_layers)
+    kinds: Sequence[str] = getattr(text, "layer_types", None) or ["full_attention"] * n_layers
+    return {
+        "n_layers": n_layers,
+        "n_full": sum(kind == "full_attention" for kind in kinds),
+        "n_heads": int(text.num_attention_heads),
+        "n_kv_heads": int(config.get_total_num_kv_heads()),
+        "head_size": int(config.get_head_size()),
+    }
+
+
+def _describe_read(section: Section, options: Options, shape: dict[str, int], max_model_len: int) -> None:
+    read = options.sparq_read(head_size=shape["head_size"], n_heads=shape["n_heads"], n_kv_heads=shape["n_kv_heads"])
+    section.numbers["contexts"] = []
+    if options.read == "dense":
+        section.note("read = dense: a decode step reads every token")
+        return
+    section.good(f"r = {read.r} of {shape['head_size']} channels of the {options.scoring} copy of K rank the tokens")
+    section.good(
+        {0.0: "the mean of V stands in for all unread tokens", 1.0: "unread tokens count for nothing"}.get(
+            read.alpha_floor,
+            f"the mean of V stands in for unread tokens, for at most {1 - read.alpha_floor:.0%} of the output",
+        )
+        + f" (mean_value = {options.mean_value})"
+    )
+    if options.dense_layers:
+        section.note(f"the first {min(options.dense_layers, shape['n_full'])} layers always read densely")
+    if read.dense_below:
+        section.good(f"contexts below {read.dense_below:,} tokens are read densely")
+    for context in sorted({*(c for c in CONTEXTS if c < max_model_len), max_model_len}):
+        _describe_context(section, read, context)
+
+
+def _describe_context(section: Section, read: SparqRead, context: int) -> None:
+    dense = read.is_dense(context)
+    n_read = context if dense else read.n_selected(context)
+    numbers = {"context": context, "tokens_read": n_read, "k": read.k(context), "local": read.n_local(context) - 1}
+    section.numbers["contexts"].append(numbers)
+    if dense:
+        section.note(f"at {context:>7,} tokens a step reads all of them")
+    else:
+        section.good(
+            f"at {context:>7,} tokens a step reads {n_read:,}: 1 in {context / n_read:.1f} "
+            f"(k = {numbers['k']:,}, the newest {numbers['local']:,} among them, and the current token)"
+        )
+
+
+def _describe_memory(section: Section, options: Options, shape: dict[str, int], dtype: Any) -> None:
+    from vllm_sparq.attention_backends.impl import page_layout
+
+    layout = page_layout(options, shape["head_size"], BLOCK_SIZE, dtype)
+    per_head = {"sparq": layout.bytes_per_token, "dense": 2 * shape["head_size"] * dtype.itemsize}
+    n_vectors = shape["n_kv_heads"] * shape["n_full"]
+    per_token = {name: n_vectors * n_bytes for name, n_bytes in per_head.items()}
+    pool = {name: 2**30 // n_bytes for name, n_bytes in per_token.items()}
+    section.numbers["memory"] = {
+        "bytes_per_token_and_kv_head": per_head,
+        "bytes_per_token": per_token,
+        "overhead": layout.overhead,
+        "tokens_per_gib": pool,
+    }
+    section.good(
+        f"a cached token takes {per_head['sparq']} bytes per KV head (dense: {per_head['dense']}) and "
+        f"{per_token['sparq']:,} in all layers (dense: {per_token['dense']:,}): {layout.overhead:+.1%}"
+    )
+    section.good(f"a GiB of KV cache holds {pool['sparq']:,} tokens (dense: {pool['dense']:,})")
