@@ -23,7 +23,7 @@ SPARQ_INLINE Vec store_weights(bf16* to, Vec p) {
   return load(to);
 }
 
-// logits [n_padded] -> weights exp(scale * logit - peak); returns their sum. Tokens from n on get weight 0.
+// logits [n_padded] -> weights 2^(scale * logit - peak); returns their sum. Tokens from n on get weight 0.
 template <class Weight>
 float softmax_tile(float* logits, int n, int n_padded, float scale, float* peak, float* rescale, Weight* weights) {
   for (int t = n; t < n_padded; ++t) logits[t] = -INFINITY;
@@ -34,11 +34,11 @@ float softmax_tile(float* logits, int n, int n_padded, float scale, float* peak,
     highest = max(highest, x);
   }
   const float now = std::max(*peak, reduce_max(highest));
-  *rescale = *peak == now ? 1.0f : std::exp(*peak - now);
+  *rescale = *peak == now ? 1.0f : std::exp2(*peak - now);
   *peak = now;
   Vec sum = zero();
   for (int t = 0; t < n_padded; t += W)
-    sum = add(sum, store_weights(weights + t, exp_negative(sub(load(logits + t), set1(now)))));
+    sum = add(sum, store_weights(weights + t, exp2_negative(sub(load(logits + t), set1(now)))));
   return reduce_add(sum);
 }
 
@@ -55,7 +55,7 @@ void absorb_heads(const Group& group, const State& state, int h0, const uint8_t*
   dot_tile<M, T, HH, D>(query, d, rows, n_padded, ahead, logits, TILE);
   for (int h = 0; h < HH; ++h) {
     float rescale;
-    const float sum = softmax_tile(logits + h * TILE, n, n_padded, group.scale, &state.peak[h0 + h], &rescale,
+    const float sum = softmax_tile(logits + h * TILE, n, n_padded, group.scale * LOG2_E, &state.peak[h0 + h], &rescale,
                                    weights + h * TILE);
     state.total[h0 + h] = state.total[h0 + h] * rescale + sum;
     if (rescale != 1.0f) scale_row(state.acc + (size_t)(h0 + h) * d, d, rescale);
@@ -130,7 +130,7 @@ void reset(const State& state, int n_heads, int head_size) {
 void merge(const State& into, const State& from, int n_heads, int head_size) {
   for (int h = 0; h < n_heads; ++h) {
     const float peak = std::max(into.peak[h], from.peak[h]);
-    const float a = std::exp(into.peak[h] - peak), b = std::exp(from.peak[h] - peak);
+    const float a = std::exp2(into.peak[h] - peak), b = std::exp2(from.peak[h] - peak);
     float* acc = into.acc + (size_t)h * head_size;
     const float* other = from.acc + (size_t)h * head_size;
     for (int c = 0; c < head_size; c += W)

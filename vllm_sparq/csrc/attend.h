@@ -14,7 +14,7 @@ struct Group {
   float scale;
 };
 
-// What attention has seen so far: out[h] = acc[h] / total[h], logits relative to peak[h].
+// What attention has seen so far: out[h] = acc[h] / total[h], base 2 logits relative to peak[h].
 struct State {
   float* acc;    // [n_heads, D]
   float* peak;   // [n_heads]

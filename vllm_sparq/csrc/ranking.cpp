@@ -81,15 +81,17 @@ void apply_ranges(const Ranking& ranking, const uint8_t* page) {
   }
 }
 
-// Calls f with the number of heads as a constant, four at a time. Only the first ones prefetch.
+// Calls f with the number of rows as a constant, at most five at a time: four heads and their sum. Only the first ones
+// prefetch.
 template <class F>
-void four_rows_at_a_time(int n_rows, Scan& scan, F&& f) {
-  for (int row = 0; row < n_rows; row += 4, scan.ahead = nullptr) {
-    switch (std::min(n_rows - row, 4)) {
+void few_rows_at_a_time(int n_rows, Scan& scan, F&& f) {
+  for (int row = 0; row < n_rows; row += 5, scan.ahead = nullptr) {
+    switch (std::min(n_rows - row, 5)) {
       case 1: f(std::integral_constant<int, 1>{}, row); break;
       case 2: f(std::integral_constant<int, 2>{}, row); break;
       case 3: f(std::integral_constant<int, 3>{}, row); break;
-      default: f(std::integral_constant<int, 4>{}, row);
+      case 4: f(std::integral_constant<int, 4>{}, row); break;
+      default: f(std::integral_constant<int, 5>{}, row);
     }
   }
 }
@@ -98,7 +100,7 @@ template <class Codes>
 void scan_page(const Ranking& ranking, const uint8_t* copy, Scan scan, const float* weights, float* scores,
                int stride) {
   stage_rows(copy, ranking.row_offsets, ranking.r, scan.row_bytes, ranking.rows);
-  four_rows_at_a_time(ranking.n_rows, scan, [&](auto heads, int row) {
+  few_rows_at_a_time(ranking.n_rows, scan, [&](auto heads, int row) {
     scan_heads<Codes, decltype(heads)::value>(scan, weights + row * ranking.stride, ranking.stride, ranking.bias + row,
                                               scores + (size_t)row * stride, stride);
   });
@@ -109,7 +111,7 @@ bool scan_int4_in_bf16(const Ranking& ranking, const uint8_t* copy, Scan scan, f
 #ifdef __AVX512BF16__
   if (ranking.pages->dtype != DType::bf16 || scan.n % PAIR_TOKENS != 0) return false;
   stage_pairs(copy, ranking.row_offsets, ranking.r, scan.row_bytes, ranking.rows);
-  four_rows_at_a_time(ranking.n_rows, scan, [&](auto heads, int row) {
+  few_rows_at_a_time(ranking.n_rows, scan, [&](auto heads, int row) {
     scan_heads_bf16<decltype(heads)::value>(scan, ranking.short_weights + row * ranking.stride, ranking.stride,
                                             ranking.bias + row, scores + (size_t)row * stride, stride);
   });
@@ -143,9 +145,9 @@ Ranking Ranking::in(Arena& arena, const Pages& pages, int r, int n_rows) {
   return ranking;
 }
 
-Ranking make_ranking(const Decode& call, int request, int head, int r, bool per_head, Arena& arena) {
+Ranking make_ranking(const Decode& call, int request, int head, int r, ScoreRows rows, Arena& arena) {
   const int d = call.pages.head_size, n_heads = call.group_size();
-  const Ranking ranking = Ranking::in(arena, call.pages, r, per_head ? n_heads : 1);
+  const Ranking ranking = Ranking::in(arena, call.pages, r, rows.n());
   const int stride = ranking.stride, bytes = row_bytes(call.pages);
   thread_local Scratch heads;
   float* importance = heads.arena(((size_t)n_heads + 1) * d * sizeof(float)).take<float>(((size_t)n_heads + 1) * d);
@@ -157,12 +159,15 @@ Ranking make_ranking(const Decode& call, int request, int head, int r, bool per_
   for (int h = 0; h < n_heads; ++h) {
     const float* from = q + (size_t)h * d;
     const float factor = temperature(from, d, ranking.channels, r, call.scale);
-    const int row = per_head ? h : 0;
-    for (int i = 0; i < r; ++i) {
-      const float x = from[ranking.channels[i]] * factor;
-      ranking.query[row * stride + i] += x;
-      ranking.whole_query[row * d + ranking.channels[i]] += x;
-    }
+    const auto add_to_row = [&](int row) {
+      for (int i = 0; i < r; ++i) {
+        const float x = from[ranking.channels[i]] * factor;
+        ranking.query[row * stride + i] += x;
+        ranking.whole_query[row * d + ranking.channels[i]] += x;
+      }
+    };
+    if (rows.heads) add_to_row(h);
+    if (rows.has_sum()) add_to_row(ranking.n_rows - 1);
   }
   return ranking;
 }

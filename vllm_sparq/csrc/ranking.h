@@ -7,8 +7,9 @@
 
 namespace sparq {
 
-// The scaled query of a group on its channels. One row per query head, or one row for their sum where nothing needs the
-// scores of single heads: the sum of scores is the score of the summed query.
+// The scaled query of a group on its channels: one row per query head where their scores are needed, and a last row for
+// the sum of the heads, which ranks the tokens: the sum of scores is the score of the summed query. (Ranking by a row of
+// its own costs little, and which tokens are read does not depend on what else is wanted.)
 struct Ranking {
   const Pages* pages;
   int r;
@@ -27,8 +28,17 @@ struct Ranking {
   static Ranking in(Arena& arena, const Pages& pages, int r, int n_rows);
 };
 
+// Which rows: those of single heads, the sum, or both. A single head is its own sum.
+struct ScoreRows {
+  int n_heads;  // H/G
+  bool heads, sum;
+
+  int n() const { return (heads ? n_heads : 0) + (has_sum() ? 1 : 0); }
+  bool has_sum() const { return sum && !(heads && n_heads == 1); }
+};
+
 // Chooses the channels of a query group and scales its heads; takes its memory from `arena`.
-Ranking make_ranking(const Decode& call, int request, int head, int r, bool per_head, Arena& arena);
+Ranking make_ranking(const Decode& call, int request, int head, int r, ScoreRows rows, Arena& arena);
 
 // Starts the page walks for the scoring copy of a page. Do it for many pages at once, early: a walk is slow on virtual
 // machines, and walks overlap only if they start together.

@@ -82,7 +82,7 @@ SPARQ_INLINE void scan_units(const Scan& scan, int u, const float* weights, int 
                              float* scores, int stride) {
   constexpr int V = Codes::vectors;
   Vec sum[HH][U * V];
-#pragma GCC unroll 4
+#pragma GCC unroll 5
   for (int h = 0; h < HH; ++h)
 #pragma GCC unroll 16
     for (int i = 0; i < U * V; ++i) sum[h][i] = set1(bias[h]);
@@ -93,7 +93,7 @@ SPARQ_INLINE void scan_units(const Scan& scan, int u, const float* weights, int 
     Vec x[U * V];
 #pragma GCC unroll 16
     for (int k = 0; k < U; ++k) Codes::expand(row, u + k, x + k * V);
-#pragma GCC unroll 4
+#pragma GCC unroll 5
     for (int h = 0; h < HH; ++h) {
       const Vec w = set1(weights[h * weights_stride + i]);
 #pragma GCC unroll 16
@@ -105,15 +105,15 @@ SPARQ_INLINE void scan_units(const Scan& scan, int u, const float* weights, int 
   for (int v = 0; v < V; ++v)
 #pragma GCC unroll 16
     for (int k = 0; k < U; ++k)
-#pragma GCC unroll 4
+#pragma GCC unroll 5
       for (int h = 0; h < HH; ++h) store(scores + h * stride + Codes::slot(u + k, v, scan.n), sum[h][k * V + v]);
 }
 
 template <class Codes, int HH>
 void scan_heads(const Scan& scan, const float* weights, int weights_stride, const float* bias, float* scores,
                 int stride) {
-  constexpr int ACCUMULATORS = W == 16 ? 16 : 8;  // half of the registers
-  constexpr int U = std::min(8, ACCUMULATORS / ((HH == 3 ? 4 : HH) * Codes::vectors));
+  constexpr int ACCUMULATORS = W == 16 ? 20 : 10;  // of 32 or 16 registers
+  constexpr int U = std::min(W == 16 ? 8 : 4, ACCUMULATORS / (HH * Codes::vectors));
   const int n_units = Codes::n_units(scan.n);
   int u = 0;
   for (; u + U <= n_units; u += U) scan_units<Codes, HH, U>(scan, u, weights, weights_stride, bias, scores, stride);

@@ -24,15 +24,15 @@ inline void stage_pairs(const uint8_t* copy, const int32_t* row_offsets, int r, 
 }
 
 // The four codes of each word as bf16: nibble s of every word, by table look-up, which ignores the bits above.
-SPARQ_INLINE void expand_words(__m512i words, __m512bh* codes) {
+SPARQ_INLINE void expand_words(__m512i words, __m512i* codes) {
   // bf16 bits of 0 .. 15, twice: the look-up reads five bits.
   const __m512i table = _mm512_broadcast_i64x4(
       _mm256_setr_epi16(0, 0x3f80, 0x4000, 0x4040, 0x4080, 0x40a0, 0x40c0, 0x40e0, 0x4100, 0x4110, 0x4120, 0x4130,
                         0x4140, 0x4150, 0x4160, 0x4170));
-  codes[0] = (__m512bh)_mm512_permutexvar_epi16(words, table);
-  codes[1] = (__m512bh)_mm512_permutexvar_epi16(_mm512_srli_epi16(words, 4), table);
-  codes[2] = (__m512bh)_mm512_permutexvar_epi16(_mm512_srli_epi16(words, 8), table);
-  codes[3] = (__m512bh)_mm512_permutexvar_epi16(_mm512_srli_epi16(words, 12), table);
+  codes[0] = _mm512_permutexvar_epi16(words, table);
+  codes[1] = _mm512_permutexvar_epi16(_mm512_srli_epi16(words, 4), table);
+  codes[2] = _mm512_permutexvar_epi16(_mm512_srli_epi16(words, 8), table);
+  codes[3] = _mm512_permutexvar_epi16(_mm512_srli_epi16(words, 12), table);
 }
 
 // 64 scores in token order, from sums by nibble of the low and high halves of the words: nibbles s and s + 2 are
@@ -50,13 +50,13 @@ SPARQ_INLINE void store_in_order(const Vec* low, const Vec* high, int s, float* 
 
 // Scores of 128 tokens (the z-th 64 bytes of each row) for HH heads; weights are pairs of bf16.
 template <int HH>
-SPARQ_INLINE void scan_pairs(const Scan& scan, int z, const int32_t* weights, int weights_stride, const float* bias,
+void scan_pairs(const Scan& scan, int z, const int32_t* weights, int weights_stride, const float* bias,
                              float* scores, int stride) {
-  constexpr int V = HH <= 2 ? 2 : 1;  // halves at once: HH * V * 4 <= 16 sums
+  constexpr int V = HH <= 2 ? 2 : 1;  // halves at once: at most 20 sums
   alignas(64) Vec sums[HH][2][4];
   for (int half = 0; half < 2; half += V) {
     Vec sum[HH][V * 4];
-#pragma GCC unroll 4
+#pragma GCC unroll 5
     for (int h = 0; h < HH; ++h)
 #pragma GCC unroll 8
       for (int i = 0; i < V * 4; ++i) sum[h][i] = set1(bias[h]);
@@ -64,17 +64,17 @@ SPARQ_INLINE void scan_pairs(const Scan& scan, int z, const int32_t* weights, in
     const uint8_t* words = scan.rows + (z * 2 + half) * 64;
     for (int i = 0; i < (scan.r + 1) / 2; ++i, words += 2 * scan.row_bytes) {
       if (prefetch) scan.prefetch_row(2 * i), scan.prefetch_row(std::min(2 * i + 1, scan.r - 1));
-      __m512bh codes[V * 4];
+      __m512i codes[V * 4];
 #pragma GCC unroll 2
       for (int v = 0; v < V; ++v) expand_words(_mm512_load_si512(words + v * 64), codes + v * 4);
-#pragma GCC unroll 4
+#pragma GCC unroll 5
       for (int h = 0; h < HH; ++h) {
         const __m512bh w = (__m512bh)_mm512_set1_epi32(weights[h * weights_stride + i]);
 #pragma GCC unroll 8
-        for (int k = 0; k < V * 4; ++k) sum[h][k] = _mm512_dpbf16_ps(sum[h][k], codes[k], w);
+        for (int k = 0; k < V * 4; ++k) sum[h][k] = _mm512_dpbf16_ps(sum[h][k], (__m512bh)codes[k], w);
       }
     }
-#pragma GCC unroll 4
+#pragma GCC unroll 5
     for (int h = 0; h < HH; ++h)
 #pragma GCC unroll 8
       for (int k = 0; k < V * 4; ++k) sums[h][half + k / 4][k % 4] = sum[h][k];

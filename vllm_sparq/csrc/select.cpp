@@ -148,11 +148,10 @@ void SoftmaxSums::add_scores(float* scores, int stride, int count) {
       for (int i = 0; i < LANES; i += W) store(lanes + i, mul(load(lanes + i), set1(rescale)));
       peak[row] = now;
     }
-    const Vec top = set1(peak[row]);
     Vec sum[LANES / W];
     for (int i = 0; i < LANES / W; ++i) sum[i] = load(lanes + i * W);
     for (int i = 0; i < n_padded; i += LANES)
-      for (int k = 0; k < LANES / W; ++k) sum[k] = add(sum[k], exp_negative(sub(load(x + i + k * W), top)));
+      for (int k = 0; k < LANES / W; ++k) sum[k] = add(sum[k], exp_below(load(x + i + k * W), peak[row]));
     for (int i = 0; i < LANES / W; ++i) store(lanes + i * W, sum[i]);
   }
 }

@@ -40,7 +40,7 @@ struct Candidates {
 // Running softmax statistics of one row of scores per query head.
 struct SoftmaxSums {
   float* peak;   // [n_rows]
-  float* total;  // [n_rows, 16], lanes to be added up: sum of exp(score - peak)
+  float* total;  // [n_rows, 16], lanes to be added up: sum of e^(score - peak)
   int n_rows;
 
   static size_t n_bytes(int n_rows);

@@ -46,6 +46,9 @@ SPARQ_INLINE Vec load(const bf16* p) {
 SPARQ_INLINE void store(fp16* p, Vec v) {
   _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }
+#ifdef __AVX512BF16__
+SPARQ_INLINE void store(bf16* p, Vec v) { _mm256_storeu_si256((__m256i*)p, (__m256i)_mm512_cvtneps_pbh(v)); }
+#else
 SPARQ_INLINE void store(bf16* p, Vec v) {
   const __m512i bits = _mm512_castps_si512(v);
   const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
@@ -53,6 +56,7 @@ SPARQ_INLINE void store(bf16* p, Vec v) {
   const __mmask16 nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
   _mm256_storeu_si256((__m256i*)p, _mm512_cvtepi32_epi16(_mm512_mask_mov_epi32(even, nan, _mm512_set1_epi32(0x7fc0))));
 }
+#endif
 
 // p 2^n, with gradual underflow.
 SPARQ_INLINE Vec scale_by_power(Vec p, Vec n) { return _mm512_scalef_ps(p, n); }
@@ -123,21 +127,23 @@ SPARQ_INLINE Vec scale_by_power(Vec p, Vec n) {
 }
 #endif
 
-// e^x for x <= 0 (softmax: the maximum is subtracted), within 2 ulp; 0 below -105, NaN stays NaN.
-SPARQ_INLINE Vec exp_negative(Vec x) {
-  x = max(set1(-105.0f), x);  // this order keeps NaN
-  const Vec n = round_even(mul(x, set1(1.44269504088896341f)));
-  Vec r = fma(n, set1(-0.693145751953125f), x);  // ln 2 in two parts
-  r = fma(n, set1(-1.42860682030941723212e-6f), r);
-  Vec p = set1(1.9875691500e-4f);
-  p = fma(p, r, set1(1.3981999507e-3f));
-  p = fma(p, r, set1(8.3334519073e-3f));
-  p = fma(p, r, set1(4.1665795894e-2f));
-  p = fma(p, r, set1(1.6666665459e-1f));
-  p = fma(p, r, set1(5.0000001201e-1f));
-  p = fma(mul(p, r), r, add(r, set1(1.0f)));
-  return scale_by_power(p, n);
+constexpr float LOG2_E = 1.44269504088896341f;
+
+// 2^x for x <= 0 (softmax: the maximum is subtracted), within 2 ulp, with gradual underflow; NaN stays NaN.
+SPARQ_INLINE Vec exp2_negative(Vec x) {
+  x = max(set1(-160.0f), x);  // this order keeps NaN; minus infinity must not meet itself below
+  const Vec n = round_even(x), r = sub(x, n);
+  Vec p = set1(1.535336188319500e-4f);
+  p = fma(p, r, set1(1.339887440266574e-3f));
+  p = fma(p, r, set1(9.618437357674640e-3f));
+  p = fma(p, r, set1(5.550332471162809e-2f));
+  p = fma(p, r, set1(2.402264791363012e-1f));
+  p = fma(p, r, set1(6.931472028550421e-1f));
+  return scale_by_power(fma(p, r, set1(1.0f)), n);
 }
+
+// e^(x - peak) for x <= peak. Ratios of results are good to a few ulp: the rounding of peak is common to all.
+SPARQ_INLINE Vec exp_below(Vec x, float peak) { return exp2_negative(fma(x, set1(LOG2_E), set1(-peak * LOG2_E))); }
 
 // One element, for the odd places outside a loop.
 inline float to_float(float x) { return x; }
