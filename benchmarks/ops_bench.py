@@ -27,7 +27,7 @@ from vllm_sparq.config import Options
 from vllm_sparq.ops import native
 
 FLUSH_BYTES = 128 << 20
-"""Read before each sample, so that no cache still holds what the op wants: several times the L3 of a big core complex."""
+"""Read before each sample, so that no cache still holds what the op wants: several times a big L3."""
 
 BANDWIDTH_BYTES = 256 << 20
 """Read, once per round, to measure what the memory can do."""
@@ -43,7 +43,7 @@ EPILOG = """\
 Every number is the median over rounds; in a round each method runs once, one after the other, from a cold cache.
 GB/s is bytes the method must move over its time; "of memory" compares it with a plain read of memory in the same run.
 "x vLLM" and "x dense" are how many times faster than vLLM's op and than our own dense op. Read both: the first
-also holds what a better dense kernel gives.
+also holds what a better dense kernel gives. All caches, vLLM's too, lie in 2 MB pages where Linux grants them.
 
 examples:
   vllm-sparq bench ops                                         Llama-3-8B's attention, 1k to 64k tokens
@@ -141,8 +141,8 @@ def cells(args: argparse.Namespace) -> list[Cell]:
         need = 4 * cell.dense_bytes  # ours, vLLM's, and the tokens that fill them
         if need > 0.8 * free:
             raise UsageError(
-                f"context {cell.context} x batch {cell.batch} at {cell.heads}/{cell.kv_heads}/{cell.head_dim} needs about "
-                f"{need / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free: ask for less --context or --batch"
+                f"context {cell.context} x batch {cell.batch} at {cell.heads}/{cell.kv_heads}/{cell.head_dim} needs "
+                f"about {need / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free: ask for less --context or --batch"
             )
     return found
 
@@ -230,19 +230,18 @@ def summarize(
 
 
 def _ratio(medians: dict[str, float], base: str, name: str) -> float | None:
-    return round(medians[base] / medians[name], 2) if base in medians and name != "write" else None
+    return round(medians[base] / medians[name], 2) if base in medians and not name.startswith("write") else None
 
 
 def break_even(rows: Sequence[dict[str, Any]]) -> dict[tuple[int, ...], int | None]:
     """(batch, H, G, D) -> the shortest measured context from which SparQ was never slower than our dense op."""
     found: dict[tuple[int, ...], int | None] = {}
+    lost: set[tuple[int, ...]] = set()
     for row in sorted(rows, key=lambda row: -row["context"]):
         if row["method"] != "sparq" or row["speedup_vs_dense"] is None:
             continue
         key = (row["batch"], row["heads"], row["kv_heads"], row["head_dim"])
-        if key not in found:
-            found[key] = None
-            lost: set[tuple[int, ...]] = set()
+        found.setdefault(key, None)
         if row["speedup_vs_dense"] < 1:
             lost.add(key)
         elif key not in lost:

@@ -9,6 +9,7 @@ import torch
 
 from vllm_sparq.config import SparqRead
 from vllm_sparq.layout import SCORING_BITS, PageLayout, Pages
+from vllm_sparq.ops import native
 from vllm_sparq.ops.dispatch import choose
 
 BLOCK_SIZE = 128
@@ -95,6 +96,7 @@ class Tensors:
         b, s, g, d = cell.batch, cell.context, cell.kv_heads, cell.head_dim
         n_blocks = -(-s // BLOCK_SIZE)
         pages = Pages.empty(b * n_blocks, g, cell.layout)
+        native.advise_huge_pages(pages.data)
         pages.data.zero_()
         table = torch.randperm(b * n_blocks, dtype=torch.int32).view(b, n_blocks)
         key, value = (torch.randn(s, g, d, dtype=cell.dtype) for _ in range(2))
@@ -132,9 +134,11 @@ def sparq_calls(t: Tensors) -> Iterator[Call]:
     yield Call(our_impl("sparq_decode"), lambda: op(*args, read=t.cell.read, scale=t.cell.scale, out=t.out))
 
 
-def write_calls(t: Tensors) -> Iterator[Call]:
+def write_calls(t: Tensors, slot: int) -> Iterator[Call]:
+    """Every request's token goes to ``slot`` of its last block."""
     op = choose("write", "cpu").load()
-    args = (t.key, t.value, t.pages, t.block_table, t.query_start_loc, t.seq_lens)
+    lens = torch.full_like(t.seq_lens, (t.block_table.shape[1] - 1) * BLOCK_SIZE + slot + 1)
+    args = (t.key, t.value, t.pages, t.block_table, t.query_start_loc, lens)
     yield Call(our_impl("write"), lambda: op(*args))
 
 
@@ -155,6 +159,7 @@ def vllm_calls(t: Tensors) -> Iterator[Call]:
     for block_size in (32, 64, 128, 256):
         n_blocks = -(-cell.context // block_size)
         cache = torch.empty(cell.batch * n_blocks, cell.kv_heads, 2 * block_size, cell.head_dim, dtype=cell.dtype)
+        native.advise_huge_pages(cache)
         cache[:] = torch.randn(cache.shape[1:], dtype=cell.dtype)
         keys, values = cache.chunk(2, dim=2)
         table = torch.randperm(len(cache), dtype=torch.int32).view(cell.batch, n_blocks)
@@ -213,6 +218,15 @@ METHODS: dict[str, Method] = {
     "vllm": Method("vLLM's own dense op, at its best setting", vllm_calls, lambda c: c.dense_bytes),
     "dense": Method("our dense op", dense_calls, lambda c: c.dense_bytes),
     "sparq": Method("SparQ", sparq_calls, lambda c: c.sparq_bytes),
-    "write": Method("appending the step's tokens", write_calls, lambda c: 2 * c.batch * c.kv_heads * c.token_bytes),
+    "write": Method(
+        "appending the step's tokens",
+        lambda t: write_calls(t, BLOCK_SIZE // 2),
+        lambda c: 2 * c.batch * c.kv_heads * c.token_bytes,
+    ),
+    "write_last": Method(
+        f"the same when they fill their blocks, 1 step in {BLOCK_SIZE}: the ranking copy is made",
+        lambda t: write_calls(t, BLOCK_SIZE - 1),
+        lambda c: c.batch * c.kv_heads * (BLOCK_SIZE * c.token_bytes // 2 + c.layout.parts["scoring"].nbytes),
+    ),
 }
 """name -> what is timed. Of several calls, the fastest in a short trial is measured."""

