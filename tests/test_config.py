@@ -113,6 +113,15 @@ def test_the_rest_passes_through() -> None:
     assert parse(dense_below=0).sparq_read(**LLAMA).dense_below == 0
 
 
+def test_where_sparse_begins() -> None:
+    # k = 10 cached tokens and the current one: 11 tokens are all read, of 12 one is not.
+    read = SparqRead(r=16, min_k=10)
+    assert [read.is_dense(s) for s in (1, 10, 11, 12, 13)] == [True, True, True, False, False]
+    assert [read.n_selected(s) for s in (1, 10, 11, 12, 13)] == [1, 10, 11, 11, 11]
+    read = SparqRead(r=16, min_k=10, dense_below=20)
+    assert [read.is_dense(s) for s in (12, 19, 20, 21)] == [True, True, False, False]
+
+
 slopes = st.floats(1, 64).map(lambda c: Fraction(1 / (2 * c)).limit_denominator(4096))
 reads = st.builds(
     SparqRead,

@@ -157,7 +157,7 @@ SMALL = [
 ]
 
 
-@pytest.mark.parametrize(("implementation", "case"), each(SMALL))
+@pytest.mark.parametrize(("implementation", "case"), each(SMALL, tiny=SMALL[2:]))
 @pytest.mark.parametrize("beyond", [0, 1])
 def test_with_nothing_left_out_it_is_dense(implementation: str, case: Case, beyond: int) -> None:
     """k + 1 >= S is dense; k + 1 = S - 1 leaves one token out."""
@@ -172,8 +172,7 @@ def test_with_nothing_left_out_it_is_dense(implementation: str, case: Case, beyo
     assert {len(positions) for positions in tokens_read(run, world, read).values()} == {longest - 1}
 
 
-@pytest.mark.parametrize("implementation", ALL)
-@pytest.mark.parametrize("kv_heads", [1, 4])
+@pytest.mark.parametrize(("implementation", "kv_heads"), each([1, 4], tiny=[1]))
 def test_with_all_channels_it_is_the_exact_top_k(implementation: str, kv_heads: int) -> None:
     """r = D on keys of the model's type, no window, one head a group: out = sum of the k largest (and the current)
     probabilities times V, plus the missing mass times the mean: alpha is the exact mass."""
@@ -192,7 +191,7 @@ def test_with_all_channels_it_is_the_exact_top_k(implementation: str, kv_heads: 
             torch.testing.assert_close(got[b, h].double(), want, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize(("implementation", "case"), each(SMALL))
+@pytest.mark.parametrize(("implementation", "case"), each(SMALL, tiny=SMALL[1:2]))
 def test_nothing_but_the_tokens_matters(implementation: str, case: Case) -> None:
     """Other page ids, other garbage: the same bits. Padding rows are zero, and the gap between rows keeps its NaN."""
     run, on = load("sparq_decode", implementation), device(implementation)
@@ -227,8 +226,7 @@ def test_a_batch_of_one_is_a_row_of_the_batch(implementation: str) -> None:
         torch.testing.assert_close(alone[0], together[b], **tolerances.OUT[case.dtype])
 
 
-@pytest.mark.parametrize("implementation", ALL)
-@pytest.mark.parametrize("group", [3, 4, 8])
+@pytest.mark.parametrize(("implementation", "group"), each([3, 4, 8], tiny=[4]))
 @pytest.mark.parametrize("reduce", ["logits", "probs"])
 def test_a_group_of_equal_heads_is_one_head(implementation: str, group: int, reduce: str) -> None:
     case = Case(heads=group, kv_heads=1, lens=(40, 33))
@@ -265,8 +263,7 @@ def test_degenerate_scores(implementation: str, kind: str) -> None:
         torch.testing.assert_close(got[b].double(), torch.from_numpy(want), rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("implementation", ALL)
-@pytest.mark.parametrize("reduce", ["logits", "probs"])
+@pytest.mark.parametrize(("implementation", "reduce"), each(["logits", "probs"], tiny=["probs"]))
 def test_a_long_context_is_cut(implementation: str, reduce: str) -> None:
     """One row and more tokens than any implementation gives to one thread or program."""
     case = Case(heads=2, kv_heads=1, head_size=256, block_size=128, lens=(1100,))
