@@ -1,7 +1,7 @@
 // Prefill: causal attention of the new tokens over [cached pages ; new tokens], without an S x S tensor.
 //
-// A task is a range of query rows of one request and KV head (all query heads of the group, so a tile of tokens that was
-// packed once serves them all) against a range of its tokens. Few long tasks are cut along the tokens and merged.
+// A task is a range of query rows of one request and KV head (all query heads of the group, so a tile of tokens that
+// was packed once serves them all) against a range of its tokens. Few long tasks are cut along the tokens and merged.
 #include <omp.h>
 
 #include <vector>
@@ -284,8 +284,10 @@ void run(const Call<T>& call) {
 // context_lens: int32 [B]; query_start_loc: int32 [B + 1]; each tensor is its address, row stride and head stride.
 SPARQ_API void sparq_prefill(const sparq::Pages* pages, const int32_t* block_table, int64_t table_stride,
                              const int32_t* context_lens, const int32_t* query_start_loc, int32_t n_requests,
-                             int32_t n_heads, const void* query, int64_t query_row, int64_t query_head, const void* key,
-                             int64_t key_row, int64_t key_head, const void* value, int64_t value_row, int64_t value_head,
+                             int32_t n_heads,                                           //
+                             const void* query, int64_t query_row, int64_t query_head,  //
+                             const void* key, int64_t key_row, int64_t key_head,        //
+                             const void* value, int64_t value_row, int64_t value_head,  //
                              void* out, int64_t out_row, int64_t out_head, float scale) {
   using namespace sparq;
   with_dtype(pages->dtype, [&](auto element) {

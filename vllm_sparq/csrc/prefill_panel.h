@@ -30,7 +30,7 @@ struct Bf16Pairs {
 };
 #endif
 
-// Rows of A per register block for a panel of NV vectors: enough sums to hide the latency, few enough for the registers.
+// Rows of A per register block for a panel of NV vectors: enough sums to hide the latency, few enough for registers.
 #ifdef __AVX512F__
 constexpr int block_rows(int nv) { return nv == 1 ? 16 : 8; }
 #else
@@ -49,8 +49,8 @@ struct Ahead {
   int bytes;  // of a piece
 };
 
-// Fetches `bytes`, at most N lines, with every cell of a product. (Not a lambda: gcc 12 takes one that only prefetches for
-// a function without effect, and drops it.)
+// Fetches `bytes`, at most N lines, with every cell of a product. (Not a lambda: gcc 12 takes one that only prefetches
+// for a function without effect, and drops it.)
 template <int N>
 struct Fetch {
   const char* from;
@@ -80,7 +80,7 @@ struct Panel {
   float* sums;          // [rows] of the weights
 };
 
-// sums[i][v] = A[i][:] . B[:][v] over `cells`; A by bytes between rows and between cells, B dense. `each(c)` runs between.
+// sums[i][v] = A[i][:] . B[:][v] over `cells`; A by bytes between rows and between cells, B dense; `each(c)` besides.
 template <class M, int MR, int NV, class F>
 SPARQ_INLINE void multiply(Vec (&sums)[MR][NV], const char* a, ptrdiff_t row, ptrdiff_t cell, const float* b, int cells,
                            F&& each) {
@@ -172,8 +172,8 @@ void weigh(float* scores, int n, const Vec (&tops)[NV], Vec (&sums)[NV]) {
 #pragma GCC unroll 4
   for (int v = 0; v < NV; ++v) sums[v] = zero();
 #ifdef __AVX512BF16__
-  const __m512i interleave = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6,
-                                              21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+  const __m512i interleave = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8,  //
+                                              23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
 #endif
   for (int j = 0; j < n; j += 2) {
 #pragma GCC unroll 4
@@ -197,7 +197,8 @@ void weigh(float* scores, int n, const Vec (&tops)[NV], Vec (&sums)[NV]) {
 
 // output = output * decay + V^T weights over the first n tokens.
 template <class M, int NV>
-void accumulate(const Panel& panel, const Tile& tile, int n, int head_size, const float* weights, const Vec (&decay)[NV]) {
+void accumulate(const Panel& panel, const Tile& tile, int n, int head_size, const float* weights,
+                const Vec (&decay)[NV]) {
   constexpr int MR = block_rows(NV);
   for (int d = 0; d < head_size; d += MR) {
     const float* values = tile.values + d / 16 * (ptrdiff_t)tile.value_stride + d % 16;

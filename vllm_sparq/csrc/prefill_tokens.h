@@ -70,12 +70,9 @@ class TileLoader {
 
   // Tokens of the pages.
   Tile load(const Sequence& sequence, int first, int n) {
-    const Pages& pages = *sequence.pages;
     const int row = 2 * head_size_;
     for (int j = 0; j < n; j += GROUP) {
-      const int token = first + j;
-      const T* const keys = (const T*)(sequence.page(token / pages.block_size) + pages.records) +
-                            (ptrdiff_t)(token % pages.block_size) * row;
+      const T* const keys = record(sequence, first + j);
       const int count = std::min(GROUP, n - j);
       if (IN_PLACE && count == GROUP) {
         groups_[j / GROUP] = {(const char*)keys, row * (ptrdiff_t)sizeof(T)};
@@ -89,19 +86,13 @@ class TileLoader {
 
   // The records of those tokens.
   Ahead ahead(const Sequence& sequence, int first, int n) {
-    const Pages& pages = *sequence.pages;
-    const int bytes = 2 * head_size_ * (int)sizeof(T);
     const int pieces = n / GROUP;
-    for (int i = 0; i < pieces; ++i) {
-      const int token = first + i * GROUP;
-      pieces_[i] = (const char*)sequence.page(token / pages.block_size) + pages.records +
-                   (ptrdiff_t)(token % pages.block_size) * bytes;
-    }
-    return {pieces_, pieces, GROUP * bytes};
+    for (int i = 0; i < pieces; ++i) pieces_[i] = (const char*)record(sequence, first + i * GROUP);
+    return {pieces_, pieces, GROUP * 2 * head_size_ * (int)sizeof(T)};
   }
 
-  // New tokens: rows from `row` of key and value. Always copied: rows of a fused tensor lie a multiple of 4 KB apart, all
-  // in one set of L1.
+  // New tokens: rows from `row` of key and value. Always copied: rows of a fused tensor lie a multiple of 4 KB apart,
+  // all in one set of L1.
   Tile load(const Heads<const T>& key, const Heads<const T>& value, int head, int64_t row, int first, int n) {
     for (int j = 0; j < n; j += GROUP) {
       const int count = std::min(GROUP, n - j);
@@ -125,6 +116,12 @@ class TileLoader {
         add_value_pair((group * GROUP + j) / 2, j < count ? at : nullptr, j + 1 < count ? at + stride : nullptr);
       }
     }
+  }
+
+  const T* record(const Sequence& sequence, int token) const {
+    const Pages& pages = *sequence.pages;
+    return (const T*)(sequence.page(token / pages.block_size) + pages.records) +
+           (ptrdiff_t)(token % pages.block_size) * 2 * head_size_;
   }
 
   void prefetch_row(const T* row) const {
