@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor
+
 from vllm_sparq.benchmarks.tiny_model.tokenizer import BOS, EOS, PAD, SPECIAL, VOCABULARY
 
 

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor
+
 from vllm_sparq.benchmarks import tasks
 from vllm_sparq.benchmarks.tiny_model.tokenizer import SPECIAL
 

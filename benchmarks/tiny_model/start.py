@@ -18,6 +18,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
 from vllm_sparq.benchmarks.tiny_model.model import Config, parameter_shapes, rope_frequencies
 
 CODE_SIZES = (60, 24, 24, 24)  # dimensions for the codes of the tokens 1, 2, 3, 4 places back

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
 from vllm_sparq.benchmarks import tasks
 
 VOCABULARY = 1024

@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from tokenizers import Tokenizer
 from torch import Tensor
+
 from vllm_sparq.benchmarks.tiny_model.corpus import documents
 from vllm_sparq.benchmarks.tiny_model.model import Config, Model, save_model
 from vllm_sparq.benchmarks.tiny_model.rows import Batch, RowMaker

@@ -5,6 +5,7 @@ import string
 from dataclasses import replace
 
 import pytest
+
 from vllm_sparq.benchmarks import tasks
 
 LENGTHS = (300, 512, 1024, 4000)

@@ -10,6 +10,7 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
 import numpy as np  # noqa: E402
+
 from vllm_sparq.benchmarks import tasks  # noqa: E402
 from vllm_sparq.benchmarks.tiny_model import WEIGHTS, corpus, rows, score, start, train  # noqa: E402
 from vllm_sparq.benchmarks.tiny_model.model import Config, Model  # noqa: E402
