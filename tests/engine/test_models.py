@@ -1,0 +1,136 @@
+"""Models of every supported shape and type, hybrid models, and speculative decoding."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.engine.support import EXACT, Prompts
+
+pytestmark = pytest.mark.engine
+
+LENGTHS = (1, 100, 128, 129, 300)
+# Head size -> query heads, KV heads: MHA, GQA, MQA.
+SHAPES = {80: (4, 4), 96: (8, 2), 128: (4, 2), 256: (8, 1)}
+FULL = {"k": 4096, "dense_below": 0}
+
+
+@pytest.fixture(scope="module")
+def model_of(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A two-layer Llama with random weights wide enough that its answers are not all alike."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    def build(head_size: int) -> Path:
+        n_heads, n_kv_heads = SHAPES[head_size]
+        config = LlamaConfig(
+            hidden_size=256,
+            intermediate_size=256,
+            num_hidden_layers=2,
+            num_attention_heads=n_heads,
+            num_key_value_heads=n_kv_heads,
+            head_dim=head_size,
+            vocab_size=512,
+            max_position_embeddings=1024,
+            initializer_range=0.1,
+            tie_word_embeddings=True,
+        )
+        torch.manual_seed(head_size)
+        folder = tmp_path_factory.mktemp(f"llama{head_size}")
+        LlamaForCausalLM(config).save_pretrained(folder)
+        return folder
+
+    return build
+
+
+@pytest.fixture(scope="module")
+def token_prompts() -> list[list[int]]:
+    rng = random.Random(11)
+    return [[rng.randrange(3, 512) for _ in range(n)] for n in LENGTHS]
+
+
+def small(model: Path, **more: Any) -> dict[str, Any]:
+    return dict(model=str(model), skip_tokenizer_init=True, max_model_len=1024, kv_cache_memory_bytes=64 << 20, **more)
+
+
+@pytest.mark.parametrize("head_size", SHAPES)
+def test_head_sizes(head_size: int, model_of: Any, token_prompts: list[list[int]], engine: Any) -> None:
+    model = model_of(head_size)
+    with engine("CPU_ATTN", **small(model)) as llm:
+        dense = Prompts.answers(llm, token_prompts)
+    with engine("sparq", {**FULL, "scoring": "int4"}, **small(model)) as llm:
+        assert Prompts.answers(llm, token_prompts) == dense
+    assert len({tuple(answer) for answer in dense}) > 1
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_types(dtype: str, model_of: Any, token_prompts: list[list[int]], engine: Any) -> None:
+    """Probabilities of the first two tokens: one from prefill, one from a decode step.
+
+    Eight bits of mantissa, two layers and different orders of summation leave a few hundredths.
+    """
+    from vllm import SamplingParams
+
+    model, found = model_of(128), {}
+    requests = [{"prompt_token_ids": prompt} for prompt in token_prompts]
+    params = SamplingParams(temperature=0, max_tokens=2, ignore_eos=True, detokenize=False, logprobs=5)
+    for backend, options in (("CPU_ATTN", None), ("sparq", FULL)):
+        with engine(backend, options, **small(model, dtype=dtype)) as llm:
+            found[backend] = [output.outputs[0].logprobs for output in llm.generate(requests, params, use_tqdm=False)]
+    for dense, sparq in zip(found["CPU_ATTN"], found["sparq"], strict=True):
+        for step in (0, 1):
+            common = set(dense[step]) & set(sparq[step])
+            assert len(common) >= 4
+            assert all(abs(dense[step][t].logprob - sparq[step][t].logprob) < 0.06 for t in common)
+            if next(iter(dense[step])) != next(iter(sparq[step])):
+                break  # a tie went the other way: from here on they read different texts
+
+
+def test_hybrid_model(tmp_path: Path, token_prompts: list[list[int]], engine: Any) -> None:
+    """Sliding-window layers stay with vLLM's own backend, full-attention layers are ours, and both say so."""
+    from transformers import Gemma3ForCausalLM, Gemma3TextConfig
+
+    config = Gemma3TextConfig(
+        hidden_size=256,
+        intermediate_size=256,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=64,
+        query_pre_attn_scalar=64,
+        vocab_size=512,
+        max_position_embeddings=1024,
+        sliding_window=64,
+        layer_types=["sliding_attention", "sliding_attention", "sliding_attention", "full_attention"],
+        initializer_range=0.1,
+    )
+    torch.manual_seed(5)
+    Gemma3ForCausalLM(config).save_pretrained(tmp_path)
+    with engine("CPU_ATTN", **small(tmp_path)) as llm:
+        dense = Prompts.answers(llm, token_prompts)
+    with engine("sparq", FULL, **small(tmp_path)) as llm:
+        assert Prompts.answers(llm, token_prompts) == dense
+        (report,) = llm.collective_rpc("attention_report")
+    assert [layer["backend"] for layer in report.values()] == ["CPU_ATTN"] * 3 + ["SPARQ"]
+
+
+def test_speculative_decoding(engine: Any, prompts: Prompts, sparse_alone: dict[int, list[int]]) -> None:
+    """Draft tokens are verified with the reads that decoding them one by one would have made."""
+    ngram = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 4, "prompt_lookup_min": 2}
+    with engine("sparq", EXACT["sparse"], speculative_config=ngram, disable_log_stats=False) as llm:
+        answers = prompts.answers(llm, prompts.mixed)
+        accepted = {m.name: m.value for m in llm.get_metrics() if hasattr(m, "value")}
+    assert accepted["vllm:spec_decode_num_accepted_tokens"] > 0
+    assert answers == list(sparse_alone.values())
+
+
+def test_dense_layers(engine: Any, prompts: Prompts, sparse_alone: dict[int, list[int]]) -> None:
+    """All layers dense is dense attention; none is not."""
+    with engine("sparq", {**EXACT["sparse"], "dense_layers": 4}) as llm:
+        answers = prompts.answers(llm, prompts.mixed)
+    with engine("CPU_ATTN") as llm:
+        assert answers == prompts.answers(llm, prompts.mixed)
+    assert answers != list(sparse_alone.values())
