@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from ops import tolerances
-from ops.cases import ALL, HUGE_BYTE, KERNELS, NAN_BYTE, SHAPES, TINY, Case, Tokens, World, build, each, int32, load
+from ops.cases import ALL, KERNELS, NAN_BYTE, SHAPES, TINY, Case, Tokens, World, build, each, int32, load
 from ops.cases import device_of as device
 
 from vllm_sparq.layout import SCORING_BITS, Pages
@@ -242,9 +242,11 @@ def test_chunks_leave_the_same_bytes_as_the_whole(implementation: str, cuts: lis
 
 
 @pytest.mark.parametrize(("implementation", "case"), each([*APPENDED, prefilled(TINY[3])], tiny=FEW))
-@pytest.mark.parametrize("poison", [NAN_BYTE, HUGE_BYTE])
-def test_only_the_bytes_of_the_contract_change(implementation: str, case: Case, poison: int) -> None:
-    world = build(case, written="context", poison=poison, device=device(implementation))
+def test_only_the_bytes_of_the_contract_change(implementation: str, case: Case) -> None:
+    """Over noise, so that bytes written once more, with what they should hold anyway, show too."""
+    world = build(case, written="context", device=device(implementation))
+    noise = torch.randint(0, 256, world.buffer.shape, dtype=torch.uint8, generator=case.generator())
+    world.buffer.copy_(noise)
     before = world.buffer.clone()
     may_change = torch.zeros_like(before, dtype=torch.bool)
     pages = may_change.as_strided(world.pages.data.shape, world.pages.data.stride(), 128)
