@@ -14,11 +14,11 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
 from vllm_sparq.benchmarks import tasks
 from vllm_sparq.benchmarks.demo_report import Row, Run, Side, print_run, run_as_json
 from vllm_sparq.benchmarks.server import WORKER_REPORT, Completion, Server, ServerError, wait_until_healthy
 from vllm_sparq.benchmarks.tiny_model import WEIGHTS
-
 from vllm_sparq.cli import UsageError, sparq_options
 from vllm_sparq.config import Options, SparqRead
 

@@ -14,10 +14,10 @@ from rich.console import Console
 from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
-from vllm_sparq.benchmarks import tasks
-from vllm_sparq.benchmarks.server import Completion
 
 from vllm_sparq import __version__, compat
+from vllm_sparq.benchmarks import tasks
+from vllm_sparq.benchmarks.server import Completion
 from vllm_sparq.config import Options, SparqRead
 from vllm_sparq.plugin import BACKENDS
 

@@ -14,12 +14,12 @@ from typing import Any
 import psutil
 import pytest
 from rich.console import Console
+
+from vllm_sparq import cli
 from vllm_sparq.benchmarks import demo, tasks
 from vllm_sparq.benchmarks.demo_report import Row, Run, Side, print_run, run_as_json
 from vllm_sparq.benchmarks.server import Completion
 from vllm_sparq.benchmarks.tiny_model import WEIGHTS
-
-from vllm_sparq import cli
 from vllm_sparq.config import Options
 
 SHAPE = demo.Shape(head_size=64, n_heads=8, n_kv_heads=2, n_layers=4, max_tokens=4096)

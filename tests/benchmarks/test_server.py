@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from vllm_sparq.benchmarks.server import HOST, Server, ServerError, free_port, wait_until_healthy
 
 from vllm_sparq import processes
+from vllm_sparq.benchmarks.server import HOST, Server, ServerError, free_port, wait_until_healthy
 
 # A leader and a child that both ignore polite requests; the child says when they are ready.
 STUBBORN = """
