@@ -101,11 +101,6 @@ void widen(const void* from, int head_size, float* to) {
   copy_query((const T*)from, head_size, to);
 }
 
-template <class T>
-void add_row(const void* from, int head_size, float* sum) {
-  for (int c = 0; c < head_size; c += W) store(sum + c, add(load(sum + c), load((const T*)from + c)));
-}
-
 // Few tokens (those of an unfinished block), so one head and any head size at a time will do.
 template <class T>
 void dot(const float* query, int n_heads, int head_size, const uint8_t* const* rows, int n, float* logits, int stride) {
@@ -149,7 +144,6 @@ AttendKernels attend_kernels(DType dtype, int head_size) {
     kernels.query_bytes = sizeof(typename Mac<T>::Query);
     kernels.finish = finish<T>;
     kernels.widen = widen<T>;
-    kernels.add_row = add_row<T>;
     kernels.dot = dot<T>;
   });
   return kernels;

@@ -42,9 +42,8 @@ struct AttendKernels {
   int query_bytes;
   // out[d] = weight * acc[d] / total + rest[d], rounded once. `rest` may be null.
   void (*finish)(const float* acc, float total, float weight, const float* rest, int head_size, void* out);
-  // to[d] = from[d] (query to fp32), and sum[d] += from[d] of one row of V.
+  // to[d] = from[d], a row of the query in fp32.
   void (*widen)(const void* from, int head_size, float* to);
-  void (*add_row)(const void* from, int head_size, float* sum);
   // logits[h][t] = query[h] . K[t] in fp32, for n tokens rounded up to 16 (as in absorb); rows of logits `stride` apart.
   void (*dot)(const float* query, int n_heads, int head_size, const uint8_t* const* rows, int n, float* logits, int stride);
 };

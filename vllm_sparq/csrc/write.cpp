@@ -6,8 +6,8 @@
 
 #include "paged.h"
 #include "scoring_copy.h"
-#include "scratch.h"
 #include "simd.h"
+#include "value_sum.h"
 
 namespace sparq {
 namespace {
@@ -42,17 +42,6 @@ void plan_blocks(const Pages& pages, const NewTokens& tokens, const Requests& re
   }
 }
 
-template <class T>
-void sum_values(const Pages& pages, const uint8_t* page, float* sum) {
-  const int d = pages.head_size;
-  const T* values = (const T*)(page + pages.records) + d;
-  for (int c = 0; c < d; c += W) {
-    Vec total = zero();
-    for (int t = 0; t < pages.block_size; ++t) total = add(total, load(values + (int64_t)t * 2 * d + c));
-    store(sum + c, total);
-  }
-}
-
 // Copies the tokens of a block and finishes its page. The sum of its V goes where the next page wants it; `chain_sums`
 // then turns sums of single pages into sums of all pages before.
 void write_block(const Pages& pages, const NewTokens& tokens, const Requests& requests, const Block& block, int head) {
@@ -68,7 +57,8 @@ void write_block(const Pages& pages, const NewTokens& tokens, const Requests& re
     std::fill_n((float*)(page + pages.value_sum), pages.head_size, 0.0f);
   if (pages.value_sum >= 0 && block.next_opens) {
     auto* sum = (float*)(pages.page(ids[block.block + 1], head) + pages.value_sum);
-    with_dtype(pages.dtype, [&](auto type) { sum_values<decltype(type)>(pages, page, sum); });
+    std::fill_n(sum, pages.head_size, 0.0f);
+    add_values(pages, page, pages.block_size, sum);
   }
   if (pages.scoring_type != Scoring::none && block.last == pages.block_size && block.first < block.last)
     make_scoring_copy(pages, page);

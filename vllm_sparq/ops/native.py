@@ -1,7 +1,7 @@
 """The compiled CPU kernels: which instruction set this machine gets, and how their C functions are called.
 
 One source, three libraries (setup.py): ``vllm_sparq/lib/libsparq_<isa>.so``. The best one that this CPU can run is
-loaded on first use, with plain ctypes: a call costs a few microseconds, and neither Python's nor torch's ABI is involved.
+loaded on first use, with plain ctypes: a call costs a few microseconds, and needs neither Python's nor torch's ABI.
 """
 
 from __future__ import annotations
