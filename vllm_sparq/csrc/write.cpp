@@ -84,7 +84,7 @@ size_t work(const Pages& pages, const std::vector<Block>& blocks) {
 }
 
 void write(const Pages& pages, const NewTokens& tokens, const Requests& requests) {
-  constexpr size_t PARALLEL_BYTES = 256 << 10;  // some 20 us of copying; waking a team costs about 5
+  constexpr size_t PARALLEL_BYTES = 256 << 10;  // less is done before a team has woken up
   thread_local std::vector<Block> plan;
   plan_blocks(pages, tokens, requests, plan);
   const Block* const blocks = plan.data();
