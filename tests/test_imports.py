@@ -40,6 +40,9 @@ MAY_IMPORT_VLLM = (
     "vllm_sparq.platform",
     "vllm_sparq.compat",
     "vllm_sparq.cli",
+    "vllm_sparq.doctor",
+    "vllm_sparq.engine_check",
+    "vllm_sparq.model_report",
     "vllm_sparq.attention_backends",
     "vllm_sparq.scheduler",
     "vllm_sparq.benchmarks",
@@ -49,6 +52,9 @@ LAZY = {
     "vllm_sparq.cli": ("vllm", "torch", "triton", "vllm_sparq.benchmarks", "vllm_sparq.ops"),
     "vllm_sparq.plugin": ("vllm", "torch", "triton"),
     "vllm_sparq.compat": ("vllm", "torch", "triton"),
+    "vllm_sparq.doctor": ("vllm",),
+    "vllm_sparq.engine_check": ("vllm",),
+    "vllm_sparq.model_report": ("vllm",),
     "vllm_sparq.ops.dispatch": ("triton",),
 }
 """Module -> what it may import inside functions only."""

@@ -65,21 +65,22 @@ def _guard_bypassed_platform() -> None:
     """
     from vllm.platforms import current_platform
 
-    if not current_platform.is_cpu() or getattr(current_platform, "serves_sparq", False):
-        return
     platform_class: Any = type(current_platform)
-    if getattr(platform_class.get_attn_backend_cls, "guards_sparq", False):
+    if not current_platform.is_cpu() or getattr(platform_class, "serves_sparq", False):
         return
-    original = platform_class.get_attn_backend_cls.__func__
+    original = platform_class.check_and_update_config.__func__
+    if hasattr(original, "guards_sparq"):
+        return
 
-    def get_attn_backend_cls(cls: type, selected_backend: Any, *args: Any, **kwargs: Any) -> Any:
-        if getattr(selected_backend, "name", None) in BACKENDS:
+    def check_and_update_config(cls: type, vllm_config: Any) -> None:
+        from vllm_sparq.attention_backends.refusals import uses_our_backend
+
+        if uses_our_backend(vllm_config):
             raise RuntimeError(
-                f"--attention-backend {selected_backend.name.lower()} cannot run: vLLM uses {cls.__name__} without the "
-                "vllm-sparq platform plugin and would run dense attention instead. Unset VLLM_TARGET_DEVICE, and let "
-                "VLLM_PLUGINS, if set, name sparq"
+                f"vllm-sparq cannot start: vLLM uses {cls.__name__} without our platform plugin and would run dense "
+                "attention instead. Unset VLLM_TARGET_DEVICE, and let VLLM_PLUGINS, if it is set, name sparq"
             )
-        return original(cls, selected_backend, *args, **kwargs)
+        original(cls, vllm_config)
 
-    get_attn_backend_cls.guards_sparq = True  # type: ignore[attr-defined]
-    platform_class.get_attn_backend_cls = classmethod(get_attn_backend_cls)
+    check_and_update_config.guards_sparq = True  # type: ignore[attr-defined]
+    platform_class.check_and_update_config = classmethod(check_and_update_config)

@@ -53,7 +53,7 @@ def run_engine(prompts: list[list[int]], env: dict[str, str] | None = None, **en
         timeout=300,
         check=False,
     )
-    assert done.returncode == 0, done.stderr[-4000:]
+    assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.split("RESULT")[1])
 
 

@@ -30,6 +30,19 @@ def check_heads(name: str, tensor: torch.Tensor, pages: Pages, *, multiple_of_kv
     )
 
 
+def check_starts(query_start_loc: torch.Tensor) -> int:
+    """``query_start_loc`` is int32 [B + 1]; returns B."""
+    require(
+        query_start_loc.dtype == torch.int32
+        and query_start_loc.dim() == 1
+        and query_start_loc.shape[0] >= 1
+        and query_start_loc.is_contiguous(),
+        f"query_start_loc must be a dense int32 vector of B + 1 entries, "
+        f"got {query_start_loc.dtype} {tuple(query_start_loc.shape)}",
+    )
+    return query_start_loc.shape[0] - 1
+
+
 def check_table(block_table: torch.Tensor, n_requests: int, **per_request: torch.Tensor) -> None:
     """``block_table`` is int32 [>= B, M]; each of ``per_request`` is int32 with at least B entries."""
     require(

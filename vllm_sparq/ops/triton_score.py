@@ -42,13 +42,13 @@ def pick_channels(
     """Step 1. A channel's place is the number of channels before it: D^2 comparisons in all, no sort, ties exact."""
     d = tl.arange(0, D_PAD)
     own = group_weight(query, d, query_stride_h, GROUP, D)
-    place = tl.zeros([D_PAD], tl.int32)
+    before = tl.zeros([D_PAD, 16], tl.int32)
     for first in range(0, D, 16):  # D is a multiple of 16
         other = first + tl.arange(0, 16)
         theirs = group_weight(query, other, query_stride_h, GROUP, D)
-        before = theirs[None, :] > own[:, None]
-        before |= (theirs[None, :] == own[:, None]) & (other[None, :] < d[:, None])
-        place += tl.sum(before.to(tl.int32), 1)
+        tied = (theirs[None, :] == own[:, None]) & (other[None, :] < d[:, None])
+        before += ((theirs[None, :] > own[:, None]) | tied).to(tl.int32)
+    place = tl.sum(before, 1)
     picked = (place < R) & (d < D)
     tl.store(channels + place, d, mask=picked)
     total = tl.zeros([D_PAD], tl.float32)

@@ -140,7 +140,7 @@ def find_bin(counts, row, split, n_read, N_SPLITS: tl.constexpr, STEP: tl.conste
         n = tl.load(counts + at)
         total += tl.sum(n, 0)
         before += tl.sum(tl.where((other < split)[:, None], n, 0), 0)
-    above = tl.cumsum(total, 0, reverse=True) - total
+    above = tl.sum(total, 0) - tl.cumsum(total, 0)
     last = tl.sum(tl.where((above < n_read) & (above + total >= n_read), index, 0), 0)
     n_above = tl.sum(tl.where(index > last, total, 0), 0)
     n_in = tl.sum(tl.where(index == last, total, 0), 0)
@@ -261,7 +261,7 @@ def find_threshold(candidates, scores, n_candidates, n_wanted, n_ranked, TILE: t
             if shift < 24:
                 alive &= (key >> (shift + 8)) == (threshold >> (shift + 8))
             histogram += tl.histogram(((key >> shift) & 255).to(tl.int32), N_BINS, mask=alive)
-        above = tl.cumsum(histogram, 0, reverse=True) - histogram
+        above = tl.sum(histogram, 0) - tl.cumsum(histogram, 0)
         here = (above < n_wanted) & (above + histogram >= n_wanted)
         threshold |= tl.sum(tl.where(here, index, 0), 0).to(tl.uint32) << shift
         n_wanted -= tl.sum(tl.where(here, above, 0), 0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from vllm_sparq.layout import Pages
-from vllm_sparq.ops.checks import check_heads, check_table, require
+from vllm_sparq.ops.checks import check_heads, check_starts, check_table, require
 from vllm_sparq.ops.dispatch import choose
 
 
@@ -45,7 +45,11 @@ def prefill(
     check_heads("value", value, pages, multiple_of_kv_heads=False)
     check_heads("out", out, pages, multiple_of_kv_heads=True)
     require(out.shape == query.shape, f"out must be {tuple(query.shape)} like query, got {tuple(out.shape)}")
-    n_requests = query_start_loc.shape[0] - 1
-    check_table(block_table, n_requests, context_lens=context_lens)
+    rows = query.shape[0]
+    require(
+        key.shape[0] == rows and value.shape[0] == rows,
+        f"key and value must have {rows} rows like query, got {tuple(key.shape)} and {tuple(value.shape)}",
+    )
+    check_table(block_table, check_starts(query_start_loc), context_lens=context_lens)
     run = choose("prefill", query.device.type).load()
     run(query, key, value, pages, block_table, query_start_loc, context_lens, scale=scale, out=out)

@@ -52,7 +52,8 @@ def pick_channels(q: torch.Tensor, r: int) -> torch.Tensor:
 def approximate_scores(q: torch.Tensor, keys: torch.Tensor, channels: torch.Tensor, scale: float) -> torch.Tensor:
     """Step 2: fp32 [H/G, S] scores of every token from a few channels of q [H/G, D] and keys [S, D]."""
     coverage = q[:, channels].abs().sum(-1) / q.abs().sum(-1)
-    temperature = scale / coverage.nan_to_num(1.0).sqrt()
+    coverage = torch.where(coverage > 0, coverage, 1.0)  # nothing of q on these channels: every score is zero anyway
+    temperature = scale / coverage.sqrt()
     return (q[:, channels] * temperature[:, None]) @ keys[:, channels].T
 
 

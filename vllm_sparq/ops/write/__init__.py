@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from vllm_sparq.layout import Pages
-from vllm_sparq.ops.checks import check_heads, check_table, require
+from vllm_sparq.ops.checks import check_heads, check_starts, check_table, require
 from vllm_sparq.ops.dispatch import choose
 
 
@@ -27,8 +27,8 @@ def write(
       the sum of the previous page's V, in fp32; zero for the first page of a request;
     * when the page gets its last token, ``scoring`` and ``ranges`` are made from the page's K, per channel:
       ``zero`` is the largest fp16 not above the least element, ``step`` the smallest fp16 not below
-      ``(max - zero) / (2**bits - 1)``, ``code = clamp(round_half_even((x - zero) / step))`` in fp32, 0 where step is 0 (a constant
-      channel). Elements that are not finite count as 0. ``zero`` and ``step`` saturate at fp16's range.
+      ``(max - zero) / (2**bits - 1)``, ``code = clamp(round_half_even((x - zero) / step))`` in fp32, 0 where step is not positive
+      (a constant channel). Elements that are not finite count as 0. ``zero`` and ``step`` saturate at fp16's range.
 
     Nothing else of any page changes: slots behind the last token, and pages of other requests, keep their bytes.
     A position may be written again later (a rejected draft token): the page then pays its dues again.
@@ -47,6 +47,5 @@ def write(
     check_heads("key", key, pages, multiple_of_kv_heads=False)
     check_heads("value", value, pages, multiple_of_kv_heads=False)
     require(key.shape == value.shape, f"key {tuple(key.shape)} and value {tuple(value.shape)} must have one shape")
-    n_requests = query_start_loc.shape[0] - 1
-    check_table(block_table, n_requests, seq_lens=seq_lens)
+    check_table(block_table, check_starts(query_start_loc), seq_lens=seq_lens)
     choose("write", key.device.type).load()(key, value, pages, block_table, query_start_loc, seq_lens)
