@@ -23,6 +23,7 @@ class SparqCpuWorker(SparqWorkerMixin, CPUWorker):
         layers = self.vllm_config.compilation_config.static_forward_context.values()
         caches = [layer.kv_cache for layer in layers if isinstance(getattr(layer, "kv_cache", None), torch.Tensor)]
         storages = {cache.untyped_storage().data_ptr(): cache for cache in caches if cache.numel()}
-        if not all([native.advise_huge_pages(cache) for cache in storages.values()]):
+        n_declined = sum(not native.advise_huge_pages(cache) for cache in storages.values())
+        if n_declined:
             logger.info_once("no 2 MB pages for the KV cache: long contexts read up to a fifth slower")
         return result

@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import platform
 import statistics
-import subprocess
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from vllm_sparq.benchmarks.ops_methods import METHODS, Call, Cell, Tensors
+from vllm_sparq.benchmarks.records import append_records, provenance
 from vllm_sparq.cli import UsageError
 from vllm_sparq.config import Options
 from vllm_sparq.ops import native
@@ -251,37 +248,7 @@ def break_even(rows: Sequence[dict[str, Any]]) -> dict[tuple[int, ...], int | No
 
 def machine() -> dict[str, Any]:
     """What was measured, on what."""
-    found = native.find()
-    return dict(cpu=_cpu_model(), isa=found.isa, versions=_versions(), **_commit())
-
-
-def _cpu_model() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
-
-
-def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for name in ("torch", "vllm", "vllm-sparq"):
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            found[name] = "not installed"
-    return found
-
-
-def _commit() -> dict[str, Any]:
-    def git(*words: str) -> str:
-        command = ["git", "-C", str(Path(__file__).resolve().parent), *words]
-        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
-
-    try:
-        return dict(commit=git("rev-parse", "HEAD"), dirty=bool(git("status", "--porcelain", "--untracked-files=no")))
-    except (OSError, subprocess.CalledProcessError):
-        return dict(commit=None, dirty=None)
+    return {**provenance(), "isa": native.find().isa}
 
 
 def table(rows: Sequence[dict[str, Any]], watch: Stopwatch) -> Table:
@@ -323,8 +290,7 @@ def main(args: argparse.Namespace) -> int:
             progress.update(task, description=f"batch {cell.batch}, {cell.context:,} tokens")
             rows += measure(cell, args.methods, args.repeats, watch, lambda: progress.advance(task))
     if args.out is not None:
-        with args.out.open("a") as out:
-            out.writelines(json.dumps({**row, **about}) + "\n" for row in rows)
+        append_records(args.out, [{**row, **about} for row in rows])
     console.print(table(rows, watch))
     console.print(f"memory: {statistics.median(row['bandwidth_gb_per_s'] for row in rows):.1f} GB/s")
     for (batch, *shape), context in break_even(rows).items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -42,12 +43,12 @@ class Cell:
 
     @property
     def scale(self) -> float:
-        return self.head_dim**-0.5
+        return 1 / math.sqrt(self.head_dim)
 
     @property
     def token_bytes(self) -> int:
         """K and V of one token and KV head."""
-        return 2 * self.head_dim * self.dtype.itemsize
+        return int(2 * self.head_dim * self.dtype.itemsize)
 
     @property
     def dense_bytes(self) -> int:
@@ -73,7 +74,7 @@ class Call:
     """Something to time: ``run()`` is one op call, ``impl`` says which code and settings it is."""
 
     impl: str
-    run: Callable[[], None]
+    run: Callable[[], object]
 
 
 @dataclass

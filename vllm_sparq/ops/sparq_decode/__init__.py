@@ -27,8 +27,8 @@ def sparq_decode(
 
     1. *Channels*: the ``read.r`` channels with the largest sum of ``|q|`` over the group (ties: lowest channel).
     2. *Scores*: ``s_g = scale_g * q_g[channels] K[channels]^T`` for every cached token, with the temperature
-       ``scale_g = scale * sqrt(|q_g|_1 / |q_g[channels]|_1)`` of each query head (1-norms; ``scale`` where the chosen channels hold nothing of q_g).
-       K is the page's scoring copy in full pages, and K itself in the unfinished one.
+       ``scale_g = scale * sqrt(|q_g|_1 / |q_g[channels]|_1)`` of each query head (1-norms; ``scale`` where the chosen
+       channels hold nothing of q_g). K is the page's scoring copy in full pages, and K itself in the unfinished one.
     3. *Tokens*: the ``n_selected(S)`` with the largest summed score over the group (``group_reduce: logits``) or summed
        softmax of the scores (``probs``); the ``n_local(S)`` newest are always among them (ties: oldest token).
     4. *Exact part*: ``y_g``, softmax attention with ``scale`` and all D channels over those tokens.

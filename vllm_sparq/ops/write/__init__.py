@@ -27,8 +27,9 @@ def write(
       the sum of the previous page's V, in fp32; zero for the first page of a request;
     * when the page gets its last token, ``scoring`` and ``ranges`` are made from the page's K, per channel:
       ``zero`` is the largest fp16 not above the least element, ``step`` the smallest fp16 not below
-      ``(max - zero) / (2**bits - 1)``, ``code = clamp(round_half_even((x - zero) / step))`` in fp32, 0 where step is not positive
-      (a constant channel). Elements that are not finite count as 0. ``zero`` and ``step`` saturate at fp16's range.
+      ``(max - zero) / (2**bits - 1)``, ``code = clamp(round_half_even((x - zero) / step))`` in fp32, 0 where
+      step is not positive (a constant channel). Elements that are not finite count as 0. ``zero`` and ``step``
+      saturate at fp16's range.
 
     Nothing else of any page changes: slots behind the last token, and pages of other requests, keep their bytes.
     A position may be written again later (a rejected draft token): the page then pays its dues again.
