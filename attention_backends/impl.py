@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from vllm.config import get_current_vllm_config
+from vllm.logger import init_logger
 from vllm.v1.attention.backend import AttentionImpl, AttentionType
 
 from vllm_sparq.attention_backends.metadata import SparqMetadata
@@ -15,6 +16,8 @@ from vllm_sparq.attention_backends.refusals import impl_refusals
 from vllm_sparq.config import Options, parse_options
 from vllm_sparq.layout import PageLayout, Pages
 from vllm_sparq.ops.dispatch import Choice, choose
+
+logger = init_logger("vllm.sparq")
 
 _active_options: Options | None = None
 
@@ -74,6 +77,9 @@ class SparqImpl(AttentionImpl[SparqMetadata]):
         self.head_size, self.scale = head_size, float(scale)
         self.kv_cache_dtype = kv_cache_dtype
         self._choices = _choose_ops(vllm_config.device_config.device_type)
+        warning = slow_ops(self._choices)
+        if warning:
+            logger.warning_once(warning)
         self._write = self._choices["write"].load()
         self._prefill = self._choices["prefill"].load()
         self._dense = self._choices["dense_decode"].load()
@@ -148,6 +154,12 @@ class SparqImpl(AttentionImpl[SparqMetadata]):
 
 def _choose_ops(device_type: str) -> dict[str, Choice]:
     return {name: choose(name, device_type) for name in ("write", "prefill", "dense_decode", "sparq_decode")}
+
+
+def slow_ops(choices: dict[str, Choice]) -> str | None:
+    """What to tell a user whose ops run on the reference, which is a specification and not meant to be fast."""
+    reasons = {choice.reason for choice in choices.values() if choice.implementation == "reference"}
+    return f"sparq attention will be slow: {'; '.join(sorted(reasons))}" if reasons else None
 
 
 def _layer_index(layer_name: str) -> int:
