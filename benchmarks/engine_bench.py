@@ -45,6 +45,9 @@ LLAMA_1B = dict(
 )
 """The shape of Llama-3.2-1B; the number of layers is an option."""
 
+DEFAULT_OPTIONS = {"r": 16, "k": 128}
+DENSE, SKIPPED = "dense", "no attention"
+
 N_TAIL = 1024
 """Room for answers behind the context (tokens): more than all rounds of a case decode."""
 
@@ -67,12 +70,12 @@ class Method:
     skip_attention: bool = False
 
 
-def methods(options: dict[str, Any]) -> list[Method]:
-    """The engines that decode in turns; dense first."""
+def methods(options: list[dict[str, Any]]) -> list[Method]:
+    """The engines that decode in turns: dense first, no attention at all second, then sparq with each set of options."""
     return [
-        Method(name="dense", backend="CPU_ATTN", options={}),
-        Method(name="sparq", backend="SPARQ", options=options),
-        Method(name="no attention", backend="CPU_ATTN", options={}, skip_attention=True),
+        Method(name=DENSE, backend="CPU_ATTN", options={}),
+        Method(name=SKIPPED, backend="CPU_ATTN", options={}, skip_attention=True),
+        *(Method(name=f"sparq {json.dumps(chosen)}", backend="SPARQ", options=chosen) for chosen in options),
     ]
 
 
@@ -151,13 +154,13 @@ def serve_turns(method: Method, model: Path, max_context: int, max_batch: int, p
 
 
 def measure(
-    cases: list[Case], options: dict[str, Any], *, n_layers: int, rounds: int, steps: int, report: Any
+    cases: list[Case], options: list[dict[str, Any]], *, n_layers: int, rounds: int, steps: int, report: Any
 ) -> list[dict[str, Any]]:
     """All cases, with the engines in turns; one record a case and method.
 
     Args:
         cases: contexts and batches.
-        options: of sparq.
+        options: sets of sparq options, an engine each.
         n_layers: of the model.
         rounds: turns of each engine per case.
         steps: decode steps per turn.
@@ -201,7 +204,7 @@ def measure_case(
             if turn:  # the first turn warms up
                 times[name] += measured
     median_ms = {name: 1e3 * statistics.median(values) for name, values in times.items()}
-    bound = median_ms["dense"] / median_ms["no attention"]
+    bound = median_ms[DENSE] / median_ms[SKIPPED]
     return [
         {
             "bench": "engine",
@@ -212,9 +215,9 @@ def measure_case(
             "median_tpot_ms": round(median_ms[name], 3),
             "p10_tpot_ms": round(1e3 * statistics.quantiles(values, n=10)[0], 3),
             "p90_tpot_ms": round(1e3 * statistics.quantiles(values, n=10)[-1], 3),
-            "speedup_vs_vllm": round(median_ms["dense"] / median_ms[name], 3),
+            "speedup_vs_vllm": round(median_ms[DENSE] / median_ms[name], 3),
             "amdahl_bound": round(bound, 3),
-            "share_of_bound": round(median_ms["dense"] / median_ms[name] / bound, 3),
+            "share_of_bound": round(median_ms[DENSE] / median_ms[name] / bound, 3),
         }
         for name, values in times.items()
     ]
@@ -226,7 +229,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--context", type=numbers, default=[32768], help="tokens of context, comma-separated")
     parser.add_argument("--batch", type=numbers, default=[1, 4], help="requests at a time, comma-separated")
     parser.add_argument("--layers", type=int, default=4, help="layers of the model (default 4 of the real 16)")
-    parser.add_argument("--options", type=json.loads, default={"r": 32, "k": 128}, help="sparq options, as JSON")
+    parser.add_argument(
+        "--options",
+        type=json.loads,
+        action="append",
+        metavar="JSON",
+        help='sparq options; may be repeated, an engine each (default: {"r": 16, "k": 128})',
+    )
     parser.add_argument("--rounds", type=int, default=5, help="turns of each engine per case (default 5)")
     parser.add_argument("--steps", type=int, default=8, help="decode steps per turn (default 8)")
     parser.add_argument("--out", type=Path, help="append one JSON line per case and method to this file")
@@ -241,7 +250,7 @@ def main(args: argparse.Namespace) -> int:
     with console.status("") as status:
         records = measure(
             cases,
-            args.options,
+            args.options or [DEFAULT_OPTIONS],
             n_layers=args.layers,
             rounds=args.rounds,
             steps=args.steps,
@@ -249,36 +258,32 @@ def main(args: argparse.Namespace) -> int:
         )
     if args.out:
         origin = provenance()
-        append_records(args.out, [{**record, **origin, "options": args.options} for record in records])
-    console.print(table(records, args.options))
+        append_records(args.out, [{**record, **origin} for record in records])
+    console.print(table(records))
     return 0
 
 
-def table(records: list[dict[str, Any]], options: dict[str, Any]) -> Any:
-    """One line per case: the three times, the speed-up, and how much of what is possible it is."""
+def table(records: list[dict[str, Any]]) -> Any:
+    """A line per case and method: its time, its speed-up, and how much of the possible speed-up that is."""
     from rich.table import Table
 
-    shown = Table(title=f"Time per output token, {records[0]['model']}, sparq {json.dumps(options)}")
-    for column in (
-        "context",
-        "batch",
-        "dense ms",
-        "sparq ms",
-        "no attention ms",
-        "speed-up",
-        "bound",
-        "share of bound",
-    ):
-        shown.add_column(column, justify="right")
-    for i in range(0, len(records), 3):
-        dense, sparq, skipped = records[i : i + 3]
-        slower = " (slower than dense)" if sparq["speedup_vs_vllm"] < 1 else ""
-        shown.add_row(
-            f"{sparq['context']:,}",
-            str(sparq["batch"]),
-            *(f"{record['median_tpot_ms']:.1f}" for record in (dense, sparq, skipped)),
-            f"{sparq['speedup_vs_vllm']:.2f}x{slower}",
-            f"{sparq['amdahl_bound']:.2f}x",
-            f"{sparq['share_of_bound']:.0%}",
+    view = Table(title=f"Time per output token, {records[0]['model']}, {records[0]['threads']} threads")
+    view.add_column("context", justify="right")
+    view.add_column("batch", justify="right")
+    view.add_column("method")
+    for column in ("ms", "p10 .. p90", "speed-up", "of the bound"):
+        view.add_column(column, justify="right")
+    for i, record in enumerate(records):
+        if i and record["method"] == DENSE:
+            view.add_section()
+        slower = ", slower than dense" if record["speedup_vs_vllm"] < 1 else ""
+        view.add_row(
+            f"{record['context']:,}",
+            str(record["batch"]),
+            record["method"],
+            f"{record['median_tpot_ms']:.1f}",
+            f"{record['p10_tpot_ms']:.1f} .. {record['p90_tpot_ms']:.1f}",
+            f"{record['speedup_vs_vllm']:.2f}x{slower}",
+            f"{record['share_of_bound']:.0%}",
         )
-    return shown
+    return view
