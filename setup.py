@@ -11,6 +11,7 @@ import subprocess
 from pathlib import Path
 
 from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent
@@ -57,13 +58,19 @@ class BuildKernels(build_ext):
         return str(Path(*fullname.split("."))) + ".so"
 
 
+class AnyPythonWheel(bdist_wheel):
+    """Tags the wheel for a platform, but for every Python."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        return ("py3", "none", super().get_tag()[2])
+
+
 def kernel_libraries() -> list[Extension]:
     sources = sorted(str(path.relative_to(ROOT)) for path in SOURCES.glob("*.cpp"))
     headers = sorted(str(path.relative_to(ROOT)) for path in SOURCES.glob("*.h"))
-    if not sources:
-        return []
     names = [f"vllm_sparq.lib.libsparq_{isa}" for isa in INSTRUCTION_SETS]
-    return [Extension(name, sources, depends=headers) for name in names]
+    # optional: without a compiler there is no library to put in place, and that is not an error
+    return [Extension(name, sources, depends=headers, optional=True) for name in names]
 
 
 setup(
@@ -74,5 +81,5 @@ setup(
         "vllm_sparq.benchmarks": "benchmarks",
     },
     ext_modules=kernel_libraries(),
-    cmdclass={"build_ext": BuildKernels},
+    cmdclass={"build_ext": BuildKernels, "bdist_wheel": AnyPythonWheel},
 )

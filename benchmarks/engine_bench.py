@@ -71,7 +71,7 @@ class Method:
 
 
 def methods(options: list[dict[str, Any]]) -> list[Method]:
-    """The engines that decode in turns: dense first, no attention at all second, then sparq with each set of options."""
+    """The engines that decode in turns: dense, no attention at all, then sparq with each set of options."""
     return [
         Method(name=DENSE, backend="CPU_ATTN", options={}),
         Method(name=SKIPPED, backend="CPU_ATTN", options={}, skip_attention=True),

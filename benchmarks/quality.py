@@ -68,8 +68,8 @@ def answer(setting: Setting, model: Path, dtype: str, examples: list[Example], p
         SamplingParams(temperature=0, max_tokens=example.max_tokens, stop=list(example.stop)) for example in examples
     ]
     outputs = llm.generate([example.prompt for example in examples], params, use_tqdm=True)
-    layers = llm.llm_engine.vllm_config.compilation_config.static_forward_context.values()
-    classes = sorted({type(layer.impl).__name__ for layer in layers})  # type: ignore[attr-defined]
+    layers: Any = llm.llm_engine.vllm_config.compilation_config.static_forward_context.values()
+    classes = sorted({type(layer.impl).__name__ for layer in layers})
     pipe.send(([output.outputs[0].text for output in outputs], classes))
 
 
