@@ -53,6 +53,11 @@ class BuildKernels(build_ext):
             return
         subprocess.run([compiler, *COMMON_FLAGS, *flags, "-shared", *ext.sources, "-o", str(target)], check=True)
 
+    def copy_extensions_to_source(self) -> None:
+        """For an editable install: the folder is not in the repository, since all it holds is built."""
+        (SOURCES.parent / "lib").mkdir(exist_ok=True)
+        super().copy_extensions_to_source()
+
     def get_ext_filename(self, fullname: str) -> str:
         """A plain shared library: it uses neither Python's nor torch's ABI, so one file serves all of them."""
         return str(Path(*fullname.split("."))) + ".so"
