@@ -49,7 +49,7 @@ def make_prompts(model: Path, tasks: Sequence[str], lengths: Sequence[int], n: i
     ]
 
 
-def answer(setting: Setting, model: Path, dtype: str, examples: list[Example], pipe: Connection) -> None:
+def answer(setting: Setting, model: Path, dtype: Any, examples: list[Example], pipe: Connection) -> None:
     """The process of one engine: all examples in one batch; sends the outputs and the attention classes that ran."""
     os.environ.update(HF_HUB_OFFLINE="1", VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_LOGGING_LEVEL="ERROR")
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
