@@ -1,4 +1,4 @@
-"""Models of every supported shape and type, hybrid models, and speculative decoding."""
+"""Models of every supported shape and type, and hybrid models."""
 
 from __future__ import annotations
 
@@ -115,16 +115,6 @@ def test_hybrid_model(tmp_path: Path, token_prompts: list[list[int]], engine: An
         assert Prompts.answers(llm, token_prompts) == dense
         (report,) = llm.collective_rpc("attention_report")
     assert [layer["backend"] for layer in report.values()] == ["CPU_ATTN"] * 3 + ["SPARQ"]
-
-
-def test_speculative_decoding(engine: Any, prompts: Prompts, sparse_alone: dict[int, list[int]]) -> None:
-    """Draft tokens are verified with the reads that decoding them one by one would have made."""
-    ngram = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 4, "prompt_lookup_min": 2}
-    with engine("sparq", EXACT["sparse"], speculative_config=ngram, disable_log_stats=False) as llm:
-        answers = prompts.answers(llm, prompts.mixed)
-        accepted = {m.name: m.value for m in llm.get_metrics() if hasattr(m, "value")}
-    assert accepted["vllm:spec_decode_num_accepted_tokens"] > 0
-    assert answers == list(sparse_alone.values())
 
 
 def test_dense_layers(engine: Any, prompts: Prompts, sparse_alone: dict[int, list[int]]) -> None:

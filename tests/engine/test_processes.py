@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from tests.engine.support import EXACT, MODEL
+from tests.engine.support import EXACT, MODEL, Prompts
 
 pytestmark = pytest.mark.engine
 
@@ -22,7 +22,9 @@ def main(settings):
     params = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True, detokenize=False)
     outputs = llm.generate([{"prompt_token_ids": p} for p in settings["prompts"]], params, use_tqdm=False)
     reports = llm.collective_rpc("attention_report")
-    print("RESULT" + json.dumps({"tokens": [list(o.outputs[0].token_ids) for o in outputs], "reports": reports}))
+    tokens = [list(o.outputs[0].token_ids) for o in outputs]
+    metrics = {m.name: m.value for m in llm.get_metrics() if hasattr(m, "value")}
+    print("RESULT" + json.dumps({"tokens": tokens, "reports": reports, "metrics": metrics}))
 
 if __name__ == "__main__":
     main(json.loads(sys.argv[1]))
@@ -38,6 +40,7 @@ def run_engine(prompts: list[list[int]], env: dict[str, str] | None = None, **en
             enforce_eager=True,
             max_model_len=2048,
             kv_cache_memory_bytes=64 << 20,
+            disable_log_stats=False,
             attention_backend="sparq",
             additional_config={"sparq": EXACT["sparse"]},
             **engine_args,
@@ -58,7 +61,7 @@ def run_engine(prompts: list[list[int]], env: dict[str, str] | None = None, **en
 
 
 @pytest.mark.parametrize("workers", [1, 2], ids=["spawn", "tensor parallel 2"])
-def test_class_in_the_worker(workers: int, prompts, sparse_alone: dict[int, list[int]]) -> None:
+def test_class_in_the_worker(workers: int, prompts: Prompts, sparse_alone: dict[int, list[int]]) -> None:
     chosen = [0, 4, 6, 9]
     result = run_engine([prompts.mixed[i] for i in chosen], tensor_parallel_size=workers)
     assert len(result["reports"]) == workers
@@ -68,12 +71,20 @@ def test_class_in_the_worker(workers: int, prompts, sparse_alone: dict[int, list
     assert result["tokens"] == [sparse_alone[i] for i in chosen]
 
 
+def test_speculative_decoding(prompts: Prompts, sparse_alone: dict[int, list[int]]) -> None:
+    """Draft tokens are verified with the reads that decoding them one by one would have made."""
+    ngram = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 4, "prompt_lookup_min": 2}
+    result = run_engine(prompts.mixed, speculative_config=ngram)
+    assert result["metrics"]["vllm:spec_decode_num_accepted_tokens"] > 0
+    assert result["tokens"] == list(sparse_alone.values())
+
+
 @pytest.mark.parametrize(
     "env",
     [{"VLLM_TARGET_DEVICE": "cpu"}, {"VLLM_PLUGINS": ""}],
     ids=["platform plugin bypassed", "plugins switched off"],
 )
-def test_never_silently_dense(env: dict[str, str], prompts) -> None:
+def test_never_silently_dense(env: dict[str, str], prompts: Prompts) -> None:
     """Where vLLM does not take our platform, a start under our name fails instead of running dense attention."""
     with pytest.raises(AssertionError, match=r"VLLM_TARGET_DEVICE|SPARQ"):
         run_engine([prompts.mixed[0]], env=env)
