@@ -25,7 +25,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     arguments = [
         *("--attention-backend", "sparq", "--additional-config", json.dumps({"sparq": EXACT["sparse"]})),
         *("--dtype", "float32", "--enforce-eager", "--max-model-len", "2048"),
-        *("--num-gpu-blocks-override", "40", "--max-num-batched-tokens", "2048"),
+        *("--block-size", "32", "--num-gpu-blocks-override", "120", "--max-num-batched-tokens", "2048"),
         *("--kv-cache-memory-bytes", str(64 << 20), "--seed", "0"),
     ]
     environment = {"OMP_NUM_THREADS": "1", "VLLM_LOGGING_LEVEL": "INFO"}
