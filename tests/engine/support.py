@@ -14,7 +14,7 @@ EXACT: dict[str, dict[str, Any]] = {
     # With nothing left out SparQ is dense attention.
     "full": {"r": 64, "k": 4096, "scoring": "model", "dense_below": 0},
     # So little is read that a wrong token, channel, sum or scoring copy changes the answers.
-    "sparse": {"r": 8, "k": 24, "local": 4, "mean_value": "on", "dense_below": 0},
+    "sparse": {"r": 4, "k": 10, "local": 2, "mean_value": "on", "dense_below": 0},
 }
 N_ANSWER = 24
 
