@@ -23,8 +23,8 @@ MEASURED_BREAK_EVEN = 1024
 """Tokens of context from which a SparQ read beats our own dense read (``vllm-sparq bench ops`` measures it)."""
 
 GATED_ALPHA_FLOOR = 0.9
-"""With grouped queries, ``mean_value: auto`` never lets the mean value take more than a tenth of the output. The paper's
-full share hurts the bundled model badly; bounded like this it costs nothing that shows in its answers."""
+"""With grouped queries, ``mean_value: auto`` never lets the mean value take more than a tenth of the output. The
+paper's full share hurts the bundled model badly; bounded like this, nothing shows in its answers."""
 
 
 class Options(BaseModel):
