@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_sparq.benchmarks.records import append_records, provenance
+from vllm_sparq.cli import comma_numbers
 
 LLAMA_1B = dict(
     architectures=["LlamaForCausalLM"],
@@ -225,9 +226,8 @@ def measure_case(
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `vllm-sparq bench engine`."""
-    numbers = lambda text: [int(part) for part in text.split(",")]  # noqa: E731 (argparse wants a callable)
-    parser.add_argument("--context", type=numbers, default=[32768], help="tokens of context, comma-separated")
-    parser.add_argument("--batch", type=numbers, default=[1, 4], help="requests at a time, comma-separated")
+    parser.add_argument("--context", type=comma_numbers, default=[32768], help="tokens of context, comma-separated")
+    parser.add_argument("--batch", type=comma_numbers, default=[1, 4], help="requests at a time, comma-separated")
     parser.add_argument("--layers", type=int, default=4, help="layers of the model (default 4 of the real 16)")
     parser.add_argument(
         "--options",

@@ -23,7 +23,7 @@ from typing import Any
 from vllm_sparq.benchmarks.records import append_records, provenance
 from vllm_sparq.benchmarks.tasks import TASKS, Example, make_example, score
 from vllm_sparq.benchmarks.tiny_model import WEIGHTS
-from vllm_sparq.cli import UsageError
+from vllm_sparq.cli import UsageError, comma_names, comma_numbers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,13 +94,11 @@ def run_engine(setting: Setting, model: Path, dtype: str, examples: list[Example
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `vllm-sparq eval`."""
-    names = lambda text: text.split(",")  # noqa: E731 (argparse wants a callable)
-    numbers = lambda text: [int(part) for part in text.split(",")]  # noqa: E731
     parser.add_argument("--model", type=Path, default=WEIGHTS, help="a model folder (default: the bundled model)")
-    parser.add_argument("--tasks", type=names, default=list(TASKS), help=f"of {','.join(TASKS)} (default: all)")
-    parser.add_argument("--lengths", type=numbers, default=[512, 1024, 2048, 3900], help="prompt tokens")
+    parser.add_argument("--tasks", type=comma_names, default=list(TASKS), help=f"of {','.join(TASKS)} (default: all)")
+    parser.add_argument("--lengths", type=comma_numbers, default=[512, 1024, 2048, 3900], help="prompt tokens")
     parser.add_argument("--n", type=int, default=50, help="prompts per task and length (default: 50)")
-    parser.add_argument("--compression", type=names, default=["8"], help="of sparq, comma-separated (default: 8)")
+    parser.add_argument("--compression", type=comma_names, default=["8"], help="of sparq, comma-separated (default: 8)")
     parser.add_argument("--options", type=json.loads, default={}, help="more sparq options, as JSON")
     parser.add_argument("--dtype", default="bfloat16", help="element type of the model (default: bfloat16)")
     parser.add_argument("--seed", type=int, default=0)

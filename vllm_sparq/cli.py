@@ -88,6 +88,16 @@ def build_parser(words: Sequence[str]) -> tuple[argparse.ArgumentParser, ModuleT
     return parser, chosen
 
 
+def comma_names(text: str) -> list[str]:
+    """For argparse: words, comma-separated."""
+    return text.split(",")
+
+
+def comma_numbers(text: str) -> list[int]:
+    """For argparse: whole numbers, comma-separated."""
+    return [int(part) for part in text.split(",")]
+
+
 def sparq_options(text: str) -> Options:
     """For argparse: the options in a JSON object, with or without the key "sparq" around it."""
     from vllm_sparq.config import NAMESPACE, OptionsError, parse_options
