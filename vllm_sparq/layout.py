@@ -1,6 +1,7 @@
 """Where each byte of a cached token lives. The only module that knows.
 
-A *page* is one block of one KV head: ``block_size`` tokens in ``page_bytes`` contiguous bytes, cut into parts.
+A *page* is one block of one KV head: ``block_size`` tokens in ``page_bytes`` contiguous bytes, cut into parts. How the
+tokens are stored is the block *format*. ``model`` keeps them as the model made them:
 
     +----------------------------------+------------------------+------------------+------------+
     | records   [N, 2, D]              | scoring   [D, N/2]     | ranges  [D, 2]   | value_sum  |
@@ -8,15 +9,28 @@ A *page* is one block of one KV head: ``block_size`` tokens in ``page_bytes`` co
     | one gathered token = one run     | one channel = one run  | fp16 per channel | V before   |
     +----------------------------------+------------------------+------------------+------------+
 
-* ``records``: the tokens as the model made them. Written when a token arrives.
+``int8`` and ``int4`` keep a token in one run too, of codes and their ranges:
+
+    records [N, R] bytes:   K codes | V codes | K ranges | V ranges
+
+``kivi4`` and ``kivi2`` keep K channel-major, so that it ranks tokens as it is and needs no scoring copy:
+
+    key_codes [D, N * bits/8]   key_ranges [D, N/g, 2]   value_codes [N, D * bits/8]   value_ranges [N, D/g, 2]
+
+* ``records``: written when a token arrives (``model``), or when the block fills (``int8``, ``int4``).
 * ``scoring`` and ``ranges``: the low-bit copy of K that SparQ ranks tokens with. Written once, when the block fills;
-  the tokens of an unfinished block are ranked from ``records``.
+  the tokens of an unfinished block are ranked from K itself.
 * ``value_sum``: the sum of V over all tokens *before* this block. Written once, when the block gets its first token.
   It depends on the prefix alone, so it stays right under prefix caching, preemption and copy-on-write.
 
-Nothing a method must remember lives outside the page, so whatever vLLM does with blocks, it does with all of it.
+**Staging.** A quantized block is quantized once, when it fills. Until then its tokens wait, in the model's own type, in
+the *next* blocks of the same request: block b is staged in blocks b + 1 to b + ``n_staging_blocks``, whose own tokens
+do not exist yet. The block manager keeps that many blocks ahead of every request. They belong to one request alone
+(only full blocks are ever shared), so whatever vLLM does with blocks is right for staged tokens too.
 
-Sizes: P pages, G KV heads, N tokens per block, D head size.
+Nothing a method must remember lives outside the pages.
+
+Sizes: P pages, G KV heads, N tokens per block, D head size, g elements per quantization group.
 """
 
 from __future__ import annotations
@@ -35,6 +49,40 @@ BLOCK_SIZE_MULTIPLE = 16
 
 SCORING_BITS = {"int4": 4, "int8": 8}
 """Bits of one scoring code; ``model`` keeps the model's own type and has no codes."""
+
+
+@dataclass(frozen=True)
+class Format:
+    """How a full block stores its tokens.
+
+    Attributes:
+        bits: of a code.
+        channel_keys: whether a group of K is neighbouring tokens of one channel (KIVI) instead of neighbouring channels
+            of one token. Groups of V are always neighbouring channels of one token.
+        group: default elements of a group, where they divide the head size; 0 is the whole head.
+        range_numbers: 2 for step and zero; 1 for a step alone, codes being signed.
+    """
+
+    bits: int
+    channel_keys: bool
+    group: int
+    range_numbers: int = 2
+
+    def default_group(self, head_size: int) -> int:
+        """The largest sensible group for a head size: ``group``, or the largest part of the head that is below it."""
+        if not self.group:
+            return head_size
+        return next(g for n in range(1, head_size) if (g := head_size // n) <= self.group and head_size % (8 * n) == 0)
+
+
+FORMATS: dict[str, Format | None] = {
+    "model": None,
+    "int8": Format(bits=8, channel_keys=False, group=0, range_numbers=1),
+    "int4": Format(bits=4, channel_keys=False, group=64),
+    "kivi4": Format(bits=4, channel_keys=True, group=32),
+    "kivi2": Format(bits=2, channel_keys=True, group=32),
+}
+"""Block format -> how it stores. ``int4``: FlexGen (arXiv 2303.06865, section 5); ``kivi``: arXiv 2402.02750."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +106,9 @@ class PageLayout:
     Attributes:
         head_size: D, elements of one key and of one value.
         block_size: N, tokens of a block.
-        dtype: element type of K and V, the model's own.
+        dtype: element type of K and V, the model's own; of the ranges of quantized formats too.
+        format: a key of `FORMATS`.
+        group_size: g, elements of a quantization group; None for the format's default.
         scoring: ``int4 | int8 | model``, the type of the channel-major copy of K, or None where nothing ranks tokens.
         value_sum: whether the page carries the sum of V before the block.
 
@@ -69,6 +119,8 @@ class PageLayout:
     head_size: int
     block_size: int
     dtype: torch.dtype
+    format: str = "model"
+    group_size: int | None = None
     scoring: str | None = None
     value_sum: bool = False
 
@@ -82,12 +134,72 @@ class PageLayout:
             raise ValueError(f"head size {self.head_size} is not supported: it must be a multiple of 16 elements.")
         if self.scoring not in (None, "model", *SCORING_BITS):
             raise ValueError(f"scoring {self.scoring!r} is not one of {['model', *SCORING_BITS]}")
+        if self.format not in FORMATS:
+            raise ValueError(f"format {self.format!r} is not one of {list(FORMATS)}")
+        self._check_group()
+
+    def _check_group(self) -> None:
+        fmt, d, g = self.quantized, self.head_size, self.group_size
+        if fmt is None or fmt.group == 0:
+            if g is not None:
+                raise ValueError(f"format {self.format!r} has no groups, but group_size={g} was given: leave it out")
+            return
+        if g is not None and (g < 8 or g % 8 or d % g):
+            raise ValueError(
+                f"group_size={g} does not fit head size {d}: it must be a multiple of 8 that divides {d}; "
+                f"leave it out for {fmt.default_group(d)}"
+            )
+        if fmt.channel_keys and self.block_size % self.group:
+            raise ValueError(
+                f"block size {self.block_size} does not hold whole groups of {self.group} tokens, in which "
+                f"{self.format!r} quantizes K: use a multiple of {self.group}, best --block-size 128"
+            )
+
+    @property
+    def quantized(self) -> Format | None:
+        """How full blocks are quantized, or None for blocks in the model's own type."""
+        return FORMATS[self.format]
+
+    @property
+    def group(self) -> int:
+        """g: elements of a quantization group."""
+        assert self.quantized is not None
+        return self.group_size or self.quantized.default_group(self.head_size)
+
+    @property
+    def channel_keys(self) -> bool:
+        """Whether K itself is channel-major and ranks tokens without a scoring copy."""
+        return self.quantized is not None and self.quantized.channel_keys
+
+    @property
+    def ranks_tokens(self) -> bool:
+        """Whether SparQ can read these pages."""
+        return self.scoring is not None or self.channel_keys
+
+    @property
+    def record_bytes(self) -> int:
+        """Bytes of K and V of one token and KV head in the model's own type."""
+        return 2 * self.head_size * self.dtype.itemsize
+
+    @property
+    def staged_per_page(self) -> int:
+        """Tokens in the model's own type that fit into a page of a quantized format."""
+        return self.page_bytes // self.record_bytes
+
+    @property
+    def n_staging_blocks(self) -> int:
+        """Blocks behind its newest one that a request needs for staging; 0 where nothing is quantized."""
+        return 0 if self.quantized is None else -(-self.block_size // self.staged_per_page)
+
+    def staged_at(self, slot: int) -> tuple[int, int]:
+        """Where the token in ``slot`` of block b is staged: (i, j) for place j of block b + 1 + i."""
+        return divmod(slot, self.staged_per_page)
 
     @cached_property
     def parts(self) -> dict[str, Part]:
         """The parts by name, in page order."""
         n, d = self.block_size, self.head_size
-        wanted: list[tuple[str, tuple[int, ...], torch.dtype]] = [("records", (n, 2, d), self.dtype)]
+        wanted = self._token_parts()
         if self.scoring == "model":
             wanted.append(("scoring", (d, n), self.dtype))
         elif self.scoring is not None:
@@ -100,6 +212,22 @@ class PageLayout:
             parts[name] = Part(name, offset, shape, dtype)
             offset = _round_up(offset + parts[name].nbytes, ALIGNMENT)
         return parts
+
+    def _token_parts(self) -> list[tuple[str, tuple[int, ...], torch.dtype]]:
+        """K and V, as the format stores them."""
+        n, d, fmt = self.block_size, self.head_size, self.quantized
+        if fmt is None:
+            return [("records", (n, 2, d), self.dtype)]
+        row_codes, numbers = d * fmt.bits // 8, fmt.range_numbers
+        if not fmt.channel_keys:
+            row_ranges = d // self.group * numbers * self.dtype.itemsize
+            return [("records", (n, 2 * (row_codes + row_ranges)), torch.uint8)]
+        return [
+            ("key_codes", (d, n * fmt.bits // 8), torch.uint8),
+            ("key_ranges", (d, n // self.group, numbers), self.dtype),
+            ("value_codes", (n, row_codes), torch.uint8),
+            ("value_ranges", (n, d // self.group, numbers), self.dtype),
+        ]
 
     @cached_property
     def page_bytes(self) -> int:
@@ -115,7 +243,7 @@ class PageLayout:
     @property
     def overhead(self) -> float:
         """Memory beyond a dense cache of the same type, as a fraction of it."""
-        return self.page_bytes / self.parts["records"].nbytes - 1
+        return self.bytes_per_token / self.record_bytes - 1
 
 
 def _round_up(n: int, multiple: int) -> int:
@@ -163,14 +291,70 @@ class Pages:
         view: torch.Tensor = window.view(part.dtype).unflatten(-1, part.shape)
         return view
 
+    def _of_records(self, start: int, count: int, dtype: torch.dtype) -> torch.Tensor:
+        """``count`` elements from byte ``start`` of every quantized record: [P, G, N, count]."""
+        return self.part("records")[..., start : start + count * dtype.itemsize].view(dtype)
+
+    def _codes(self, name: str) -> torch.Tensor:
+        layout = self.layout
+        assert layout.quantized is not None
+        if layout.channel_keys:
+            return self.part(f"{name}_codes")
+        n_bytes = layout.head_size * layout.quantized.bits // 8
+        return self._of_records(n_bytes if name == "value" else 0, n_bytes, torch.uint8)
+
+    def _code_ranges(self, name: str) -> torch.Tensor:
+        layout = self.layout
+        assert layout.quantized is not None
+        if layout.channel_keys:
+            return self.part(f"{name}_ranges")
+        codes = 2 * layout.head_size * layout.quantized.bits // 8
+        numbers, n_groups = layout.quantized.range_numbers, layout.head_size // layout.group
+        start = codes + (n_groups * numbers * layout.dtype.itemsize if name == "value" else 0)
+        return self._of_records(start, n_groups * numbers, layout.dtype).unflatten(-1, (n_groups, numbers))
+
+    @cached_property
+    def key_codes(self) -> torch.Tensor:
+        """Quantized formats: uint8 [P, G, N, D * bits/8], or channel-major [P, G, D, N * bits/8].
+
+        A row of n codes is cut into 8 / bits equal runs, and byte i holds code i of each, the first run lowest: with
+        4 bits code i in the low nibble and code i + n/2 in the high one. ``int8`` codes are signed bytes.
+        """
+        return self._codes("key")
+
+    @cached_property
+    def value_codes(self) -> torch.Tensor:
+        """Quantized formats: uint8 [P, G, N, D * bits/8], packed as `key_codes` are."""
+        return self._codes("value")
+
+    @cached_property
+    def key_ranges(self) -> torch.Tensor:
+        """[P, G, N, D/g, 2] or channel-major [P, G, D, N/g, 2], in the model's dtype: step, and zero.
+
+        A code c stands for ``zero + step * c``. ``int8`` has no zero: [P, G, N, 1, 1].
+        """
+        return self._code_ranges("key")
+
+    @cached_property
+    def value_ranges(self) -> torch.Tensor:
+        """[P, G, N, D/g, 2] in the model's dtype (``int8``: [P, G, N, 1, 1]): step, and zero."""
+        return self._code_ranges("value")
+
+    @cached_property
+    def staged(self) -> torch.Tensor:
+        """Tokens in waiting, the whole page seen as places for them: [P, G, staged_per_page, 2, D], K then V."""
+        layout = self.layout
+        window = self.data[..., : layout.staged_per_page * layout.record_bytes]
+        return window.view(layout.dtype).unflatten(-1, (layout.staged_per_page, 2, layout.head_size))
+
     @cached_property
     def keys(self) -> torch.Tensor:
-        """[P, G, N, D] in the model's dtype."""
+        """Format ``model``: [P, G, N, D] in the model's dtype."""
         return self.part("records")[..., 0, :]
 
     @cached_property
     def values(self) -> torch.Tensor:
-        """[P, G, N, D] in the model's dtype."""
+        """Format ``model``: [P, G, N, D] in the model's dtype."""
         return self.part("records")[..., 1, :]
 
     @cached_property

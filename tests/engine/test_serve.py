@@ -17,7 +17,7 @@ from vllm_sparq.benchmarks.server import HOST, Server, wait_until_healthy
 pytestmark = pytest.mark.engine
 
 N_CLIENTS = 64
-N_TOKENS = 48
+N_TOKENS = 64
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +25,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     arguments = [
         *("--attention-backend", "sparq", "--additional-config", json.dumps({"sparq": EXACT["sparse"]})),
         *("--dtype", "float32", "--enforce-eager", "--max-model-len", "2048"),
-        *("--block-size", "32", "--num-gpu-blocks-override", "120", "--max-num-batched-tokens", "2048"),
+        *("--block-size", "32", "--num-gpu-blocks-override", "70", "--max-num-batched-tokens", "2048"),
         *("--kv-cache-memory-bytes", str(64 << 20), "--seed", "0"),
     ]
     environment = {"OMP_NUM_THREADS": "1", "VLLM_LOGGING_LEVEL": "INFO"}

@@ -51,6 +51,8 @@ class Case:
     dtype: torch.dtype = torch.float32
     scoring: str | None = "int4"
     value_sum: bool = True
+    format: str = "model"
+    group_size: int | None = None
     lens: tuple[int, ...] = (1, 15, 16, 17, 33)
     new: tuple[int, ...] = ()
 
@@ -58,7 +60,8 @@ class Case:
         lens = ".".join(f"{s}+{t}" if self.new else f"{s}" for s, t in zip(self.lens, self.n_new, strict=True))
         return (
             f"h{self.heads}g{self.kv_heads}-d{self.head_size}-n{self.block_size}-{SHORT[self.dtype]}-"
-            f"{self.scoring}{'' if self.value_sum else '-nosum'}-s{lens}"
+            f"{self.scoring}{'' if self.value_sum else '-nosum'}"
+            f"{'' if self.format == 'model' else f'-{self.format}.{self.layout.group}'}-s{lens}"
         )
 
     @property
@@ -73,6 +76,8 @@ class Case:
             dtype=self.dtype,
             scoring=self.scoring,
             value_sum=self.value_sum,
+            format=self.format,
+            group_size=self.group_size,
         )
 
     @property
@@ -121,6 +126,7 @@ class World:
     query: torch.Tensor  # [T + 3, H, D]; rows past T are NaN
     key: torch.Tensor  # [T + 3, G, D]
     value: torch.Tensor  # [T + 3, G, D]
+    begun: list[torch.Tensor]  # per request [2, T'', G, D]: K and V of the context's last, unfinished block
 
     @property
     def n_requests(self) -> int:
@@ -147,8 +153,21 @@ class World:
         out = self.empty_out(len(self.query))
         new = self.query, self.key, self.value
         table, starts, contexts = self.block_table, self.query_start_loc, self.context_lens
-        run(*new, self.pages, table, starts, contexts, scale=self.case.scale, out=out)
+        options = {}
+        if self.case.format != "model":
+            *new, options["key_start_loc"] = self._with_begun_blocks()
+            contexts = contexts // self.case.block_size * self.case.block_size
+        run(*new, self.pages, table, starts, contexts, scale=self.case.scale, out=out, **options)
         return out[: int(starts[-1])]
+
+    def _with_begun_blocks(self) -> tuple[torch.Tensor, ...]:
+        """query, key, value and key_start_loc, the tokens of each request's begun block in front of its new ones."""
+        starts, rows = self.query_start_loc.tolist(), []
+        for begun, first, stop in zip(self.begun, starts[:-1], starts[1:], strict=True):
+            rows.append(torch.cat([begun.to(self.key.device), torch.stack([self.key, self.value])[:, first:stop]], 1))
+        key_starts = int32([0, *torch.tensor([part.shape[1] for part in rows]).cumsum(0).tolist()])
+        key, value = torch.cat(rows, 1)
+        return self.query, key, value, key_starts.to(self.key.device)
 
 
 def build(
@@ -173,6 +192,7 @@ def build(
     tokens = tokens or case.tokens()
     layout, n_kv = case.layout, case.kv_heads
     n_blocks = [-(-s // case.block_size) for s in case.lens]
+    n_blocks = [n + layout.n_staging_blocks for n in n_blocks]
     n_pages = sum(n_blocks) + 3
     ids = torch.randperm(n_pages, generator=case.generator().manual_seed(shuffle)).int().split([*n_blocks, 3])
     table = torch.full((len(case.lens) + 2, max(n_blocks) + 2), UNUSED, dtype=torch.int32)
@@ -221,6 +241,10 @@ def build(
         query=query,
         key=key,
         value=value,
+        begun=[
+            torch.stack([k[n // case.block_size * case.block_size : n], v[n // case.block_size * case.block_size : n]])
+            for k, v, n in zip(tokens.key, tokens.value, context, strict=True)
+        ],
     )
 
 
@@ -303,6 +327,35 @@ SHAPES: tuple[Case, ...] = (
     replace(_BASE, heads=5, kv_heads=1, head_size=112, block_size=32, dtype=torch.bfloat16, lens=(40, 64, 70)),
 )
 """Shapes that every op takes, kernels of the CPU."""
+
+_QUANTIZED = replace(_BASE, block_size=32, scoring=None, value_sum=False)
+FORMATS: tuple[Case, ...] = (
+    # Each format twice or more, in every type, with the default groups and others, dense and with what SparQ needs.
+    replace(_QUANTIZED, format="int8", lens=(1, 31, 32, 33, 65, 0, 96)),
+    replace(_QUANTIZED, format="int8", heads=8, head_size=128, block_size=128, dtype=torch.bfloat16, lens=(128, 300)),
+    replace(_BASE, format="int8", heads=3, kv_heads=1, head_size=80, dtype=torch.float16, lens=(16, 47, 49)),
+    replace(_QUANTIZED, format="int4", lens=(1, 31, 32, 33, 65, 0, 96)),
+    replace(_QUANTIZED, format="int4", heads=8, head_size=128, block_size=128, dtype=torch.bfloat16, lens=(129, 400)),
+    replace(_BASE, format="int4", heads=8, head_size=128, block_size=128, dtype=torch.bfloat16, lens=(128, 129, 390)),
+    replace(_BASE, format="int4", heads=4, kv_heads=4, head_size=96, dtype=torch.float16, lens=(16, 17, 50)),
+    replace(_BASE, format="int4", heads=3, kv_heads=1, head_size=80, scoring="int8", lens=(40, 33)),
+    replace(_QUANTIZED, format="int4", group_size=16, heads=5, kv_heads=1, dtype=torch.bfloat16, lens=(33, 70)),
+    replace(_BASE, format="int4", heads=4, kv_heads=1, head_size=256, dtype=torch.bfloat16, lens=(1, 32, 100)),
+    replace(_QUANTIZED, format="kivi4", lens=(1, 31, 32, 33, 65, 0, 96)),
+    replace(_QUANTIZED, format="kivi4", heads=8, head_size=128, block_size=128, dtype=torch.bfloat16, lens=(129, 400)),
+    replace(_QUANTIZED, format="kivi4", heads=3, kv_heads=1, head_size=80, dtype=torch.float16, lens=(64, 47, 65)),
+    replace(
+        _QUANTIZED, format="kivi4", heads=4, head_size=96, group_size=16, block_size=48, value_sum=True, lens=(97,)
+    ),
+    replace(_QUANTIZED, format="kivi2", lens=(1, 31, 32, 33, 65, 0, 96)),
+    replace(
+        _QUANTIZED, format="kivi2", kv_heads=4, head_size=128, block_size=128, dtype=torch.bfloat16, lens=(129, 400)
+    ),
+    replace(_QUANTIZED, format="kivi2", heads=8, head_size=128, block_size=128, dtype=torch.bfloat16, lens=(257,)),
+    replace(_QUANTIZED, format="kivi2", heads=6, head_size=256, block_size=64, dtype=torch.float16, lens=(64, 65, 140)),
+    replace(_QUANTIZED, format="kivi2", group_size=64, block_size=64, value_sum=True, dtype=torch.float16, lens=(150,)),
+)
+"""Quantized pages, which every op takes as well."""
 
 TINY: tuple[Case, ...] = (
     replace(_BASE, lens=(1, 15, 16, 17, 33)),

@@ -13,6 +13,7 @@ namespace sparq {
 
 enum class DType : int32_t { bf16 = 0, fp16 = 1, fp32 = 2 };
 enum class Scoring : int32_t { none = 0, int4 = 1, int8 = 2, model = 3 };
+enum class Format : int32_t { model = 0, int8 = 1, int4 = 2, kivi4 = 3, kivi2 = 4 };
 
 // Element types of K, V, query and out. The 16-bit ones are storage only; simd.h converts them.
 struct bf16 {
@@ -20,6 +21,13 @@ struct bf16 {
 };
 struct fp16 {
   uint16_t bits;
+};
+
+// Where K or V of a quantized page is: rows of codes, and their ranges (step, zero) in the model's type. A row is a token,
+// but a channel where K is channel-major (KIVI). Byte offsets into a page, and bytes between rows.
+struct Codes {
+  int64_t codes, code_stride;
+  int64_t ranges, range_stride;
 };
 
 // The KV cache of one layer. vllm_sparq/layout.py decides every number in it.
@@ -36,7 +44,13 @@ struct Pages {
   int32_t head_size;   // D
   DType dtype;
   Scoring scoring_type;
+  Format format;
+  int32_t group;            // g: elements of a quantization group; 0 where nothing is quantized, like what follows
+  int32_t staged_per_page;  // tokens of an unfinished block that fit into a page
+  Codes key, value;
 
+  bool quantized() const { return format != Format::model; }
+  bool channel_keys() const { return format == Format::kivi4 || format == Format::kivi2; }
   uint8_t* page(int32_t id, int head) const { return data + id * page_stride + head * head_stride; }
   int n_blocks(int n_tokens) const { return (n_tokens + block_size - 1) / block_size; }
 };

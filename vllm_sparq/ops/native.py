@@ -13,7 +13,7 @@ import os
 import platform
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch  # first: its libgomp must be loaded before ours asks for one, so that both share one pool of threads
 
@@ -38,6 +38,7 @@ _MADV_COLLAPSE = 25  # since Linux 6.1; not in Python's mmap module yet
 
 DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 SCORINGS = {None: 0, "int4": 1, "int8": 2, "model": 3}
+FORMATS = {"model": 0, "int8": 1, "int4": 2, "kivi4": 3, "kivi2": 4}
 
 REFERENCE_INSTEAD = "the pure-torch reference runs instead, hundreds of times slower"
 
@@ -133,6 +134,12 @@ def library() -> ctypes.CDLL:
     return ctypes.CDLL(str(found.library))
 
 
+class CodesStruct(ctypes.Structure):
+    """``sparq::Codes`` of csrc/paged.h."""
+
+    _fields_: ClassVar = [(name, ctypes.c_int64) for name in ("codes", "code_stride", "ranges", "range_stride")]
+
+
 class PagesStruct(ctypes.Structure):
     """``sparq::Pages`` of csrc/paged.h."""
 
@@ -141,6 +148,9 @@ class PagesStruct(ctypes.Structure):
         *[(name, ctypes.c_int64) for name in ("page_stride", "head_stride")],
         *[(name, ctypes.c_int64) for name in ("records", "scoring", "ranges", "value_sum")],
         *[(name, ctypes.c_int32) for name in ("n_kv_heads", "block_size", "head_size", "dtype", "scoring_type")],
+        *[(name, ctypes.c_int32) for name in ("format", "group", "staged_per_page")],
+        ("key", CodesStruct),
+        ("value", CodesStruct),
     ]
 
 
@@ -155,8 +165,22 @@ def _pages_struct(data: int, strides: tuple[int, ...], n_kv_heads: int, layout: 
     names, parts = ("records", "scoring", "ranges", "value_sum"), layout.parts
     offsets = [parts[name].offset if name in parts else -1 for name in names]
     numbers = (n_kv_heads, layout.block_size, layout.head_size, DTYPES[layout.dtype], SCORINGS[layout.scoring])
-    struct = PagesStruct(data, strides[0], strides[1], *offsets, *numbers)
+    quantized = layout.quantized is not None
+    numbers += FORMATS[layout.format], layout.group if quantized else 0, layout.staged_per_page if quantized else 0
+    codes = [_codes_struct(layout, name) for name in ("key", "value")]
+    struct = PagesStruct(data, strides[0], strides[1], *offsets, *numbers, *codes)
     return struct, ctypes.addressof(struct)
+
+
+def _codes_struct(layout: PageLayout, name: str) -> CodesStruct:
+    """Where the codes and ranges of K or V begin in a page, and how far its rows lie apart; zeros for ``model``."""
+    if layout.quantized is None:
+        return CodesStruct()
+    page = Pages.empty(1, 1, layout)
+    found = []
+    for view in (getattr(page, f"{name}_codes"), getattr(page, f"{name}_ranges")):
+        found += [view.data_ptr() - page.data.data_ptr(), view.stride(2) * view.element_size()]
+    return CodesStruct(*found)
 
 
 def advise_huge_pages(memory: torch.Tensor) -> bool:

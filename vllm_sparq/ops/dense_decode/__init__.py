@@ -20,10 +20,13 @@ def dense_decode(
 ) -> None:
     """``out[b] = softmax(scale * query[b] K^T) V`` over the ``seq_lens[b]`` cached tokens of request b.
 
+    In a quantized format every full block but the newest is read from its codes, the newest block from where it is
+    staged, in the model's own type. (The newest block is that of token S - 1, even if that token just filled it.)
+
     Args:
         query: [B, H, D], one row per request; its own K and V are already in the pages.
         pages: the cache. Query heads ``h`` of one KV head are neighbours: ``h // (H / G)``.
-        block_table: int32 [>= B, M]; entries past a request's last block are never read.
+        block_table: int32 [>= B, M]; entries past a request's last block, and its staging blocks, are never read.
         seq_lens: int32 [>= B], context lengths S >= 1, the current token included. A row with S = 0 (padding) is zero.
         scale: of the logits, normally 1 / sqrt(D).
         out: [B, H, D], written. Sums are fp32, rounded once at the end.

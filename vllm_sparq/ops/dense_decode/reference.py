@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 
 from vllm_sparq.layout import Pages
+from vllm_sparq.ops.codec import decode_page
+from vllm_sparq.ops.write.reference import block_tokens
 
 
 def dense_decode(
@@ -30,10 +32,16 @@ def dense_decode(
 
 def cached_tokens(pages: Pages, blocks: torch.Tensor, context_len: int, head: int) -> tuple[torch.Tensor, torch.Tensor]:
     """K and V, fp32 [S, D], of one request's first ``context_len`` tokens for one KV head; ``blocks`` is int32 [M]."""
-    n_blocks = -(-context_len // pages.layout.block_size)
-    ids = blocks[:n_blocks].long()
-    keys, values = pages.keys[ids, head].flatten(0, 1), pages.values[ids, head].flatten(0, 1)
-    return keys[:context_len].float(), values[:context_len].float()
+    keys, values = [], []
+    last = (context_len - 1) // pages.layout.block_size
+    for block in range(last + 1):
+        if block < last and pages.layout.quantized is not None:
+            k, v = decode_page(pages, int(blocks[block]), head)
+        else:
+            k, v = block_tokens(pages, blocks, block, head)
+        keys.append(k.float())
+        values.append(v.float())
+    return torch.cat(keys)[:context_len], torch.cat(values)[:context_len]
 
 
 def attend(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float) -> torch.Tensor:

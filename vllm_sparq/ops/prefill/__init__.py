@@ -20,21 +20,26 @@ def prefill(
     *,
     scale: float,
     out: torch.Tensor,
+    key_start_loc: torch.Tensor | None = None,
 ) -> None:
     """Row i of request b sees the request's ``context_lens[b]`` cached tokens, then its new tokens up to row i itself.
 
     The new tokens are taken from ``key`` and ``value``, never from the pages: it does not matter whether they have been
-    written yet, and a quantized page format costs nothing inside the chunk.
+    written yet. Of quantized pages only whole blocks are read, from their codes: ``context_lens`` are multiples of the
+    block size there. Tokens of a block that was begun before come along in ``key`` and ``value``, in front of the
+    request's new ones, and ``key_start_loc`` says where each request's begin.
 
     Args:
         query: [T, H, D].
-        key: [T, G, D], value: [T, G, D]: the new tokens.
+        key: [T, G, D], value: [T, G, D]: the new tokens; [T', G, D] with ``key_start_loc``.
         pages: the cache.
         block_table: int32 [>= B, M]; entries past the last cached block are never read.
         query_start_loc: int32 [B + 1], ascending: request b owns rows ``[b] : [b + 1]``. Rows outside every request are
             padding; their output is undefined.
         context_lens: int32 [>= B], tokens in the pages before the new ones; 0 for a request that starts.
         scale: of the logits, normally 1 / sqrt(D).
+        key_start_loc: int32 [B + 1] or None for ``query_start_loc``. Request b owns rows ``[b] : [b + 1]`` of key and
+            value, at least as many as of query; its queries belong to the last of them.
         out: [T, H, D], written. Sums are fp32, rounded once at the end.
 
     Raises:
@@ -45,11 +50,17 @@ def prefill(
     check_heads("value", value, pages, multiple_of_kv_heads=False)
     check_heads("out", out, pages, multiple_of_kv_heads=True)
     require(out.shape == query.shape, f"out must be {tuple(query.shape)} like query, got {tuple(out.shape)}")
-    rows = query.shape[0]
     require(
-        key.shape[0] == rows and value.shape[0] == rows,
-        f"key and value must have {rows} rows like query, got {tuple(key.shape)} and {tuple(value.shape)}",
+        key.shape == value.shape and (key_start_loc is not None or key.shape[0] == query.shape[0]),
+        f"key and value must have {query.shape[0]} rows like query (unless key_start_loc says otherwise), "
+        f"got {tuple(key.shape)} and {tuple(value.shape)}",
     )
-    check_table(block_table, check_starts(query_start_loc), context_lens=context_lens)
+    n_requests = check_starts(query_start_loc)
+    require(
+        key_start_loc is None or check_starts(key_start_loc) == n_requests,
+        f"key_start_loc must have {n_requests + 1} entries like query_start_loc",
+    )
+    check_table(block_table, n_requests, context_lens=context_lens)
     run = choose("prefill", query.device.type).load()
-    run(query, key, value, pages, block_table, query_start_loc, context_lens, scale=scale, out=out)
+    tables = block_table, query_start_loc, context_lens
+    run(query, key, value, pages, *tables, scale=scale, out=out, key_start_loc=key_start_loc)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 
 from vllm_sparq.config import SparqRead
-from vllm_sparq.layout import Pages
+from vllm_sparq.layout import SCORING_BITS, Pages
+from vllm_sparq.ops.codec import unpack
 from vllm_sparq.ops.dense_decode.reference import attend, cached_tokens
-from vllm_sparq.ops.write.reference import dequantize, unpack_nibbles
+from vllm_sparq.ops.write.reference import dequantize
 
 
 def sparq_decode(
@@ -74,14 +75,18 @@ def mean_value(pages: Pages, blocks: torch.Tensor, values: torch.Tensor, head: i
 
 
 def ranking_keys(pages: Pages, blocks: torch.Tensor, keys: torch.Tensor, head: int) -> torch.Tensor:
-    """fp32 [S, D] keys that rank the tokens: the scoring copy of full pages, K itself (``keys`` [S, D]) behind them."""
-    n_full = keys.shape[0] // pages.layout.block_size
+    """fp32 [S, D] keys that rank the tokens: the scoring copy of full pages, K itself (``keys`` [S, D]) elsewhere.
+
+    K itself is also what ranks where it is channel-major already, and in the newest block of quantized formats.
+    """
+    layout = pages.layout
+    if layout.channel_keys:
+        return keys
+    n_full = (keys.shape[0] - (layout.quantized is not None)) // layout.block_size
     ranked = keys.clone()
     for i, page in enumerate(blocks[:n_full].tolist()):
         copy = pages.scoring[page, head]  # [D, N], or packed codes
-        if pages.layout.scoring == "int4":
-            copy = unpack_nibbles(copy)
-        if pages.layout.scoring != "model":
-            copy = dequantize(copy, pages.ranges[page, head])
-        ranked[i * pages.layout.block_size : (i + 1) * pages.layout.block_size] = copy.float().T
+        if layout.scoring != "model":
+            copy = dequantize(unpack(copy, SCORING_BITS[str(layout.scoring)]), pages.ranges[page, head])
+        ranked[i * layout.block_size : (i + 1) * layout.block_size] = copy.float().T
     return ranked

@@ -22,23 +22,28 @@ def write(
     Request b brings rows ``query_start_loc[b] : query_start_loc[b + 1]``; its last new token is at position
     ``seq_lens[b] - 1``. For every page that a new token touches:
 
-    * its K and V go into ``records``;
+    * its K and V go into ``records``, or, in a quantized format, to where its block is staged;
     * when the page gets its first token (and only then), ``value_sum`` becomes the previous page's ``value_sum`` plus
       the sum of the previous page's V, in fp32; zero for the first page of a request;
-    * when the page gets its last token, ``scoring`` and ``ranges`` are made from the page's K, per channel:
+    * when the page gets its last token, a quantized format makes its codes from the staged tokens
+      (`vllm_sparq.ops.codec.quantize` says how); the staged tokens of a request's newest block stay, full or not;
+    * when the page gets its last token, ``scoring`` and ``ranges`` are made from the block's K, per channel:
       ``zero`` is the largest fp16 not above the least element, ``step`` the smallest fp16 not below
       ``(max - zero) / (2**bits - 1)``, ``code = clamp(round_half_even((x - zero) / step))`` in fp32, 0 where
       step is not positive (a constant channel). Elements that are not finite count as 0. ``zero`` and ``step``
       saturate at fp16's range.
 
-    Nothing else of any page changes: slots behind the last token, and pages of other requests, keep their bytes.
-    A position may be written again later (a rejected draft token): the page then pays its dues again.
+    Nothing else of any page changes: slots behind the last token, and pages of other requests, keep their bytes. What
+    staging blocks hold behind the newest token is undefined.
+    A position may be written again later (a rejected draft token): the page then pays its dues again. Not so in a
+    quantized format, where a request may only grow.
 
     Args:
         key: [T, G, D], rotated as the model rotates.
         value: [T, G, D].
         pages: the cache; changed in place.
-        block_table: int32 [B, M], page ids in token order; entries past a request's last block are never read.
+        block_table: int32 [B, M], page ids in token order; entries past a request's last block (and the staging blocks
+            behind it) are never read.
         query_start_loc: int32 [B + 1], ascending; rows from its last entry on are padding and ignored.
         seq_lens: int32 [B], context lengths S, new tokens included. A request may bring no token.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from vllm_sparq.layout import SCORING_BITS, Pages
+from vllm_sparq.ops.codec import decode_page, encode_page, pack
 
 FP16_MAX = torch.finfo(torch.float16).max
 
@@ -28,29 +29,56 @@ def write(
                 if slot == 0 and pages.layout.value_sum:
                     before = int(block_table[b, block - 1]) if block else None
                     _open_page(pages, page, before, head)
-                pages.keys[page, head, slot] = key[row, head]
-                pages.values[page, head, slot] = value[row, head]
-                if slot == block_size - 1 and pages.layout.scoring:
-                    _close_page(pages, page, head)
+                place_token(pages, block_table[b], block, slot, head, key[row, head], value[row, head])
+                if slot == block_size - 1:
+                    _close_page(pages, block_table[b], block, head)
+
+
+def place_token(
+    pages: Pages, blocks: torch.Tensor, block: int, slot: int, head: int, key: torch.Tensor, value: torch.Tensor
+) -> None:
+    """Put a token's K and V [D] into its slot, or where its block is staged; ``blocks`` is int32 [M]."""
+    if pages.layout.quantized is None:
+        page = int(blocks[block])
+        pages.keys[page, head, slot], pages.values[page, head, slot] = key, value
+    else:
+        ahead, place = pages.layout.staged_at(slot)
+        pages.staged[int(blocks[block + 1 + ahead]), head, place] = torch.stack([key, value])
+
+
+def block_tokens(pages: Pages, blocks: torch.Tensor, block: int, head: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """K and V [N, D], in the model's dtype, of a block that is not quantized (yet); ``blocks`` is int32 [M]."""
+    if pages.layout.quantized is None:
+        page = int(blocks[block])
+        return pages.keys[page, head], pages.values[page, head]
+    ahead = blocks[block + 1 : block + 1 + pages.layout.n_staging_blocks].long()
+    records = pages.staged[ahead, head].flatten(0, 1)[: pages.layout.block_size]  # [N, 2, D]
+    return records[:, 0], records[:, 1]
 
 
 def _open_page(pages: Pages, page: int, before: int | None, head: int) -> None:
     """The page gets its first token: note the sum of V over all tokens before it."""
     if before is None:
         pages.value_sum[page, head] = 0
-    else:
-        pages.value_sum[page, head] = pages.value_sum[before, head] + pages.values[before, head].float().sum(0)
+        return
+    values = pages.values[before, head] if pages.layout.quantized is None else decode_page(pages, before, head)[1]
+    pages.value_sum[page, head] = pages.value_sum[before, head] + values.float().sum(0)
 
 
-def _close_page(pages: Pages, page: int, head: int) -> None:
-    """The page got its last token: make the channel-major copy of K."""
-    keys = pages.keys[page, head].T  # [D, N]
-    scoring = pages.layout.scoring
+def _close_page(pages: Pages, blocks: torch.Tensor, block: int, head: int) -> None:
+    """The page got its last token: quantize it, and make the channel-major copy of K."""
+    page, scoring = int(blocks[block]), pages.layout.scoring
+    keys, values = block_tokens(pages, blocks, block, head)
+    if pages.layout.quantized is not None:
+        encode_page(pages, page, head, keys, values)
+    if scoring is None:
+        return
+    keys = keys.T  # [D, N]
     if scoring == "model":
         pages.scoring[page, head] = keys
         return
     codes, ranges = quantize(keys.float(), SCORING_BITS[str(scoring)])
-    pages.scoring[page, head] = pack_nibbles(codes) if scoring == "int4" else codes
+    pages.scoring[page, head] = pack(codes, SCORING_BITS[str(scoring)])
     pages.ranges[page, head] = ranges
 
 
@@ -86,14 +114,3 @@ def fp16_not_above(x: torch.Tensor) -> torch.Tensor:
     nearest = x.half()
     below = torch.nextafter(nearest, torch.full_like(nearest, -torch.inf))
     return torch.where(nearest.float() > x, below, nearest)
-
-
-def pack_nibbles(codes: torch.Tensor) -> torch.Tensor:
-    """[D, N] codes below 16 as [D, N/2] bytes: token n in the low nibble of byte n, token n + N/2 in the high one."""
-    low, high = codes.chunk(2, dim=1)
-    return low | (high << 4)
-
-
-def unpack_nibbles(packed: torch.Tensor) -> torch.Tensor:
-    """[D, N] codes from `pack_nibbles`."""
-    return torch.cat([packed & 15, packed >> 4], dim=1)
