@@ -30,7 +30,8 @@ def rounded(x: torch.Tensor, bits: int) -> torch.Tensor:
     """Groups of x [..., g] on 2**bits even levels from their least to their largest element."""
     low, high = x.amin(-1, keepdim=True), x.amax(-1, keepdim=True)
     step = ((high - low) / (2**bits - 1)).clamp(min=1e-9)
-    return ((x - low) / step).round() * step + low
+    levels: torch.Tensor = ((x - low) / step).round() * step + low
+    return levels
 
 
 class SimulatedCache(DynamicCache):
@@ -40,10 +41,10 @@ class SimulatedCache(DynamicCache):
         super().__init__()
         self.bits, self.group, self.residual = bits, group, residual
 
-    def update(self, key: torch.Tensor, value: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
+    def update(self, key_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         """K and V [B, G, S, D] of all tokens: exact in the step of the prompt, quantized in the steps behind it."""
-        keys, values = super().update(key, value, layer_idx, *args, **kwargs)
-        if key.shape[2] > 1:
+        keys, values = super().update(key_states, *args, **kwargs)
+        if key_states.shape[2] > 1:
             return keys, values
         n_tokens = keys.shape[2]
         n_keys, n_values = n_tokens // self.residual * self.residual, max(n_tokens - self.residual, 0)
@@ -63,13 +64,13 @@ def answer(model: Any, tokenizer: Any, example: Example, cache: DynamicCache) ->
     ids = tokenizer(example.prompt, return_tensors="pt").input_ids
     logits = model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
     found: list[int] = []
-    text = ""
+    text: str = ""
     for _ in range(example.max_tokens):
         token = int(logits[0, -1].argmax())
         if token == tokenizer.eos_token_id:
             break
         found.append(token)
-        text = tokenizer.decode(found, skip_special_tokens=True)
+        text = str(tokenizer.decode(found, skip_special_tokens=True))
         ends = [text.index(stop) for stop in example.stop if stop in text]
         if ends:
             return text[: min(ends)]
