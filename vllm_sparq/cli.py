@@ -19,7 +19,7 @@ COMMANDS = {
     "doctor": ("vllm_sparq.doctor", "say whether everything works here, and what options mean for a model"),
     "demo": ("vllm_sparq.benchmarks.demo", "two real `vllm serve`, SparQ and dense, answer the same questions"),
     "bench ops": ("vllm_sparq.benchmarks.ops_bench", "time the attention ops against dense ones on this machine"),
-    "eval": ("vllm_sparq.benchmarks.quality", "what sparse reading and quantized blocks cost in answers, on generated tasks"),
+    "eval": ("vllm_sparq.benchmarks.quality", "what compression costs in answers, on generated tasks"),
     "bench engine": ("vllm_sparq.benchmarks.engine_bench", "time per output token through the engine, beside dense"),
 }
 """Words of the command -> module, one line of help. Only the module of the command in use is imported."""
