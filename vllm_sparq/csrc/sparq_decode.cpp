@@ -84,11 +84,10 @@ void score_block(const Sparq& op, const Ranking& ranking, const Sequence& sequen
     score_page(ranking, page, prefetch ? sequence.page(block + AHEAD) : nullptr, scores, stride);
     return;
   }
-  const size_t record_bytes = 2 * pages.head_size * op.call.element_bytes();
-  for (int first = 0; first < n_here; first += 64) {
+    for (int first = 0; first < n_here; first += 64) {
     const uint8_t* rows[64];
     for (int i = 0; i < 64; ++i)
-      rows[i] = page + pages.records + (size_t)std::min(first + i, n_here - 1) * record_bytes;
+      rows[i] = sequence.record(block, std::min(first + i, n_here - 1));
     op.call.kernels.dot(ranking.whole_query, ranking.n_rows, pages.head_size, rows, std::min(64, n_here - first),
                         scores + first, stride);
   }
