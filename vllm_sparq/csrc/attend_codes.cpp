@@ -1,5 +1,6 @@
 #include "attend_codes.h"
 
+#include "codes_bf16.h"
 #include "codes_float.h"
 #include "softmax_tile.h"
 #include "tile.h"
@@ -151,6 +152,22 @@ class Listed {
   int n_;
 };
 
+// Kernels of the bf16 instructions in place of those that they beat.
+void use_bf16(Format format, CodeKernels& kernels) {
+#ifdef __AVX512BF16__
+  const auto mix = [&](auto codes) {
+    using C = decltype(codes);
+    if (can_mix_bf16(kernels.key)) kernels.mix_keys = mix_bf16<C, 2>, kernels.score_keys = mix_bf16<C, 1>;
+    if (can_mix_bf16(kernels.value)) kernels.mix_values = mix_bf16<C, 1>;
+  };
+  if (format == Format::int8) mix(EightBits{});
+  else if (format == Format::kivi2) mix(TwoBits{});
+  else mix(FourBits{});
+#else
+  (void)format, (void)kernels;
+#endif
+}
+
 }  // namespace
 
 void attend_blocks(const CodeKernels& kernels, const Group& group, const State& state, const Sequence& sequence,
@@ -210,6 +227,7 @@ CodeKernels CodeKernels::of(const Pages& pages) {
     kernels.dot = dot_float<T>;
     kernels.mix_keys = kernels.score_keys = kernels.mix_values = mix_float<T>;
   });
+  use_bf16(pages.format, kernels);
   return kernels;
 }
 
