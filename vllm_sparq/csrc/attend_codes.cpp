@@ -1,7 +1,7 @@
 #include "attend_codes.h"
 
-#include "codes_bf16.h"
 #include "codes_float.h"
+#include "dot_codes_bf16.h"
 #include "softmax_tile.h"
 #include "tile.h"
 
@@ -155,14 +155,20 @@ class Listed {
 // Kernels of the bf16 instructions in place of those that they beat.
 void use_bf16(Format format, CodeKernels& kernels) {
 #ifdef __AVX512BF16__
-  const auto mix = [&](auto codes) {
+  const auto token_keys = [&](auto codes) {
+    using C = decltype(codes);
+    if (can_dot_bf16(kernels.key)) kernels.dot = dot_bf16<C>, kernels.pairs = true;
+    if (can_mix_bf16(kernels.value)) kernels.mix_values = mix_bf16<C, 1>;
+  };
+  const auto channel_keys = [&](auto codes) {
     using C = decltype(codes);
     if (can_mix_bf16(kernels.key)) kernels.mix_keys = mix_bf16<C, 2>, kernels.score_keys = mix_bf16<C, 1>;
     if (can_mix_bf16(kernels.value)) kernels.mix_values = mix_bf16<C, 1>;
   };
-  if (format == Format::int8) mix(EightBits{});
-  else if (format == Format::kivi2) mix(TwoBits{});
-  else mix(FourBits{});
+  if (format == Format::int8) token_keys(EightBits{});
+  if (format == Format::int4) token_keys(FourBits{});
+  if (format == Format::kivi4) channel_keys(FourBits{});
+  if (format == Format::kivi2) channel_keys(TwoBits{});
 #else
   (void)format, (void)kernels;
 #endif
@@ -231,14 +237,46 @@ CodeKernels CodeKernels::of(const Pages& pages) {
   return kernels;
 }
 
+namespace {
+
+int n_pairs(const CodeShape& key) { return key.row_bytes(); }  // four a dword
+
+}  // namespace
+
 size_t CodeKernels::query_bytes(int n_heads) const {
-  return Arena::room<float>((size_t)n_heads * value.n + 16);
+  const size_t n = n_heads;
+  return Arena::room<float>(n * value.n + 16) +
+         (pairs ? Arena::room<int32_t>(n * n_pairs(key)) + Arena::room<float>(n * key.n_groups()) : 0);
 }
 
 CodesQuery CodeKernels::new_query(int n_heads, Arena& arena) const {
-  return {arena.take<float>((size_t)n_heads * value.n + 16), nullptr, nullptr, value.n, 0, 0};
+  const size_t n = n_heads;
+  CodesQuery query{arena.take<float>(n * value.n + 16), nullptr, nullptr, value.n, n_pairs(key), key.n_groups()};
+  if (pairs) query.pairs = arena.take<int32_t>(n * n_pairs(key)), query.sums = arena.take<float>(n * key.n_groups());
+  return query;
 }
 
-void CodeKernels::prepare(const CodesQuery&, int) const {}
+void CodeKernels::prepare(const CodesQuery& query, int n_heads) const {
+  if (!pairs) return;
+  for (int h = 0; h < n_heads; ++h) {
+    const float* q = query.whole + (size_t)h * query.stride;
+    const auto bits = [&](int code) {  // the upper half of the fp32, which came from bf16
+      uint32_t word;
+      memcpy(&word, q + code, 4);
+      return word >> 16;
+    };
+    int32_t* to = query.pairs + (size_t)h * query.n_pairs;
+    for (int byte = 0; byte < key.row_bytes(); byte += 4)
+      for (int i = 0; i < 4; ++i) {
+        const int code = code_at(key, byte, i);
+        *to++ = (int32_t)(bits(code) | bits(code + 2) << 16);
+      }
+    for (int group = 0; group < query.n_groups; ++group) {
+      float sum = 0;
+      for (int i = 0; i < key.group; ++i) sum += q[group * key.group + i];
+      query.sums[h * query.n_groups + group] = sum;
+    }
+  }
+}
 
 }  // namespace sparq

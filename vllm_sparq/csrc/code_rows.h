@@ -31,6 +31,13 @@ struct CodeShape {
   static CodeShape values(const Pages& pages) { return of(pages, pages.head_size); }
 };
 
+// Channels whose codes share a dword of a row, in the order in which its nibbles are taken: nibble i of both words of the
+// dword at byte `byte` belongs to codes code_at(..) and code_at(..) + 2. (Int8: two nibbles to a code.)
+inline int code_at(const CodeShape& shape, int byte, int i) {
+  const int plane = shape.bits == 4 ? i % 2 : 0;
+  return plane * shape.row_bytes() + byte + i / 2;
+}
+
 // n rows, anywhere in memory.
 struct CodeRows {
   const uint8_t* const* codes;
