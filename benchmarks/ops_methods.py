@@ -70,9 +70,7 @@ class Cell:
         names = ("key_codes", "key_ranges") if "key_codes" in parts else ("scoring", "ranges")
         ranking = sum(parts[name].nbytes for name in names if name in parts) / BLOCK_SIZE
         scan = self.context * ranking * self.read.r / self.head_dim
-        return int(
-            self.batch * self.kv_heads * (scan + self.read.n_selected(self.context) * self.bytes_as(format))
-        )
+        return int(self.batch * self.kv_heads * (scan + self.read.n_selected(self.context) * self.bytes_as(format)))
 
     @property
     def layout(self) -> PageLayout:
