@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from vllm_sparq.config import SparqRead
-from vllm_sparq.layout import SCORING_BITS, PageLayout, Pages
+from vllm_sparq.layout import FORMATS, SCORING_BITS, PageLayout, Pages
 from vllm_sparq.ops import native
 from vllm_sparq.ops.dispatch import choose
 
@@ -47,25 +47,47 @@ class Cell:
 
     @property
     def token_bytes(self) -> int:
-        """K and V of one token and KV head."""
+        """K and V of one token and KV head in the model's type."""
         return int(2 * self.head_dim * self.dtype.itemsize)
+
+    def bytes_as(self, format: str) -> float:
+        """K and V of one token and KV head, with their ranges."""
+        parts = self.layout_as(format).parts
+        names = ("records", "key_codes", "key_ranges", "value_codes", "value_ranges")
+        return sum(parts[name].nbytes for name in names if name in parts) / BLOCK_SIZE
 
     @property
     def dense_bytes(self) -> int:
-        return self.batch * self.kv_heads * self.context * self.token_bytes
+        return self.dense_bytes_as("model")
 
-    @property
-    def sparq_bytes(self) -> int:
-        """Rows of the scoring copy with their ranges, and the tokens read. The open block counts as a full one."""
-        bits = SCORING_BITS.get(self.scoring, 8 * self.dtype.itemsize)
-        ranges = 4 * self.read.r / BLOCK_SIZE if self.scoring in SCORING_BITS else 0
-        scan = self.context * (self.read.r * bits / 8 + ranges)
-        return int(self.batch * self.kv_heads * (scan + self.read.n_selected(self.context) * self.token_bytes))
+    def dense_bytes_as(self, format: str) -> int:
+        """The newest block counts as one in the format."""
+        return int(self.batch * self.kv_heads * self.context * self.bytes_as(format))
+
+    def sparq_bytes_as(self, format: str) -> int:
+        """Chosen rows of what ranks the tokens with their ranges, and the tokens read. The newest block counts as full."""
+        parts = self.layout_as(format).parts
+        names = ("key_codes", "key_ranges") if "key_codes" in parts else ("scoring", "ranges")
+        ranking = sum(parts[name].nbytes for name in names if name in parts) / BLOCK_SIZE
+        scan = self.context * ranking * self.read.r / self.head_dim
+        return int(
+            self.batch * self.kv_heads * (scan + self.read.n_selected(self.context) * self.bytes_as(format))
+        )
 
     @property
     def layout(self) -> PageLayout:
+        return self.layout_as("model")
+
+    def layout_as(self, format: str) -> PageLayout:
+        """Pages of a format, with what SparQ needs."""
+        quantized = FORMATS[format]
         return PageLayout(
-            head_size=self.head_dim, block_size=BLOCK_SIZE, dtype=self.dtype, scoring=self.scoring, value_sum=True
+            head_size=self.head_dim,
+            block_size=BLOCK_SIZE,
+            dtype=self.dtype,
+            scoring=None if quantized and quantized.channel_keys else self.scoring,
+            value_sum=True,
+            format=format,
         )
 
 
@@ -77,33 +99,75 @@ class Call:
     run: Callable[[], object]
 
 
+@dataclass(frozen=True)
+class Cache:
+    """Pages, and which of them each request has: int32 [B, M]."""
+
+    pages: Pages
+    block_table: torch.Tensor
+
+    @classmethod
+    def zeros(cls, cell: Cell, format: str) -> Cache:
+        layout = cell.layout_as(format)
+        n_blocks = -(-cell.context // BLOCK_SIZE) + layout.n_staging_blocks
+        pages = Pages.empty(cell.batch * n_blocks, cell.kv_heads, layout)
+        native.advise_huge_pages(pages.data)
+        pages.data.zero_()
+        table = torch.randperm(cell.batch * n_blocks, dtype=torch.int32)
+        return cls(pages, table.view(cell.batch, n_blocks))
+
+    @classmethod
+    def random(cls, cell: Cell, format: str) -> Cache:
+        """Quantized pages of random codes, with ranges as normally distributed K and V have them."""
+        cache = cls.zeros(cell, format)
+        pages, table = cache.pages, cache.block_table
+        layout = pages.layout
+        fmt = layout.quantized
+        assert fmt is not None
+        codes = [pages.key_codes, pages.value_codes]
+        ranges = [(view, fmt.bits) for view in (pages.key_ranges, pages.value_ranges)]
+        if layout.scoring is not None:
+            codes.append(pages.scoring)
+            ranges.append((pages.ranges, SCORING_BITS[layout.scoring]))
+        for view in codes:
+            view.random_(0, 256)
+        for view, bits in ranges:
+            spread = 5 + 0.5 * torch.randn(view.shape[:-1])
+            view[..., 0] = spread / (2**bits - 1)
+            view[..., 1:] = -spread[..., None] / 2
+        newest = table[:, -layout.n_staging_blocks :].flatten().long()
+        pages.staged[newest] = torch.randn(len(newest), *pages.staged.shape[1:], dtype=cell.dtype)
+        return cache
+
+
 @dataclass
 class Tensors:
-    """A decode step's arguments, and our pages filled with random tokens; every request has its own copy of them."""
+    """A decode step's arguments, and caches of random tokens; every request has its own pages."""
 
     cell: Cell
     query: torch.Tensor
     out: torch.Tensor
     key: torch.Tensor
     value: torch.Tensor
-    pages: Pages
-    block_table: torch.Tensor
     seq_lens: torch.Tensor
     query_start_loc: torch.Tensor
+    caches: dict[str, Cache]
+
+    def cache(self, format: str) -> Cache:
+        """Made when it is first asked for."""
+        if format not in self.caches:
+            self.caches[format] = Cache.random(self.cell, format)
+        return self.caches[format]
 
     @classmethod
     def build(cls, cell: Cell) -> Tensors:
         torch.manual_seed(0)
         b, s, g, d = cell.batch, cell.context, cell.kv_heads, cell.head_dim
-        n_blocks = -(-s // BLOCK_SIZE)
-        pages = Pages.empty(b * n_blocks, g, cell.layout)
-        native.advise_huge_pages(pages.data)
-        pages.data.zero_()
-        table = torch.randperm(b * n_blocks, dtype=torch.int32).view(b, n_blocks)
+        cache = Cache.zeros(cell, "model")
         key, value = (torch.randn(s, g, d, dtype=cell.dtype) for _ in range(2))
         start, lens = torch.tensor([0, s], dtype=torch.int32), torch.tensor([s], dtype=torch.int32)
-        for row in table:
-            choose("write", "cpu").load()(key, value, pages, row[None], start, lens)
+        for row in cache.block_table:
+            choose("write", "cpu").load()(key, value, cache.pages, row[None], start, lens)
         query = torch.randn(b, cell.heads, d, dtype=cell.dtype)
         return cls(
             cell=cell,
@@ -111,10 +175,9 @@ class Tensors:
             out=torch.empty_like(query),
             key=key[-1:].expand(b, g, d).contiguous(),
             value=value[-1:].expand(b, g, d).contiguous(),
-            pages=pages,
-            block_table=table,
             seq_lens=torch.full((b,), s, dtype=torch.int32),
             query_start_loc=torch.arange(b + 1, dtype=torch.int32),
+            caches={"model": cache},
         )
 
 
@@ -123,23 +186,18 @@ def our_impl(op: str) -> str:
     return f"{choice.implementation}: {choice.reason}"
 
 
-def dense_calls(t: Tensors) -> Iterator[Call]:
-    op = choose("dense_decode", "cpu").load()
-    args = (t.query, t.pages, t.block_table, t.seq_lens)
-    yield Call(our_impl("dense_decode"), lambda: op(*args, scale=t.cell.scale, out=t.out))
-
-
-def sparq_calls(t: Tensors) -> Iterator[Call]:
-    op = choose("sparq_decode", "cpu").load()
-    args = (t.query, t.pages, t.block_table, t.seq_lens)
-    yield Call(our_impl("sparq_decode"), lambda: op(*args, read=t.cell.read, scale=t.cell.scale, out=t.out))
+def decode_calls(t: Tensors, op: str, format: str, **options: object) -> Iterator[Call]:
+    run, cache = choose(op, "cpu").load(), t.cache(format)
+    args = (t.query, cache.pages, cache.block_table, t.seq_lens)
+    yield Call(our_impl(op), lambda: run(*args, scale=t.cell.scale, out=t.out, **options))
 
 
 def write_calls(t: Tensors, slot: int) -> Iterator[Call]:
     """Every request's token goes to ``slot`` of its last block."""
     op = choose("write", "cpu").load()
-    lens = torch.full_like(t.seq_lens, (t.block_table.shape[1] - 1) * BLOCK_SIZE + slot + 1)
-    args = (t.key, t.value, t.pages, t.block_table, t.query_start_loc, lens)
+    cache = t.cache("model")
+    lens = torch.full_like(t.seq_lens, (cache.block_table.shape[1] - 1) * BLOCK_SIZE + slot + 1)
+    args = (t.key, t.value, cache.pages, cache.block_table, t.query_start_loc, lens)
     yield Call(our_impl("write"), lambda: op(*args))
 
 
@@ -215,10 +273,26 @@ class Method:
     bytes_moved: Callable[[Cell], int]
 
 
+def dense_method(format: str, summary: str) -> Method:
+    return Method(summary, lambda t: decode_calls(t, "dense_decode", format), lambda c: c.dense_bytes_as(format))
+
+
+def sparq_method(format: str, summary: str) -> Method:
+    return Method(
+        summary,
+        lambda t: decode_calls(t, "sparq_decode", format, read=t.cell.read),
+        lambda c: c.sparq_bytes_as(format),
+    )
+
+
+QUANTIZED = tuple(name for name, fmt in FORMATS.items() if fmt is not None)
+
 METHODS: dict[str, Method] = {
     "vllm": Method("vLLM's own dense op, at its best setting", vllm_calls, lambda c: c.dense_bytes),
-    "dense": Method("our dense op", dense_calls, lambda c: c.dense_bytes),
-    "sparq": Method("SparQ", sparq_calls, lambda c: c.sparq_bytes),
+    "dense": dense_method("model", "our dense op"),
+    **{name: dense_method(name, f"the same over {name} blocks") for name in QUANTIZED},
+    "sparq": sparq_method("model", "SparQ"),
+    **{f"sparq+{name}": sparq_method(name, f"SparQ over {name} blocks") for name in QUANTIZED},
     "write": Method(
         "appending the step's tokens",
         lambda t: write_calls(t, BLOCK_SIZE // 2),

@@ -27,53 +27,97 @@ from ops.test_oracle import Array, numbers, probabilities, repository
 
 from vllm_sparq.config import SparqRead
 from vllm_sparq.layout import Pages
+from vllm_sparq.ops.codec import unpack
+from vllm_sparq.ops.dense_decode.reference import cached_tokens
 from vllm_sparq.ops.dense_decode.reference import dense_decode as dense_reference
 
 
+def cached(world: World, b: int, head: int) -> tuple[Array, Array]:
+    """K and V [S, D] of a request, as its pages hold them."""
+    keys, values = cached_tokens(world.pages, world.block_table[b].cpu(), world.case.lens[b], head)
+    return keys.cpu().double().numpy(), values.cpu().double().numpy()
+
+
 def ranking(world: World, key: Array, b: int, head: int) -> tuple[Array, Array]:
-    """What tokens are ranked with: keys [S, D], and ``|zero| + step code`` [S, D] (their own size without codes)."""
+    """What tokens are ranked with: keys [S, D], and ``|zero| + step code`` [S, D] (their own size without codes).
+
+    A kernel may take ``middle``, half of the largest code, off the codes of channel-major K and add ``step middle`` to
+    zero; so for these the code counts as no less than that.
+    """
     keys, size, n = key.copy(), np.abs(key), world.case.block_size
-    pages, scoring = world.pages, world.case.scoring
-    for block in range(len(key) // n):
-        rows = slice(block * n, block * n + n)
-        copy = pages.scoring[int(world.block_table[b, block]), head].cpu()
-        if scoring == "model":
+    pages, layout = world.pages, world.case.layout
+    fmt = layout.quantized
+    for block in range((len(key) - (fmt is not None)) // n):
+        rows, page = slice(block * n, block * n + n), int(world.block_table[b, block])
+        if layout.channel_keys:
+            assert fmt is not None
+            codes = unpack(pages.key_codes[page, head].cpu(), fmt.bits).double().numpy()
+            step, zero = pages.key_ranges[page, head].cpu().double().repeat_interleave(layout.group, 1).unbind(2)
+            size[rows] = (zero.abs().numpy() + step.numpy() * np.maximum(codes, (2**fmt.bits - 1) / 2)).T
+            continue
+        copy = pages.scoring[page, head].cpu()
+        if layout.scoring == "model":
             keys[rows] = copy.double().numpy().T
             size[rows] = np.abs(keys[rows])
             continue
         codes = copy.numpy()
-        if scoring == "int4":
+        if layout.scoring == "int4":
             codes = np.concatenate([codes % 16, codes // 16], axis=1)
-        step, zero = pages.ranges[int(world.block_table[b, block]), head].cpu().double().numpy().T
+        step, zero = pages.ranges[page, head].cpu().double().numpy().T
         keys[rows] = zero + step * codes.T
         size[rows] = np.abs(zero) + step * codes.T
     return keys, size
 
 
+SHOWN = 2.0**15
+"""An element of V whose token is shown: far from underflow, and sums of it are finite in fp16."""
+
+
+def show(world: World, b: int, first: int, width: int) -> None:
+    """Make V of request b zero, but `SHOWN` on channels ``width * i ..`` of token ``first + i``."""
+    case, pages = world.case, world.pages
+    s, n, layout, n_shown = case.lens[b], case.block_size, case.layout, case.head_size // width
+    units = torch.zeros(s, n_shown)
+    shown = torch.arange(first, max(first, min(first + n_shown, s)))
+    units[shown, shown - first] = SHOWN
+    newest = (s - 1) // n
+    for block in range(-(-s // n)):
+        page, rows = int(world.block_table[b, block]), units[block * n : block * n + n].to(world.buffer.device)
+        if layout.quantized is None:
+            pages.values[page, :, : len(rows)] = rows.to(case.dtype)
+        elif block == newest:
+            for slot, row in enumerate(rows.repeat_interleave(width, 1).to(case.dtype)):
+                ahead, place = layout.staged_at(slot)
+                pages.staged[int(world.block_table[b, block + 1 + ahead]), :, place, 1] = row
+        elif layout.quantized.range_numbers == 1:
+            pages.value_codes[page] = (rows > 0).to(torch.uint8)
+            pages.value_ranges[page] = SHOWN
+        else:
+            pages.value_codes[page] = 0
+            pages.value_ranges[page] = torch.stack([torch.zeros_like(rows), rows], -1).to(case.dtype)
+
+
 def tokens_read(run: Callable[..., None], world: World, read: SparqRead) -> dict[tuple[int, int], Array]:
     """(request, KV head) -> ascending positions that ``run`` reads, for requests that are not read densely.
 
-    V of D tokens at a time becomes a unit vector each, that of all others zero: an element of the output is not zero
-    just where its token has been read. V has no say in what is read.
+    V of some tokens at a time is made to show itself, each in channels of its own (whole groups of them where groups
+    have a zero, so that no rounding lets it show elsewhere), that of all others is zero: an element of the output is
+    not zero just where its token has been read. V has no say in what is read.
     """
-    case, size = world.case, world.case.head_size
-    group, n = case.heads // case.kv_heads, case.block_size
+    case = world.case
+    group, fmt = case.heads // case.kv_heads, case.layout.quantized
+    width = 1 if fmt is None or fmt.range_numbers == 1 else case.layout.group
     seen: dict[tuple[int, int], list[int]] = {}
-    for first in range(0, max(case.lens), size):
+    for first in range(0, max(case.lens), case.head_size // width):
         probe = replace(world, buffer=world.buffer.clone())
         strides = world.pages.data.stride()
         probe.pages = Pages(probe.buffer.as_strided(world.pages.data.shape, strides, 128), case.layout)
-        for b, s in enumerate(case.lens):
-            units = torch.zeros(s, size)
-            shown = torch.arange(first, max(first, min(first + size, s)))
-            units[shown, shown - first] = 2.0**15  # far from underflow, and the sum is finite in fp16
-            for block in range(-(-s // n)):
-                rows = units[block * n : block * n + n].to(case.dtype)
-                probe.pages.values[int(world.block_table[b, block]), :, : len(rows)] = rows.to(world.buffer.device)
+        for b in range(len(case.lens)):
+            show(probe, b, first, width)
         out = probe.decode(run, read=replace(read, alpha_floor=1.0)).cpu()
         for b, s in enumerate(case.lens):
             for g in range(case.kv_heads if s and not read.is_dense(s) else 0):
-                hit = (out[b, g * group : (g + 1) * group] > 0).any(0)
+                hit = (out[b, g * group : (g + 1) * group, ::width] > 0).any(0)
                 seen.setdefault((b, g), []).extend((first + hit.nonzero().flatten()).tolist())
     return {key: np.array(positions) for key, positions in seen.items()}
 
@@ -90,7 +134,7 @@ def assert_right(run: Callable[..., None], case: Case, tokens: Tokens, read: Spa
         s, heads, where = case.lens[b], slice(g * group, (g + 1) * group), f"request {b}, KV head {g}"
         given = numbers(read, s, case.head_size)
         query = tokens.query[b][0, heads].double().numpy()
-        key, value = (x[b][:, g].double().numpy() for x in (tokens.key, tokens.value))
+        key, value = cached(world, b, g)
         keys, size = ranking(world, key, b, g)
         want = repository(query, keys, key, value, **given, chosen=chosen)
         error = score_error(case, query, want.channels, size)

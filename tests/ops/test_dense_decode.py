@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from ops import tolerances
-from ops.cases import ALL, HUGE_BYTE, KERNELS, SHAPES, TINY, Case, Tokens, build, each, load
+from ops.cases import ALL, FORMATS, HUGE_BYTE, KERNELS, SHAPES, TINY, Case, Tokens, build, each, load
 from ops.cases import device_of as device
 
 from vllm_sparq.config import SparqRead
@@ -27,6 +27,24 @@ CASES, FEW = (*SHAPES, *LONG), (*TINY, SPLIT)
 
 @pytest.mark.parametrize(("implementation", "case"), each(CASES, tiny=FEW, implementations=KERNELS))
 def test_dense_decode_is_the_reference(implementation: str, case: Case) -> None:
+    world = build(case, device=device(implementation))
+    got = world.decode(load("dense_decode", implementation))
+    want = build(case).decode(reference)
+    torch.testing.assert_close(got.cpu(), want, **tolerances.OUT[case.dtype])
+
+
+LONG_FORMATS = tuple(
+    replace(LONG[0], format=fmt, scoring=None, value_sum=False, lens=(900, 3, 0, 513, 512))
+    for fmt in ("int8", "int4", "kivi4", "kivi2")
+)
+QUANTIZED = ["cpu"]
+"""Implementations that read quantized pages."""
+
+
+@pytest.mark.parametrize(
+    ("implementation", "case"), each((*FORMATS, *LONG_FORMATS), tiny=FORMATS[:1], implementations=QUANTIZED)
+)
+def test_quantized_pages_are_read(implementation: str, case: Case) -> None:
     world = build(case, device=device(implementation))
     got = world.decode(load("dense_decode", implementation))
     want = build(case).decode(reference)

@@ -10,6 +10,7 @@ import torch
 from ops import tolerances
 from ops.cases import (
     ALL,
+    FORMATS,
     HUGE_BYTE,
     SHAPES,
     THREADS,
@@ -59,6 +60,30 @@ NUMBERED = {case: i for i, case in enumerate((*CASES, *TINY))}
 def test_sparq_decode_is_right(implementation: str, case: Case, turn: int) -> None:
     """The reference too."""
     read = reads(case, 3 * NUMBERED[case] + turn)
+    assert_right(load("sparq_decode", implementation), case, case.tokens(), read, device(implementation))
+
+
+def ranked(case: Case) -> Case:
+    """With what ranks the tokens, and value sums."""
+    return replace(case, scoring=None if case.layout.channel_keys else case.scoring or "int4", value_sum=True)
+
+
+QUANTIZED = ["cpu", "reference"]
+"""Implementations that read quantized pages."""
+LONG_FORMATS = tuple(
+    ranked(replace(LONG[0], format=fmt, lens=lens))
+    for fmt, lens in (("int8", (513,)), ("int4", (900, 3, 512)), ("kivi4", (384, 500)), ("kivi2", (0, 513)))
+)
+QUANTIZED_CASES = (*map(ranked, FORMATS), *LONG_FORMATS)
+
+
+@pytest.mark.parametrize(
+    ("implementation", "case"), each(QUANTIZED_CASES, tiny=QUANTIZED_CASES[:1], implementations=QUANTIZED)
+)
+@pytest.mark.parametrize("turn", [0, 1, 2])
+def test_quantized_pages_are_read(implementation: str, case: Case, turn: int) -> None:
+    """The reference too."""
+    read = reads(case, 3 * QUANTIZED_CASES.index(case) + turn)
     assert_right(load("sparq_decode", implementation), case, case.tokens(), read, device(implementation))
 
 

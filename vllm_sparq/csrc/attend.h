@@ -6,12 +6,21 @@
 
 namespace sparq {
 
+// The heads of one query group as the kernels for codes want them.
+struct CodesQuery {
+  float* whole;    // [n_heads, stride]
+  int32_t* pairs;  // [n_heads, n_pairs] of bf16 in the order of the codes of K; null where it is not used
+  float* sums;     // [n_heads, D/g] over the channels of a group; null likewise
+  int stride, n_pairs, n_groups;
+};
+
 // The heads of one query group, in the type that the kernel multiplies.
 struct Group {
   const void* query;  // [n_heads, D]
   int n_heads;
   int head_size;
   float scale;
+  CodesQuery codes;  // quantized formats only
 };
 
 // What attention has seen so far: out[h] = acc[h] / total[h], base 2 logits relative to peak[h].

@@ -30,38 +30,37 @@ struct Rows {
     const int block_size = sequence.pages->block_size;
     for (int i = 0; i < n;) {
       const int block = (first + i) / block_size, slot = (first + i) % block_size;
-      const uint8_t* record = sequence.page(block) + sequence.pages->records + (size_t)slot * record_bytes;
-      for (const int stop = std::min(n, i + block_size - slot); i < stop; ++i, record += record_bytes) at[i] = record;
+      const int run = sequence.pages->quantized() ? 1 : block_size - slot;  // tokens whose records are neighbours
+      const uint8_t* record = sequence.record(block, slot);
+      for (const int stop = std::min(n, i + run); i < stop; ++i, record += record_bytes) at[i] = record;
     }
     pad();
   }
 
-  void list(const Sequence& sequence, const int32_t* tokens, int count, int record_bytes) {
+  void list(const Sequence& sequence, const int32_t* tokens, int count) {
     n = std::min(TILE, count);
     const unsigned block_size = (unsigned)sequence.pages->block_size;
     for (int i = 0; i < n; ++i) {
       const unsigned token = (unsigned)tokens[i];
-      at[i] = sequence.page((int)(token / block_size)) + sequence.pages->records +
-              (size_t)(token % block_size) * record_bytes;
+      at[i] = sequence.record((int)(token / block_size), (int)(token % block_size));
     }
     pad();
   }
 };
 
-int record_bytes(const Decode& call) { return 2 * call.pages.head_size * (int)call.element_bytes(); }
-
 }  // namespace
 
 Decode decode_call(const Pages& pages, const Requests& requests, const void* query, int64_t query_row,
                    int64_t query_head, void* out, int64_t out_row, int64_t out_head, int n_heads, float scale) {
-  const int64_t bytes = pages.dtype == DType::fp32 ? 4 : 2;
+  const auto bytes = (int64_t)pages.element_bytes();
   return {pages,
           requests,
           {(const uint8_t*)query, query_row * bytes, query_head * bytes},
           {(uint8_t*)out, out_row * bytes, out_head * bytes},
           n_heads,
           scale,
-          attend_kernels(pages.dtype, pages.head_size)};
+          attend_kernels(pages.dtype, pages.head_size),
+          pages.quantized() ? CodeKernels::of(pages) : CodeKernels{}};
 }
 
 State Decode::new_state(float* memory) const {
@@ -71,11 +70,19 @@ State Decode::new_state(float* memory) const {
 }
 
 Group Decode::group(int request, int head, Arena& arena) const {
-  auto* memory = arena.take<uint8_t>(group_bytes());
+  const size_t row_bytes = (size_t)pages.head_size * kernels.query_bytes;
+  auto* memory = arena.take<uint8_t>(group_size() * row_bytes);
   for (int h = 0; h < group_size(); ++h)
-    kernels.load_query(query.at(request, head * group_size() + h), pages.head_size,
-                       memory + (size_t)h * pages.head_size * kernels.query_bytes);
-  return {memory, group_size(), pages.head_size, scale};
+    kernels.load_query(query.at(request, head * group_size() + h), pages.head_size, memory + h * row_bytes);
+  Group group{memory, group_size(), pages.head_size, scale, {}};
+  if (pages.quantized()) {
+    group.codes = codes.new_query(group_size(), arena);
+    for (int h = 0; h < group_size(); ++h)
+      kernels.widen(query.at(request, head * group_size() + h), pages.head_size,
+                    group.codes.whole + (size_t)h * group.codes.stride);
+    codes.prepare(group.codes, group_size());
+  }
+  return group;
 }
 
 void Decode::finish(int request, int head, const State& state, const float* weights, const float* rests) const {
@@ -86,7 +93,7 @@ void Decode::finish(int request, int head, const State& state, const float* weig
 }
 
 void Decode::zero_out(int request) const {
-  for (int h = 0; h < n_heads; ++h) std::fill_n(out.at(request, h), pages.head_size * element_bytes(), uint8_t{0});
+  for (int h = 0; h < n_heads; ++h) std::fill_n(out.at(request, h), pages.head_size * pages.element_bytes(), uint8_t{0});
 }
 
 void plan_tasks(const Requests& requests, int n_kv_heads, int block_size, int n_threads, std::vector<Task>& tasks) {
@@ -109,7 +116,13 @@ void plan_tasks(const Requests& requests, int n_kv_heads, int block_size, int n_
 
 void attend_range(const Decode& call, const Group& group, const State& state, const Sequence& sequence, int first,
                   int last) {
-  const int bytes = record_bytes(call);
+  if (call.pages.quantized()) {
+    const int n = call.pages.block_size, stop = std::min((last + n - 1) / n, sequence.newest_block());
+    attend_blocks(call.codes, group, state, sequence, first / n, stop);
+    first = std::max(first, stop * n);
+    if (first >= last) return;
+  }
+  const int bytes = (int)call.pages.record_bytes();
   Rows rows[3];
   rows[0].range(sequence, first, last, bytes);
   if (first + TILE < last) rows[1].range(sequence, first + TILE, last, bytes);
@@ -143,9 +156,14 @@ void merge_parts(const Decode& call, const Task& first, float* part_states, size
 
 void attend_tokens(const Decode& call, const Group& group, const State& state, const Sequence& sequence,
                    const int32_t* tokens, int n) {
-  const int bytes = record_bytes(call);
+  if (call.pages.quantized()) {
+    const int n_coded = (int)(std::lower_bound(tokens, tokens + n, sequence.newest_block() * call.pages.block_size) - tokens);
+    attend_coded_tokens(call.codes, group, state, sequence, tokens, n_coded);
+    tokens += n_coded, n -= n_coded;
+  }
+  const int bytes = (int)call.pages.record_bytes();
   Rows rows[2];
-  rows[0].list(sequence, tokens, n, bytes);
+  rows[0].list(sequence, tokens, n);
   rows[0].touch(bytes);
   for (int i = 0; i < rows[0].n; ++i)
     for (int byte = 0; byte < bytes; byte += 64) prefetch_l2(rows[0].at[i] + byte);
@@ -154,7 +172,7 @@ void attend_tokens(const Decode& call, const Group& group, const State& state, c
     Rows& next = rows[(i + 1) % 2];
     const bool more = first + TILE < n;
     if (more) {
-      next.list(sequence, tokens + first + TILE, n - first - TILE, bytes);
+      next.list(sequence, tokens + first + TILE, n - first - TILE);
       next.touch(bytes);
     }
     call.kernels.absorb(group, state, now.at, now.n, more ? next.at : nullptr);

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "attend.h"
+#include "attend_codes.h"
 #include "paged.h"
 #include "scratch.h"
 
@@ -20,14 +21,19 @@ struct Decode {
   int n_heads;  // H
   float scale;
   AttendKernels kernels;
+  CodeKernels codes;  // quantized formats only
 
   int group_size() const { return n_heads / pages.n_kv_heads; }
-  size_t element_bytes() const { return pages.dtype == DType::fp32 ? 4 : 2; }
-  size_t group_bytes() const { return round_up((size_t)group_size() * pages.head_size * kernels.query_bytes, 64); }
+  size_t group_bytes() const {
+    return Arena::room<uint8_t>((size_t)group_size() * pages.head_size * kernels.query_bytes) +
+           (pages.quantized() ? codes.query_bytes(group_size()) : 0);
+  }
   size_t state_floats() const { return State::n_floats(group_size(), pages.head_size); }
   size_t state_bytes() const { return state_floats() * sizeof(float); }
   State new_state(float* memory) const;
-  Sequence sequence(int request, int head) const { return {&pages, requests.blocks(request), head}; }
+  Sequence sequence(int request, int head) const {
+    return {&pages, requests.blocks(request), head, requests.lens[request]};
+  }
 
   // The query group of a KV head, in group_bytes() of the arena.
   Group group(int request, int head, Arena& arena) const;
@@ -64,7 +70,7 @@ void attend_part(const Decode& call, const Task& task, float* part_state);
 // Finishes a context whose parts left their states `stride` floats apart.
 void merge_parts(const Decode& call, const Task& first, float* part_states, size_t stride);
 
-// Attention over the tokens listed, in any order.
+// Attention over the tokens listed, in ascending order.
 void attend_tokens(const Decode& call, const Group& group, const State& state, const Sequence& sequence,
                    const int32_t* tokens, int n);
 

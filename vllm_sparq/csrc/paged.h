@@ -53,6 +53,8 @@ struct Pages {
   bool channel_keys() const { return format == Format::kivi4 || format == Format::kivi2; }
   uint8_t* page(int32_t id, int head) const { return data + id * page_stride + head * head_stride; }
   int n_blocks(int n_tokens) const { return (n_tokens + block_size - 1) / block_size; }
+  size_t element_bytes() const { return dtype == DType::fp32 ? 4 : 2; }
+  size_t record_bytes() const { return 2 * head_size * element_bytes(); }  // of a token in the model's own type
 };
 
 // A tensor [rows, heads, D], dense in its last dimension; strides in elements.
@@ -80,8 +82,20 @@ struct Sequence {
   const Pages* pages;
   const int32_t* blocks;
   int head;
+  int len = 0;  // S; only `newest_block` asks
 
   uint8_t* page(int block) const { return pages->page(blocks[block], head); }
+  // Quantized formats: where a token of an unfinished block waits, in the blocks behind it.
+  uint8_t* staged(int block, int slot) const {
+    const int ahead = slot / pages->staged_per_page, place = slot % pages->staged_per_page;
+    return page(block + 1 + ahead) + place * pages->record_bytes();
+  }
+  // In quantized formats the only one that is not read from codes.
+  int newest_block() const { return (len - 1) / pages->block_size; }
+  // A token that is kept in the model's own type.
+  uint8_t* record(int block, int slot) const {
+    return pages->quantized() ? staged(block, slot) : page(block) + pages->records + slot * pages->record_bytes();
+  }
 };
 
 // Calls f(T{}) with the element type of the pages.

@@ -6,6 +6,7 @@
 #include "scan.h"
 #include "scan_bf16.h"
 #include "select.h"
+#include "tile.h"
 
 namespace sparq {
 namespace {
@@ -13,6 +14,7 @@ namespace {
 constexpr int MAX_ROWS = 8;  // heads whose bias is kept in registers
 
 int row_bytes(const Pages& pages) {
+  if (pages.channel_keys()) return (int)pages.key.code_stride;
   switch (pages.scoring_type) {
     case Scoring::int4: return pages.block_size / 2;
     case Scoring::int8: return pages.block_size;
@@ -122,6 +124,31 @@ bool scan_int4_in_bf16(const Ranking& ranking, const uint8_t* copy, Scan scan, f
 #endif
 }
 
+// The chosen rows of channel-major K itself, whose ranges differ from one group of tokens to the next.
+void score_key_codes(const Ranking& ranking, const uint8_t* page, const uint8_t* ahead, float* scores, int stride) {
+  const Codes& key = ranking.pages->key;
+  const CodeKernels& kernels = *ranking.codes;
+  constexpr int AT_ONCE = 64;  // channels
+  const uint8_t *codes[AT_ONCE], *ranges[AT_ONCE];
+  for (int row = 0; row < ranking.n_rows; ++row) std::fill_n(scores + (size_t)row * stride, kernels.key.n, 0.0f);
+  for (int first = 0; first < ranking.r; first += AT_ONCE) {
+    const int n = std::min(AT_ONCE, ranking.r - first);
+    for (int i = 0; i < n; ++i) {
+      const int32_t channel = ranking.channels[first + i];
+      const int64_t code = key.codes + channel * key.code_stride, range = key.ranges + channel * key.range_stride;
+      codes[i] = page + code, ranges[i] = page + range;
+      if (ahead == nullptr) continue;
+      for (int byte = 0; byte < kernels.key.row_bytes(); byte += 64) prefetch_l2(ahead + code + byte);
+      prefetch_l2(ahead + range);
+    }
+    for (int row = 0; row < ranking.n_rows; row += MAX_TILE_HEADS) {
+      Ahead nothing;
+      kernels.score_keys(kernels.key, {codes, ranges, n}, ranking.query + row * ranking.stride + first, ranking.stride,
+                         std::min(ranking.n_rows - row, MAX_TILE_HEADS), scores + (size_t)row * stride, stride, nothing);
+    }
+  }
+}
+
 }  // namespace
 
 size_t Ranking::n_bytes(const Pages& pages, int r, int n_rows) {
@@ -131,9 +158,10 @@ size_t Ranking::n_bytes(const Pages& pages, int r, int n_rows) {
          Arena::room<uint8_t>((size_t)(r + 1) * row_bytes(pages) + 64);
 }
 
-Ranking Ranking::in(Arena& arena, const Pages& pages, int r, int n_rows) {
+Ranking Ranking::in(Arena& arena, const Decode& call, int r, int n_rows) {
+  const Pages& pages = call.pages;
   const size_t d = pages.head_size, stride = round_up(d, 16);
-  const Ranking ranking{&pages, r, n_rows, arena.take<int32_t>(stride), arena.take<int32_t>(stride),
+  const Ranking ranking{&pages, &call.codes, r, n_rows, arena.take<int32_t>(stride), arena.take<int32_t>(stride),
                         arena.take<float>(n_rows * stride), arena.take<float>(n_rows * d),
                         arena.take<float>(n_rows * stride), arena.take<bf16>(n_rows * stride),
                         arena.take<float>(n_rows), arena.take<uint8_t>((size_t)(r + 1) * row_bytes(pages) + 64),
@@ -147,7 +175,7 @@ Ranking Ranking::in(Arena& arena, const Pages& pages, int r, int n_rows) {
 
 Ranking make_ranking(const Decode& call, int request, int head, int r, ScoreRows rows, Arena& arena) {
   const int d = call.pages.head_size, n_heads = call.group_size();
-  const Ranking ranking = Ranking::in(arena, call.pages, r, rows.n());
+  const Ranking ranking = Ranking::in(arena, call, r, rows.n());
   const int stride = ranking.stride, bytes = row_bytes(call.pages);
   thread_local Scratch heads;
   float* importance = heads.arena(((size_t)n_heads + 1) * d * sizeof(float)).take<float>(((size_t)n_heads + 1) * d);
@@ -173,14 +201,17 @@ Ranking make_ranking(const Decode& call, int request, int head, int r, ScoreRows
 }
 
 void touch_page(const Pages& pages, const uint8_t* page) {
-  const int64_t end = pages.ranges >= 0 ? pages.ranges + 4 * pages.head_size
-                                        : pages.scoring + (int64_t)pages.head_size * row_bytes(pages);
-  for (int64_t byte = pages.scoring; byte < end; byte += 4096) prefetch_l2(page + byte);
+  const int64_t first = pages.channel_keys() ? pages.key.codes : pages.scoring;
+  const int64_t end = pages.channel_keys() ? pages.value.codes
+                      : pages.ranges  >= 0 ? pages.ranges + 4 * pages.head_size
+                                           : pages.scoring + (int64_t)pages.head_size * row_bytes(pages);
+  for (int64_t byte = first; byte < end; byte += 4096) prefetch_l2(page + byte);
   prefetch_l2(page + end - 1);
 }
 
 void score_page(const Ranking& ranking, const uint8_t* page, const uint8_t* ahead, float* scores, int stride) {
   const Pages& pages = *ranking.pages;
+  if (pages.channel_keys()) return score_key_codes(ranking, page, ahead, scores, stride);
   const uint8_t *copy = page + pages.scoring, *next = ahead != nullptr ? ahead + pages.scoring : nullptr;
   const Scan scan{ranking.rows, next, ranking.row_offsets, ranking.r, row_bytes(pages), pages.block_size};
   if (pages.scoring_type == Scoring::model) {

@@ -12,9 +12,10 @@ namespace sparq {
 // its own costs little, and which tokens are read does not depend on what else is wanted.)
 struct Ranking {
   const Pages* pages;
+  const CodeKernels* codes;  // of pages whose K ranks tokens as it is
   int r;
   int n_rows;
-  int32_t* row_offsets;  // [r] bytes from the scoring copy to the row of a channel, ascending
+  int32_t* row_offsets;  // [r] bytes from the scoring copy, or the codes of K, to the row of a channel, ascending
   int32_t* channels;     // [r] ascending
   float* query;          // [n_rows, stride] on the channels, with temperature
   float* whole_query;    // [n_rows, D], the same with zeros elsewhere
@@ -25,7 +26,7 @@ struct Ranking {
   int stride;
 
   static size_t n_bytes(const Pages& pages, int r, int n_rows);
-  static Ranking in(Arena& arena, const Pages& pages, int r, int n_rows);
+  static Ranking in(Arena& arena, const Decode& call, int r, int n_rows);
 };
 
 // Which rows: those of single heads, the sum, or both. A single head is its own sum.
@@ -40,11 +41,11 @@ struct ScoreRows {
 // Chooses the channels of a query group and scales its heads; takes its memory from `arena`.
 Ranking make_ranking(const Decode& call, int request, int head, int r, ScoreRows rows, Arena& arena);
 
-// Starts the page walks for the scoring copy of a page. Do it for many pages at once, early: a walk is slow on virtual
+// Starts the page walks for what ranks the tokens of a page. Do it for many pages at once, early: a walk is slow on virtual
 // machines, and walks overlap only if they start together.
 void touch_page(const Pages& pages, const uint8_t* page);
 
-// scores[row][slot] of all tokens of a full page, from its scoring copy; rows are `stride` floats apart and may be
+// scores[row][slot] of all tokens of a full page, from its scoring copy or channel-major K; rows are `stride` floats apart and may be
 // overwritten up to N + 16. The page `ahead` is prefetched, unless null.
 void score_page(const Ranking& ranking, const uint8_t* page, const uint8_t* ahead, float* scores, int stride);
 

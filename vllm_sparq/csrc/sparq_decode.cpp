@@ -6,7 +6,6 @@
 #include "ranking.h"
 #include "select.h"
 #include "simd.h"
-#include "value_sum.h"
 
 namespace sparq {
 namespace {
@@ -73,25 +72,31 @@ struct AllScores {
   static size_t stride_for(int len) { return round_up((size_t)len, 16) + 16; }
 };
 
-// Step 2 for the tokens of one block: into `scores`, from the scoring copy if the block is full, else from K itself.
+// Calls f(rows, first, n) for the tokens of a block that is kept in the model's own type, up to 64 at a time: pointers to
+// the records of tokens first .. first + n, the last one repeated.
+template <class F>
+void few_records_at_a_time(const Sequence& sequence, int block, int n_tokens, F&& f) {
+  for (int first = 0; first < n_tokens; first += 64) {
+    const uint8_t* rows[64];
+    for (int i = 0; i < 64; ++i) rows[i] = sequence.record(block, std::min(first + i, n_tokens - 1));
+    f(rows, first, std::min(64, n_tokens - first));
+  }
+}
+
+// Step 2 for the tokens of one block: into `scores`, from what ranks full blocks, else from K itself.
 void score_block(const Sparq& op, const Ranking& ranking, const Sequence& sequence, int block, int len, float* scores) {
   constexpr int AHEAD = 2;  // blocks; 1 takes 7% (with the mean value) to 40% (without) longer
   const Pages& pages = op.call.pages;
-  const int n = pages.block_size, stride = op.scores_stride(), n_here = std::min(n, len - block * n);
-  const uint8_t* page = sequence.page(block);
-  if (n_here == n) {
-    const bool prefetch = (block + AHEAD + 1) * n <= len;
-    score_page(ranking, page, prefetch ? sequence.page(block + AHEAD) : nullptr, scores, stride);
+  const int n = pages.block_size, stride = op.scores_stride();
+  const int n_ranked = pages.quantized() ? sequence.newest_block() : len / n;
+  if (block < n_ranked) {
+    score_page(ranking, sequence.page(block), block + AHEAD < n_ranked ? sequence.page(block + AHEAD) : nullptr, scores,
+               stride);
     return;
   }
-  const size_t record_bytes = 2 * pages.head_size * op.call.element_bytes();
-  for (int first = 0; first < n_here; first += 64) {
-    const uint8_t* rows[64];
-    for (int i = 0; i < 64; ++i)
-      rows[i] = page + pages.records + (size_t)std::min(first + i, n_here - 1) * record_bytes;
-    op.call.kernels.dot(ranking.whole_query, ranking.n_rows, pages.head_size, rows, std::min(64, n_here - first),
-                        scores + first, stride);
-  }
+  few_records_at_a_time(sequence, block, len - block * n, [&](const uint8_t* const* rows, int first, int count) {
+    op.call.kernels.dot(ranking.whole_query, ranking.n_rows, pages.head_size, rows, count, scores + first, stride);
+  });
 }
 
 // Every TOUCH blocks of a part, starts the page walks for the next but one TOUCH of its full blocks.
@@ -156,14 +161,25 @@ void push_probs(const Sparq& op, int len, Ranked& ranked, const AllScores& all) 
   ranked.candidates.keep_best();
 }
 
+// sum += V of n records.
+template <class T>
+void add_values(const uint8_t* const* records, int n, int d, float* sum) {
+  for (int c = 0; c < d; c += W) {
+    Vec total = load(sum + c);
+    for (int i = 0; i < n; ++i) total = add(total, load((const T*)records[i] + d + c));
+    store(sum + c, total);
+  }
+}
+
 // Step 5: alpha of each head, and (1 - alpha) times the mean of V.
 void mean_value(const Sparq& op, const Sequence& sequence, int len, const Ranked& ranked, float* alphas, float* rests,
                 float* mean) {
   const Pages& pages = op.call.pages;
   const int d = pages.head_size, last = (len - 1) / pages.block_size;
-  const uint8_t* page = sequence.page(last);
-  memcpy(mean, page + pages.value_sum, d * sizeof(float));
-  add_values(pages, page, len - last * pages.block_size, mean);
+  memcpy(mean, sequence.page(last) + pages.value_sum, d * sizeof(float));
+  few_records_at_a_time(sequence, last, len - last * pages.block_size, [&](const uint8_t* const* rows, int, int n) {
+    with_dtype(pages.dtype, [&](auto type) { add_values<decltype(type)>(rows, n, d, mean); });
+  });
   const Candidates& chosen = ranked.candidates;
   for (int h = 0; h < op.call.group_size(); ++h) {
     const float* scores = chosen.head_scores + (size_t)h * (chosen.capacity + 16);

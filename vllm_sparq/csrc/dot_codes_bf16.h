@@ -1,0 +1,129 @@
+// Logits of tokens whose K is a row of codes, where the CPU multiplies bf16: 16 tokens at a time are turned over, so that a
+// lane is a token and a group's step and zero are applied to 16 logits at once, in fp32.
+#pragma once
+
+#include "codes_bf16.h"
+
+#ifdef __AVX512BF16__
+
+namespace sparq {
+
+constexpr int DOT_BYTES = 512;  // of a row at most
+
+inline bool can_dot_bf16(const CodeShape& shape) {
+  return shape.dtype == DType::bf16 && shape.row_bytes() <= DOT_BYTES && shape.row_bytes() % 4 == 0;
+}
+
+// Dwords 0 .. 3 of 16 rows, a lane each, from byte `byte` on.
+SPARQ_INLINE void turn_over(const uint8_t* const* rows, int byte, __m512i* to) {
+  __m512i x[4];
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    const auto part = [&](int row) { return _mm_loadu_si128((const __m128i*)(rows[row] + byte)); };
+    x[i] = _mm512_castsi128_si512(part(i));
+    x[i] = _mm512_inserti32x4(x[i], part(4 + i), 1);
+    x[i] = _mm512_inserti32x4(x[i], part(8 + i), 2);
+    x[i] = _mm512_inserti32x4(x[i], part(12 + i), 3);
+  }
+  const __m512i a = _mm512_unpacklo_epi32(x[0], x[1]), b = _mm512_unpackhi_epi32(x[0], x[1]);
+  const __m512i c = _mm512_unpacklo_epi32(x[2], x[3]), d = _mm512_unpackhi_epi32(x[2], x[3]);
+  to[0] = _mm512_unpacklo_epi64(a, c), to[1] = _mm512_unpackhi_epi64(a, c);
+  to[2] = _mm512_unpacklo_epi64(b, d), to[3] = _mm512_unpackhi_epi64(b, d);
+}
+
+// Dwords 4 i .. of a segment of rows whose nibbles stay within their groups.
+struct DotSegment {
+  const __m512i* words;
+  const int32_t* pairs;  // [heads, pair_stride]
+  int pair_stride;
+  int first, last;
+};
+
+// acc[h][nibble] = q . codes.
+template <class C, int HH>
+SPARQ_INLINE void dot_segment(const DotSegment& segment, Vec (&acc)[HH][4]) {
+#pragma GCC unroll 16
+  for (int i = 0; i < HH * 4; ++i) (&acc[0][0])[i] = zero();
+  const __m512i even = C::table[0].load(), odd = C::table[C::lookups - 1].load();
+  for (int k = segment.first; k < segment.last; ++k) {
+    const __m512i words = segment.words[k];
+    const __m512i codes[4] = {
+        _mm512_permutexvar_epi16(words, even), _mm512_permutexvar_epi16(_mm512_srli_epi16(words, 4), odd),
+        _mm512_permutexvar_epi16(_mm512_srli_epi16(words, 8), even),
+        _mm512_permutexvar_epi16(_mm512_srli_epi16(words, 12), odd)};
+#pragma GCC unroll 4
+    for (int h = 0; h < HH; ++h)
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i) {
+        const auto q = (__m512bh)_mm512_set1_epi32(segment.pairs[h * segment.pair_stride + k * 4 + i]);
+        acc[h][i] = _mm512_dpbf16_ps(acc[h][i], (__m512bh)codes[i], q);
+      }
+  }
+}
+
+template <class C, int HH>
+void dot_heads_bf16(const CodeShape& shape, const CodesQuery& query, int h0, const CodeRows& rows, float* logits,
+                    int stride, Ahead& ahead) {
+  constexpr int P = C::planes;
+  alignas(64) __m512i words[DOT_BYTES / 4];
+  alignas(64) int32_t ranges[DOT_BYTES / 4][16];
+  const int n_bytes = shape.row_bytes(), n_groups = shape.n_groups(), group = shape.group;
+  const int share = ahead.share((rows.n + 15) / 16);
+  const float* const q_sums = query.sums + (size_t)h0 * n_groups;
+  for (int t = 0; t < rows.n; t += 16) {
+    const uint8_t *at[16];
+    for (int i = 0; i < 16; ++i) {
+      const int row = std::min(t + i, rows.n - 1);
+      at[i] = rows.codes[row];
+      for (int g = 0; g < n_groups; ++g) memcpy(&ranges[g][i], rows.ranges[row] + g * 4, shape.has_zero ? 4 : 2);
+    }
+    for (int byte = 0; byte < n_bytes; byte += 16) turn_over(at, byte, words + byte / 4);
+    ahead.step(share);
+    Vec total[HH];
+#pragma GCC unroll 4
+    for (int h = 0; h < HH; ++h) total[h] = zero();
+    const auto apply = [&](int g, int h, Vec dot) __attribute__((always_inline)) {
+      const __m512i both = _mm512_load_si512(ranges[g]);
+      const Vec step = _mm512_castsi512_ps(_mm512_slli_epi32(both, 16));
+      total[h] = fma(step, dot, total[h]);
+      if (!shape.has_zero) return;
+      const Vec low = _mm512_castsi512_ps(_mm512_and_si512(both, _mm512_set1_epi32((int)0xffff0000)));
+      total[h] = fma(fma(set1(C::middle), step, low), set1(q_sums[h * n_groups + g]), total[h]);
+    };
+    for (int first = 0, last; first < n_bytes; first = last) {
+      last = n_bytes;
+      for (int plane = 0; plane < P; ++plane) {  // up to the end of the group, in each plane
+        const int code = plane * n_bytes + first;
+        last = std::min(last, first + group - code % group);
+      }
+      Vec acc[HH][4];
+      dot_segment<C, HH>({words, query.pairs + (size_t)h0 * query.n_pairs, query.n_pairs, first / 4, last / 4}, acc);
+#pragma GCC unroll 4
+      for (int h = 0; h < HH; ++h) {
+        const Vec even = add(acc[h][0], acc[h][2]), odd = add(acc[h][1], acc[h][3]);
+        if constexpr (P == 1) {
+          apply(0, h, add(even, odd));
+        } else {
+          apply(first / group, h, even), apply((n_bytes + first) / group, h, odd);
+        }
+      }
+    }
+#pragma GCC unroll 4
+    for (int h = 0; h < HH; ++h) store(logits + (size_t)h * stride + t, total[h]);
+  }
+}
+
+template <class C>
+void dot_bf16(const CodeShape& shape, const CodesQuery& query, int h0, int n_heads, const CodeRows& rows,
+              float* logits, int stride, Ahead& ahead) {
+  switch (n_heads) {
+    case 1: return dot_heads_bf16<C, 1>(shape, query, h0, rows, logits, stride, ahead);
+    case 2: return dot_heads_bf16<C, 2>(shape, query, h0, rows, logits, stride, ahead);
+    case 3: return dot_heads_bf16<C, 3>(shape, query, h0, rows, logits, stride, ahead);
+    default: return dot_heads_bf16<C, 4>(shape, query, h0, rows, logits, stride, ahead);
+  }
+}
+
+}  // namespace sparq
+
+#endif
