@@ -187,7 +187,7 @@ def tile_tokens(head_size: int, dtype: torch.dtype) -> int:
 
 
 def pages_as_records(pages: Pages) -> torch.Tensor:
-    """Pages that begin with K of their first record, [P, G, ..., D] in the model's dtype; of staged ones if quantized."""
+    """Pages [P, G, ...] in the model's dtype, from K of their first record on; of quantized ones, the first staged."""
     return pages.keys if pages.layout.quantized is None else pages.staged[..., 0, :]
 
 
@@ -230,7 +230,7 @@ def attend(
         LISTED=read is not None,
         FORMAT=codes_of(pages.layout),
         **(unused if read is None else read),
-        num_warps=4,
+        num_warps=4 if pages.layout.quantized is None else 8,  # elements on their way from codes live in registers
         num_stages=3,
     )
     return (partial, weight) if n_splits > 1 else None

@@ -82,14 +82,14 @@ class Codes:
     """A quantized page, as the compile-time argument ``FORMAT``; None stands for pages of the model's own type.
 
     Attributes:
-        key: rows of K: a token each, or with ``channel_keys`` a channel each.
-        value: rows of V, a token each.
+        keys: rows of K: a token each, or with ``channel_keys`` a channel each.
+        values: rows of V, a token each.
         channel_keys: see `vllm_sparq.layout.Format`.
         staged: places for tokens in the model's own type, in a page.
     """
 
-    key: Rows
-    value: Rows
+    keys: Rows
+    values: Rows
     channel_keys: bool
     staged: int
 
@@ -124,7 +124,7 @@ def codes_of(layout: PageLayout) -> Codes | None:
         shared |= dict(codes_step=step, ranges_step=step, width=d)
         key = Rows(codes=first, ranges=first + 2 * row_codes, **shared)
         value = Rows(codes=first + row_codes, ranges=first + 2 * row_codes + row_ranges, **shared)
-    return Codes(key=key, value=value, channel_keys=fmt.channel_keys, staged=layout.staged_per_page)
+    return Codes(keys=key, values=value, channel_keys=fmt.channel_keys, staged=layout.staged_per_page)
 
 
 @triton.jit
@@ -133,9 +133,10 @@ def channel_order(FORMAT: tl.constexpr, KEYS: tl.constexpr, D: tl.constexpr, D_P
     position = tl.arange(0, D_PAD)
     if FORMAT is None or (KEYS and FORMAT.channel_keys) or (D == D_PAD):
         return position, position < D
-    RUN: tl.constexpr = FORMAT.value.run
-    RUN_PAD: tl.constexpr = FORMAT.value.run_pad
-    return position // RUN_PAD * RUN + position % RUN_PAD, position % RUN_PAD < RUN
+    else:
+        RUN: tl.constexpr = FORMAT.values.run
+        RUN_PAD: tl.constexpr = FORMAT.values.run_pad
+        return position // RUN_PAD * RUN + position % RUN_PAD, position % RUN_PAD < RUN
 
 
 @triton.jit
@@ -145,16 +146,16 @@ def as_bytes(records):
 
 
 @triton.jit
-def load_ranges(at, mask, DTYPE: tl.constexpr, NUMBERS: tl.constexpr):
+def load_ranges(at, mask, dtype: tl.constexpr, NUMBERS: tl.constexpr):
     """fp32 (step, zero) at addresses of bytes; both in one load where they fit a word."""
     if NUMBERS == 1:
-        step = tl.load(at.to(tl.pointer_type(DTYPE), bitcast=True), mask=mask, other=0.0).to(tl.float32)
+        step = tl.load(at.to(tl.pointer_type(dtype), bitcast=True), mask=mask, other=0.0).to(tl.float32)
         return step, tl.zeros_like(step)
-    if DTYPE == tl.float32:
+    if dtype == tl.float32:
         at = at.to(tl.pointer_type(tl.float32), bitcast=True)
         return tl.load(at, mask=mask, other=0.0), tl.load(at + 1, mask=mask, other=0.0)
     both = tl.load(at.to(tl.pointer_type(tl.int32), bitcast=True), mask=mask, other=0)
-    if DTYPE == tl.bfloat16:
+    if dtype == tl.bfloat16:
         return (both << 16).to(tl.float32, bitcast=True), (both & -65536).to(tl.float32, bitcast=True)
     step = both.to(tl.int16).to(tl.float16, bitcast=True)
     zero = (both >> 16).to(tl.int16).to(tl.float16, bitcast=True)
@@ -181,26 +182,28 @@ def decode_runs(
     codes_mask,
     ranges_mask,
     ROWS: tl.constexpr,
-    DTYPE: tl.constexpr,
+    dtype: tl.constexpr,
 ):
-    """[X, runs * CHUNKS * CHUNK] elements in stored order, of type ``DTYPE``; 0 where masked."""
+    """[X, runs * CHUNKS * CHUNK] elements in stored order, of type ``dtype``; 0 where masked."""
+    RUNS: tl.constexpr = ROWS.runs
+    SIZE: tl.constexpr = codes_at.shape[1] * codes_at.shape[2] * RUNS
     packed = tl.load(codes_at, mask=codes_mask, other=0)
-    parts = ()
-    for r in tl.static_range(ROWS.runs):
+    runs = ()
+    for r in tl.static_range(RUNS):
         group = (r * ROWS.run + first) // ROWS.group
-        step, zero = load_ranges(ranges_at + group * ROWS.range_bytes, ranges_mask, DTYPE, ROWS.numbers)
-        parts = parts + (cast(dequantize(packed, r, step[:, :, None], zero[:, :, None], ROWS.bits), DTYPE),)
-    SIZE: tl.constexpr = codes_at.shape[1] * codes_at.shape[2] * ROWS.runs
-    if ROWS.runs == 1:
-        return tl.reshape(parts[0], (codes_at.shape[0], SIZE))
-    if ROWS.runs == 2:
-        return tl.reshape(tl.permute(tl.join(parts[0], parts[1]), (0, 3, 1, 2)), (codes_at.shape[0], SIZE))
-    four = tl.join(tl.join(parts[0], parts[2]), tl.join(parts[1], parts[3]))  # [.., j, k] is run 2 j + k
-    return tl.reshape(tl.permute(four, (0, 3, 4, 1, 2)), (codes_at.shape[0], SIZE))
+        step, zero = load_ranges(ranges_at + group * ROWS.range_bytes, ranges_mask, dtype, ROWS.numbers)
+        runs = runs + (cast(dequantize(packed, r, step[:, :, None], zero[:, :, None], ROWS.bits), dtype),)
+    if RUNS == 1:
+        return tl.reshape(runs[0], (codes_at.shape[0], SIZE))
+    elif RUNS == 2:
+        return tl.reshape(tl.permute(tl.join(runs[0], runs[1]), (0, 3, 1, 2)), (codes_at.shape[0], SIZE))
+    else:
+        four = tl.join(tl.join(runs[0], runs[2]), tl.join(runs[1], runs[3]))  # [.., j, k] is run 2 j + k
+        return tl.reshape(tl.permute(four, (0, 3, 4, 1, 2)), (codes_at.shape[0], SIZE))
 
 
 @triton.jit
-def decode_rows(at, row, live, ROWS: tl.constexpr, DTYPE: tl.constexpr):
+def decode_rows(at, row, live, ROWS: tl.constexpr, dtype: tl.constexpr):
     """[X, runs * run_pad] rows, each of its own page; ``at`` [X] are the pages' first bytes."""
     CHUNK: tl.constexpr = ROWS.row_chunk
     chunk = tl.arange(0, ROWS.run_pad // CHUNK) * CHUNK
@@ -209,7 +212,7 @@ def decode_rows(at, row, live, ROWS: tl.constexpr, DTYPE: tl.constexpr):
     codes_at = (at + row * ROWS.codes_step + ROWS.codes)[:, None, None] + byte[None, :, :]
     ranges_at = (at + row * ROWS.ranges_step + ROWS.ranges)[:, None] + tl.zeros_like(chunk)[None, :]
     mask = live[:, None, None] & (byte < ROWS.run)[None, :, :]
-    return decode_runs(codes_at, ranges_at, chunk[None, :], mask, inside, ROWS, DTYPE)
+    return decode_runs(codes_at, ranges_at, chunk[None, :], mask, inside, ROWS, dtype)
 
 
 @triton.jit
@@ -223,7 +226,7 @@ def decode_channels(
     D: tl.constexpr,
     D_PAD: tl.constexpr,
     TILE: tl.constexpr,
-    DTYPE: tl.constexpr,
+    dtype: tl.constexpr,
 ):
     """[D_PAD, TILE] channel-major K of the tokens of `tile_cells`."""
     BYTES: tl.constexpr = TILE // ROWS.runs
@@ -238,19 +241,19 @@ def decode_channels(
     codes_at = (at + ROWS.codes)[None, :] + (d * ROWS.codes_step)[:, None] + index
     codes_at = codes_at[:, :, None] + tl.arange(0, CHUNK)[None, None, :]
     ranges_at = (at + ROWS.ranges)[None, :] + (d * ROWS.ranges_step)[:, None]
-    return decode_runs(codes_at, ranges_at, index, inside[:, :, None], inside, ROWS, DTYPE)
+    return decode_runs(codes_at, ranges_at, index, inside[:, :, None], inside, ROWS, dtype)
 
 
 @triton.jit
-def gather_channels(at, slot, live, ROWS: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, DTYPE: tl.constexpr):
+def gather_channels(at, slot, live, ROWS: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, dtype: tl.constexpr):
     """[D_PAD, TILE] channel-major K of any tokens: a byte and a range for each element."""
     d = tl.arange(0, D_PAD)[:, None]
     mask = (d < D) & live[None, :]
     packed = tl.load((at + ROWS.codes + slot % ROWS.run)[None, :] + d * ROWS.codes_step, mask=mask, other=0)
     ranges_at = (at + ROWS.ranges + slot // ROWS.group * ROWS.range_bytes)[None, :] + d * ROWS.ranges_step
-    step, zero = load_ranges(ranges_at, mask, DTYPE, ROWS.numbers)
+    step, zero = load_ranges(ranges_at, mask, dtype, ROWS.numbers)
     code = (packed.to(tl.int32) >> (slot // ROWS.run * ROWS.bits)[None, :]) & ((1 << ROWS.bits) - 1)
-    return cast(zero + step * code.to(tl.float32), DTYPE)
+    return cast(zero + step * code.to(tl.float32), dtype)
 
 
 @triton.jit
@@ -261,10 +264,10 @@ def tile_cells(table, first, stop, N: tl.constexpr, FORMAT: tl.constexpr, TILE: 
     """
     t = tl.arange(0, TILE)
     if FORMAT.channel_keys:
-        BYTES: tl.constexpr = TILE // FORMAT.key.runs
-        RUN: tl.constexpr = FORMAT.key.run
-        column = first // FORMAT.key.runs + t % BYTES
-        live = column < stop // FORMAT.key.runs
+        BYTES: tl.constexpr = TILE // FORMAT.keys.runs
+        RUN: tl.constexpr = FORMAT.keys.run
+        column = first // FORMAT.keys.runs + t % BYTES
+        live = column < stop // FORMAT.keys.runs
         block, slot = column // RUN, t // BYTES * RUN + column % RUN
     else:
         t = first + t
@@ -287,15 +290,15 @@ def load_block_tile(
     FORMAT: tl.constexpr,
 ):
     """(K [D_PAD, TILE], V [TILE, D_PAD], live [TILE]) of one tile of quantized blocks, tokens as in `tile_cells`."""
-    DTYPE: tl.constexpr = records.dtype.element_ty
+    dtype: tl.constexpr = records.dtype.element_ty
     page, slot, live = tile_cells(table, first, stop, N, FORMAT, TILE)
-    page_bytes = page_stride * FORMAT.key.number_bytes
+    page_bytes = page_stride * FORMAT.keys.number_bytes
     at = as_bytes(records) + page * page_bytes
     if FORMAT.channel_keys:
-        k = decode_channels(as_bytes(records), table, first, stop, page_bytes, FORMAT.key, D, D_PAD, TILE, DTYPE)
+        k = decode_channels(as_bytes(records), table, first, stop, page_bytes, FORMAT.keys, D, D_PAD, TILE, dtype)
     else:
-        k = tl.trans(decode_rows(at, slot, live, FORMAT.key, DTYPE))
-    return k, decode_rows(at, slot, live, FORMAT.value, DTYPE), live
+        k = tl.trans(decode_rows(at, slot, live, FORMAT.keys, dtype))
+    return k, decode_rows(at, slot, live, FORMAT.values, dtype), live
 
 
 @triton.jit
@@ -310,13 +313,13 @@ def load_cells(
     FORMAT: tl.constexpr,
 ):
     """(K [D_PAD, TILE], V [TILE, D_PAD]) of any tokens of quantized blocks."""
-    DTYPE: tl.constexpr = records.dtype.element_ty
-    at = as_bytes(records) + page * (page_stride * FORMAT.key.number_bytes)
+    dtype: tl.constexpr = records.dtype.element_ty
+    at = as_bytes(records) + page * (page_stride * FORMAT.keys.number_bytes)
     if FORMAT.channel_keys:
-        k = gather_channels(at, slot, live, FORMAT.key, D, D_PAD, DTYPE)
+        k = gather_channels(at, slot, live, FORMAT.keys, D, D_PAD, dtype)
     else:
-        k = tl.trans(decode_rows(at, slot, live, FORMAT.key, DTYPE))
-    return k, decode_rows(at, slot, live, FORMAT.value, DTYPE)
+        k = tl.trans(decode_rows(at, slot, live, FORMAT.keys, dtype))
+    return k, decode_rows(at, slot, live, FORMAT.values, dtype)
 
 
 @triton.jit
