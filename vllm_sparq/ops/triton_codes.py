@@ -62,6 +62,10 @@ class Rows:
         return int(triton.next_power_of_2(self.run))
 
     @property
+    def group_pad(self) -> int:
+        return int(triton.next_power_of_2(self.group))
+
+    @property
     def range_bytes(self) -> int:
         return self.numbers * self.number_bytes
 
@@ -245,15 +249,16 @@ def decode_channels(
 
 
 @triton.jit
-def gather_channels(at, slot, live, ROWS: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, dtype: tl.constexpr):
-    """[D_PAD, TILE] channel-major K of any tokens: a byte and a range for each element."""
-    d = tl.arange(0, D_PAD)[:, None]
-    mask = (d < D) & live[None, :]
-    packed = tl.load((at + ROWS.codes + slot % ROWS.run)[None, :] + d * ROWS.codes_step, mask=mask, other=0)
-    ranges_at = (at + ROWS.ranges + slot // ROWS.group * ROWS.range_bytes)[None, :] + d * ROWS.ranges_step
+def gather(at, row, element, mask, ROWS: tl.constexpr, dtype: tl.constexpr):
+    """fp32 of any elements, with a byte and a range for each: pages ``at``, rows and elements that broadcast."""
+    packed = tl.load(at + row * ROWS.codes_step + ROWS.codes + element % ROWS.run, mask=mask, other=0)
+    ranges_at = at + row * ROWS.ranges_step + ROWS.ranges + element // ROWS.group * ROWS.range_bytes
     step, zero = load_ranges(ranges_at, mask, dtype, ROWS.numbers)
-    code = (packed.to(tl.int32) >> (slot // ROWS.run * ROWS.bits)[None, :]) & ((1 << ROWS.bits) - 1)
-    return cast(zero + step * code.to(tl.float32), dtype)
+    if ROWS.bits == 8:
+        return dequantize(packed, 0, step, zero, 8)
+    else:
+        packed = packed.to(tl.int32) >> (element // ROWS.run * ROWS.bits)
+        return dequantize(packed, 0, step, zero, ROWS.bits)
 
 
 @triton.jit
@@ -316,7 +321,8 @@ def load_cells(
     dtype: tl.constexpr = records.dtype.element_ty
     at = as_bytes(records) + page * (page_stride * FORMAT.keys.number_bytes)
     if FORMAT.channel_keys:
-        k = gather_channels(at, slot, live, FORMAT.keys, D, D_PAD, dtype)
+        d = tl.arange(0, D_PAD)[:, None]
+        k = cast(gather(at[None, :], d, slot[None, :], live[None, :] & (d < D), FORMAT.keys, dtype), dtype)
     else:
         k = tl.trans(decode_rows(at, slot, live, FORMAT.keys, dtype))
     return k, decode_rows(at, slot, live, FORMAT.values, dtype)

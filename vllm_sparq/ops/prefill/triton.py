@@ -143,7 +143,10 @@ def prefill(
     n_requests, group, block_size = query_start_loc.shape[0] - 1, n_heads // n_kv_heads, pages.layout.block_size
     if n_requests == 0 or n_tokens == 0:
         return
-    n_rows, tile, n_warps = tile_sizes(head_size, query.dtype, group, n_tokens * group // n_requests)
+    n_rows, tile, n_warps = tile_sizes(
+        *(head_size, query.dtype, group, n_tokens * group // n_requests),
+        quantized=pages.layout.quantized is not None,
+    )
     n_tiles = n_tokens // (n_rows // group) + n_requests
     max_tokens = block_table.shape[1] * block_size + key.shape[0]
     n_splits = split_count(n_tiles * n_kv_heads, max_tokens, query.device, min_tokens=1024)
@@ -168,13 +171,15 @@ def prefill(
         FORMAT=codes_of(pages.layout),
         KEYS_AHEAD=key_start_loc is not None,
         num_warps=n_warps,
-        num_stages=3,
+        num_stages=3 if pages.layout.quantized is None else 2,
     )
     if n_splits > 1:
         merge(partial, weight, out)
 
 
-def tile_sizes(head_size: int, dtype: torch.dtype, group: int, rows_per_request: int) -> tuple[int, int, int]:
+def tile_sizes(
+    head_size: int, dtype: torch.dtype, group: int, rows_per_request: int, *, quantized: bool
+) -> tuple[int, int, int]:
     """(query rows, keys, warps) of a tile: q, and two or three stages of K and V, stay within 160 KiB of shared memory.
 
     ``rows_per_request`` are the (token, head) pairs of a mean request: short steps get a small tile. fp32 has no tensor
@@ -186,4 +191,6 @@ def tile_sizes(head_size: int, dtype: torch.dtype, group: int, rows_per_request:
     else:
         most, tile = (128, 64) if width <= 128 else (64, 32)
     n_rows = max(16, min(most, triton.next_power_of_2(rows_per_request)), triton.next_power_of_2(group))
+    if quantized:  # elements on their way from codes live in registers
+        return n_rows, max(16, tile // 2), 8
     return n_rows, tile, 8 if n_rows >= 128 else 4
