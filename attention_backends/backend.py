@@ -10,14 +10,18 @@ from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec, KVCache
 from vllm.v1.kv_cache_layout import KVCacheLayout
 
 from vllm_sparq.attention_backends import refusals
-from vllm_sparq.attention_backends.impl import SparqImpl, active_options, page_layout
+from vllm_sparq.attention_backends.impl import SparqImpl, active_layout
 from vllm_sparq.attention_backends.metadata import SparqMetadataBuilder
+from vllm_sparq.attention_backends.selection import PREFERRED_BLOCK_SIZE
 from vllm_sparq.layout import BLOCK_SIZE_MULTIPLE
 from vllm_sparq.scheduler.spec import page_spec
 
 
 class SparqBackend(AttentionBackend):
-    """SparQ attention over pages; see `vllm_sparq.layout` for the pages and `vllm_sparq.ops` for the operations."""
+    """Our attention over pages: SparQ, unless options say otherwise.
+
+    See `vllm_sparq.layout` for the pages and `vllm_sparq.ops` for the operations.
+    """
 
     supported_dtypes: ClassVar[list[torch.dtype]] = list(refusals.DTYPES)
     supported_kv_cache_dtypes: ClassVar[list[Any]] = list(refusals.KV_CACHE_DTYPES)
@@ -47,7 +51,7 @@ class SparqBackend(AttentionBackend):
 
     @classmethod
     def get_preferred_block_size(cls, default_block_size: int) -> int:
-        return max(default_block_size, 128)
+        return max(default_block_size, PREFERRED_BLOCK_SIZE)
 
     @classmethod
     def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
@@ -62,5 +66,20 @@ class SparqBackend(AttentionBackend):
     def customize_spec(cls, spec: AttentionSpec) -> AttentionSpec:
         if type(spec) is not FullAttentionSpec:  # a sliding-window probe, served by vLLM's own backend
             return spec
-        layout = page_layout(active_options(), spec.head_size, spec.block_size, spec.dtype)
-        return page_spec(spec, layout)
+        return page_spec(spec, active_layout(spec.head_size, spec.block_size, spec.dtype))
+
+
+class FlexgenBackend(SparqBackend):
+    """int4 blocks, read densely, unless options say otherwise."""
+
+    @staticmethod
+    def get_name() -> str:
+        return "FLEXGEN"
+
+
+class KiviBackend(SparqBackend):
+    """KIVI blocks, read densely, unless options say otherwise."""
+
+    @staticmethod
+    def get_name() -> str:
+        return "KIVI"

@@ -13,36 +13,24 @@ from vllm.v1.attention.backend import AttentionImpl, AttentionType
 
 from vllm_sparq.attention_backends.metadata import SparqMetadata
 from vllm_sparq.attention_backends.refusals import impl_refusals
-from vllm_sparq.config import Options, parse_options
+from vllm_sparq.attention_backends.selection import engine_options, page_layout
 from vllm_sparq.layout import PageLayout, Pages
 from vllm_sparq.ops.dispatch import Choice, choose
 
 logger = init_logger("vllm.sparq")
 
-_active_options: Options | None = None
+_active: Callable[[int, int, torch.dtype], PageLayout] | None = None
 
 
-def active_options() -> Options:
-    """The options of the model that was built last in this process.
+def active_layout(head_size: int, block_size: int, dtype: torch.dtype) -> PageLayout:
+    """The pages of the model that was built last in this process.
 
     vLLM asks a backend for its page size without saying for which engine; it always does so right after building the
     model's layers, in the same process.
     """
-    if _active_options is None:
+    if _active is None:
         raise RuntimeError("a page size was asked for before any attention layer was built")
-    return _active_options
-
-
-def page_layout(options: Options, head_size: int, block_size: int, dtype: torch.dtype) -> PageLayout:
-    """The pages that these options need for layers of one shape."""
-    sparse = options.read == "sparq"
-    return PageLayout(
-        head_size=head_size,
-        block_size=block_size,
-        dtype=dtype,
-        scoring=options.scoring if sparse else None,
-        value_sum=sparse and options.mean_value != "off",
-    )
+    return _active(head_size, block_size, dtype)
 
 
 class SparqImpl(AttentionImpl[SparqMetadata]):
@@ -70,10 +58,11 @@ class SparqImpl(AttentionImpl[SparqMetadata]):
         )
         if refusals:
             raise NotImplementedError("; ".join(refusals))
-        global _active_options
+        global _active
         vllm_config: Any = get_current_vllm_config()
-        self.options = _active_options = parse_options(vllm_config.additional_config)
+        self.options = engine_options(vllm_config)
         self.num_heads, self.num_kv_heads = num_heads, num_kv_heads or num_heads
+        self._layout = _active = partial(page_layout, self.options, grouped=self.num_heads != self.num_kv_heads)
         self.head_size, self.scale = head_size, float(scale)
         self.kv_cache_dtype = kv_cache_dtype
         self._choices = _choose_ops(vllm_config.device_config.device_type)
@@ -102,20 +91,14 @@ class SparqImpl(AttentionImpl[SparqMetadata]):
         if attn_metadata is None:  # a profiling run, without a cache
             return output.fill_(0)
         step, pages = attn_metadata, self._bind(layer, kv_cache, query.dtype)
+        rows = step.prefill
+        new = key, value
+        if rows is not None and rows.begun is not None:  # before the write, which quantizes what is staged
+            new = rows.begun.with_new(pages, key, value)
         self._write(key, value, pages, step.block_table, step.query_start_loc, step.seq_lens)
-        if step.prefill is not None:
-            rows = step.prefill
-            self._prefill(
-                query,
-                key,
-                value,
-                pages,
-                rows.block_table,
-                rows.query_start_loc,
-                rows.context_lens,
-                scale=self.scale,
-                out=output,
-            )
+        if rows is not None:
+            tables = rows.block_table, rows.query_start_loc, rows.context_lens
+            self._prefill(query, *new, pages, *tables, scale=self.scale, out=output, key_start_loc=rows.key_start_loc)
         decode = self._decode
         assert decode is not None
         n = step.n_decodes
@@ -124,7 +107,8 @@ class SparqImpl(AttentionImpl[SparqMetadata]):
         if step.replayed is not None:
             again = step.replayed
             out = torch.empty_like(output[: len(again.rows)])
-            decode(query[again.rows], pages, again.block_table, again.seq_lens, scale=self.scale, out=out)
+            seen = again.pages_seen(pages, *new)
+            decode(query[again.rows], seen, again.block_table, again.seq_lens, scale=self.scale, out=out)
             output[again.rows] = out
         return output
 
@@ -132,7 +116,7 @@ class SparqImpl(AttentionImpl[SparqMetadata]):
         """The layer's cache as pages; remembered until vLLM hands over another one."""
         pages = self._pages
         if pages is None or pages.data.data_ptr() != kv_cache.data_ptr():
-            layout = page_layout(self.options, self.head_size, kv_cache.shape[2], dtype)
+            layout = self._layout(self.head_size, kv_cache.shape[2], dtype)
             pages = self._pages = Pages.from_kv_cache(kv_cache, layout)
             self._decode = self._read_policy(layer.layer_name)
         return pages

@@ -14,7 +14,7 @@ Three kinds of rows:
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -27,6 +27,17 @@ from vllm.v1.attention.backend import (
 )
 from vllm.v1.kv_cache_interface import AttentionSpec
 
+from vllm_sparq.attention_backends.staged import (
+    BegunBlocks,
+    StagedReplay,
+    begun_blocks,
+    cut_pieces,
+    int64,
+    staged_replay,
+)
+from vllm_sparq.layout import Pages
+from vllm_sparq.scheduler.spec import StagedSpec
+
 prompt_lengths: Callable[[CommonAttentionMetadata], torch.Tensor] | None = None
 """Prompt length of each request of a step, int [B] on the CPU. vLLM's metadata does not carry it; our worker sets this
 to ask its model runner. Without it (a worker class of the user's own) a chunk that holds the end of a prompt and output
@@ -35,11 +46,16 @@ tokens behind it is read densely as a whole."""
 
 @dataclass(frozen=True)
 class PrefillRows:
-    """Arguments of the prefill op: requests b with rows ``query_start_loc[b] : query_start_loc[b + 1]`` of the step."""
+    """Arguments of the prefill op: requests b with rows ``query_start_loc[b] : query_start_loc[b + 1]`` of the step.
+
+    Over quantized pages they are pieces of requests, and ``begun`` says which staged tokens their keys begin with.
+    """
 
     block_table: torch.Tensor
     query_start_loc: torch.Tensor
     context_lens: torch.Tensor
+    key_start_loc: torch.Tensor | None = None
+    begun: BegunBlocks | None = None
 
 
 @dataclass(frozen=True)
@@ -49,6 +65,11 @@ class ReplayedRows:
     rows: torch.Tensor
     block_table: torch.Tensor
     seq_lens: torch.Tensor
+    staged: StagedReplay | None = None
+
+    def pages_seen(self, pages: Pages, key: torch.Tensor, value: torch.Tensor) -> Pages:
+        """The pages that ``block_table`` speaks of, from the cache and what the prefill op was given."""
+        return pages if self.staged is None else self.staged.staged_again(pages, key, value)
 
 
 @dataclass(frozen=True)
@@ -87,14 +108,20 @@ class SparqMetadataBuilder(AttentionMetadataBuilder[SparqMetadata]):
     ) -> SparqMetadata:
         step = common_attn_metadata
         n_decodes = count_decodes(step)
-        all_decode = n_decodes == step.num_reqs
+        prefill, replayed = None, None
+        if n_decodes < step.num_reqs:
+            replayed = find_replayed(step, n_decodes)
+            if isinstance(self.kv_cache_spec, StagedSpec):
+                prefill, replayed = staged_rows(step, n_decodes, replayed, self.kv_cache_spec)
+            else:
+                prefill = prefill_rows(step, n_decodes)
         return SparqMetadata(
             n_decodes=n_decodes,
             block_table=step.block_table_tensor,
             query_start_loc=step.query_start_loc,
             seq_lens=step.seq_lens,
-            prefill=None if all_decode else prefill_rows(step, n_decodes),
-            replayed=None if all_decode else find_replayed(step, n_decodes),
+            prefill=prefill,
+            replayed=replayed,
         )
 
 
@@ -118,6 +145,34 @@ def prefill_rows(step: CommonAttentionMetadata, n_decodes: int) -> PrefillRows:
         query_start_loc=starts,
         context_lens=step.seq_lens[n_decodes:] - (starts[1:] - starts[:-1]),
     )
+
+
+def staged_rows(
+    step: CommonAttentionMetadata, n_decodes: int, replayed: ReplayedRows | None, spec: StagedSpec
+) -> tuple[PrefillRows, ReplayedRows | None]:
+    """The same over quantized pages: in pieces, with what is staged for them."""
+    seq_lens = _seq_lens_on_cpu(step).tolist()
+    pieces = cut_pieces(step.query_start_loc_cpu.tolist(), seq_lens, n_decodes, spec.block_size)
+    table, per_page = step.block_table_tensor, spec.staged_per_page
+    begun = begun_blocks(pieces, table, per_page)
+    starts = [piece.start for piece in pieces] + [pieces[-1].stop]
+    key_starts = starts if begun is None else begun[1]
+
+    def int32(numbers: list[int]) -> torch.Tensor:
+        return torch.tensor(numbers, dtype=torch.int32, device=table.device)
+
+    if replayed is not None:
+        rows = replayed.rows.tolist()
+        staged, its_table = staged_replay(pieces, key_starts, rows, table, per_page)
+        replayed = replace(replayed, staged=staged, block_table=its_table)
+    prefill = PrefillRows(
+        block_table=table[int64([piece.request for piece in pieces], table.device)],
+        query_start_loc=int32(starts),
+        context_lens=int32([piece.block * spec.block_size for piece in pieces]),
+        key_start_loc=None if begun is None else int32(key_starts),
+        begun=None if begun is None else begun[0],
+    )
+    return prefill, replayed
 
 
 def _any_prefilling(step: CommonAttentionMetadata) -> bool:
@@ -147,12 +202,15 @@ def find_replayed(step: CommonAttentionMetadata, n_decodes: int) -> ReplayedRows
 
 def _tokens_behind_prompt(step: CommonAttentionMetadata) -> torch.Tensor:
     """int [B], on the CPU: how many tokens of each request's context are not its prompt."""
-    seq_lens: Any = step.seq_lens_cpu_upper_bound
-    if seq_lens is None:
-        seq_lens = step.seq_lens.cpu()
+    seq_lens = _seq_lens_on_cpu(step)
     if prompt_lengths is not None:
         known: torch.Tensor = seq_lens - prompt_lengths(step).to(seq_lens.dtype)
         return known
     if step.is_prefilling is None:
         return torch.zeros_like(seq_lens)
     return torch.where(step.is_prefilling, 0, seq_lens)
+
+
+def _seq_lens_on_cpu(step: CommonAttentionMetadata) -> torch.Tensor:
+    known: Any = step.seq_lens_cpu_upper_bound
+    return step.seq_lens.cpu() if known is None else known[: step.num_reqs]

@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 
-from vllm_sparq.config import OptionsError, parse_options
+from vllm_sparq.attention_backends.selection import PREFERRED_BLOCK_SIZE, engine_options, page_layout
+from vllm_sparq.config import Options, OptionsError
 from vllm_sparq.layout import BLOCK_SIZE_MULTIPLE
-from vllm_sparq.plugin import BACKENDS
 
 HEAD_SIZES = (64, 80, 96, 128, 256)
 """Head sizes the kernels are compiled for."""
@@ -19,13 +19,6 @@ KV_CACHE_DTYPES = ("auto", "bfloat16", "float16")
 """Values of --kv-cache-dtype that mean the model's own type."""
 
 DENSE = "use vLLM's own backend (leave --attention-backend out)"
-
-
-def uses_our_backend(vllm_config: Any) -> bool:
-    """Whether any layer of this engine may be given to us."""
-    attention = vllm_config.attention_config
-    selected = [attention.backend, *attention.backend_per_kind.values()]
-    return any(getattr(backend, "name", None) in BACKENDS for backend in selected)
 
 
 def engine_refusals(vllm_config: Any) -> list[str]:
@@ -48,17 +41,37 @@ def engine_refusals(vllm_config: Any) -> list[str]:
 
 def _option_refusals(vllm_config: Any) -> list[str]:
     try:
-        options = parse_options(vllm_config.additional_config)
-    except OptionsError as error:
+        options = engine_options(vllm_config)
+    except (OptionsError, ValueError) as error:
         return [str(error)]
     model = vllm_config.model_config
-    if model is None or options.read != "sparq" or options.r is None or model.use_mla:
+    if model is None or model.use_mla:
         return []
+    reasons = _format_refusals(vllm_config, options)
     try:
-        options.sparq_read(head_size=model.get_head_size(), n_heads=1, n_kv_heads=1)
+        if options.read == "sparq":
+            options.sparq_read(head_size=model.get_head_size(), n_heads=1, n_kv_heads=1)
     except ValueError as error:
-        return [str(error)]
-    return []
+        reasons.append(str(error))
+    return reasons
+
+
+def _format_refusals(vllm_config: Any, options: Options) -> list[str]:
+    """Pages that cannot be cut, and what quantized blocks rule out."""
+    model, block_size = vllm_config.model_config, vllm_config.cache_config.block_size or PREFERRED_BLOCK_SIZE
+    if model.get_head_size() not in HEAD_SIZES or model.dtype not in DTYPES or block_size % BLOCK_SIZE_MULTIPLE:
+        return []  # refused on its own account
+    reasons = []
+    try:
+        layout = page_layout(options, model.get_head_size(), block_size, model.dtype, grouped=False)
+    except ValueError as error:
+        return [f"sparq options: {error}"]
+    if layout.quantized is not None and vllm_config.speculative_config is not None:
+        reasons.append(
+            f"format={options.format!r} quantizes a block when it fills, so draft tokens cannot be taken back: start "
+            "without --speculative-config, or with format 'model'"
+        )
+    return reasons
 
 
 def _cache_refusals(cache_config: Any) -> list[str]:

@@ -1,6 +1,7 @@
-"""What sparse reading costs in answers: generated tasks through the engine, dense and sparse, on the same prompts.
+"""What compression costs in answers: generated tasks through the engine, dense and compressed, on the same prompts.
 
     vllm-sparq eval --tasks needle,repetition --lengths 512,2048 --n 50
+    vllm-sparq eval --methods int4,kivi2,sparq+int4
 
 Every method is an engine of its own, with vLLM's batching; dense is vLLM's own backend. Prompts are drawn from a seed
 and are the same for all methods, so the difference between two methods is measured prompt by prompt.
@@ -24,6 +25,7 @@ from vllm_sparq.benchmarks.records import append_records, provenance
 from vllm_sparq.benchmarks.tasks import TASKS, Example, make_example, score
 from vllm_sparq.benchmarks.tiny_model import WEIGHTS
 from vllm_sparq.cli import UsageError, comma_names, comma_numbers
+from vllm_sparq.layout import FORMATS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +35,34 @@ class Setting:
     name: str
     backend: str
     options: dict[str, Any]
+
+    @classmethod
+    def of(cls, method: str, compression: str, options: dict[str, Any]) -> Setting:
+        """Ours, by name: a block format, ``sparq``, or both with a plus between them. ``options`` go on top.
+
+        Raises:
+            UsageError: a name that is none of these.
+        """
+        read, _, block_format = method.rpartition("+")
+        if method == "sparq":
+            read, block_format = method, "model"
+        if read not in ("", "sparq") or block_format not in FORMATS:
+            raise UsageError(
+                f"unknown method {method!r}: name a format ({', '.join(FORMATS)}), sparq, or both as in sparq+int4"
+            )
+        if not read:
+            return cls(name=method, backend="SPARQ", options={**options, "format": block_format, "read": "dense"})
+        chosen = {"dense_below": 0, **options, "format": block_format, "compression": float(compression)}
+        return cls(name=f"{method} 1/{compression}", backend="SPARQ", options=chosen)
+
+
+def settings(methods: Sequence[str], compressions: Sequence[str], options: dict[str, Any]) -> list[Setting]:
+    """vLLM's dense attention, and each method, those that read sparsely once for each compression."""
+    found = [Setting(name="dense", backend="CPU_ATTN", options={})]
+    for method in methods:
+        for compression in compressions if "sparq" in method else compressions[:1]:
+            found.append(Setting.of(method, compression, options))
+    return found
 
 
 def make_prompts(model: Path, tasks: Sequence[str], lengths: Sequence[int], n: int, seed: int) -> list[Example]:
@@ -98,6 +128,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tasks", type=comma_names, default=list(TASKS), help=f"of {','.join(TASKS)} (default: all)")
     parser.add_argument("--lengths", type=comma_numbers, default=[512, 1024, 2048, 3900], help="prompt tokens")
     parser.add_argument("--n", type=int, default=50, help="prompts per task and length (default: 50)")
+    parser.add_argument(
+        "--methods",
+        type=comma_names,
+        default=["sparq"],
+        help="beside dense: sparq, a format (int8, int4, kivi4, kivi2), or both as in sparq+int4 (default: sparq)",
+    )
     parser.add_argument("--compression", type=comma_names, default=["8"], help="of sparq, comma-separated (default: 8)")
     parser.add_argument("--options", type=json.loads, default={}, help="more sparq options, as JSON")
     parser.add_argument("--dtype", default="bfloat16", help="element type of the model (default: bfloat16)")
@@ -109,6 +145,7 @@ Contexts are read sparsely from the first token on (dense_below: 0), unless --op
 examples:
   vllm-sparq eval                                              all tasks on the bundled model at compression 8
   vllm-sparq eval --tasks needle --compression 4,8,16 --n 20   how much is too much?
+  vllm-sparq eval --methods int8,int4,kivi4,kivi2,sparq+int4   what do quantized blocks cost?
   vllm-sparq eval --options '{"mean_value": "off"}' --out eval.jsonl
 """
 
@@ -123,14 +160,11 @@ def main(args: argparse.Namespace) -> int:
     if not (args.model / "config.json").is_file():
         raise UsageError(f"no model in {args.model}: give a folder with config.json, weights and tokenizer")
     console = Console()
-    settings = [Setting(name="dense", backend="CPU_ATTN", options={})]
-    for compression in args.compression:
-        options = {"dense_below": 0, **args.options, "compression": float(compression)}
-        settings.append(Setting(name=f"sparq 1/{compression}", backend="SPARQ", options=options))
+    engines = settings(args.methods, args.compression, args.options)
     with console.status(f"writing {args.n} prompts per task and length ..."):
         examples = make_prompts(args.model, args.tasks, args.lengths, args.n, args.seed)
     scores = {}
-    for setting in settings:
+    for setting in engines:
         console.print(f"{setting.name}: {len(examples)} prompts")
         outputs, classes = run_engine(setting, args.model, args.dtype, examples)
         console.print(f"  attention ran in {', '.join(classes)}")

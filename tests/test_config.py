@@ -5,14 +5,16 @@ from __future__ import annotations
 import dataclasses
 import re
 from fractions import Fraction
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from vllm_sparq.config import MEASURED_BREAK_EVEN, Options, OptionsError, SparqRead, parse_options
+from vllm_sparq.config import MEASURED_BREAK_EVEN, PRESETS, Options, OptionsError, SparqRead, parse_options
+from vllm_sparq.layout import FORMATS
+from vllm_sparq.plugin import BACKENDS
 
 LLAMA = {"head_size": 128, "n_heads": 32, "n_kv_heads": 8}
 MHA = {"head_size": 128, "n_heads": 32, "n_kv_heads": 32}
@@ -24,6 +26,8 @@ def parse(**options: Any) -> Options:
 
 def test_defaults() -> None:
     assert Options().model_dump() == {
+        "format": "model",
+        "group_size": None,
         "read": "sparq",
         "compression": 8.0,
         "r": None,
@@ -94,15 +98,38 @@ def test_local() -> None:
     [
         ("on", LLAMA, 0.0),
         ("off", LLAMA, 1.0),
-        ("auto", LLAMA, 0.9),
+        ("auto", LLAMA, 1.0),
         ("on", MHA, 0.0),
         ("off", MHA, 1.0),
         ("auto", MHA, 0.0),
     ],
 )
 def test_mean_value(mean_value: str, shape: dict[str, int], floor: float) -> None:
-    """auto: the authors' choice of always for one KV head per query head, and never more than half otherwise."""
+    """auto: the authors' choice of always for one KV head per query head, and never for more."""
     assert parse(mean_value=mean_value).sparq_read(**shape).alpha_floor == floor
+
+
+@pytest.mark.parametrize(
+    ("backend", "given", "format_and_read"),
+    [
+        ("sparq", {}, ("model", "sparq")),
+        ("flexgen", {}, ("int4", "dense")),
+        ("kivi", {}, ("kivi4", "dense")),
+        ("kivi", {"format": "kivi2"}, ("kivi2", "dense")),
+        ("flexgen", {"read": "sparq"}, ("int4", "sparq")),
+        ("sparq", {"format": "int4"}, ("int4", "sparq")),
+    ],
+)
+def test_presets(backend: str, given: dict[str, Any], format_and_read: tuple[str, str]) -> None:
+    """A backend's name sets defaults; what the user gives wins; axes compose."""
+    options = parse_options({"sparq": given}, backend)
+    assert (options.format, options.read) == format_and_read
+    assert options.model_copy(update={"format": "model", "read": "sparq"}) == Options()
+
+
+def test_every_backend_has_a_preset() -> None:
+    assert {name.lower() for name in BACKENDS} == set(PRESETS)
+    assert get_args(Options.model_fields["format"].annotation) == tuple(FORMATS)
 
 
 def test_the_rest_passes_through() -> None:
@@ -174,6 +201,8 @@ REFUSED = [
     ({"compression": float("nan")}, "compression=nan", "finite|greater", "Bytes of a dense read"),
     ({"compression": "8"}, "compression='8'", "number", "Bytes of a dense read"),
     ({"scoring": "int2"}, "scoring='int2'", "'int4', 'int8' or 'model'", "channel-major"),
+    ({"format": "int3"}, "format='int3'", "'kivi4' or 'kivi2'", "How full blocks are stored"),
+    ({"group_size": 4}, "group_size=4", "greater than or equal to 8", "share a quantization range"),
     ({"read": "sparse"}, "read='sparse'", "'sparq' or 'dense'", "decode step"),
     ({"mean_value": True}, "mean_value=True", "'auto', 'on' or 'off'", "probability of unread tokens"),
     ({"group_reduce": "max"}, "group_reduce='max'", "'logits' or 'probs'", "query group"),

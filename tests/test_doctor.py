@@ -94,11 +94,14 @@ def test_what_options_mean_for_a_model(tmp_path: Path) -> None:
         dict(context=8192, tokens_read=1025, k=1024, local=256),
     ]
     memory = section.numbers["memory"]
-    # bf16 K and V, an int4 copy of K, and per page of 128 tokens two fp16 per channel and the fp32 sum of V
-    per_head = 2 * 64 * 2 + 64 // 2 + (64 * 2 * 2 + 64 * 4) // 128
+    # bf16 K and V, an int4 copy of K, and per page of 128 tokens two fp16 per channel
+    per_head = 2 * 64 * 2 + 64 // 2 + 64 * 2 * 2 // 128
     assert memory["bytes_per_token_and_kv_head"] == dict(sparq=per_head, dense=256)
     assert memory["bytes_per_token"] == dict(sparq=per_head * 2 * 3, dense=256 * 2 * 3)
     assert memory["tokens_per_gib"]["sparq"] == 2**30 // (per_head * 6)
+    # int4 beside the copy: 32 bytes of codes and 4 of ranges, twice; K of kivi2 ranks tokens itself
+    assert section.numbers["formats"]["int4"] == 2 * (32 + 4) + 64 // 2 + 64 * 2 * 2 // 128
+    assert section.numbers["formats"]["kivi2"] == 2 * (16 + 8)
     assert "r = 16 of 64 channels" in texts(section, "✓")
     assert "at   1,024 tokens a step reads all of them" in texts(section, "•")
 

@@ -19,7 +19,7 @@ COMMANDS = {
     "doctor": ("vllm_sparq.doctor", "say whether everything works here, and what options mean for a model"),
     "demo": ("vllm_sparq.benchmarks.demo", "two real `vllm serve`, SparQ and dense, answer the same questions"),
     "bench ops": ("vllm_sparq.benchmarks.ops_bench", "time the attention ops against dense ones on this machine"),
-    "eval": ("vllm_sparq.benchmarks.quality", "what sparse reading costs in answers, on generated tasks"),
+    "eval": ("vllm_sparq.benchmarks.quality", "what compression costs in answers, on generated tasks"),
     "bench engine": ("vllm_sparq.benchmarks.engine_bench", "time per output token through the engine, beside dense"),
 }
 """Words of the command -> module, one line of help. Only the module of the command in use is imported."""
@@ -30,7 +30,7 @@ GROUPS = {"bench": "measurements"}
 EXAMPLES = """\
 examples:
   vllm-sparq doctor                      is everything in place on this machine?
-  vllm-sparq doctor --model MODEL        what will SparQ read, and what does its cache cost, for MODEL?
+  vllm-sparq doctor --model MODEL        what will be read, and what does each block format cost, for MODEL?
   vllm-sparq demo                        see it answer, beside dense attention
 
 `vllm-sparq COMMAND --help` explains a command.
@@ -65,7 +65,7 @@ def build_parser(words: Sequence[str]) -> tuple[argparse.ArgumentParser, ModuleT
     """The parser of all commands, filled in for the one that `words` begin with, and that one's module."""
     parser = argparse.ArgumentParser(
         prog="vllm-sparq",
-        description="SparQ attention for vLLM: read few tokens of a long context.",
+        description="Long contexts in vLLM: read few cached tokens (SparQ), store them small (quantized blocks).",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -293,7 +293,8 @@ class Pages:
 
     def _of_records(self, start: int, count: int, dtype: torch.dtype) -> torch.Tensor:
         """``count`` elements from byte ``start`` of every quantized record: [P, G, N, count]."""
-        return self.part("records")[..., start : start + count * dtype.itemsize].view(dtype)
+        view: torch.Tensor = self.part("records")[..., start : start + count * dtype.itemsize].view(dtype)
+        return view
 
     def _codes(self, name: str) -> torch.Tensor:
         layout = self.layout
@@ -311,7 +312,9 @@ class Pages:
         codes = 2 * layout.head_size * layout.quantized.bits // 8
         numbers, n_groups = layout.quantized.range_numbers, layout.head_size // layout.group
         start = codes + (n_groups * numbers * layout.dtype.itemsize if name == "value" else 0)
-        return self._of_records(start, n_groups * numbers, layout.dtype).unflatten(-1, (n_groups, numbers))
+        ranges = self._of_records(start, n_groups * numbers, layout.dtype)
+        view: torch.Tensor = ranges.unflatten(-1, (n_groups, numbers))
+        return view
 
     @cached_property
     def key_codes(self) -> torch.Tensor:
@@ -345,7 +348,8 @@ class Pages:
         """Tokens in waiting, the whole page seen as places for them: [P, G, staged_per_page, 2, D], K then V."""
         layout = self.layout
         window = self.data[..., : layout.staged_per_page * layout.record_bytes]
-        return window.view(layout.dtype).unflatten(-1, (layout.staged_per_page, 2, layout.head_size))
+        view: torch.Tensor = window.view(layout.dtype).unflatten(-1, (layout.staged_per_page, 2, layout.head_size))
+        return view
 
     @cached_property
     def keys(self) -> torch.Tensor:

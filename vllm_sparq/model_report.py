@@ -7,9 +7,7 @@ from typing import Any
 
 from vllm_sparq.config import Options, SparqRead
 from vllm_sparq.doctor import Section
-
-BLOCK_SIZE = 128
-"""Tokens per page, as our backend prefers."""
+from vllm_sparq.layout import FORMATS, PageLayout
 
 CONTEXTS = (1024, 4096, 16384, 65536, 131072)
 
@@ -109,21 +107,40 @@ def _describe_context(section: Section, read: SparqRead, context: int) -> None:
 
 
 def _describe_memory(section: Section, options: Options, shape: dict[str, int], dtype: Any) -> None:
-    from vllm_sparq.attention_backends.impl import page_layout
+    from vllm_sparq.attention_backends.selection import PREFERRED_BLOCK_SIZE, page_layout
 
-    layout = page_layout(options, shape["head_size"], BLOCK_SIZE, dtype)
-    per_head = {"sparq": layout.bytes_per_token, "dense": 2 * shape["head_size"] * dtype.itemsize}
-    n_vectors = shape["n_kv_heads"] * shape["n_full"]
+    grouped = shape["n_heads"] != shape["n_kv_heads"]
+
+    def layout_of(options: Options) -> PageLayout:
+        return page_layout(options, shape["head_size"], PREFERRED_BLOCK_SIZE, dtype, grouped=grouped)
+
+    layout, n_vectors = layout_of(options), shape["n_kv_heads"] * shape["n_full"]
+    per_head = {"sparq": layout.bytes_per_token, "dense": layout.record_bytes}
     per_token = {name: n_vectors * n_bytes for name, n_bytes in per_head.items()}
     pool = {name: 2**30 // n_bytes for name, n_bytes in per_token.items()}
     section.numbers["memory"] = {
+        "format": options.format,
         "bytes_per_token_and_kv_head": per_head,
         "bytes_per_token": per_token,
         "overhead": layout.overhead,
         "tokens_per_gib": pool,
+        "staging_blocks_per_request": layout.n_staging_blocks,
     }
     section.good(
-        f"a cached token takes {per_head['sparq']} bytes per KV head (dense: {per_head['dense']}) and "
-        f"{per_token['sparq']:,} in all layers (dense: {per_token['dense']:,}): {layout.overhead:+.1%}"
+        f"format {options.format}: a cached token takes {per_head['sparq']} bytes per KV head (dense: "
+        f"{per_head['dense']}) and {per_token['sparq']:,} in all layers (dense: {per_token['dense']:,}): "
+        f"{layout.overhead:+.1%}"
     )
     section.good(f"a GiB of KV cache holds {pool['sparq']:,} tokens (dense: {pool['dense']:,})")
+    if layout.quantized is not None:
+        section.note(
+            f"the newest block of a request waits in full precision in {layout.n_staging_blocks} blocks of "
+            f"{PREFERRED_BLOCK_SIZE} tokens ahead of it, which count as its own"
+        )
+    others = {name: layout_of(options.model_copy(update={"format": name, "group_size": None})) for name in FORMATS}
+    section.numbers["formats"] = {name: other.bytes_per_token for name, other in others.items()}
+    listed = ", ".join(
+        f"{name} {other.bytes_per_token} ({other.record_bytes / other.bytes_per_token:.2f}x the tokens)"
+        for name, other in others.items()
+    )
+    section.note(f"bytes per token and KV head with read = {options.read}, by format: {listed}")

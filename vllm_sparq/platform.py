@@ -55,9 +55,10 @@ class SparqPlatformMixin:
             ValueError: options or features that cannot work, with value, rule and remedy of each.
         """
         super().check_and_update_config(vllm_config)  # type: ignore[misc]
-        from vllm_sparq.attention_backends.refusals import engine_refusals, uses_our_backend
+        from vllm_sparq.attention_backends.refusals import engine_refusals
+        from vllm_sparq.attention_backends.selection import selected_backends
 
-        if not uses_our_backend(vllm_config):
+        if not selected_backends(vllm_config):
             return
         refusals = engine_refusals(vllm_config)
         if refusals:

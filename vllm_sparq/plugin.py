@@ -7,8 +7,12 @@ from typing import Any
 
 from vllm_sparq import compat
 
-BACKENDS = {"SPARQ": "vllm_sparq.attention_backends.backend.SparqBackend"}
-"""`--attention-backend` name -> class. One row per method."""
+BACKENDS = {
+    "SPARQ": "vllm_sparq.attention_backends.backend.SparqBackend",
+    "FLEXGEN": "vllm_sparq.attention_backends.backend.FlexgenBackend",
+    "KIVI": "vllm_sparq.attention_backends.backend.KiviBackend",
+}
+"""`--attention-backend` name -> class. One row per preset of `vllm_sparq.config.PRESETS`."""
 
 logger = logging.getLogger("vllm.sparq")  # below vLLM's own logger, so that its handlers print us
 
@@ -25,6 +29,7 @@ def register() -> None:
         return
     for name in BACKENDS:
         ensure_backend(name)
+    _register_specs()
     _guard_bypassed_platform()
 
 
@@ -57,6 +62,13 @@ def platform() -> str | None:
     return None
 
 
+def _register_specs() -> None:
+    """Make our KV cache specs and their block managers known to vLLM's scheduler."""
+    from vllm_sparq.scheduler.manager import register_specs
+
+    register_specs()
+
+
 def _guard_bypassed_platform() -> None:
     """Where vLLM did not take our platform, its CPU platform must refuse our names instead of running dense attention.
 
@@ -73,9 +85,9 @@ def _guard_bypassed_platform() -> None:
         return
 
     def check_and_update_config(cls: type, vllm_config: Any) -> None:
-        from vllm_sparq.attention_backends.refusals import uses_our_backend
+        from vllm_sparq.attention_backends.selection import selected_backends
 
-        if uses_our_backend(vllm_config):
+        if selected_backends(vllm_config):
             raise RuntimeError(
                 f"vllm-sparq cannot start: vLLM uses {cls.__name__} without our platform plugin and would run dense "
                 "attention instead. Unset VLLM_TARGET_DEVICE, and let VLLM_PLUGINS, if it is set, name sparq"

@@ -5,18 +5,24 @@ from __future__ import annotations
 import pytest
 import torch
 
-from vllm_sparq.attention_backends import impl
+from vllm_sparq.attention_backends import impl, selection
 from vllm_sparq.config import Options
 from vllm_sparq.ops import native
 
 
 def test_pages_hold_what_the_options_need() -> None:
-    def parts(**options: object) -> list[str]:
-        return list(impl.page_layout(Options(**options), 64, 128, torch.bfloat16).parts)  # type: ignore[arg-type]
+    def parts(*, grouped: bool = False, **options: object) -> list[str]:
+        found = Options(**options)  # type: ignore[arg-type]
+        return list(selection.page_layout(found, 64, 128, torch.bfloat16, grouped=grouped).parts)
 
     assert parts() == ["records", "scoring", "ranges", "value_sum"]
+    assert parts(grouped=True) == ["records", "scoring", "ranges"]
     assert parts(scoring="model", mean_value="off") == ["records", "scoring"]
-    assert parts(read="dense") == ["records"]
+    assert parts(read="dense") == parts(read="dense", format="int4") == ["records"]
+    assert parts(format="int4", mean_value="off") == ["records", "scoring", "ranges"]
+    kivi = ["key_codes", "key_ranges", "value_codes", "value_ranges"]
+    assert parts(read="dense", format="kivi2") == parts(format="kivi4", mean_value="off") == kivi
+    assert parts(format="kivi4") == [*kivi, "value_sum"]
 
 
 def test_without_kernels_the_user_is_told(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,6 @@ import pytest
 from vllm_sparq.benchmarks import ops_bench
 from vllm_sparq.benchmarks.ops_methods import BLOCK_SIZE, METHODS, Tensors
 from vllm_sparq.cli import UsageError
-from vllm_sparq.config import GATED_ALPHA_FLOOR
 
 
 def parse(*words: str) -> argparse.Namespace:
@@ -31,7 +30,7 @@ def test_defaults_are_a_known_model() -> None:
         (1024, 1, 32, 8, 128),
         (4096, 1, 32, 8, 128),
     ]
-    assert (found[0].read.r, found[0].read.min_k, found[0].read.alpha_floor) == (32, 128, GATED_ALPHA_FLOOR)
+    assert (found[0].read.r, found[0].read.min_k, found[0].read.alpha_floor) == (32, 128, 1.0)
     assert not found[0].read.is_dense(1024)
 
 

@@ -27,11 +27,27 @@ def test_summary_by_hand() -> None:
     [
         (["--tasks", "needle,haystack"], "unknown task 'haystack': choose from needle"),
         (["--model", "nowhere"], "no model in nowhere"),
+        (["--methods", "sparq,int3"], "unknown method 'int3': name a format (model, int8"),
+        (["--methods", "h2o+int4"], "unknown method 'h2o+int4'"),
     ],
 )
 def test_bad_usage(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["eval", *words]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_methods_compose() -> None:
+    found = quality.settings(["int4", "sparq", "sparq+kivi2"], ["4", "8"], {"r": 8})
+    assert [(one.name, one.backend) for one in found] == [
+        ("dense", "CPU_ATTN"),
+        ("int4", "SPARQ"),
+        ("sparq 1/4", "SPARQ"),
+        ("sparq 1/8", "SPARQ"),
+        ("sparq+kivi2 1/4", "SPARQ"),
+        ("sparq+kivi2 1/8", "SPARQ"),
+    ]
+    assert found[1].options == {"r": 8, "format": "int4", "read": "dense"}
+    assert found[5].options == {"r": 8, "dense_below": 0, "format": "kivi2", "compression": 8.0}
 
 
 @pytest.mark.engine

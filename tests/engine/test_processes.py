@@ -41,9 +41,7 @@ def run_engine(prompts: list[list[int]], env: dict[str, str] | None = None, **en
             max_model_len=2048,
             kv_cache_memory_bytes=64 << 20,
             disable_log_stats=False,
-            attention_backend="sparq",
-            additional_config={"sparq": EXACT["sparse"]},
-            **engine_args,
+            **{"attention_backend": "sparq", "additional_config": {"sparq": EXACT["sparse"]}, **engine_args},
         ),
         "prompts": prompts,
     }

@@ -19,6 +19,9 @@ BAD_OPTIONS = [
     ({"k": 0}, r"k=0 is not usable: .*greater than or equal to 1"),
     ({"compression": 0.5}, r"compression=0.5 .*greater than or equal to 1"),
     ({"r": "many"}, r"r='many' .*valid integer"),
+    ({"format": "int3"}, r"format='int3' is not usable: .*'int8', 'int4', 'kivi4' or 'kivi2'"),
+    ({"format": "int4", "group_size": 48}, r"group_size=48 does not fit head size 64: .*multiple of 8.*leave it out"),
+    ({"format": "int8", "group_size": 64}, r"'int8' has no groups, but group_size=64"),
     ({"dense_below": -1}, r"dense_below=-1 .*'auto' or a number of tokens >= 0"),
 ]
 
@@ -50,6 +53,22 @@ def test_all_reasons_at_once() -> None:
 def test_block_size() -> None:
     with pytest.raises(ValueError, match=r"--block-size 24 .*multiple of 16"):
         start(block_size=24)
+
+
+def test_blocks_below_the_group() -> None:
+    with pytest.raises(ValueError, match=r"block size 16 does not hold whole groups of 32 tokens.*--block-size 128"):
+        start(options={"format": "kivi2"}, block_size=16)
+
+
+def test_two_quantized_caches() -> None:
+    with pytest.raises(ValueError, match=r"--kv-cache-dtype fp8 is vLLM's own quantized cache.*leave --kv-cache-dtype"):
+        start(options={"format": "int4"}, kv_cache_dtype="fp8")
+
+
+def test_drafts_over_quantized_blocks() -> None:
+    ngram = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 4, "prompt_lookup_min": 2}
+    with pytest.raises(ValueError, match=r"format='kivi4' quantizes a block when it fills.*--speculative-config"):
+        start(options={"format": "kivi4"}, speculative_config=ngram)
 
 
 def altered(folder: Path, **changes: Any) -> Path:

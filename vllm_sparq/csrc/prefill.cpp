@@ -25,12 +25,17 @@ struct Call {
   const Pages* pages;
   Requests requests;               // lens: context
   const int32_t* query_start_loc;  // [B + 1]
+  const int32_t* key_start_loc;    // [B + 1]
   int n_heads;
   float scale;
 
   int head_size() const { return pages->head_size; }
   int group() const { return n_heads / pages->n_kv_heads; }
   int n_new(int request) const { return query_start_loc[request + 1] - query_start_loc[request]; }
+  // Tokens that a request brings without a query, before those that have one.
+  int n_begun(int request) const { return key_start_loc[request + 1] - key_start_loc[request] - n_new(request); }
+  // Tokens before the first query.
+  int n_before(int request) const { return requests.lens[request] + n_begun(request); }
 };
 
 // Sums of `rows` rows over a part of the tokens.
@@ -69,11 +74,11 @@ RowRange row_range(const Call<T>& call, const Task& task) {
   return {call.query_start_loc[task.request], task.kv_head * group, group, task.first_row, task.n_rows};
 }
 
-// Tiles of a request: of the context first, then of the new tokens; none holds both.
+// Tiles of a request, up to its n-th query: of the pages first, then of what it brings; none holds both.
 template <class T>
-int n_tiles(const Call<T>& call, int request, int n_new) {
+int n_tiles(const Call<T>& call, int request, int n) {
   constexpr int TILE = Model<T>::tile;
-  return (call.requests.lens[request] + TILE - 1) / TILE + (n_new + TILE - 1) / TILE;
+  return (call.requests.lens[request] + TILE - 1) / TILE + (call.n_begun(request) + n + TILE - 1) / TILE;
 }
 
 // f(panel index, first vector, vectors): as few panels as possible, of even widths.
@@ -103,7 +108,7 @@ void whole_tasks(const Call<T>& call, int threads, std::vector<Task>& tasks) {
         Task task{b, head, first, std::min(rows, n_rows - first), 0, 0, -1, 0};
         const int n_new = (first + task.n_rows - 1) / group + 1;
         task.end_tile = n_tiles(call, b, n_new);
-        task.cost = (int64_t)(call.requests.lens[b] + n_new) * (task.n_vecs() + 1);  // + 1: reading and packing
+        task.cost = (int64_t)(call.n_before(b) + n_new) * (task.n_vecs() + 1);  // + 1: reading and packing
         tasks.push_back(task);
       }
     }
@@ -137,27 +142,32 @@ void balance(Plan& plan, int threads) {
 
 // The buffers of a thread, all in one allocation.
 template <class T>
-struct Buffers {
-  void* keys;
-  float *values, *query, *staging, *scores, *partial;
+class Buffers {
+ public:
+  explicit Buffers(const Pages& pages) : Buffers(pages, arena(pages)) {}
 
-  explicit Buffers(int d) {
-    using Loader = TileLoader<T>;
-    constexpr int PANEL = PANEL_VECS * W, ROWS = MAX_VECS * W;
+  float *query, *staging, *scores, *partial;
+  TileLoader<T> loader;
+
+ private:
+  static size_t n_query(int d) { return (size_t)MAX_VECS * W * d; }
+  static size_t n_staging(int d) { return (size_t)PANEL_VECS * W * d; }
+  static constexpr size_t N_SCORES = (size_t)Model<T>::tile * PANEL_VECS * W;
+  static size_t n_partial(int d) { return Partial::floats(MAX_VECS * W, d); }
+
+  static Arena arena(const Pages& pages) {
     static thread_local Scratch scratch;
-    const size_t n_keys = Loader::key_bytes(d), n_values = Loader::value_bytes(d) / 4;
-    const size_t n_query = (size_t)ROWS * d, n_staging = (size_t)PANEL * d, n_scores = (size_t)Model<T>::tile * PANEL;
-    const size_t n_partial = Partial::floats(ROWS, d);
-    Arena arena = scratch.arena(Arena::room<char>(n_keys) + Arena::room<float>(n_values) + Arena::room<float>(n_query) +
-                                Arena::room<float>(n_staging) + Arena::room<float>(n_scores) +
-                                Arena::room<float>(n_partial));
-    keys = arena.take<char>(n_keys);
-    values = arena.take<float>(n_values);
-    query = arena.take<float>(n_query);
-    staging = arena.take<float>(n_staging);
-    scores = arena.take<float>(n_scores);
-    partial = arena.take<float>(n_partial);
+    const int d = pages.head_size;
+    return scratch.arena(Arena::room<float>(n_query(d)) + Arena::room<float>(n_staging(d)) +
+                         Arena::room<float>(N_SCORES) + Arena::room<float>(n_partial(d)) + TileLoader<T>::room(pages));
   }
+
+  Buffers(const Pages& pages, Arena arena)
+      : query(arena.take<float>(n_query(pages.head_size))),
+        staging(arena.take<float>(n_staging(pages.head_size))),
+        scores(arena.take<float>(N_SCORES)),
+        partial(arena.take<float>(n_partial(pages.head_size))),
+        loader(pages, arena) {}
 };
 
 // The panels of a task over one Partial, queries packed and nothing seen yet.
@@ -167,7 +177,7 @@ int open_panels(const Call<T>& call, const Task& task, const Buffers<T>& buffers
   const int d = call.head_size(), rows = task.n_vecs() * W, group = call.group();
   const RowRange range = row_range(call, task);
   for (int r = 0; r < rows; ++r) {
-    limits[r] = call.requests.lens[task.request] + (task.first_row + std::min(r, task.n_rows - 1)) / group + 1;
+    limits[r] = call.n_before(task.request) + (task.first_row + std::min(r, task.n_rows - 1)) / group + 1;
   }
   std::fill_n(partial.output, (ptrdiff_t)rows * d, 0.0f);
   std::fill_n(partial.tops, rows, NOTHING_SEEN);
@@ -200,7 +210,7 @@ template <class T>
 void run_task(const Call<T>& call, const Task& task, float* parts) {
   constexpr int TILE = Model<T>::tile;
   const int d = call.head_size(), rows = task.n_vecs() * W;
-  const Buffers<T> buffers(d);
+  Buffers<T> buffers(*call.pages);
   float* const memory =
       task.part < 0 ? buffers.partial : parts + task.part * (ptrdiff_t)Partial::floats(MAX_VECS * W, d);
   const Partial partial(memory, rows, d);
@@ -210,10 +220,10 @@ void run_task(const Call<T>& call, const Task& task, float* parts) {
 
   const Sequence sequence{call.pages, call.requests.blocks(task.request), task.kv_head};
   const int context = call.requests.lens[task.request], context_tiles = (context + TILE - 1) / TILE;
-  const int seen = limits[rows - 1] - context;  // new tokens
-  const int64_t token0 = call.query_start_loc[task.request];
+  const int seen = limits[rows - 1] - context;  // of the tokens that are not in pages
+  const int64_t token0 = call.key_start_loc[task.request];
   const float scale = call.scale * LOG2_E;
-  TileLoader<T> loader(d, buffers.keys, buffers.values);
+  TileLoader<T>& loader = buffers.loader;
   for (int t = task.first_tile; t < task.end_tile; ++t) {
     const int first = (t - context_tiles) * TILE;
     const Tile tile = t < context_tiles
@@ -255,7 +265,7 @@ void run_merge(const Call<T>& call, const Merge& merge, float* parts) {
       }
     });
   }
-  close_panels(call, merge.rows, Buffers<T>(d), sum);
+  close_panels(call, merge.rows, Buffers<T>(*call.pages), sum);
 }
 
 template <class T>
@@ -281,10 +291,10 @@ void run(const Call<T>& call) {
 }  // namespace
 }  // namespace sparq::prefill
 
-// context_lens: int32 [B]; query_start_loc: int32 [B + 1]; each tensor is its address, row stride and head stride.
+// context_lens: int32 [B]; query_start_loc, key_start_loc: int32 [B + 1]; each tensor is its address, row stride and head stride.
 SPARQ_API void sparq_prefill(const sparq::Pages* pages, const int32_t* block_table, int64_t table_stride,
-                             const int32_t* context_lens, const int32_t* query_start_loc, int32_t n_requests,
-                             int32_t n_heads,                                           //
+                             const int32_t* context_lens, const int32_t* query_start_loc,
+                             const int32_t* key_start_loc, int32_t n_requests, int32_t n_heads,
                              const void* query, int64_t query_row, int64_t query_head,  //
                              const void* key, int64_t key_row, int64_t key_head,        //
                              const void* value, int64_t value_row, int64_t value_head,  //
@@ -299,6 +309,7 @@ SPARQ_API void sparq_prefill(const sparq::Pages* pages, const int32_t* block_tab
                      pages,
                      {block_table, table_stride, context_lens, n_requests},
                      query_start_loc,
+                     key_start_loc,
                      n_heads,
                      scale});
   });

@@ -3,6 +3,7 @@
 
 #include <type_traits>
 
+#include "coded_tokens.h"
 #include "prefill_panel.h"
 
 namespace sparq::prefill {
@@ -59,36 +60,47 @@ class TileLoader {
   static constexpr int TOKENS = Model<T>::tile;
   // A K row that already is a row of cells is used where it lies.
   static constexpr bool IN_PLACE = std::is_same_v<T, float> || M::per_cell == 2;
-  using Key = std::conditional_t<IN_PLACE, T, float>;
+  using Key = std::conditional_t<IN_PLACE, T, float>;  // of decoded tokens too
 
  public:
   static constexpr int value_stride() { return (TOKENS / M::per_cell + 1) * 16; }  // odd in lines: spreads over L1 sets
-  static size_t key_bytes(int head_size) { return (size_t)TOKENS * head_size * sizeof(Key); }
-  static size_t value_bytes(int head_size) { return (size_t)head_size / 16 * value_stride() * sizeof(float); }
 
-  TileLoader(int head_size, void* keys, float* values) : head_size_(head_size), keys_((Key*)keys), values_(values) {}
+  static size_t room(const Pages& pages) {
+    const int d = pages.head_size;
+    return Arena::room<Key>(TOKENS * d) + Arena::room<float>(n_values(d)) + Arena::room<Key>(GROUP * d) +
+           CodedTokens<T>::room(pages);
+  }
+
+  TileLoader(const Pages& pages, Arena& arena)
+      : head_size_(pages.head_size),
+        keys_(arena.take<Key>(TOKENS * head_size_)),
+        values_(arena.take<float>(n_values(head_size_))),
+        rows_(arena.take<Key>(GROUP * head_size_)),
+        coded_(pages, arena),
+        coded_bytes_(pages.quantized() ? coded_token_bytes(pages) : 0) {}
 
   // Tokens of the pages.
   Tile load(const Sequence& sequence, int first, int n) {
-    const int row = 2 * head_size_;
     for (int j = 0; j < n; j += GROUP) {
-      const T* const keys = record(sequence, first + j);
-      const int count = std::min(GROUP, n - j);
-      if (IN_PLACE && count == GROUP) {
-        groups_[j / GROUP] = {(const char*)keys, row * (ptrdiff_t)sizeof(T)};
+      if (sequence.pages->quantized()) {
+        add_coded(j / GROUP, sequence, first + j);
       } else {
-        add_keys(j / GROUP, keys, row, count);
+        add_records(j / GROUP, record(sequence, first + j), std::min(GROUP, n - j));
       }
-      add_values(j / GROUP, keys + head_size_, row, count);
     }
     return {first, n, groups_, values_, value_stride()};
   }
 
-  // The records of those tokens.
+  // The memory of those tokens; of channel-major ones, an even share of the page.
   Ahead ahead(const Sequence& sequence, int first, int n) {
-    const int pieces = n / GROUP;
-    for (int i = 0; i < pieces; ++i) pieces_[i] = (const char*)record(sequence, first + i * GROUP);
-    return {pieces_, pieces, GROUP * 2 * head_size_ * (int)sizeof(T)};
+    const Pages& pages = *sequence.pages;
+    const int pieces = n / GROUP, block_size = pages.block_size;
+    for (int i = 0; i < pieces; ++i) {
+      const int token = first + i * GROUP;
+      pieces_[i] = coded_bytes_ > 0 ? (const char*)sequence.page(token / block_size) + token % block_size * coded_bytes_
+                                    : (const char*)record(sequence, token);
+    }
+    return {pieces_, pieces, GROUP * (coded_bytes_ > 0 ? coded_bytes_ : 2 * head_size_ * (int)sizeof(T))};
   }
 
   // New tokens: rows from `row` of key and value. Always copied: rows of a fused tensor lie a multiple of 4 KB apart,
@@ -107,12 +119,42 @@ class TileLoader {
   }
 
  private:
-  void add_values(int group, const T* values, ptrdiff_t stride, int count) {
+  static size_t n_values(int head_size) { return (size_t)head_size / 16 * value_stride(); }
+
+  // Bytes of K and V of a token, rounded down. They come first in a page, ranges of V last.
+  static int coded_token_bytes(const Pages& pages) {
+    const int64_t last = pages.value.ranges + (pages.block_size - 1) * pages.value.range_stride;
+    return (int)(last + CodeShape::values(pages).range_bytes()) / pages.block_size;
+  }
+
+  void add_records(int group, const T* keys, int count) {
+    const int row = 2 * head_size_;
+    if (IN_PLACE && count == GROUP) {
+      groups_[group] = {(const char*)keys, row * (ptrdiff_t)sizeof(T)};
+    } else {
+      add_keys(group, keys, row, count);
+    }
+    add_values(group, keys + head_size_, row, count);
+  }
+
+  // Sixteen tokens of a full block.
+  void add_coded(int group, const Sequence& sequence, int token) {
+    const int block_size = sequence.pages->block_size, slot = token % block_size;
+    const uint8_t* const page = sequence.page(token / block_size);
+    Key* const keys = keys_ + (ptrdiff_t)group * GROUP * head_size_;
+    coded_.keys(page, slot, keys);
+    groups_[group] = {(const char*)keys, head_size_ * (ptrdiff_t)sizeof(Key)};
+    coded_.values(page, slot, rows_);
+    add_values(group, rows_, head_size_, GROUP);
+  }
+
+  template <class R>
+  void add_values(int group, const R* values, ptrdiff_t stride, int count) {
     if constexpr (M::per_cell == 1) {
       for (int j = 0; j < GROUP; ++j) add_value(group * GROUP + j, j < count ? values + j * stride : nullptr);
     } else {
       for (int j = 0; j < GROUP; j += 2) {
-        const T* const at = values + j * stride;
+        const R* const at = values + j * stride;
         add_value_pair((group * GROUP + j) / 2, j < count ? at : nullptr, j + 1 < count ? at + stride : nullptr);
       }
     }
@@ -142,18 +184,19 @@ class TileLoader {
     groups_[group] = {(const char*)to, head_size_ * (ptrdiff_t)sizeof(Key)};
   }
 
-  void add_value(int token, const T* row) {
+  template <class R>
+  void add_value(int token, const R* row) {
     float* to = values_ + token * 16;
     for (int d = 0; d < head_size_; d += 16, to += value_stride()) {
       for (int i = 0; i < 16; i += W) store(to + i, row ? sparq::load(row + d + i) : zero());
     }
   }
 
-  void add_value_pair(int cell, const T* even, const T* odd) {
+  void add_value_pair(int cell, const bf16* even, const bf16* odd) {
 #ifdef __AVX512BF16__
     float* to = values_ + cell * 16;
     for (int d = 0; d < head_size_; d += 16, to += value_stride()) {
-      const Vec high = odd ? sparq::load((const bf16*)odd + d) : zero();
+      const Vec high = odd ? sparq::load(odd + d) : zero();
       const __m512i low = even ? _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)(even + d))) : __m512i{};
       store(to, (Vec)_mm512_or_si512((__m512i)high, low));
     }
@@ -163,6 +206,9 @@ class TileLoader {
   int head_size_;
   Key* keys_;
   float* values_;
+  Key* rows_;
+  CodedTokens<T> coded_;
+  int coded_bytes_;  // of a token; 0: records
   Group groups_[TOKENS / GROUP];
   const char* pieces_[TOKENS / GROUP];
 };

@@ -2,8 +2,8 @@
 
 #include <cmath>
 
+#include "bytes.h"
 #include "scratch.h"
-#include "simd.h"
 #include "transpose.h"
 
 namespace sparq {
@@ -27,17 +27,6 @@ SPARQ_INLINE Vec to_fp16(Vec x, fp16* bits) {
   _mm_storeu_si128((__m128i*)bits, _mm256_cvtps_ph(x, rounding | _MM_FROUND_NO_EXC));
 #endif
   return load(bits);
-}
-
-// Integral floats 0 .. 255 to bytes, one each.
-SPARQ_INLINE void store_bytes(uint8_t* to, Vec x) {
-#ifdef __AVX512F__
-  _mm_storeu_si128((__m128i*)to, _mm512_cvtepi32_epi8(_mm512_cvttps_epi32(x)));
-#else
-  const __m256i words = _mm256_cvttps_epi32(x);
-  const __m128i packed = _mm_packus_epi32(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
-  _mm_storel_epi64((__m128i*)to, _mm_packus_epi16(packed, packed));
-#endif
 }
 
 // Step and zero of W channels.
@@ -85,40 +74,37 @@ void quantize_channels(const T* keys, int64_t stride, int n_tokens, Scoring type
 }
 
 template <class T>
-void quantize(const Pages& pages, uint8_t* page) {
+void quantize(const Pages& pages, const T* keys, int64_t stride, uint8_t* page) {
   thread_local Scratch scratch;
   const int d = pages.head_size, n = pages.block_size;
   const int rows = pages.scoring_type == Scoring::int4 ? n / 2 : n;
-  Arena arena = scratch.arena(Arena::room<uint8_t>((size_t)rows * d) + 2 * Arena::room<fp16>(d));
-  uint8_t* codes = arena.take<uint8_t>((size_t)rows * d);
+  const size_t n_codes = round_up(rows, 16) * d;
+  Arena arena = scratch.arena(Arena::room<uint8_t>(n_codes) + 2 * Arena::room<fp16>(d));
+  uint8_t* codes = arena.take<uint8_t>(n_codes);
   fp16 *steps = arena.take<fp16>(d), *zeros = arena.take<fp16>(d);
-  const T* keys = (const T*)(page + pages.records);
   for (int c = 0; c < d; c += W)
-    quantize_channels(keys + c, 2 * (int64_t)d, n, pages.scoring_type, codes + c, d, steps + c, zeros + c);
+    quantize_channels(keys + c, stride, n, pages.scoring_type, codes + c, d, steps + c, zeros + c);
 
-  uint8_t* to = page + pages.scoring;
-  if (rows % 16 == 0) {
-    transpose<1>(codes, d, rows, d, to, rows);
-  } else {  // int4 with N = 16, 48, ...: 8 rows that fill no square
-    for (int c = 0; c < d; ++c)
-      for (int r = 0; r < rows; ++r) to[c * rows + r] = codes[r * d + c];
-  }
+  transpose_bytes(codes, d, rows, d, page + pages.scoring, rows);
   auto* ranges = (fp16*)(page + pages.ranges);
   for (int c = 0; c < d; ++c) ranges[2 * c] = steps[c], ranges[2 * c + 1] = zeros[c];
 }
 
+template <class T>
+void copy(const Pages& pages, const T* keys, int64_t stride, uint8_t* page) {
+  constexpr int bytes = sizeof(T);
+  const int d = pages.head_size, n = pages.block_size;
+  transpose<bytes>((const uint8_t*)keys, stride * bytes, n, d, page + pages.scoring, n * bytes);
+}
+
 }  // namespace
 
-void make_scoring_copy(const Pages& pages, uint8_t* page) {
-  if (pages.scoring_type != Scoring::model) {
-    with_dtype(pages.dtype, [&](auto type) { quantize<decltype(type)>(pages, page); });
-    return;
-  }
-  const int d = pages.head_size, n = pages.block_size;
-  if (pages.dtype == DType::fp32)
-    transpose<4>(page + pages.records, 8 * d, n, d, page + pages.scoring, 4 * n);
-  else
-    transpose<2>(page + pages.records, 4 * d, n, d, page + pages.scoring, 2 * n);
+void make_scoring_copy(const Pages& pages, const void* keys, int64_t stride, uint8_t* page) {
+  with_dtype(pages.dtype, [&](auto type) {
+    using T = decltype(type);
+    pages.scoring_type == Scoring::model ? copy(pages, (const T*)keys, stride, page)
+                                         : quantize(pages, (const T*)keys, stride, page);
+  });
 }
 
 }  // namespace sparq

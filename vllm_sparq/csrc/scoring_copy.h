@@ -5,7 +5,7 @@
 
 namespace sparq {
 
-// Makes `scoring` and `ranges` of a page from its K.
-void make_scoring_copy(const Pages& pages, uint8_t* page);
+// Makes `scoring` and `ranges` of a page from K [N, D] of its tokens, in the pages' type; rows `stride` elements apart.
+void make_scoring_copy(const Pages& pages, const void* keys, int64_t stride, uint8_t* page);
 
 }  // namespace sparq

@@ -4,6 +4,7 @@
 #include <immintrin.h>
 
 #include <cstdint>
+#include <cstring>
 
 namespace sparq {
 
@@ -45,6 +46,18 @@ inline void transpose(const uint8_t* from, int64_t from_stride, int rows, int co
     for (int r = 0; r < rows; r += n)
       transpose_square<bytes>(from + r * from_stride + c * bytes, from_stride, to + c * to_stride + r * bytes,
                               to_stride);
+}
+
+// The same for bytes and any number of rows: what is read of `from` are its rows rounded up to 16. Columns as above.
+inline void transpose_bytes(const uint8_t* from, int64_t from_stride, int rows, int columns, uint8_t* to,
+                            int64_t to_stride) {
+  const int whole = rows / 16 * 16;
+  transpose<1>(from, from_stride, whole, columns, to, to_stride);
+  for (int c = 0; whole < rows && c < columns; c += 16) {
+    uint8_t square[256];
+    transpose_square<1>(from + whole * from_stride + c, from_stride, square, 16);
+    for (int i = 0; i < 16; ++i) memcpy(to + (c + i) * to_stride + whole, square + 16 * i, rows - whole);
+  }
 }
 
 }  // namespace sparq

@@ -1,24 +1,37 @@
-// Sums of V over the slots of a page.
+// The sum of V over a full block.
 #pragma once
 
-#include "simd.h"
+#include "coded_tokens.h"
 
 namespace sparq {
 
-// sum[d] += V[slot][d] over the first n slots, in fp32.
+// sum[d] += V[slot][d] over n rows, `stride` elements apart, in fp32.
 template <class T>
-void add_values(const Pages& pages, const uint8_t* page, int n, float* sum) {
-  const int d = pages.head_size;
-  const T* values = (const T*)(page + pages.records) + d;
+void add_rows(const T* values, int64_t stride, int n, int d, float* sum) {
   for (int c = 0; c < d; c += W) {
     Vec total = load(sum + c);
-    for (int slot = 0; slot < n; ++slot) total = add(total, load(values + (int64_t)slot * 2 * d + c));
+    for (int slot = 0; slot < n; ++slot) total = add(total, load(values + slot * stride + c));
     store(sum + c, total);
   }
 }
 
-inline void add_values(const Pages& pages, const uint8_t* page, int n, float* sum) {
-  with_dtype(pages.dtype, [&](auto type) { add_values<decltype(type)>(pages, page, n, sum); });
+// sum[d] = the sum of V over all N tokens of a page, as the page stores them.
+inline void sum_values(const Pages& pages, const uint8_t* page, float* sum) {
+  const int d = pages.head_size, n = pages.block_size;
+  for (int c = 0; c < d; c += W) store(sum + c, zero());
+  with_dtype(pages.dtype, [&](auto type) {
+    using T = decltype(type);
+    if (!pages.quantized()) return add_rows((const T*)(page + pages.records) + d, 2 * (int64_t)d, n, d, sum);
+    thread_local Scratch scratch;
+    constexpr int TOKENS = CodedTokens<T>::TOKENS;
+    Arena arena = scratch.arena(CodedTokens<T>::room(pages) + Arena::room<float>(TOKENS * d));
+    CodedTokens<T> tokens(pages, arena);
+    float* const rows = arena.take<float>(TOKENS * d);
+    for (int slot = 0; slot < n; slot += TOKENS) {
+      tokens.values(page, slot, rows);
+      add_rows(rows, d, TOKENS, d, sum);
+    }
+  });
 }
 
 }  // namespace sparq

@@ -4,8 +4,10 @@
 #include <algorithm>
 #include <vector>
 
+#include "encode.h"
 #include "paged.h"
 #include "scoring_copy.h"
+#include "scratch.h"
 #include "simd.h"
 #include "value_sum.h"
 
@@ -42,26 +44,75 @@ void plan_blocks(const Pages& pages, const NewTokens& tokens, const Requests& re
   }
 }
 
-// Copies the tokens of a block and finishes its page. The sum of its V goes where the next page wants it; `chain_sums`
+// The block of a write, of one KV head.
+struct Target {
+  const Pages& pages;
+  const NewTokens& tokens;
+  const Block& block;
+  Sequence sequence;
+
+  uint8_t* page(int ahead = 0) const { return sequence.page(block.block + ahead); }
+  bool fills() const { return block.first < block.last && block.last == pages.block_size; }
+};
+
+// The new tokens go to where their block keeps them in the model's own type.
+void copy_tokens(const Target& to) {
+  const size_t row_bytes = to.pages.record_bytes() / 2;
+  int64_t row = to.block.row;
+  for (int slot = to.block.first; slot < to.block.last; ++slot, ++row) {
+    uint8_t* record = to.sequence.record(to.block.block, slot);
+    memcpy(record, to.tokens.key.at(row, to.sequence.head), row_bytes);
+    memcpy(record + row_bytes, to.tokens.value.at(row, to.sequence.head), row_bytes);
+  }
+}
+
+// K and V of a full block, dense, [N, D] each: tokens of earlier calls from where they are staged, new ones as they come.
+const uint8_t* gather(const Target& from) {
+  thread_local Scratch scratch;
+  const Pages& pages = from.pages;
+  const size_t row_bytes = pages.record_bytes() / 2, all_values = row_bytes * pages.block_size;
+  uint8_t* const rows = scratch.arena(2 * all_values).take<uint8_t>(2 * all_values);
+  for (int slot = 0; slot < pages.block_size; ++slot) {
+    uint8_t* const to = rows + slot * row_bytes;
+    const int64_t row = from.block.row + slot - from.block.first;
+    const bool old = slot < from.block.first;
+    const uint8_t* staged = old ? from.sequence.staged(from.block.block, slot) : nullptr;
+    memcpy(to, old ? staged : from.tokens.key.at(row, from.sequence.head), row_bytes);
+    memcpy(to + all_values, old ? staged + row_bytes : from.tokens.value.at(row, from.sequence.head), row_bytes);
+  }
+  return rows;
+}
+
+// What a page owes at its last token.
+void close_page(const Target& to) {
+  const Pages& pages = to.pages;
+  uint8_t* const page = to.page();
+  const bool ranked = pages.scoring_type != Scoring::none;
+  if (!pages.quantized()) {
+    if (ranked) make_scoring_copy(pages, page + pages.records, 2 * (int64_t)pages.head_size, page);
+    return;
+  }
+  const uint8_t* const keys = gather(to);
+  encode_block(pages, keys, keys + pages.record_bytes() / 2 * pages.block_size, page);
+  if (ranked) make_scoring_copy(pages, keys, pages.head_size, page);
+}
+
+// Stores the tokens of a block and finishes its page. The sum of its V goes where the next page wants it; `chain_sums`
 // then turns sums of single pages into sums of all pages before.
-void write_block(const Pages& pages, const NewTokens& tokens, const Requests& requests, const Block& block, int head) {
-  const int32_t* ids = requests.blocks(block.request);
-  uint8_t* page = pages.page(ids[block.block], head);
-  const size_t row_bytes = (size_t)pages.head_size * (pages.dtype == DType::fp32 ? 4 : 2);
-  uint8_t* record = page + pages.records + 2 * row_bytes * block.first;
-  for (int64_t row = block.row; row < block.row + block.last - block.first; ++row, record += 2 * row_bytes) {
-    memcpy(record, tokens.key.at(row, head), row_bytes);
-    memcpy(record + row_bytes, tokens.value.at(row, head), row_bytes);
-  }
-  if (pages.value_sum >= 0 && block.block == 0 && block.first == 0)
-    std::fill_n((float*)(page + pages.value_sum), pages.head_size, 0.0f);
-  if (pages.value_sum >= 0 && block.next_opens) {
-    auto* sum = (float*)(pages.page(ids[block.block + 1], head) + pages.value_sum);
-    std::fill_n(sum, pages.head_size, 0.0f);
-    add_values(pages, page, pages.block_size, sum);
-  }
-  if (pages.scoring_type != Scoring::none && block.last == pages.block_size && block.first < block.last)
-    make_scoring_copy(pages, page);
+void write_block(const Target& to) {
+  const Pages& pages = to.pages;
+  const Block& block = to.block;
+  if (!pages.quantized() || !block.next_opens) copy_tokens(to);  // of quantized blocks, the newest alone stays staged
+  if (to.fills()) close_page(to);
+  if (pages.value_sum < 0) return;
+  if (block.block == 0 && block.first == 0) std::fill_n((float*)(to.page() + pages.value_sum), pages.head_size, 0.0f);
+  if (block.next_opens) sum_values(pages, to.page(), (float*)(to.page(1) + pages.value_sum));
+}
+
+// Whether earlier tokens of the block lie in the pages behind it, so that nothing may be written there before it is
+// quantized.
+bool is_awaited(const Pages& pages, const Block& block) {
+  return pages.quantized() && block.first > 0 && block.last == pages.block_size && block.first < block.last;
 }
 
 // value_sum of each block that opened += value_sum of the block before, in order.
@@ -91,9 +142,15 @@ void write(const Pages& pages, const NewTokens& tokens, const Requests& requests
   const int64_t n_blocks = (int64_t)plan.size(), n_heads = pages.n_kv_heads;
 #pragma omp parallel if (work(pages, plan) > PARALLEL_BYTES)
   {
+    for (const bool awaited : {true, false}) {
+      if (awaited && !pages.quantized()) continue;
 #pragma omp for schedule(dynamic, 1)
-    for (int64_t i = 0; i < n_blocks * n_heads; ++i)
-      write_block(pages, tokens, requests, blocks[i / n_heads], (int)(i % n_heads));
+      for (int64_t i = 0; i < n_blocks * n_heads; ++i) {
+        const Block& block = blocks[i / n_heads];
+        if (is_awaited(pages, block) != awaited) continue;
+        write_block({pages, tokens, block, {&pages, requests.blocks(block.request), (int)(i % n_heads)}});
+      }
+    }
     if (pages.value_sum >= 0) {
 #pragma omp for schedule(static)
       for (int64_t head = 0; head < n_heads; ++head)

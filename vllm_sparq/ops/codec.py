@@ -73,7 +73,8 @@ def dequantize(packed: torch.Tensor, ranges: torch.Tensor, layout: PageLayout) -
     groups = codes.float().unflatten(-1, (ranges.shape[-2], -1))
     numbers = ranges.float()
     zero = numbers[..., 1:] if fmt.range_numbers == 2 else 0.0
-    return (zero + numbers[..., :1] * groups).flatten(-2)
+    rows: torch.Tensor = (zero + numbers[..., :1] * groups).flatten(-2)
+    return rows
 
 
 def not_below(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

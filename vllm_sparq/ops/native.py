@@ -166,9 +166,9 @@ def _pages_struct(data: int, strides: tuple[int, ...], n_kv_heads: int, layout: 
     offsets = [parts[name].offset if name in parts else -1 for name in names]
     numbers = (n_kv_heads, layout.block_size, layout.head_size, DTYPES[layout.dtype], SCORINGS[layout.scoring])
     quantized = layout.quantized is not None
-    numbers += FORMATS[layout.format], layout.group if quantized else 0, layout.staged_per_page if quantized else 0
+    storage = FORMATS[layout.format], layout.group if quantized else 0, layout.staged_per_page if quantized else 0
     codes = [_codes_struct(layout, name) for name in ("key", "value")]
-    struct = PagesStruct(data, strides[0], strides[1], *offsets, *numbers, *codes)
+    struct = PagesStruct(data, strides[0], strides[1], *offsets, *numbers, *storage, *codes)
     return struct, ctypes.addressof(struct)
 
 

@@ -1,0 +1,59 @@
+"""Which of our backends an engine runs, with which options, and the pages that these need."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from vllm_sparq.config import Options, parse_options
+from vllm_sparq.layout import PageLayout
+from vllm_sparq.plugin import BACKENDS
+
+PREFERRED_BLOCK_SIZE = 128
+"""Tokens per block where the user sets none: rows of int4 codes are whole cache lines then."""
+
+
+def selected_backends(vllm_config: Any) -> list[str]:
+    """Names of ours that any layer of this engine may be given to, lower case, each once."""
+    attention = vllm_config.attention_config
+    names = [getattr(backend, "name", None) for backend in (attention.backend, *attention.backend_per_kind.values())]
+    return sorted({name.lower() for name in names if name in BACKENDS})
+
+
+def engine_options(vllm_config: Any) -> Options:
+    """The options of an engine whose layers run on one of our backends.
+
+    Raises:
+        OptionsError: what the user wrote cannot be used.
+        ValueError: two of our backends at once; they share their options, so one of them would be misled.
+    """
+    selected = selected_backends(vllm_config)
+    if len(selected) > 1:
+        raise ValueError(
+            f"the backends {' and '.join(selected)} are presets of the same options and cannot be mixed: "
+            "select one, and set what differs in --additional-config '{\"sparq\": {...}}'"
+        )
+    return parse_options(vllm_config.additional_config, *selected)
+
+
+def page_layout(options: Options, head_size: int, block_size: int, dtype: torch.dtype, *, grouped: bool) -> PageLayout:
+    """The pages that these options need for layers of one shape; ``grouped``: several query heads per KV head.
+
+    Raises:
+        ValueError: pages that cannot be cut so.
+    """
+    sparse = options.read == "sparq"
+    layout = PageLayout(
+        head_size=head_size,
+        block_size=block_size,
+        dtype=dtype,
+        format=options.format,
+        group_size=options.group_size,
+    )
+    return replace(
+        layout,
+        scoring=options.scoring if sparse and not layout.channel_keys else None,
+        value_sum=sparse and options.reallocates(grouped=grouped),
+    )

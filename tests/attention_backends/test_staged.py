@@ -1,0 +1,165 @@
+"""Steps over quantized pages: every row reads what it would read if its request were decoded alone, token by token."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from vllm.v1.kv_cache_interface import FullAttentionSpec
+
+from vllm_sparq.attention_backends import metadata
+from vllm_sparq.attention_backends.metadata import SparqMetadataBuilder
+from vllm_sparq.attention_backends.staged import Piece, cut_pieces
+from vllm_sparq.layout import PageLayout, Pages
+from vllm_sparq.ops.dense_decode.reference import dense_decode
+from vllm_sparq.ops.prefill.reference import prefill
+from vllm_sparq.ops.write.reference import write
+from vllm_sparq.scheduler.spec import page_spec
+
+N, G, H, D = 16, 2, 4, 16
+LAYOUT = PageLayout(head_size=D, block_size=N, dtype=torch.float32, format="kivi2", group_size=16)
+M = 8 + LAYOUT.n_staging_blocks
+
+
+@dataclass
+class Batch:
+    """Requests of (new tokens, context length with them, prompt length), K, V and q of all their tokens [S, *, D]."""
+
+    requests: tuple[tuple[int, int, int], ...]
+    key: list[torch.Tensor]
+    value: list[torch.Tensor]
+    query: list[torch.Tensor]
+
+    @classmethod
+    def of(cls, *requests: tuple[int, int, int]) -> Batch:
+        gen = torch.Generator().manual_seed(len(requests))
+
+        def random(heads: int) -> list[torch.Tensor]:
+            return [torch.randn(s, heads, D, generator=gen) for _, s, _ in requests]
+
+        return cls(requests, random(G), random(G), random(H))
+
+    @property
+    def table(self) -> torch.Tensor:
+        gen = torch.Generator().manual_seed(5)
+        return torch.randperm(M * len(self.requests), generator=gen).int().view(-1, M)
+
+    def new(self, tensors: list[torch.Tensor]) -> torch.Tensor:
+        return torch.cat([x[s - t : s] for x, (t, s, _) in zip(tensors, self.requests, strict=True)])
+
+    def pages(self) -> Pages:
+        """With the tokens before the step."""
+        pages = Pages(torch.full((M * len(self.requests), G, LAYOUT.page_bytes), 0xFF, dtype=torch.uint8), LAYOUT)
+        for i, (t, s, _) in enumerate(self.requests):
+            extend(pages, self.table[i : i + 1], self.key[i][: s - t], self.value[i][: s - t], s - t)
+        return pages
+
+    def step(self) -> Any:
+        """As vLLM's V1 runner describes it."""
+        query_lens, seq_lens, prompt_lens = (
+            torch.tensor(column, dtype=torch.int32) for column in zip(*self.requests, strict=True)
+        )
+        starts = torch.cat([torch.zeros(1, dtype=torch.int32), query_lens.cumsum(0, dtype=torch.int32)])
+        return SimpleNamespace(
+            num_reqs=len(self.requests),
+            num_actual_tokens=int(starts[-1]),
+            max_query_len=int(query_lens.max()),
+            query_start_loc=starts,
+            query_start_loc_cpu=starts,
+            seq_lens=seq_lens,
+            seq_lens_cpu_upper_bound=seq_lens,
+            is_prefilling=seq_lens - query_lens < prompt_lens,
+            block_table_tensor=self.table,
+            prompt_lens=prompt_lens,
+        )
+
+
+def extend(pages: Pages, table: torch.Tensor, key: torch.Tensor, value: torch.Tensor, length: int) -> None:
+    starts = torch.tensor([0, len(key)], dtype=torch.int32)
+    write(key, value, pages, table, starts, torch.tensor([length], dtype=torch.int32))
+
+
+def alone(batch: Batch) -> torch.Tensor:
+    """[T, H, D]: each new token of each request, after every token of it was written by itself."""
+    rows = []
+    for i, (t, s, _) in enumerate(batch.requests):
+        pages = Pages(torch.full((M, G, LAYOUT.page_bytes), 0xFF, dtype=torch.uint8), LAYOUT)
+        table = torch.arange(M, dtype=torch.int32)[None]
+        for p in range(s):
+            extend(pages, table, batch.key[i][p : p + 1], batch.value[i][p : p + 1], p + 1)
+            if p >= s - t:
+                out = torch.empty(1, H, D)
+                length = torch.tensor([p + 1], dtype=torch.int32)
+                dense_decode(batch.query[i][p : p + 1], pages, table, length, scale=0.25, out=out)
+                rows.append(out)
+    return torch.cat(rows)
+
+
+def run(batch: Batch) -> tuple[torch.Tensor, metadata.SparqMetadata]:
+    """[T, H, D] of the step, as `SparqImpl.forward` computes it."""
+    builder = object.__new__(SparqMetadataBuilder)
+    plain = FullAttentionSpec(block_size=N, num_kv_heads=G, head_size=D, dtype=torch.float32)
+    builder.kv_cache_spec = page_spec(plain, LAYOUT)
+    step, pages = builder.build(0, batch.step()), batch.pages()
+    key, value, query = batch.new(batch.key), batch.new(batch.value), batch.new(batch.query)
+    out, new = torch.full_like(query, torch.nan), (key, value)
+    rows = step.prefill
+    if rows is not None and rows.begun is not None:
+        new = rows.begun.with_new(pages, key, value)
+    write(key, value, pages, step.block_table, step.query_start_loc, step.seq_lens)
+    if rows is not None:
+        tables = rows.block_table, rows.query_start_loc, rows.context_lens
+        prefill(query, *new, pages, *tables, scale=0.25, out=out, key_start_loc=rows.key_start_loc)
+    n = step.n_decodes
+    dense_decode(query[:n], pages, step.block_table, step.seq_lens, scale=0.25, out=out[:n])
+    if step.replayed is not None:
+        again = step.replayed
+        seen, its = again.pages_seen(pages, *new), torch.empty(len(again.rows), H, D)
+        dense_decode(query[again.rows], seen, again.block_table, again.seq_lens, scale=0.25, out=its)
+        torch.testing.assert_close(out[again.rows], its)  # a dense read says the same either way
+        out[again.rows] = its
+    return out, step
+
+
+@pytest.fixture(autouse=True)
+def known_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(metadata, "prompt_lengths", lambda common: common.prompt_lens)
+
+
+@pytest.mark.parametrize(
+    "requests",
+    [
+        [(20, 20, 40)],
+        [(1, 17, 16), (1, 16, 15), (1, 33, 5)],
+        [(1, 40, 20), (5, 5, 5), (50, 50, 60), (16, 16, 16)],
+        [(30, 40, 64), (3, 13, 20), (16, 32, 33), (1, 20, 20), (40, 100, 100)],
+        [(1, 9, 8), (33, 40, 10), (20, 50, 45), (7, 7, 4)],
+    ],
+    ids=["fresh", "decodes", "mixed", "begun blocks", "replayed"],
+)
+def test_rows_read_what_they_would_read_alone(requests: list[tuple[int, int, int]]) -> None:
+    batch = Batch.of(*requests)
+    found, _ = run(batch)
+    torch.testing.assert_close(found, alone(batch))
+
+
+def test_pieces_by_hand() -> None:
+    # Request 0 is a decode. Request 1 brings positions 10 to 36, rows 1 to 27: to 15, to 31, and 32 to 36.
+    assert cut_pieces([0, 1, 28], [9, 37], 1, 16) == [
+        Piece(1, 0, 1, 7, 16),
+        Piece(1, 1, 7, 23, 16),
+        Piece(1, 2, 23, 28, 5),
+    ]
+    assert cut_pieces([0, 16], [16], 0, 16) == [Piece(0, 0, 0, 16, 16)]
+
+
+def test_aligned_chunks_copy_nothing() -> None:
+    _, step = run(Batch.of((20, 36, 60), (16, 16, 16)))
+    assert step.prefill is not None
+    assert step.prefill.begun is None
+    assert step.prefill.key_start_loc is None
+    assert step.prefill.context_lens.tolist() == [16, 32, 0]
+    assert step.prefill.query_start_loc.tolist() == [0, 16, 20, 36]

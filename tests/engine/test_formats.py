@@ -1,0 +1,103 @@
+"""Quantized blocks in real engines: a request answers the same however it is run, and the pool holds what it should."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import pytest
+
+from tests.engine.support import EXACT, Prompts
+from tests.engine.test_processes import run_engine
+
+pytestmark = pytest.mark.engine
+
+METHODS: dict[str, tuple[str, dict[str, Any]]] = {
+    "flexgen": ("flexgen", {}),
+    "kivi2": ("kivi", {"format": "kivi2"}),
+    "sparq over int8": ("sparq", {**EXACT["sparse"], "format": "int8"}),
+    "sparq over kivi4": ("kivi", {**EXACT["sparse"], "read": "sparq"}),
+}
+RUNS: dict[str, dict[str, Any]] = {
+    "in one batch": dict(max_num_batched_tokens=2048),
+    "chunks of 64": dict(max_num_batched_tokens=64, max_num_seqs=8),
+    "prefix caching": dict(enable_prefix_caching=True, max_num_batched_tokens=256, enforce_eager=False),
+}
+
+
+def value(llm: Any, name: str) -> float:
+    return next(m.value for m in llm.get_metrics() if m.name == name)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_same_answers(method: str, engine: Any, prompts: Prompts) -> None:
+    """Alone, in a batch, in chunks of any size, from cached blocks, compiled: one answer."""
+    backend, options = METHODS[method]
+    with engine(backend, options) as llm:
+        alone = [prompts.answers(llm, [prompt])[0] for prompt in prompts.mixed]
+    for run, settings in RUNS.items():
+        with engine(backend, options, **settings) as llm:
+            assert prompts.answers(llm, prompts.mixed) == alone, run
+            assert prompts.answers(llm, prompts.mixed) == alone, f"{run}, again"
+
+
+def test_quantization_shows(engine: Any, prompts: Prompts) -> None:
+    """Two bits change some answers of this model: the codes are really what is read."""
+    found = {}
+    for name, backend, options in (("dense", "CPU_ATTN", {}), ("kivi2", *METHODS["kivi2"])):
+        with engine(backend, options) as llm:
+            found[name] = prompts.answers(llm, prompts.mixed)
+    assert found["kivi2"] != found["dense"]
+    short = [i for i, prompt in enumerate(prompts.mixed) if len(prompt) + 24 <= 128]
+    assert len(short) >= 2
+    assert [found["kivi2"][i] for i in short] == [found["dense"][i] for i in short], "one unfinished block is exact"
+
+
+def test_prefix_cache_is_hit(engine: Any, prompts: Prompts) -> None:
+    """As many hits as dense attention gets on the same requests."""
+    hits = {}
+    for backend, options in (("kivi", {}), ("CPU_ATTN", None)):
+        with engine(backend, options, block_size=128, enable_prefix_caching=True, disable_log_stats=False) as llm:
+            prompts.answers(llm, prompts.mixed)
+            prompts.answers(llm, prompts.mixed)
+            hits[backend] = value(llm, "vllm:prefix_cache_hits")
+    assert hits["kivi"] == hits["CPU_ATTN"] > 1000
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_preemption(method: str, engine: Any) -> None:
+    """A pool that cannot hold all requests: those thrown out come back with the K and V that they had."""
+    rng = random.Random(1)
+    batch = [[rng.randrange(3, 1000) for _ in range(n)] for n in (150, 180, 200, 220, 230, 250)]
+    pool = dict(num_gpu_blocks_override=32, block_size=64, max_model_len=640, max_num_batched_tokens=640)
+    backend, options = METHODS[method]
+    with engine(backend, options, **pool, disable_log_stats=False) as llm:
+        together = Prompts.answers(llm, batch, n_tokens=200)
+        preemptions = value(llm, "vllm:num_preemptions")
+        alone = [Prompts.answers(llm, [prompt], n_tokens=200)[0] for prompt in batch]
+    assert preemptions > 0
+    assert together == alone
+
+
+def test_tensor_parallel(prompts: Prompts, engine: Any) -> None:
+    chosen = [prompts.mixed[i] for i in (0, 4, 6, 9)]
+    backend, options = METHODS["sparq over int8"]
+    with engine(backend, options) as llm:
+        one = prompts.answers(llm, chosen)
+    two = run_engine(chosen, tensor_parallel_size=2, attention_backend=backend, additional_config={"sparq": options})
+    assert two["tokens"] == one
+    assert {layer["backend"] for report in two["reports"] for layer in report.values()} == {"SPARQ"}
+
+
+def test_capacity(engine: Any) -> None:
+    """Tokens in the same memory, as vLLM itself counts them."""
+    promised = {"int8": 1.9, "int4": 3.5, "kivi4": 3.1, "kivi2": 5.0}
+    common = dict(dtype="bfloat16", block_size=128, kv_cache_memory_bytes=64 << 20)
+
+    def tokens(backend: str, options: dict[str, Any]) -> int:
+        with engine(backend, options, **common) as llm:
+            return int(llm.llm_engine.vllm_config.cache_config.num_gpu_blocks) * 128
+
+    dense = tokens("CPU_ATTN", {})
+    for name, ratio in promised.items():
+        assert tokens("sparq", {"format": name, "read": "dense"}) >= ratio * dense, name

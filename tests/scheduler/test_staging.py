@@ -1,0 +1,207 @@
+"""Staging over vLLM's own block pool: whatever happens to requests, each finds the tokens that it wrote."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from vllm import SamplingParams
+from vllm.utils.hashing import sha256
+from vllm.v1.core.kv_cache_manager import KVCacheManager
+from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
+from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
+from vllm.v1.request import Request
+
+from vllm_sparq.layout import PageLayout, Pages
+from vllm_sparq.ops.codec import decode_page, encode_page
+from vllm_sparq.ops.dense_decode.reference import cached_tokens
+from vllm_sparq.ops.write.reference import write
+from vllm_sparq.scheduler.manager import StagingManager, register_specs
+from vllm_sparq.scheduler.spec import StagedSpec, page_spec
+
+N_BLOCKS = 24
+MAX_LEN = 160
+LAYOUT = PageLayout(head_size=16, block_size=16, dtype=torch.float32, format="int4", value_sum=True)
+PLAIN = FullAttentionSpec(block_size=16, num_kv_heads=1, head_size=16, dtype=torch.float32)
+register_specs()
+
+
+def new_manager() -> KVCacheManager:
+    spec = page_spec(PLAIN, LAYOUT)
+    config = KVCacheConfig(N_BLOCKS, [], [KVCacheGroupSpec(["layer"], spec)])
+    return KVCacheManager(config, MAX_LEN, scheduler_block_size=16, hash_block_size=16, enable_caching=True)
+
+
+def content(tokens: list[int]) -> torch.Tensor:
+    """K and V [S, 2, 16] of a request: of each token and of its position."""
+    ids = torch.tensor(tokens)[:, None, None]
+    position = torch.arange(len(tokens))[:, None, None]
+    return torch.sin(0.1 * (1 + ids * 7 + position * 13) * (1 + torch.arange(32).view(1, 2, 16)))
+
+
+def as_read(kv: torch.Tensor) -> torch.Tensor:
+    """What a decode step should see of K and V [S, 2, D]: full blocks but the newest as their codes say."""
+    seen, n = kv.clone(), LAYOUT.block_size
+    for first in range(0, (len(kv) - 1) // n * n, n):
+        pages = Pages.empty(1, 1, LAYOUT)
+        encode_page(pages, 0, 0, kv[first : first + n, 0], kv[first : first + n, 1])
+        seen[first : first + n] = torch.stack(decode_page(pages, 0, 0), 1)
+    return seen
+
+
+class Staging(RuleBasedStateMachine):
+    """Requests that share prefixes come, grow in chunks, are preempted, come back and go, on too small a pool."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        init_none_hash(sha256)
+        self.manager = new_manager()
+        self.pages = Pages(torch.full((N_BLOCKS, 1, LAYOUT.page_bytes), 0xFF, dtype=torch.uint8), LAYOUT)
+        self.running: list[Request] = []
+        self.waiting: list[Request] = []
+        self.rows: dict[str, list[int]] = {}  # the worker's block table: it is appended to and nothing else
+        self.n_made = 0
+
+    def rest(self, request: Request) -> int:
+        return request.num_tokens - request.num_computed_tokens
+
+    @rule(shared=st.integers(0, 3), length=st.integers(1, 70))
+    def arrive(self, shared: int, length: int) -> None:
+        """A prompt from one of four families, so that prefixes meet."""
+        self.n_made += 1
+        prompt = [shared + i % 5 for i in range(length)]
+        hasher = get_request_block_hasher(16, sha256)
+        sampling = SamplingParams(max_tokens=MAX_LEN - length, ignore_eos=True)
+        sampling.update_from_generation_config({}, 2)
+        self.waiting.append(Request(f"r{self.n_made}", prompt, sampling, None, block_hasher=hasher))
+
+    @precondition(lambda self: self.waiting)
+    @rule(chunk=st.integers(1, 50))
+    def admit(self, chunk: int) -> None:
+        request = self.waiting[0]
+        hit, n_hit, _ = self.manager.get_computed_blocks(request)
+        n_new = min(chunk, request.num_tokens - n_hit)
+        if self.manager.allocate_slots(request, n_new, n_hit, hit) is None:
+            return
+        assert n_hit % 16 == 0
+        self.waiting.pop(0)
+        self.running.append(request)
+        self.rows[request.request_id] = list(self.manager.get_block_ids(request.request_id)[0])
+        request.num_computed_tokens = n_hit
+        self.compute(request, n_new)
+
+    @precondition(lambda self: self.running)
+    @rule(which=st.integers(0, 99), chunk=st.integers(1, 50), token=st.integers(0, 9))
+    def grow(self, which: int, chunk: int, token: int) -> None:
+        """The next chunk of the prompt, or one more output token."""
+        request = self.running[which % len(self.running)]
+        if self.rest(request) == 0:
+            if request.num_tokens >= MAX_LEN:
+                return
+            request.append_output_token_ids(token)
+        n_new = min(chunk, self.rest(request))
+        blocks = self.manager.allocate_slots(request, n_new)
+        if blocks is None:
+            self.preempt(which=-1)
+            return
+        self.rows[request.request_id] += blocks.get_block_ids()[0]
+        self.compute(request, n_new)
+
+    @precondition(lambda self: self.running)
+    @rule(which=st.integers(0, 99))
+    def preempt(self, which: int) -> None:
+        request = self.running.pop(which % len(self.running))
+        self.manager.free(request)
+        del self.rows[request.request_id]
+        request.num_computed_tokens = 0
+        self.waiting.insert(0, request)
+
+    @precondition(lambda self: self.running)
+    @rule(which=st.integers(0, 99))
+    def finish(self, which: int) -> None:
+        request = self.running.pop(which % len(self.running))
+        self.manager.free(request)
+        del self.rows[request.request_id]
+
+    def compute(self, request: Request, n_new: int) -> None:
+        first, stop = request.num_computed_tokens, request.num_computed_tokens + n_new
+        new = content(list(request.all_token_ids)[:stop])[first:]
+        starts, length = torch.tensor([0, n_new], dtype=torch.int32), torch.tensor([stop], dtype=torch.int32)
+        write(new[:, None, 0], new[:, None, 1], self.pages, self.table(request), starts, length)
+        request.num_computed_tokens = stop
+
+    def table(self, request: Request) -> torch.Tensor:
+        return torch.tensor([self.rows[request.request_id]], dtype=torch.int32)
+
+    @invariant()
+    def everybody_reads_what_they_wrote(self) -> None:
+        for request in self.running:
+            n = request.num_computed_tokens
+            expected = as_read(content(list(request.all_token_ids)[:n]))
+            found = torch.stack(cached_tokens(self.pages, self.table(request)[0], n, 0), 1)
+            torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+    @invariant()
+    def staging_blocks_belong_to_one_request(self) -> None:
+        owners: dict[int, int] = {}
+        for request in self.running:
+            row = self.rows[request.request_id]
+            newest = (request.num_computed_tokens - 1) // 16
+            assert len(row) >= newest + 1 + LAYOUT.n_staging_blocks
+            for block in row[newest:]:
+                owners[block] = owners.get(block, 0) + 1
+        assert all(n == 1 for n in owners.values())
+
+
+TestStaging = Staging.TestCase
+TestStaging.settings = settings(max_examples=60, stateful_step_count=60, deadline=None)
+
+
+def test_spec_counts_the_staging_blocks() -> None:
+    spec: Any = page_spec(PLAIN, LAYOUT)
+    assert isinstance(spec, StagedSpec)
+    # A page: 16 tokens of 2 x 8 bytes of codes and 2 x 8 bytes of ranges, and 64 bytes of the sum of V: 576. A token in
+    # full is 2 x 16 x 4 = 128 bytes: 4 fit into a page, so 16 need 4 pages.
+    assert (spec.page_size_bytes, spec.staged_per_page, spec.n_staging_blocks) == (576, 4, 4)
+
+    class Model:
+        max_model_len = 100
+
+    class Parallel:
+        decode_context_parallel_size = 1
+
+    class Config:
+        model_config, parallel_config = Model, Parallel
+
+    assert spec.max_memory_usage_bytes(Config) == (7 + 4) * 576
+    assert spec.max_num_blocks_per_req(Config, 100) == 7 + 4
+
+
+def test_merged_specs_keep_their_fields() -> None:
+    spec = page_spec(PLAIN, LAYOUT)
+    merged = type(spec).merge([spec, spec])
+    assert merged == spec
+    assert {f.name for f in fields(merged)} == {f.name for f in fields(StagedSpec)}
+    other = page_spec(
+        PLAIN, PageLayout(head_size=16, block_size=16, dtype=torch.float32, format="int8", value_sum=True)
+    )
+    with pytest.raises((ValueError, AssertionError)):
+        type(spec).merge([spec, other])
+
+
+def test_model_format_needs_no_staging() -> None:
+    layout = PageLayout(head_size=16, block_size=16, dtype=torch.float32)
+    assert type(page_spec(PLAIN, layout)) is FullAttentionSpec
+
+
+def test_registry_knows_ours_and_vllms() -> None:
+    assert KVCacheSpecRegistry.get_manager_class(page_spec(PLAIN, LAYOUT)) is StagingManager
+    assert KVCacheSpecRegistry.get_manager_class(PLAIN) is not None
+    assert KVCacheSpecRegistry.get_manager_class(PLAIN) is not StagingManager
+    register_specs()
