@@ -223,6 +223,9 @@ def encode_kernel(
     page = tl.load(table + block).to(tl.int64)
     staged += g * head_stride
     at = as_bytes(staged + page * page_stride)
+    KEYS: tl.constexpr = FORMAT.keys
+    VALUES: tl.constexpr = FORMAT.values
+    CHANNELS: tl.constexpr = FORMAT.channel_keys
     PLACES: tl.constexpr = FORMAT.staged
     if tl.program_id(2) == 1:
         value += g * value_stride_g + row * value_stride_t
@@ -239,13 +242,13 @@ def encode_kernel(
                 value_stride_t,
                 page_stride,
             ),
-            *(FORMAT.values, False, VALUE_TILE, COPY_TILE, N, D, D_PAD, PLACES),
+            *(VALUES, False, VALUE_TILE, COPY_TILE, N, D, D_PAD, PLACES),
         )
         return
     key += g * key_stride_g + row * key_stride_t
     write_side(
         *(key, staged, at, table + block + 1, n_old, stop, is_staged, is_encoded, key_stride_t, page_stride),
-        *(FORMAT.keys, FORMAT.channel_keys, KEY_TILE, COPY_TILE, N, D, D_PAD, PLACES),
+        *(KEYS, CHANNELS, KEY_TILE, COPY_TILE, N, D, D_PAD, PLACES),
     )
     if SCORING is not None:  # noqa: SIM102  known at compile time, the rest is not
         if is_encoded:
