@@ -5,7 +5,7 @@
    token in a hundred, becomes the list of candidates. All positions follow from the counts: no atomics, one result.
 3. `finish_kernel` picks the rest from the candidates by radix select on the 32 bits of a score, ties to the oldest.
 
-A picked token is written as its cell, ``page * N + slot``, or the complement of ``page * N + place`` where it is staged.
+A picked token is written as its cell, ``page * N + slot``; where it is staged, as ``~(page * N + place)``.
 The order of the list is fixed but has no meaning.
 Rows that are read densely list all their tokens.
 """
