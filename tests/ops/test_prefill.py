@@ -7,9 +7,10 @@ from dataclasses import replace
 import pytest
 import torch
 from ops import tolerances
-from ops.cases import ALL, HUGE_BYTE, KERNELS, SHAPES, TINY, Case, Tokens, build, each, load
+from ops.cases import ALL, FORMATS, HUGE_BYTE, KERNELS, SHAPES, TINY, Case, Tokens, build, each, load
 from ops.cases import device_of as device
 
+from vllm_sparq.ops.codec import decode_page
 from vllm_sparq.ops.prefill.reference import prefill as reference
 
 
@@ -43,6 +44,69 @@ def test_prefill_is_the_reference(implementation: str, case: Case, written: str)
     got = world.prefill(load("prefill", implementation))
     want = build(case, written="context").prefill(reference)
     torch.testing.assert_close(got.cpu(), want, **tolerances.OUT[case.dtype])
+
+
+QUANTIZED = ("cpu",)
+"""Implementations that read quantized pages."""
+
+_LONG = Case(lens=(900, 530), new=(70, 300), scoring=None, heads=3, kv_heads=1, value_sum=False)
+CODED = (
+    *(chunks(case) for case in FORMATS),
+    *(replace(case, new=tuple(min(s, b + 2) for b, s in enumerate(case.lens))) for case in FORMATS),
+    *(
+        replace(_LONG, format=fmt, dtype=dtype, block_size=block_size)
+        for fmt in ("int8", "int4", "kivi4", "kivi2")
+        for dtype, block_size in ((torch.bfloat16, 128), (torch.float16, 96), (torch.float32, 256))
+    ),
+)
+CODED_FEW = tuple(chunks(case) for case in FORMATS if case.head_size == 64 and case.dtype == torch.float32)
+
+
+def rounded(case: Case) -> torch.Tensor:
+    """The reference over unquantized pages that hold, in the model's type, what the codes of the context stand for."""
+    world, tokens, n = build(case, written="context"), case.tokens(), case.block_size
+    for b, (s, t) in enumerate(zip(case.lens, case.n_new, strict=True)):
+        for block in range((s - t) // n):
+            for head in range(case.kv_heads):
+                decoded = decode_page(world.pages, int(world.block_table[b, block]), head)
+                for to, rows in zip((tokens.key[b], tokens.value[b]), decoded, strict=True):
+                    to[block * n : (block + 1) * n, head] = rows.to(case.dtype)
+    plain = replace(case, format="model", group_size=None)
+    return build(plain, tokens, written="context").prefill(reference)
+
+
+@pytest.mark.parametrize(("implementation", "case"), each(CODED, tiny=CODED_FEW, implementations=QUANTIZED))
+def test_prefill_of_quantized_pages_is_the_reference(implementation: str, case: Case) -> None:
+    """Over what the codes stand for, or over that rounded to the model's type once: see `tolerances.OUT`."""
+    got = build(case, written="context", device=device(implementation)).prefill(load("prefill", implementation)).cpu()
+    exact, tolerance = build(case, written="context").prefill(reference), tolerances.OUT[case.dtype]
+    if not torch.allclose(got, exact, **tolerance):
+        assert case.dtype == torch.bfloat16  # the one type that multiplies without being widened
+        torch.testing.assert_close(got, rounded(case), **tolerance)
+
+
+@pytest.mark.parametrize("implementation", ["reference", *QUANTIZED])
+@pytest.mark.parametrize("fmt", ["int8", "int4", "kivi4", "kivi2"])
+def test_only_groups_that_are_not_finite_read_as_nan(implementation: str, fmt: str) -> None:
+    """One NaN in V spoils its group of one token, which all rows see; and no other channel."""
+    case = Case(lens=(70,), new=(3,), format=fmt, block_size=32, scoring=None, value_sum=False, dtype=torch.bfloat16)
+    tokens = case.tokens()
+    tokens.value[0][40, 1, 17] = torch.nan
+    out = build(case, tokens, written="context", device=device(implementation)).prefill(load("prefill", implementation))
+    group = case.layout.group
+    spoilt = torch.zeros(case.heads, case.head_size, dtype=torch.bool)
+    spoilt[2:, 17 // group * group : 17 // group * group + group] = True
+    assert out.isnan().cpu().equal(spoilt.expand(3, -1, -1))
+
+
+@pytest.mark.parametrize("implementation", QUANTIZED)
+@pytest.mark.parametrize("case", [chunks(FORMATS[5]), chunks(FORMATS[10])], ids=str)
+def test_nothing_but_the_codes_matters(implementation: str, case: Case) -> None:
+    run, on = load("prefill", implementation), device(implementation)
+    plain = build(case, written="context", device=on).prefill(run)
+    assert plain.isfinite().all()
+    assert build(case, written="context", poison=HUGE_BYTE, device=on).prefill(run).equal(plain)
+    assert build(case, written="context", shuffle=1, device=on).prefill(run).equal(plain)
 
 
 @pytest.mark.parametrize("implementation", ALL)

@@ -5,13 +5,17 @@
 
 namespace sparq {
 
-// sum[d] += V[slot][d] over n rows, `stride` elements apart, in fp32.
+// sum[d] += V[slot][d] over n rows (an even number), `stride` elements apart, in fp32.
 template <class T>
 void add_rows(const T* values, int64_t stride, int n, int d, float* sum) {
   for (int c = 0; c < d; c += W) {
-    Vec total = load(sum + c);
-    for (int slot = 0; slot < n; ++slot) total = add(total, load(values + slot * stride + c));
-    store(sum + c, total);
+    Vec even = load(sum + c), odd = zero();  // two chains, since each waits for its own sum
+    const T* row = values + c;
+    for (int slot = 0; slot < n; slot += 2, row += 2 * stride) {
+      even = add(even, load(row));
+      odd = add(odd, load(row + stride));
+    }
+    store(sum + c, add(even, odd));
   }
 }
 

@@ -55,14 +55,18 @@ struct Target {
   bool fills() const { return block.first < block.last && block.last == pages.block_size; }
 };
 
-// The new tokens go to where their block keeps them in the model's own type.
+// The new tokens go to where their block keeps them in the model's own type, as many at a time as lie in one page.
 void copy_tokens(const Target& to) {
   const size_t row_bytes = to.pages.record_bytes() / 2;
+  const int head = to.sequence.head, in_page = to.pages.quantized() ? to.pages.staged_per_page : to.pages.block_size;
   int64_t row = to.block.row;
-  for (int slot = to.block.first; slot < to.block.last; ++slot, ++row) {
+  for (int slot = to.block.first; slot < to.block.last;) {
+    const int end = std::min(to.block.last, (slot / in_page + 1) * in_page);
     uint8_t* record = to.sequence.record(to.block.block, slot);
-    memcpy(record, to.tokens.key.at(row, to.sequence.head), row_bytes);
-    memcpy(record + row_bytes, to.tokens.value.at(row, to.sequence.head), row_bytes);
+    for (; slot < end; ++slot, ++row, record += 2 * row_bytes) {
+      memcpy(record, to.tokens.key.at(row, head), row_bytes);
+      memcpy(record + row_bytes, to.tokens.value.at(row, head), row_bytes);
+    }
   }
 }
 
