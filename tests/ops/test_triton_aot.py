@@ -94,6 +94,8 @@ def compiled() -> dict[int, list[dict[str, object]]]:
 
 KERNELS = {
     "write_kernel",
+    "encode_kernel",
+    "sum_codes_kernel",
     "attend_kernel",
     "merge_kernel",
     "score_kernel",

@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 
 from vllm_sparq.layout import PageLayout
-from vllm_sparq.ops.triton_common import cast
+from vllm_sparq.ops.triton_common import cast, widen
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,7 +153,7 @@ def as_bytes(records):
 def load_ranges(at, mask, dtype: tl.constexpr, NUMBERS: tl.constexpr):
     """fp32 (step, zero) at addresses of bytes; both in one load where they fit a word."""
     if NUMBERS == 1:
-        step = tl.load(at.to(tl.pointer_type(dtype), bitcast=True), mask=mask, other=0.0).to(tl.float32)
+        step = widen(tl.load(at.to(tl.pointer_type(dtype), bitcast=True), mask=mask, other=0.0))
         return step, tl.zeros_like(step)
     if dtype == tl.float32:
         at = at.to(tl.pointer_type(tl.float32), bitcast=True)

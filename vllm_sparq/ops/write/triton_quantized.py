@@ -17,7 +17,7 @@ import triton.language as tl
 
 from vllm_sparq.layout import SCORING_BITS, Pages
 from vllm_sparq.ops.triton_codes import Codes, Rows, as_bytes, codes_of, gather, load_ranges
-from vllm_sparq.ops.triton_common import cast, find_request
+from vllm_sparq.ops.triton_common import cast, find_request, widen
 from vllm_sparq.ops.write.triton_scoring import close_page, load_block, scoring_tile
 
 SUM_CHANNELS = 32
@@ -41,7 +41,7 @@ def not_below(x, dtype: tl.constexpr):
 @triton.jit
 def store_ranges(at, x, inside, mask, ROWS: tl.constexpr, dtype: tl.constexpr):
     """The range of one group per row: x [rows, elements], of which ``inside`` count; ``at`` and ``mask`` [rows]."""
-    x = x.to(tl.float32)
+    x = widen(x)
     low = tl.min(tl.where(inside, x, float("inf")), 1)
     high = tl.max(tl.where(inside, x, float("-inf")), 1)
     broken = tl.max((inside & ~(tl.abs(x) < float("inf"))).to(tl.int32), 1) > 0
@@ -120,7 +120,7 @@ def encode_block(
                 group = (r * ROWS.run + start) // ROWS.group
                 ranges_at = page + ROWS.ranges + row * ROWS.ranges_step + group * ROWS.range_bytes
                 step, zero = load_ranges(ranges_at, row < COUNT, dtype, ROWS.numbers)
-                packed |= encode(x.to(tl.float32), step[:, None], zero[:, None], ROWS) << (r * ROWS.bits)
+                packed |= encode(widen(x), step[:, None], zero[:, None], ROWS) << (r * ROWS.bits)
             to = page + ROWS.codes + (row * ROWS.codes_step)[:, None] + byte[None, :]
             tl.store(to, packed.to(tl.uint8), mask=inside)
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from vllm_sparq.ops.triton_common import widen
+
 
 @triton.jit
 def fp16_not_above(x):
@@ -76,7 +78,7 @@ def page_keys(
 @triton.jit
 def finite(x):
     """fp32, 0 where x is not finite."""
-    x = x.to(tl.float32)
+    x = widen(x)
     return tl.where(tl.abs(x) < float("inf"), x, 0.0)
 
 
