@@ -367,3 +367,13 @@ TINY: tuple[Case, ...] = (
     replace(_BASE, heads=1, kv_heads=1, head_size=256, block_size=32, lens=(32, 40)),
 )
 """The same for the Triton interpreter, which needs about a second a shape."""
+
+TINY_FORMATS: tuple[Case, ...] = (
+    replace(_BASE, format="int8", heads=2, kv_heads=1, dtype=torch.bfloat16, lens=(16, 0, 33)),
+    replace(_BASE, format="int4", group_size=16, heads=3, kv_heads=1, head_size=80, scoring="int8", lens=(33, 17)),
+    replace(_BASE, format="int4", heads=2, kv_heads=1, dtype=torch.bfloat16, lens=(40,)),
+    replace(_BASE, format="kivi4", heads=2, block_size=32, dtype=torch.float16, scoring=None, lens=(64, 65)),
+    replace(_BASE, format="kivi2", heads=2, kv_heads=1, block_size=32, dtype=torch.bfloat16, scoring=None, lens=(70,)),
+    replace(_BASE, format="kivi2", heads=1, kv_heads=1, head_size=80, block_size=48, scoring=None, lens=(97,)),
+)
+"""Quantized pages for the Triton interpreter."""

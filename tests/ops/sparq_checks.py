@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from ops import tolerances
 from ops.cases import Case, Tokens, World, build
+from ops.rounding import rounded_dense_decode
 from ops.test_oracle import Array, numbers, probabilities, repository
 
 from vllm_sparq.config import SparqRead
@@ -122,11 +123,31 @@ def tokens_read(run: Callable[..., None], world: World, read: SparqRead) -> dict
     return {key: np.array(positions) for key, positions in seen.items()}
 
 
-def assert_right(run: Callable[..., None], case: Case, tokens: Tokens, read: SparqRead, on: str = "cpu") -> None:
-    """``run`` reads tokens that it may read, and answers what follows from them."""
+def assert_right(
+    run: Callable[..., None],
+    case: Case,
+    tokens: Tokens,
+    read: SparqRead,
+    on: str = "cpu",
+    *,
+    rounds: bool = False,
+    probes: bool = True,
+) -> None:
+    """``run`` reads tokens that it may read, and answers what follows from them.
+
+    Args:
+        run, case, tokens, read, on: the op, and what it is given, where.
+        rounds: it multiplies what the codes of quantized pages stand for in the model's type: see `tolerances.OUT`.
+        probes: find out what it reads; else it is taken to read what the reference does.
+    """
     world, group = build(case, tokens, device=on), case.heads // case.kv_heads
-    got, read_by = world.decode(run, read=read).cpu(), tokens_read(run, world, read)
-    dense, tolerance = build(case, tokens).decode(dense_reference), tolerances.OUT[case.dtype]
+    got = world.decode(run, read=read).cpu()
+    sparse = [b for b, s in enumerate(case.lens) if s and not read.is_dense(s)]
+    read_by: dict[tuple[int, int], Array | None] = {(b, g): None for b in sparse for g in range(case.kv_heads)}
+    if probes:
+        read_by |= tokens_read(run, world, read)
+    dense = build(case, tokens).decode(rounded_dense_decode if rounds else dense_reference)
+    tolerance = tolerances.OUT[case.dtype]
     for b, s in enumerate(case.lens):
         if s == 0 or read.is_dense(s):
             torch.testing.assert_close(got[b], dense[b], **tolerance)
@@ -136,8 +157,10 @@ def assert_right(run: Callable[..., None], case: Case, tokens: Tokens, read: Spa
         query = tokens.query[b][0, heads].double().numpy()
         key, value = cached(world, b, g)
         keys, size = ranking(world, key, b, g)
+        if rounds:
+            key, value = (torch.from_numpy(x).to(case.dtype).double().numpy() for x in (key, value))
         want = repository(query, keys, key, value, **given, chosen=chosen)
-        error = score_error(case, query, want.channels, size)
+        error, chosen = score_error(case, query, want.channels, size), want.chosen
 
         assert len(chosen) == given["n_selected"], f"{where}: {len(chosen)} tokens read"
         assert set(range(s - given["n_local"], s)) <= set(chosen.tolist()), f"{where}: the newest are not all read"

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from ops import tolerances
-from ops.cases import ALL, FORMATS, HUGE_BYTE, KERNELS, SHAPES, TINY, Case, Tokens, build, each, load
+from ops.cases import ALL, FORMATS, HUGE_BYTE, KERNELS, SHAPES, TINY, TINY_FORMATS, Case, Tokens, build, each, load
 from ops.cases import device_of as device
 
 from vllm_sparq.ops.codec import decode_page
@@ -46,7 +46,7 @@ def test_prefill_is_the_reference(implementation: str, case: Case, written: str)
     torch.testing.assert_close(got.cpu(), want, **tolerances.OUT[case.dtype])
 
 
-QUANTIZED = ("cpu",)
+QUANTIZED = KERNELS
 """Implementations that read quantized pages."""
 
 _LONG = Case(lens=(900, 530), new=(70, 300), scoring=None, heads=3, kv_heads=1, value_sum=False)
@@ -59,7 +59,7 @@ CODED = (
         for dtype, block_size in ((torch.bfloat16, 128), (torch.float16, 96), (torch.float32, 256))
     ),
 )
-CODED_FEW = tuple(chunks(case) for case in FORMATS if case.head_size == 64 and case.dtype == torch.float32)
+CODED_FEW = tuple(replace(case, new=tuple(min(s, 5) for s in case.lens)) for case in TINY_FORMATS)
 
 
 def rounded(case: Case) -> torch.Tensor:
@@ -85,8 +85,7 @@ def test_prefill_of_quantized_pages_is_the_reference(implementation: str, case: 
         torch.testing.assert_close(got, rounded(case), **tolerance)
 
 
-@pytest.mark.parametrize("implementation", ["reference", *QUANTIZED])
-@pytest.mark.parametrize("fmt", ["int8", "int4", "kivi4", "kivi2"])
+@pytest.mark.parametrize(("implementation", "fmt"), each(["int8", "int4", "kivi4", "kivi2"], tiny=["int4", "kivi2"]))
 def test_only_groups_that_are_not_finite_read_as_nan(implementation: str, fmt: str) -> None:
     """One NaN in V spoils its group of one token, which all rows see; and no other channel."""
     case = Case(lens=(70,), new=(3,), format=fmt, block_size=32, scoring=None, value_sum=False, dtype=torch.bfloat16)
@@ -99,10 +98,11 @@ def test_only_groups_that_are_not_finite_read_as_nan(implementation: str, fmt: s
     assert out.isnan().cpu().equal(spoilt.expand(3, -1, -1))
 
 
-@pytest.mark.parametrize("implementation", QUANTIZED)
-@pytest.mark.parametrize("fmt", ["int8", "int4", "kivi4", "kivi2"])
-def test_nothing_but_the_codes_matters(implementation: str, fmt: str) -> None:
-    case = Case(lens=(70, 96, 33), new=(10, 40, 1), format=fmt, block_size=32, scoring=None, dtype=torch.bfloat16)
+@pytest.mark.parametrize(
+    ("implementation", "case"),
+    each([chunks(FORMATS[5]), chunks(FORMATS[10])], tiny=CODED_FEW[3:5], implementations=QUANTIZED),
+)
+def test_nothing_but_the_codes_matters(implementation: str, case: Case) -> None:
     run, on = load("prefill", implementation), device(implementation)
     plain = build(case, written="context", device=on).prefill(run)
     assert plain.isfinite().all()

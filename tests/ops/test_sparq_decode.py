@@ -15,6 +15,7 @@ from ops.cases import (
     SHAPES,
     THREADS,
     TINY,
+    TINY_FORMATS,
     Case,
     Tokens,
     build,
@@ -68,23 +69,34 @@ def ranked(case: Case) -> Case:
     return replace(case, scoring=None if case.layout.channel_keys else case.scoring or "int4", value_sum=True)
 
 
-QUANTIZED = ["cpu", "reference"]
-"""Implementations that read quantized pages."""
 LONG_FORMATS = tuple(
     ranked(replace(LONG[0], format=fmt, lens=lens))
     for fmt, lens in (("int8", (513,)), ("int4", (900, 3, 512)), ("kivi4", (384, 500)), ("kivi2", (0, 513)))
 )
 QUANTIZED_CASES = (*map(ranked, FORMATS), *LONG_FORMATS)
-
-
-@pytest.mark.parametrize(
-    ("implementation", "case"), each(QUANTIZED_CASES, tiny=QUANTIZED_CASES[:1], implementations=QUANTIZED)
+PROBED = (
+    TINY_FORMATS[0],
+    replace(TINY_FORMATS[3], heads=1, kv_heads=1, head_size=128, group_size=16, lens=(40,), dtype=torch.bfloat16),
 )
+"""For the Triton interpreter: few launches tell what they read."""
+
+
+@pytest.mark.parametrize(("implementation", "case"), each(QUANTIZED_CASES, tiny=PROBED))
 @pytest.mark.parametrize("turn", [0, 1, 2])
 def test_quantized_pages_are_read(implementation: str, case: Case, turn: int) -> None:
     """The reference too."""
-    read = reads(case, 3 * QUANTIZED_CASES.index(case) + turn)
-    assert_right(load("sparq_decode", implementation), case, case.tokens(), read, device(implementation))
+    read, triton = reads(case, 3 * (*QUANTIZED_CASES, *PROBED).index(case) + turn), implementation == "triton"
+    run, on = load("sparq_decode", implementation), device(implementation)
+    assert_right(run, case, case.tokens(), read, on, rounds=triton)
+
+
+@pytest.mark.parametrize(("implementation", "case"), each(TINY_FORMATS, implementations=["triton"]))
+@pytest.mark.parametrize("turn", [0, 1])
+def test_answers_over_quantized_pages(implementation: str, case: Case, turn: int) -> None:
+    """Of kernels that are too slow here to find out what they read."""
+    run, on = load("sparq_decode", implementation), device(implementation)
+    read = reads(case, 5 * turn + TINY_FORMATS.index(case))
+    assert_right(run, case, case.tokens(), read, on, rounds=True, probes=False)
 
 
 @pytest.mark.parametrize("implementation", ALL)

@@ -32,7 +32,8 @@ MAX_SPILL_BYTES = 128
 class Shape:
     head_size: int
     dtype: str
-    scoring: str
+    scoring: str | None
+    format: str = "model"
     heads: int = 8
     kv_heads: int = 2
     block_size: int = 128
@@ -58,6 +59,11 @@ SHAPES = (
     ),
     Shape(head_size=80, dtype="float32", scoring="int4", alpha_floor=1.0),
     Shape(head_size=256, dtype="bfloat16", scoring="model", heads=4, block_size=32, new_tokens=2),
+    Shape(head_size=128, dtype="bfloat16", scoring="int4", format="int4"),
+    Shape(head_size=128, dtype="bfloat16", scoring=None, format="kivi2"),
+    Shape(head_size=64, dtype="float16", scoring="int8", format="int8", heads=16, alpha_floor=1.0, block_size=64),
+    Shape(head_size=80, dtype="float32", scoring=None, format="kivi4", block_size=48, alpha_floor=1.0),
+    Shape(head_size=256, dtype="bfloat16", scoring=None, format="kivi2", heads=4, block_size=32, new_tokens=2),
 )
 
 
@@ -88,6 +94,8 @@ def compiled() -> dict[int, list[dict[str, object]]]:
 
 KERNELS = {
     "write_kernel",
+    "encode_kernel",
+    "sum_codes_kernel",
     "attend_kernel",
     "merge_kernel",
     "score_kernel",
@@ -151,7 +159,12 @@ def launch_all(shape: Shape) -> None:
 
     dtype, d, b = getattr(torch, shape.dtype), shape.head_size, shape.n_requests
     layout = PageLayout(
-        head_size=d, block_size=shape.block_size, dtype=dtype, scoring=shape.scoring, value_sum=shape.alpha_floor < 1
+        head_size=d,
+        block_size=shape.block_size,
+        dtype=dtype,
+        scoring=shape.scoring,
+        value_sum=shape.alpha_floor < 1,
+        format=shape.format,
     )
     pages = Pages.empty(1, shape.kv_heads, layout)
     query = torch.empty(shape.new_tokens, shape.heads, d, dtype=dtype)

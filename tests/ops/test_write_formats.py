@@ -7,17 +7,26 @@ from dataclasses import replace
 import pytest
 import torch
 from ops import tolerances
-from ops.cases import FORMATS, HUGE_BYTE, UNUSED, Case, Tokens, World, build, each, int32, load
+from ops.cases import (
+    ALL,
+    FORMATS,
+    HUGE_BYTE,
+    KERNELS,
+    TINY_FORMATS,
+    UNUSED,
+    Case,
+    Tokens,
+    World,
+    build,
+    each,
+    int32,
+    load,
+)
 from ops.cases import device_of as device
 
 from vllm_sparq.layout import Pages
 from vllm_sparq.ops.codec import decode_page
 from vllm_sparq.ops.write.reference import write as reference
-
-KERNELS = ("cpu",)
-"""Implementations that write quantized pages."""
-
-ALL = ("reference", *KERNELS)
 
 NAMES = {True: ("key_codes", "key_ranges", "value_codes", "value_ranges"), False: ("records",)}
 """Parts of a full block, by whether K is channel-major."""
@@ -102,7 +111,7 @@ def steps(case: Case) -> list[Case]:
 
 
 WRITTEN = tuple(step for case in FORMATS for step in steps(case))
-TINY = tuple(replace(case, lens=(33, 64, 70), new=(33, 1, 50)) for case in FORMATS if case.head_size == 64)[:4]
+TINY = tuple(replace(case, lens=(33, 49, 97), new=(33, 1, 60)) for case in TINY_FORMATS)
 
 
 @pytest.mark.parametrize(("implementation", "case"), each(WRITTEN, tiny=TINY, implementations=KERNELS))
@@ -204,7 +213,9 @@ HOSTILE = tuple(
 )
 
 
-@pytest.mark.parametrize(("implementation", "case"), each(HOSTILE, tiny=HOSTILE[1:4], implementations=KERNELS))
+@pytest.mark.parametrize(
+    ("implementation", "case"), each(HOSTILE, tiny=HOSTILE[3:12:4] + HOSTILE[4:6], implementations=KERNELS)
+)
 def test_hostile_groups_are_those_of_the_reference(implementation: str, case: Case) -> None:
     tokens = hostile(case)
     got = build(case, tokens, written="context", device=device(implementation))
@@ -240,10 +251,15 @@ CHUNKED = (
 CUTS = [list(range(1, 129)), [31, 32, 33], [1, 63, 65, 96], [32, 64], [17, 100]]
 
 
-@pytest.mark.parametrize(("implementation", "case"), each(CHUNKED, tiny=CHUNKED[1:3], implementations=ALL))
-@pytest.mark.parametrize("cuts", CUTS, ids=["each", "ends", "odd", "blocks", "long"])
-def test_chunks_are_the_whole(implementation: str, case: Case, cuts: list[int]) -> None:
+IN_CHUNKS = [(case, cuts) for case in CHUNKED for cuts in CUTS]
+
+
+@pytest.mark.parametrize(
+    ("implementation", "case_and_cuts"), each(IN_CHUNKS, tiny=[(CHUNKED[1], CUTS[1]), (CHUNKED[2], CUTS[2])])
+)
+def test_chunks_are_the_whole(implementation: str, case_and_cuts: tuple[Case, list[int]]) -> None:
     """Codes, ranges, value sums and staged tokens do not depend on the steps that a request came in."""
+    case, cuts = case_and_cuts
     tokens, run, on = case.tokens(), load("write", implementation), device(implementation)
     whole, parts = (write_in_chunks(case, tokens, run, c, on) for c in ([], cuts))
     mask = defined(whole)
@@ -251,8 +267,7 @@ def test_chunks_are_the_whole(implementation: str, case: Case, cuts: list[int]) 
     assert parts.buffer.cpu()[mask].equal(whole.buffer.cpu()[mask])
 
 
-@pytest.mark.parametrize("implementation", ALL)
-@pytest.mark.parametrize("fmt", ["int8", "int4", "kivi4", "kivi2"])
+@pytest.mark.parametrize(("implementation", "fmt"), each(["int8", "int4", "kivi4", "kivi2"], tiny=["int8", "kivi2"]))
 def test_staging_stays_within_the_contract(implementation: str, fmt: str) -> None:
     """Full blocks of the context, and pages of requests that bring nothing, keep every byte; over noise."""
     case = Case(format=fmt, lens=(90, 64, 40), new=(3, 0, 0), block_size=32, dtype=torch.float16, scoring=None)

@@ -20,10 +20,10 @@ OUT: dict[torch.dtype, dict[str, float]] = {
 """Of an attention output against fp32 or fp64 arithmetic.
 
 Prefill may round the tokens that codes stand for to bf16 before it multiplies them, as they would lie in pages of the
-format ``model``; there is no instruction for more. An element moves by at most 2^-9 of itself, the output by up to
-``2^-9 (sum p |v| + sum p |v - out| scale sum |q k|)``, ten times what is seen. So the tests allow no more than that
-rounding itself: the output is within these rows of the reference over exact tokens, or of the reference over rounded
-ones.
+format ``model``; there is no instruction for more. Triton kernels always round them, to the model's type. An element
+moves by at most 2^-9 of itself, the output by up to ``2^-9 (sum p |v| + sum p |v - out| scale sum |q k|)``, ten times
+what is seen. So the tests allow no more than that rounding itself: the output is within these rows of the reference
+over exact tokens, or of the reference over rounded ones.
 """
 
 SCORE: dict[torch.dtype, float] = {

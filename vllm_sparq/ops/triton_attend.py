@@ -2,6 +2,9 @@
 
 The tokens of a row are either all of a request, found through its block table, or a list of cells that `sparq_decode`
 picked (a cell is ``page * N + slot``). One load leads from a token to its K and V, so the pipeliner can run ahead.
+
+Quantized pages take two loops, one over tokens in codes and one over those of the newest block, which are staged; the
+cell of a staged token is the complement of ``page * N + place``.
 """
 
 from __future__ import annotations
@@ -11,15 +14,90 @@ import triton
 import triton.language as tl
 
 from vllm_sparq.layout import Pages
+from vllm_sparq.ops.triton_codes import (
+    channel_order,
+    codes_of,
+    load_block_tile,
+    load_cells,
+    load_records,
+    n_in_codes,
+    staged_at,
+)
 from vllm_sparq.ops.triton_common import cast, dot, read_counts, split_count, split_tokens
 
 LOG2_E = 1.4426950408889634
 
 
 @triton.jit
+def fold(q, k, v, visible, top, total, acc, scale_log2, ROWS: tl.constexpr, TILE: tl.constexpr, BLIND: tl.constexpr):
+    """One step of the online softmax: q [ROWS, D] over k [D, TILE] and v [TILE, D].
+
+    BLIND: a row may have seen nothing yet even after this step.
+    """
+    s = dot(q, k, tl.zeros([ROWS, TILE], tl.float32)) * scale_log2
+    s = tl.where(visible, s, float("-inf"))
+    new_top = tl.maximum(top, tl.max(s, 1))
+    base = tl.where(new_top == float("-inf"), 0.0, new_top) if BLIND else new_top
+    shrink = tl.exp2(top - base)
+    p = tl.exp2(s - base[:, None])
+    acc = dot(cast(p, v.dtype), v, acc * shrink[:, None])
+    return new_top, total * shrink + tl.sum(p, 1), acc
+
+
+@triton.jit
+def fold_quantized(
+    q,  # [ROWS, D] in the channel order of K
+    records,
+    tokens,
+    start,
+    stop,
+    n_coded,  # tokens that are in codes
+    page_stride,
+    scale_log2,
+    ROWS: tl.constexpr,
+    N: tl.constexpr,
+    D: tl.constexpr,
+    D_PAD: tl.constexpr,
+    TILE: tl.constexpr,
+    LISTED: tl.constexpr,
+    FORMAT: tl.constexpr,
+):
+    """(top, total, acc) of the tokens ``start : stop`` of a row: first those in codes, then staged ones."""
+    top = tl.full([ROWS], float("-inf"), tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    acc = tl.zeros([ROWS, D_PAD], tl.float32)
+    for first in range(start, stop if LISTED else tl.minimum(stop, n_coded), TILE):
+        if LISTED:
+            t = first + tl.arange(0, TILE)
+            cell = tl.load(tokens + t, mask=t < stop, other=-1)
+            live = cell >= 0
+            cell = tl.maximum(cell, 0)
+            k, v = load_cells(records, (cell // N).to(tl.int64), cell % N, live, page_stride, D, D_PAD, FORMAT)
+        else:
+            k, v, live = load_block_tile(
+                records, tokens, first, tl.minimum(stop, n_coded), page_stride, N, D, D_PAD, TILE, FORMAT
+            )
+        top, total, acc = fold(q, k, v, live[None, :], top, total, acc, scale_log2, ROWS, TILE, BLIND=LISTED)
+    for first in range(start if LISTED else tl.maximum(start, n_coded), stop, TILE):
+        t = first + tl.arange(0, TILE)
+        if LISTED:
+            cell = ~tl.load(tokens + t, mask=t < stop, other=0)
+            live = cell >= 0
+            cell = tl.maximum(cell, 0)
+            page, place = cell // N, cell % N
+        else:
+            live = t < stop
+            page, place = staged_at(tokens, t, live, N, FORMAT.staged)
+        if tl.max(live.to(tl.int32), 0) > 0:
+            k, v = load_records(records, page.to(tl.int64), place, live, page_stride, D, D_PAD, FORMAT)
+            top, total, acc = fold(q, k, v, live[None, :], top, total, acc, scale_log2, ROWS, TILE, BLIND=False)
+    return top, total, acc
+
+
+@triton.jit
 def attend_kernel(
     query,  # [B, H, D]
-    records,  # keys of the pages, [P, G, N, D]; the value of a token lies D elements behind its key
+    records,  # pages [P, G] in the model's type; the value of a record lies D elements behind its key
     tokens,  # LISTED: int32 cells [rows, capacity]; else the block table, int32 [B, M]
     seq_lens,  # int32 [B]
     partial,  # fp32 [B * H, N_SPLITS, D]
@@ -42,55 +120,56 @@ def attend_kernel(
     TILE: tl.constexpr,
     N_SPLITS: tl.constexpr,
     LISTED: tl.constexpr,
+    FORMAT: tl.constexpr,
     MIN_K: tl.constexpr,
     K_NUM: tl.constexpr,
     K_DEN: tl.constexpr,
     LOCAL: tl.constexpr,
     DENSE_BELOW: tl.constexpr,
 ):
-    """Grid (B * G, N_SPLITS). Reads 2 D elements per token, once for the whole query group."""
+    """Grid (B * G, N_SPLITS). Reads 2 D elements per token, or their codes, once for the whole query group."""
     row = tl.program_id(0)
     split = tl.program_id(1)
     b = (row // G).to(tl.int64)
     g = (row % G).to(tl.int64)
-    n_tokens = tl.load(seq_lens + b)
+    context_len = tl.load(seq_lens + b)
+    n_tokens = context_len
     if LISTED:
-        _, n_tokens, _ = read_counts(n_tokens, MIN_K, K_NUM, K_DEN, LOCAL, DENSE_BELOW)
+        _, n_tokens, _ = read_counts(context_len, MIN_K, K_NUM, K_DEN, LOCAL, DENSE_BELOW)
         tokens += row.to(tl.int64) * tokens_stride
     else:
         tokens += b * tokens_stride
     start, stop = split_tokens(n_tokens, split, N_SPLITS, TILE)
 
     h = tl.arange(0, GROUP_PAD)
-    d = tl.arange(0, D_PAD)
-    own = (h < GROUP)[:, None] & (d < D)[None, :]
     head = g * GROUP + h
-    q = tl.load(query + b * query_stride_b + head[:, None] * query_stride_h + d[None, :], mask=own, other=0.0)
+    d_key, in_key = channel_order(FORMAT, True, D, D_PAD)
+    q_at = query + b * query_stride_b + head[:, None] * query_stride_h + d_key[None, :]
+    q = tl.load(q_at, mask=(h < GROUP)[:, None] & in_key[None, :], other=0.0)
     records += g * head_stride
+    if FORMAT is None:
+        top = tl.full([GROUP_PAD], float("-inf"), tl.float32)
+        total = tl.zeros([GROUP_PAD], tl.float32)
+        acc = tl.zeros([GROUP_PAD, D_PAD], tl.float32)
+        for first in range(start, stop, TILE):
+            t = first + tl.arange(0, TILE)
+            live = t < stop
+            if LISTED:
+                cell = tl.load(tokens + t, mask=live, other=0)
+                page, slot = cell // N, cell % N
+            else:
+                page, slot = tl.load(tokens + t // N, mask=live, other=0), t % N
+            k, v = load_records(records, page.to(tl.int64), slot, live, page_stride, D, D_PAD, FORMAT)
+            top, total, acc = fold(q, k, v, live[None, :], top, total, acc, scale_log2, GROUP_PAD, TILE, BLIND=False)
+    else:
+        n_coded = n_in_codes(context_len, N)
+        top, total, acc = fold_quantized(
+            *(q, records, tokens, start, stop, n_coded, page_stride, scale_log2),
+            *(GROUP_PAD, N, D, D_PAD, TILE, LISTED, FORMAT),
+        )
 
-    top = tl.full([GROUP_PAD], float("-inf"), tl.float32)
-    total = tl.zeros([GROUP_PAD], tl.float32)
-    acc = tl.zeros([GROUP_PAD, D_PAD], tl.float32)
-    for first in range(start, stop, TILE):
-        t = first + tl.arange(0, TILE)
-        live = t < stop
-        if LISTED:
-            cell = tl.load(tokens + t, mask=live, other=0)
-            page, slot = cell // N, cell % N
-        else:
-            page, slot = tl.load(tokens + t // N, mask=live, other=0), t % N
-        at = records + page.to(tl.int64) * page_stride + slot * (2 * D)  # [TILE]
-        k = tl.load(at[None, :] + d[:, None], mask=live[None, :] & (d < D)[:, None], other=0.0)  # [D, TILE]
-        s = dot(q, k, tl.zeros([GROUP_PAD, TILE], tl.float32)) * scale_log2
-        s = tl.where(live[None, :], s, float("-inf"))
-        new_top = tl.maximum(top, tl.max(s, 1))
-        shrink = tl.exp2(top - new_top)
-        p = tl.exp2(s - new_top[:, None])
-        total = total * shrink + tl.sum(p, 1)
-        v = tl.load(at[:, None] + (D + d)[None, :], mask=live[:, None] & (d < D)[None, :], other=0.0)  # [TILE, D]
-        acc = dot(cast(p, v.dtype), v, acc * shrink[:, None])
-        top = new_top
-
+    d, in_value = channel_order(FORMAT, False, D, D_PAD)
+    own = (h < GROUP)[:, None] & in_value[None, :]
     y = acc / tl.where(total == 0.0, 1.0, total)[:, None]
     if N_SPLITS == 1:
         to = out + b * out_stride_b + head[:, None] * out_stride_h + d[None, :]
@@ -105,6 +184,11 @@ def tile_tokens(head_size: int, dtype: torch.dtype) -> int:
     """Tokens of one step: 16 KiB of K, so that four programs with K and V twice fit an SM; fp32 lives in registers."""
     row_bytes = triton.next_power_of_2(head_size) * dtype.itemsize
     return max(16, (8192 if dtype == torch.float32 else 16384) // row_bytes)
+
+
+def pages_as_records(pages: Pages) -> torch.Tensor:
+    """Pages [P, G, ...] in the model's dtype, from K of their first record on; of quantized ones, the first staged."""
+    return pages.keys if pages.layout.quantized is None else pages.staged[..., 0, :]
 
 
 def attend(
@@ -124,7 +208,7 @@ def attend(
     ``tokens`` is the block table, or with ``read`` the list of cells; ``max_tokens`` bounds the tokens of a row.
     """
     (n_requests, n_heads, head_size), n_kv_heads = query.shape, pages.data.shape[1]
-    keys, group = pages.keys, n_heads // n_kv_heads
+    records, group = pages_as_records(pages), n_heads // n_kv_heads
     n_splits = split_count(n_requests * n_kv_heads, max_tokens, query.device, min_tokens=256)
     if keep_splits:
         n_splits = max(n_splits, 2)  # one split would be written to out
@@ -133,8 +217,8 @@ def attend(
     weight = torch.empty(n_requests * n_heads, scratch, dtype=torch.float32, device=query.device)
     unused = dict(MIN_K=1, K_NUM=0, K_DEN=1, LOCAL=0, DENSE_BELOW=0)
     attend_kernel[(n_requests * n_kv_heads, n_splits)](
-        *(query, keys, tokens, seq_lens, partial, weight, out, query.stride(0), query.stride(1)),
-        *(keys.stride(0), keys.stride(1), tokens.stride(0), out.stride(0), out.stride(1), scale * LOG2_E),
+        *(query, records, tokens, seq_lens, partial, weight, out, query.stride(0), query.stride(1)),
+        *(records.stride(0), records.stride(1), tokens.stride(0), out.stride(0), out.stride(1), scale * LOG2_E),
         G=n_kv_heads,
         GROUP=group,
         GROUP_PAD=max(16, triton.next_power_of_2(group)),
@@ -144,8 +228,9 @@ def attend(
         TILE=tile_tokens(head_size, query.dtype),
         N_SPLITS=n_splits,
         LISTED=read is not None,
+        FORMAT=codes_of(pages.layout),
         **(unused if read is None else read),
-        num_warps=4,
+        num_warps=4 if pages.layout.quantized is None else 8,  # elements on their way from codes live in registers
         num_stages=3,
     )
     return (partial, weight) if n_splits > 1 else None

@@ -60,6 +60,14 @@ def cast(x, dtype: tl.constexpr):
 
 
 @triton.jit
+def widen(x):
+    """fp32 of ``x``; the interpreter would lose the denormal numbers of bf16."""
+    if INTERPRETED and x.dtype == tl.bfloat16:
+        return (x.to(tl.int16, bitcast=True).to(tl.int32) << 16).to(tl.float32, bitcast=True)
+    return x.to(tl.float32)
+
+
+@triton.jit
 def dot(a, b, acc):
     """``acc + a b`` in fp32; the interpreter would multiply the bit patterns of bf16."""
     if INTERPRETED:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from vllm_sparq.ops.triton_codes import as_bytes, dequantize, load_ranges, n_in_codes
 from vllm_sparq.ops.triton_common import cast, read_counts, split_tokens
 
 
@@ -67,19 +68,19 @@ def pick_channels(
 
 
 @triton.jit
-def add_channel(scores, weights, c, keys, HEADS: tl.constexpr, R: tl.constexpr):
-    """``scores[h] + weights[h, c] * keys`` for every head."""
+def add_channel(scores, weights, c, keys, HEADS: tl.constexpr, R: tl.constexpr, RUNS: tl.constexpr):
+    """``scores[r, h] + weights[h, c] * keys[r]`` for every run and head."""
     result = ()
-    for h in tl.static_range(HEADS):
-        weight = tl.load(weights + h * R + c, mask=c < R, other=0.0)
-        result = result + (scores[h] + weight * keys,)
+    for r in tl.static_range(RUNS):
+        for h in tl.static_range(HEADS):
+            weight = tl.load(weights + h * R + c, mask=c < R, other=0.0)
+            result = result + (scores[r * HEADS + h] + weight * keys[r],)
     return result
 
 
 @triton.jit
-def score_full_pages(
-    early,  # tuples with fp32 [PAGES, SLOTS] per head: slots n, and slots n + N/2
-    late,
+def score_copies(
+    scores,  # tuple with fp32 [PAGES, SLOTS] per run and head
     weights,
     channels,
     scoring,  # pointers to each page's codes, [PAGES, SLOTS]
@@ -118,9 +119,91 @@ def score_full_pages(
                 zero = (scales[i] >> 16).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)[:, None]
                 k_early = zero + step * k_early
                 k_late = zero + step * k_late
-            early = add_channel(early, weights, first + i, k_early, HEADS, R)
-            late = add_channel(late, weights, first + i, k_late, HEADS, R)
-    return early, late
+            scores = add_channel(scores, weights, first + i, (k_early, k_late), HEADS, R, 2)
+    return scores
+
+
+@triton.jit
+def score_channel_keys(
+    scores,  # tuple with fp32 [PAGES, SLOTS] per run and head
+    weights,
+    channels,
+    at,  # pointers to each page's first byte, [PAGES]
+    slot,  # in the first run, [SLOTS]; all of one group, in every run
+    first_slot,
+    full,
+    ROWS: tl.constexpr,
+    dtype: tl.constexpr,
+    HEADS: tl.constexpr,
+    R: tl.constexpr,
+    CHANNELS: tl.constexpr,
+):
+    """Add the scores from channel-major K itself, of ``full`` pages."""
+    RUNS: tl.constexpr = ROWS.runs
+    for first in range(0, R, CHANNELS):
+        codes = ()
+        steps = ()
+        zeros = ()
+        for i in tl.static_range(CHANNELS):
+            channel = tl.load(channels + first + i, mask=first + i < R, other=0)
+            codes_at = (at + ROWS.codes + channel * ROWS.codes_step)[:, None] + slot[None, :]
+            codes = codes + (tl.load(codes_at, mask=full[:, None], other=0),)
+            for r in tl.static_range(RUNS):
+                group = (r * ROWS.run + first_slot) // ROWS.group
+                ranges_at = at + ROWS.ranges + channel * ROWS.ranges_step + group * ROWS.range_bytes
+                step, zero = load_ranges(ranges_at, full, dtype, ROWS.numbers)
+                steps = steps + (step,)
+                zeros = zeros + (zero,)
+        for i in tl.static_range(CHANNELS):
+            keys = ()
+            for r in tl.static_range(RUNS):
+                step, zero = steps[i * RUNS + r][:, None], zeros[i * RUNS + r][:, None]
+                keys = keys + (dequantize(codes[i], r, step, zero, ROWS.bits),)
+            scores = add_channel(scores, weights, first + i, keys, HEADS, R, RUNS)
+    return scores
+
+
+@triton.jit
+def score_records(
+    scores,  # tuple with fp32 [PAGES, SLOTS] per run and head
+    weights,
+    channels,
+    records,
+    table,
+    block,  # [PAGES]
+    page,
+    slot,  # in the first run, [SLOTS]
+    rest,  # which block is not full yet, or staged
+    n_rest,  # tokens of it
+    page_stride,
+    HEADS: tl.constexpr,
+    R: tl.constexpr,
+    N: tl.constexpr,
+    D: tl.constexpr,
+    RUNS: tl.constexpr,
+    STAGED: tl.constexpr,
+):
+    """Add the scores of the newest block, from K in the model's type."""
+    RUN: tl.constexpr = N // RUNS
+    places = ()
+    masks = ()
+    for r in tl.static_range(RUNS):
+        own = slot + r * RUN
+        mask = rest[:, None] & ((slot < RUN) & (own < n_rest))[None, :]
+        if STAGED == 0:
+            at = records + (page * page_stride)[:, None] + own[None, :] * (2 * D)
+        else:
+            ahead = tl.load(table + (block + 1)[:, None] + (own // STAGED)[None, :], mask=mask, other=0)
+            at = records + ahead.to(tl.int64) * page_stride + (own % STAGED)[None, :] * (2 * D)
+        places = places + (at,)
+        masks = masks + (mask,)
+    for c in range(R):
+        channel = tl.load(channels + c)
+        keys = ()
+        for r in tl.static_range(RUNS):
+            keys = keys + (tl.load(places[r] + channel, mask=masks[r], other=0.0).to(tl.float32),)
+        scores = add_channel(scores, weights, c, keys, HEADS, R, RUNS)
+    return scores
 
 
 @triton.jit
@@ -138,45 +221,58 @@ def score_tile(
     scoring_stride_p,
     ranges_stride_p,
     SCORING: tl.constexpr,
+    FORMAT: tl.constexpr,
     HEADS: tl.constexpr,
     R: tl.constexpr,
     N: tl.constexpr,
     D: tl.constexpr,
+    RUNS: tl.constexpr,
     PAGES: tl.constexpr,
     SLOTS: tl.constexpr,
     CHANNELS: tl.constexpr,
 ):
-    """Scores of the slots n and n + N/2 of several pages: two tuples with fp32 [PAGES, SLOTS] per head.
+    """Scores of the slots n, n + N / RUNS, .. of several pages: a tuple with fp32 [PAGES, SLOTS] per run and head.
 
-    A tile reads per page ``R`` runs of N/2 codes (int4) and R pairs of step and zero; the page that is not full yet,
-    in one tile of a request, reads R elements of each token's record.
+    A tile reads per page ``R`` runs of codes (int4: N/2 of them) and R pairs of step and zero, or with channel-major K
+    a pair for every group; the page that is not full yet, in one tile of a request, reads R elements of each token's
+    record.
     """
-    HALF: tl.constexpr = N // 2
     block = first_page + tl.arange(0, PAGES)
     slot = first_slot + tl.arange(0, SLOTS)
-    n_full = context_len // N
+    n_full = context_len // N if FORMAT is None else n_in_codes(context_len, N) // N
     page = tl.load(table + block, mask=block * N < context_len, other=0).to(tl.int64)
     full = block < n_full
-    early = (tl.zeros([PAGES, SLOTS], tl.float32),) * HEADS
-    late = (tl.zeros([PAGES, SLOTS], tl.float32),) * HEADS
-    early, late = score_full_pages(
-        *(early, late, weights, channels),
-        *(scoring + (page * scoring_stride_p)[:, None] + slot[None, :], ranges + page * ranges_stride_p),
-        *(full, full[:, None] & (slot < HALF)[None, :], SCORING, HEADS, R, N, CHANNELS),
-    )
+    scores = (tl.zeros([PAGES, SLOTS], tl.float32),) * (HEADS * RUNS)
+    if SCORING is None:
+        dtype: tl.constexpr = records.dtype.element_ty
+        KEYS: tl.constexpr = FORMAT.keys
+        at = as_bytes(records) + page * (page_stride * KEYS.number_bytes)
+        scores = score_channel_keys(
+            *(scores, weights, channels, at, slot, first_slot, full, KEYS, dtype, HEADS, R, CHANNELS)
+        )
+    else:
+        scores = score_copies(
+            *(scores, weights, channels),
+            *(scoring + (page * scoring_stride_p)[:, None] + slot[None, :], ranges + page * ranges_stride_p),
+            *(full, full[:, None] & (slot < N // 2)[None, :], SCORING, HEADS, R, N, CHANNELS),
+        )
     n_rest = context_len - n_full * N
     if (n_rest > 0) & (first_page <= n_full) & (n_full < first_page + PAGES):
-        record_at = records + (page * page_stride)[:, None] + slot[None, :] * (2 * D)
-        rest = (block == n_full)[:, None]
-        mask_early = rest & (slot < tl.minimum(n_rest, HALF))[None, :]
-        mask_late = rest & ((slot < HALF) & (slot + HALF < n_rest))[None, :]
-        for c in range(R):
-            channel = tl.load(channels + c)
-            k_early = tl.load(record_at + channel, mask=mask_early, other=0.0).to(tl.float32)
-            k_late = tl.load(record_at + channel + N * D, mask=mask_late, other=0.0).to(tl.float32)
-            early = add_channel(early, weights, c, k_early, HEADS, R)
-            late = add_channel(late, weights, c, k_late, HEADS, R)
-    return early, late
+        STAGED: tl.constexpr = 0 if FORMAT is None else FORMAT.staged
+        scores = score_records(
+            *(scores, weights, channels, records, table, block, page, slot, block == n_full, n_rest, page_stride),
+            *(HEADS, R, N, D, RUNS, STAGED),
+        )
+    return scores
+
+
+@triton.jit
+def scores_of_run(scores, r: tl.constexpr, HEADS: tl.constexpr):
+    """The scores of all heads in one run."""
+    result = ()
+    for h in tl.static_range(HEADS):
+        result = result + (scores[r * HEADS + h],)
+    return result
 
 
 @triton.jit
@@ -211,6 +307,7 @@ def mean_value(
     D: tl.constexpr,
     D_PAD: tl.constexpr,
     TILE: tl.constexpr,
+    STAGED: tl.constexpr,
 ):
     """Step 5: the mean of V over the request, from the last page's sum and its rows."""
     d = tl.arange(0, D_PAD)
@@ -219,8 +316,13 @@ def mean_value(
     rows = tl.zeros([TILE, D_PAD], tl.float32)
     for first in range(0, context_len - last * N, TILE):
         slot = first + tl.arange(0, TILE)
-        mask = (slot < context_len - last * N)[:, None] & (d < D)[None, :]
-        at = records + page * page_stride + slot[:, None] * (2 * D) + d[None, :]
+        live = slot < context_len - last * N
+        mask = live[:, None] & (d < D)[None, :]
+        if STAGED == 0:
+            at = records + page * page_stride + slot[:, None] * (2 * D) + d[None, :]
+        else:
+            ahead = tl.load(table + last + 1 + slot // STAGED, mask=live, other=0).to(tl.int64)
+            at = records + (ahead * page_stride + slot % STAGED * (2 * D))[:, None] + d[None, :]
         rows += tl.load(at, mask=mask, other=0.0).to(tl.float32)
     before = tl.load(value_sum + page * sum_stride_p + d, mask=d < D, other=0.0)
     tl.store(mean + d, (before + tl.sum(rows, 0)) / context_len.to(tl.float32), mask=d < D)
@@ -276,12 +378,14 @@ def score_kernel(
     N: tl.constexpr,
     D: tl.constexpr,
     D_PAD: tl.constexpr,
-    SCORING: tl.constexpr,
+    SCORING: tl.constexpr,  # None: channel-major K itself
+    FORMAT: tl.constexpr,
     STATISTICS: tl.constexpr,
     KEEP: tl.constexpr,
     PROBS: tl.constexpr,
     MEAN: tl.constexpr,
     N_SPLITS: tl.constexpr,
+    RUNS: tl.constexpr,  # a tile takes the slots n, n + N / RUNS, .. of its pages
     PAGES: tl.constexpr,
     SLOTS: tl.constexpr,
     CHANNELS: tl.constexpr,
@@ -291,7 +395,10 @@ def score_kernel(
     LOCAL: tl.constexpr,
     DENSE_BELOW: tl.constexpr,
 ):
-    """Grid (B * G, N_SPLITS, and one more with MEAN). Per token r / 2 bytes of codes, 4 r / N of ranges, 4 of score."""
+    """Grid (B * G, N_SPLITS, and one more with MEAN).
+
+    Per token r / 2 bytes of codes (kivi2: r / 4), 4 r / N of ranges (channel-major K: 4 r / g), and 4 of score.
+    """
     row = tl.program_id(0).to(tl.int64)
     split = tl.program_id(1)
     b, g = row // G, row % G
@@ -305,8 +412,10 @@ def score_kernel(
         if split == N_SPLITS:
             value_sum += g * sum_stride_g
             mean += row * D
+            STAGED: tl.constexpr = 0 if FORMAT is None else FORMAT.staged
             mean_value(
-                records + D, value_sum, table, mean, context_len, page_stride, sum_stride_p, N, D, D_PAD, TILE=16
+                *(records + D, value_sum, table, mean, context_len, page_stride, sum_stride_p),
+                *(N, D, D_PAD, 16, STAGED),
             )
             return
     query += b * query_stride_b + g * GROUP * query_stride_h
@@ -317,7 +426,7 @@ def score_kernel(
     pick_channels(query, channels, weights, query_stride_h, scale, HEADS, GROUP, R, D, D_PAD)
     tl.debug_barrier()  # the loop reads what other threads wrote
 
-    HALF: tl.constexpr = N // 2
+    RUN: tl.constexpr = N // RUNS
     n_ranked = context_len - n_local
     least = tl.full([PAGES, SLOTS], float("inf"), tl.float32)
     most = tl.full([PAGES, SLOTS], float("-inf"), tl.float32)
@@ -325,33 +434,28 @@ def score_kernel(
     lane_sums = (tl.zeros([PAGES, SLOTS], tl.float32),) * HEADS
     first, stop = split_tokens(tl.cdiv(context_len, N), split, N_SPLITS, PAGES)
     for first_page in range(first, stop, PAGES):
-        for first_slot in range(0, HALF, SLOTS):
-            early, late = score_tile(
+        for first_slot in range(0, RUN, SLOTS):
+            tile = score_tile(
                 *(weights, channels, records, scoring + g * scoring_stride_g, ranges + g * ranges_stride_g, table),
                 *(first_page, first_slot, context_len, page_stride, scoring_stride_p, ranges_stride_p),
-                *(SCORING, HEADS, R, N, D, PAGES, SLOTS, CHANNELS),
+                *(SCORING, FORMAT, HEADS, R, N, D, RUNS, PAGES, SLOTS, CHANNELS),
             )
             slot = first_slot + tl.arange(0, SLOTS)[None, :]
-            t = (first_page + tl.arange(0, PAGES))[:, None] * N + slot
-            live_early = (slot < HALF) & (t < context_len)
-            live_late = (slot < HALF) & (t + HALF < context_len)
-            if STATISTICS:
-                lane_tops, lane_sums = note_extremes(lane_tops, lane_sums, early, live_early, HEADS)
-                lane_tops, lane_sums = note_extremes(lane_tops, lane_sums, late, live_late, HEADS)
-            if KEEP:
-                store_heads(head_scores, early, t, live_early, max_tokens, HEADS)
-                store_heads(head_scores, late, t + HALF, live_late, max_tokens, HEADS)
-            if not PROBS:
-                s = sum_heads(early, HEADS)
-                tl.store(scores + t, s, mask=live_early)
-                ranked = live_early & (t < n_ranked)
-                least = tl.where(ranked, tl.minimum(least, s), least)
-                most = tl.where(ranked, tl.maximum(most, s), most)
-                s = sum_heads(late, HEADS)
-                tl.store(scores + t + HALF, s, mask=live_late)
-                ranked = live_late & (t + HALF < n_ranked)
-                least = tl.where(ranked, tl.minimum(least, s), least)
-                most = tl.where(ranked, tl.maximum(most, s), most)
+            first_token = (first_page + tl.arange(0, PAGES))[:, None] * N
+            for r in tl.static_range(RUNS):
+                own = scores_of_run(tile, r, HEADS)
+                t = first_token + (slot + r * RUN)
+                live = (slot < RUN) & (t < context_len)
+                if STATISTICS:
+                    lane_tops, lane_sums = note_extremes(lane_tops, lane_sums, own, live, HEADS)
+                if KEEP:
+                    store_heads(head_scores, own, t, live, max_tokens, HEADS)
+                if not PROBS:
+                    s = sum_heads(own, HEADS)
+                    tl.store(scores + t, s, mask=live)
+                    ranked = live & (t < n_ranked)
+                    least = tl.where(ranked, tl.minimum(least, s), least)
+                    most = tl.where(ranked, tl.maximum(most, s), most)
 
     at = row * N_SPLITS + split
     if not PROBS:

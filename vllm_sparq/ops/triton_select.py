@@ -5,7 +5,8 @@
    token in a hundred, becomes the list of candidates. All positions follow from the counts: no atomics, one result.
 3. `finish_kernel` picks the rest from the candidates by radix select on the 32 bits of a score, ties to the oldest.
 
-A picked token is written as its cell, ``page * N + slot``. The order of the list is fixed but has no meaning.
+A picked token is written as its cell, ``page * N + slot``; where it is staged, as ``~(page * N + place)``.
+The order of the list is fixed but has no meaning.
 Rows that are read densely list all their tokens.
 """
 
@@ -16,6 +17,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from vllm_sparq.ops.triton_codes import n_in_codes, staged_at
 from vllm_sparq.ops.triton_common import read_counts, split_tokens
 
 N_BINS = tl.constexpr(256)
@@ -120,11 +122,22 @@ def count_kernel(
 
 
 @triton.jit
-def append_cells(cells, n, table, t, chosen, N: tl.constexpr):
+def cell_of(table, t, mask, context_len, N: tl.constexpr, STAGED: tl.constexpr):
+    """Where the tokens ``t`` of a request are; STAGED places a page hold those of its newest block, unless 0."""
+    if STAGED == 0:
+        return tl.load(table + t // N, mask=mask, other=0) * N + t % N
+    else:
+        waits = mask & (t >= n_in_codes(context_len, N))
+        page = tl.load(table + t // N, mask=mask & ~waits, other=0)
+        ahead, place = staged_at(table, t, waits, N, STAGED)
+        return tl.where(waits, ~(ahead * N + place), page * N + t % N)
+
+
+@triton.jit
+def append_cells(cells, n, table, t, chosen, context_len, N: tl.constexpr, STAGED: tl.constexpr):
     """Append the cells of the chosen tokens of a tile to a list of ``n``; returns its new length."""
     place = n + tl.cumsum(chosen.to(tl.int32), 0) - 1
-    page = tl.load(table + t // N, mask=chosen, other=0)
-    tl.store(cells + place, page * N + t % N, mask=chosen)
+    tl.store(cells + place, cell_of(table, t, chosen, context_len, N, STAGED), mask=chosen)
     return n + tl.sum(chosen.to(tl.int32), 0)
 
 
@@ -186,6 +199,7 @@ def partition_kernel(
     G: tl.constexpr,
     HEADS: tl.constexpr,
     N: tl.constexpr,
+    STAGED: tl.constexpr,
     STATISTICS: tl.constexpr,
     PROBS: tl.constexpr,
     N_SPLITS: tl.constexpr,
@@ -207,8 +221,7 @@ def partition_kernel(
     if is_dense:
         for first in range(start, stop, TILE):
             t = first + tl.arange(0, TILE)
-            page = tl.load(table + t // N, mask=t < stop, other=0)
-            tl.store(cells + t, page * N + t % N, mask=t < stop)
+            tl.store(cells + t, cell_of(table, t, t < stop, context_len, N, STAGED), mask=t < stop)
         return
 
     scores += row * max_tokens
@@ -228,7 +241,7 @@ def partition_kernel(
         s = tl.load(scores + t, mask=live, other=0.0)
         index = bin_of(s, t, context_len - n_local, low, per_unit, PROBS)
         chosen = live & (index > last)
-        n_cells = append_cells(cells, n_cells, table, t, chosen, N)
+        n_cells = append_cells(cells, n_cells, table, t, chosen, context_len, N, STAGED)
         if STATISTICS:
             lane_shares = add_shares(lane_shares, head_scores, t, chosen, row_tops, max_tokens, HEADS)
         waiting = (live & (index == last)).to(tl.int32)
@@ -286,6 +299,7 @@ def finish_kernel(
     G: tl.constexpr,
     HEADS: tl.constexpr,
     N: tl.constexpr,
+    STAGED: tl.constexpr,
     STATISTICS: tl.constexpr,
     N_SPLITS: tl.constexpr,
     TILE: tl.constexpr,
@@ -323,7 +337,7 @@ def finish_kernel(
         oldest = seen + tl.cumsum(equal.to(tl.int32), 0) <= n_equal  # candidates ascend
         chosen = (live & (key > threshold)) | (equal & oldest)
         seen += tl.sum(equal.to(tl.int32), 0)
-        n_cells = append_cells(cells, n_cells, table, t, chosen, N)
+        n_cells = append_cells(cells, n_cells, table, t, chosen, context_len, N, STAGED)
         if STATISTICS:
             lane_shares = add_shares(lane_shares, head_scores, t, chosen, row_tops, max_tokens, HEADS)
     if STATISTICS:

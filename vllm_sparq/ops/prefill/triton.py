@@ -11,21 +11,9 @@ import triton
 import triton.language as tl
 
 from vllm_sparq.layout import Pages
-from vllm_sparq.ops.triton_attend import LOG2_E
-from vllm_sparq.ops.triton_common import cast, dot, find_request, merge, split_count, split_tokens
-
-
-@triton.jit
-def fold(q, k, v, visible, top, total, acc, scale_log2, ROWS: tl.constexpr, TILE: tl.constexpr):
-    """One step of the online softmax: q [ROWS, D] over k [D, TILE] and v [TILE, D]."""
-    s = dot(q, k, tl.zeros([ROWS, TILE], tl.float32)) * scale_log2
-    s = tl.where(visible, s, float("-inf"))
-    new_top = tl.maximum(top, tl.max(s, 1))
-    base = tl.where(new_top == float("-inf"), 0.0, new_top)  # a row that has seen nothing yet
-    shrink = tl.exp2(top - base)
-    p = tl.exp2(s - base[:, None])
-    acc = dot(cast(p, v.dtype), v, acc * shrink[:, None])
-    return new_top, total * shrink + tl.sum(p, 1), acc
+from vllm_sparq.ops.triton_attend import LOG2_E, fold, pages_as_records
+from vllm_sparq.ops.triton_codes import channel_order, codes_of, load_block_tile, load_records
+from vllm_sparq.ops.triton_common import cast, find_request, merge, split_count, split_tokens
 
 
 @triton.jit(do_not_specialize=["n_requests"])
@@ -33,9 +21,10 @@ def prefill_kernel(
     query,  # [T, H, D]
     key,  # [T, G, D]
     value,
-    records,  # keys of the pages [P, G, N, D]; V lies D elements behind
+    records,  # pages [P, G] in the model's type; the value of a record lies D elements behind its key
     block_table,
     query_start_loc,
+    key_start_loc,
     context_lens,
     partial,  # fp32 [T * H, N_SPLITS, D]
     weight,  # fp32 [T * H, N_SPLITS]
@@ -62,6 +51,8 @@ def prefill_kernel(
     ROWS: tl.constexpr,
     TILE: tl.constexpr,
     N_SPLITS: tl.constexpr,
+    FORMAT: tl.constexpr,
+    KEYS_AHEAD: tl.constexpr,  # whether ``key_start_loc`` differs from ``query_start_loc``
 ):
     """Grid (tiles of all requests, G, N_SPLITS)."""
     TOKENS: tl.constexpr = ROWS // GROUP
@@ -76,18 +67,23 @@ def prefill_kernel(
     if tile * TOKENS >= n_new:
         return
     context_len = tl.load(context_lens + b)
+    key_start, n_ahead = start, 0
+    if KEYS_AHEAD:
+        key_start = tl.load(key_start_loc + b)
+        n_ahead = tl.load(key_start_loc + b + 1) - key_start - n_new
 
     r = tl.arange(0, ROWS)
-    d = tl.arange(0, D_PAD)
+    d_key, in_key = channel_order(FORMAT, True, D, D_PAD)
+    d_value, in_value = channel_order(FORMAT, False, D, D_PAD)
     token = tile * TOKENS + r // GROUP  # among the new ones
     own_row = (r < TOKENS * GROUP) & (token < n_new)
-    own = own_row[:, None] & (d < D)[None, :]
     row = (start + token).to(tl.int64)  # of query and out
     head = g * GROUP + r % GROUP
-    q = tl.load(query + (row * query_stride_t + head * query_stride_h)[:, None] + d[None, :], mask=own, other=0.0)
+    q_at = query + (row * query_stride_t + head * query_stride_h)[:, None] + d_key[None, :]
+    q = tl.load(q_at, mask=own_row[:, None] & in_key[None, :], other=0.0)
 
     # Keys are numbered: cached tokens, then new ones up to the tile's last. A split takes a range of whole tiles.
-    n_keys = context_len + tl.minimum((tile + 1) * TOKENS, n_new)
+    n_keys = context_len + n_ahead + tl.minimum((tile + 1) * TOKENS, n_new)
     first_key, stop_key = split_tokens(n_keys, split, N_SPLITS, TILE)
     top = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
@@ -97,35 +93,37 @@ def prefill_kernel(
     records += g * head_stride
     stop_cached = tl.minimum(stop_key, context_len)
     for first in range(first_key, stop_cached, TILE):
-        t = first + tl.arange(0, TILE)
-        live = t < stop_cached
-        page = tl.load(table + t // N, mask=live, other=0).to(tl.int64)
-        at = records + page * page_stride + t % N * (2 * D)
-        k = tl.load(at[None, :] + d[:, None], mask=live[None, :] & (d < D)[:, None], other=0.0)
-        v = tl.load(at[:, None] + (D + d)[None, :], mask=live[:, None] & (d < D)[None, :], other=0.0)
-        top, total, acc = fold(q, k, v, live[None, :], top, total, acc, scale_log2, ROWS, TILE)
+        if FORMAT is None:
+            t = first + tl.arange(0, TILE)
+            live = t < stop_cached
+            page = tl.load(table + t // N, mask=live, other=0).to(tl.int64)
+            k, v = load_records(records, page, t % N, live, page_stride, D, D_PAD, FORMAT)
+        else:
+            k, v, live = load_block_tile(records, table, first, stop_cached, page_stride, N, D, D_PAD, TILE, FORMAT)
+        top, total, acc = fold(q, k, v, live[None, :], top, total, acc, scale_log2, ROWS, TILE, BLIND=True)
 
-    key += start.to(tl.int64) * key_stride_t + g * key_stride_g
-    value += start.to(tl.int64) * value_stride_t + g * value_stride_g
+    key += key_start.to(tl.int64) * key_stride_t + g * key_stride_g
+    value += key_start.to(tl.int64) * value_stride_t + g * value_stride_g
     stop_new = stop_key - context_len
     for first in range(tl.maximum(first_key - context_len, 0), stop_new, TILE):
         t = first + tl.arange(0, TILE)
         live = t < stop_new
         k_at = key + t.to(tl.int64) * key_stride_t
         v_at = value + t.to(tl.int64) * value_stride_t
-        k = tl.load(k_at[None, :] + d[:, None], mask=live[None, :] & (d < D)[:, None], other=0.0)
-        v = tl.load(v_at[:, None] + d[None, :], mask=live[:, None] & (d < D)[None, :], other=0.0)
-        visible = live[None, :] & (t[None, :] <= token[:, None])
-        top, total, acc = fold(q, k, v, visible, top, total, acc, scale_log2, ROWS, TILE)
+        k = tl.load(k_at[None, :] + d_key[:, None], mask=live[None, :] & in_key[:, None], other=0.0)
+        v = tl.load(v_at[:, None] + d_value[None, :], mask=live[:, None] & in_value[None, :], other=0.0)
+        visible = live[None, :] & (t[None, :] <= (n_ahead + token)[:, None])
+        top, total, acc = fold(q, k, v, visible, top, total, acc, scale_log2, ROWS, TILE, BLIND=True)
 
     y = acc / tl.where(total == 0.0, 1.0, total)[:, None]
+    own = own_row[:, None] & in_value[None, :]
     if N_SPLITS == 1:
-        to = out + (row * out_stride_t + head * out_stride_h)[:, None] + d[None, :]
+        to = out + (row * out_stride_t + head * out_stride_h)[:, None] + d_value[None, :]
         tl.store(to, cast(y, out.dtype.element_ty), mask=own)
     else:
         at_split = (row * H + head) * N_SPLITS + split
         tl.store(weight + at_split, top + tl.log2(total), mask=own_row)
-        tl.store(partial + at_split[:, None] * D + d[None, :], y, mask=own & (total > 0.0)[:, None])
+        tl.store(partial + at_split[:, None] * D + d_value[None, :], y, mask=own & (total > 0.0)[:, None])
 
 
 def prefill(
@@ -139,21 +137,27 @@ def prefill(
     *,
     scale: float,
     out: torch.Tensor,
+    key_start_loc: torch.Tensor | None = None,
 ) -> None:
     (n_tokens, n_heads, head_size), n_kv_heads = query.shape, key.shape[1]
     n_requests, group, block_size = query_start_loc.shape[0] - 1, n_heads // n_kv_heads, pages.layout.block_size
     if n_requests == 0 or n_tokens == 0:
         return
-    n_rows, tile, n_warps = tile_sizes(head_size, query.dtype, group, n_tokens * group // n_requests)
+    n_rows, tile, n_warps = tile_sizes(
+        *(head_size, query.dtype, group, n_tokens * group // n_requests),
+        quantized=pages.layout.quantized is not None,
+    )
     n_tiles = n_tokens // (n_rows // group) + n_requests
-    max_tokens = block_table.shape[1] * block_size + n_tokens
+    max_tokens = block_table.shape[1] * block_size + key.shape[0]
     n_splits = split_count(n_tiles * n_kv_heads, max_tokens, query.device, min_tokens=1024)
     scratch = n_splits if n_splits > 1 else 0
     partial = torch.empty(n_tokens * n_heads, scratch, head_size, dtype=torch.float32, device=query.device)
     weight = torch.empty(n_tokens * n_heads, scratch, dtype=torch.float32, device=query.device)
-    strides = [t.stride(i) for t in (query, key, value, pages.keys) for i in (0, 1)]
+    records = pages_as_records(pages)
+    strides = [t.stride(i) for t in (query, key, value, records) for i in (0, 1)]
+    key_starts = query_start_loc if key_start_loc is None else key_start_loc
     prefill_kernel[(n_tiles, n_kv_heads, n_splits)](
-        *(query, key, value, pages.keys, block_table, query_start_loc, context_lens, partial, weight, out),
+        *(query, key, value, records, block_table, query_start_loc, key_starts, context_lens, partial, weight, out),
         *(*strides, block_table.stride(0), out.stride(0), out.stride(1), scale * LOG2_E, n_requests),
         H=n_heads,
         GROUP=group,
@@ -164,14 +168,18 @@ def prefill(
         ROWS=n_rows,
         TILE=tile,
         N_SPLITS=n_splits,
+        FORMAT=codes_of(pages.layout),
+        KEYS_AHEAD=key_start_loc is not None,
         num_warps=n_warps,
-        num_stages=3,
+        num_stages=3 if pages.layout.quantized is None else 2,
     )
     if n_splits > 1:
         merge(partial, weight, out)
 
 
-def tile_sizes(head_size: int, dtype: torch.dtype, group: int, rows_per_request: int) -> tuple[int, int, int]:
+def tile_sizes(
+    head_size: int, dtype: torch.dtype, group: int, rows_per_request: int, *, quantized: bool
+) -> tuple[int, int, int]:
     """(query rows, keys, warps) of a tile: q, and two or three stages of K and V, stay within 160 KiB of shared memory.
 
     ``rows_per_request`` are the (token, head) pairs of a mean request: short steps get a small tile. fp32 has no tensor
@@ -183,4 +191,6 @@ def tile_sizes(head_size: int, dtype: torch.dtype, group: int, rows_per_request:
     else:
         most, tile = (128, 64) if width <= 128 else (64, 32)
     n_rows = max(16, min(most, triton.next_power_of_2(rows_per_request)), triton.next_power_of_2(group))
+    if quantized:  # elements on their way from codes live in registers
+        return n_rows, max(16, tile // 2), 8
     return n_rows, tile, 8 if n_rows >= 128 else 4

@@ -23,9 +23,10 @@ import triton
 import triton.language as tl
 
 from vllm_sparq.config import SparqRead
-from vllm_sparq.layout import Pages
+from vllm_sparq.layout import SCORING_BITS, Pages
 from vllm_sparq.ops.dense_decode.triton import dense_decode
-from vllm_sparq.ops.triton_attend import attend
+from vllm_sparq.ops.triton_attend import attend, pages_as_records
+from vllm_sparq.ops.triton_codes import codes_of
 from vllm_sparq.ops.triton_common import cast, merge, merge_splits, read_constants, read_counts, split_count
 from vllm_sparq.ops.triton_score import score_kernel
 from vllm_sparq.ops.triton_select import N_BINS, count_kernel, finish_kernel, head_statistics, partition_kernel
@@ -91,6 +92,7 @@ class Plan:
     n_splits: int
     lanes: int  # of a scoring tile
     slots: int  # of them, in one page
+    runs: int  # tokens of a lane: those whose codes share a byte, or two
     with_mean: bool
     probs: bool
     head_dtype: torch.dtype
@@ -176,15 +178,20 @@ def make_plan(query: torch.Tensor, pages: Pages, block_table: torch.Tensor, read
     n_rows, max_tokens = query.shape[0] * n_kv_heads, block_table.shape[1] * block_size
     with_mean, probs = read.alpha_floor < 1.0, read.group_reduce == "probs"
     n_heads = query.shape[1] // n_kv_heads if with_mean or probs else 1
+    codes = codes_of(pages.layout)
+    ranks_itself = codes is not None and codes.channel_keys
+    runs = codes.keys.runs if ranks_itself else 2
     lanes = 512 if n_heads <= 2 else 256 if n_heads <= 8 else 128  # sums of a lane's tokens and heads stay in registers
+    slots = codes.keys.chunk if ranks_itself else triton.next_power_of_2(block_size // 2)
     return Plan(
         n_rows=n_rows,
         n_heads=n_heads,
         max_tokens=max_tokens,
         capacity=max(read.n_selected(max_tokens), min(read.dense_below, max_tokens)),
         n_splits=split_count(n_rows, max_tokens, query.device, min_tokens=TILE, limit=64),
-        lanes=lanes,
-        slots=min(triton.next_power_of_2(block_size // 2), 64),
+        lanes=lanes * 2 // runs,
+        slots=min(slots, 64),
+        runs=runs,
         with_mean=with_mean,
         probs=probs,
         head_dtype=torch.float32 if probs else query.dtype,
@@ -203,32 +210,35 @@ def score(
     scale: float,
 ) -> None:
     """Steps 1 and 2, and the mean value."""
-    keys, scoring, scheme = pages.keys, pages.scoring, pages.layout.scoring
+    records, head_size = pages_as_records(pages), query.shape[2]
+    scheme = None if pages.layout.channel_keys else pages.layout.scoring
     # Step and zero of a channel come in one load. A part that the layout lacks is never touched: any pointer does.
-    ranges = pages.data if scheme == "model" else pages.part("ranges").view(torch.int32)
+    scoring = pages.data if scheme is None else pages.scoring
+    ranges = pages.part("ranges").view(torch.int32) if scheme in SCORING_BITS else pages.data
     value_sum = pages.value_sum if plan.with_mean else pages.data
-    strides = [t.stride(i) for t in (query, keys, scoring, ranges, value_sum) for i in (0, 1)]
-    n_kv_heads, head_size = keys.shape[1], keys.shape[3]
+    strides = [t.stride(i) for t in (query, records, scoring, ranges, value_sum) for i in (0, 1)]
     score_kernel[(plan.n_rows, plan.n_splits + plan.with_mean)](
-        *(query, keys, scoring, ranges, value_sum, block_table, seq_lens, work.channels, work.weights, work.scores),
+        *(query, records, scoring, ranges, value_sum, block_table, seq_lens, work.channels, work.weights, work.scores),
         *(work.extent, work.tops, work.sums, work.head_scores, work.mean),
         *(*strides, block_table.stride(0), plan.max_tokens, scale),
-        G=n_kv_heads,
-        GROUP=query.shape[1] // n_kv_heads,
+        G=records.shape[1],
+        GROUP=query.shape[1] // records.shape[1],
         HEADS=plan.n_heads,
         R=r,
         N=pages.layout.block_size,
         D=head_size,
         D_PAD=triton.next_power_of_2(head_size),
         SCORING=scheme,
+        FORMAT=codes_of(pages.layout),
         STATISTICS=plan.with_mean or plan.probs,
         KEEP=plan.keep,
         PROBS=plan.probs,
         MEAN=plan.with_mean,
         N_SPLITS=plan.n_splits,
+        RUNS=plan.runs,
         PAGES=max(1, plan.lanes // plan.slots),
         SLOTS=plan.slots,
-        CHANNELS=min(triton.next_power_of_2(r), 16 if scheme == "int4" and plan.n_heads <= 4 else 8),
+        CHANNELS=min(triton.next_power_of_2(r), 16 if scheme == "int4" and plan.n_heads <= 4 else 16 // plan.runs),
         **plan.constants,
         num_warps=4,
     )
@@ -244,7 +254,8 @@ def select(plan: Plan, work: Scratch, pages: Pages, block_table: torch.Tensor, s
     count_kernel[(plan.n_rows, plan.n_splits)](
         *(seq_lens, *scores, work.extent, *statistics, work.counts, plan.max_tokens), PROBS=plan.probs, **sizes
     )
-    sizes |= dict(N=pages.layout.block_size, STATISTICS=plan.with_mean)
+    codes = codes_of(pages.layout)
+    sizes |= dict(N=pages.layout.block_size, STAGED=codes.staged if codes else 0, STATISTICS=plan.with_mean)
     partition_kernel[(plan.n_rows, plan.n_splits)](
         *(block_table, seq_lens, *scores, work.extent, *statistics, work.counts, *lists, *strides),
         PROBS=plan.probs,

@@ -1,4 +1,4 @@
-"""`vllm_sparq.ops.write.write` on a GPU: one launch.
+"""`vllm_sparq.ops.write.write` on a GPU: one launch for pages in the model's type (the others: `triton_quantized`).
 
 Two kinds of programs share the grid and never read what the other writes in this launch:
 
@@ -17,103 +17,11 @@ import triton.language as tl
 
 from vllm_sparq.layout import SCORING_BITS, Pages
 from vllm_sparq.ops.triton_common import find_request
+from vllm_sparq.ops.write.triton_quantized import write_quantized
+from vllm_sparq.ops.write.triton_scoring import close_page, scoring_tile
 
 SUM_CHANNELS = 32
 """Channels of one sum program: a 64-byte run of a bf16 row, and enough programs for a long prompt."""
-
-
-@triton.jit
-def fp16_not_above(x):
-    """The largest finite fp16 that is not above each fp32 element; the smallest finite one where there is none."""
-    x = tl.minimum(tl.maximum(x, -65504.0), 65504.0)
-    nearest = x.to(tl.float16)
-    bits = nearest.to(tl.int16, bitcast=True).to(tl.int32)
-    magnitude = bits & 0x7FFF
-    below = tl.where(magnitude == 0, 0x8001, tl.where(bits < 0, 0x8000 | (magnitude + 1), magnitude - 1))
-    bits = tl.where(nearest.to(tl.float32) > x, below, bits)
-    return bits.to(tl.int16).to(tl.float16, bitcast=True)
-
-
-@triton.jit
-def encode(x, zero, step, TOP: tl.constexpr):
-    """uint8 codes of x [tokens, D] with fp32 ``zero`` and ``step`` [D]."""
-    quotient = tl.div_rn(x - zero[None, :], tl.where(step > 0.0, step, 1.0)[None, :] + tl.zeros_like(x))
-    quotient = tl.minimum(tl.maximum(quotient, 0.0), TOP)
-    rounded = (quotient + 12582912.0) - 12582912.0  # 1.5 * 2^23: the sum rounds to a whole number, half to even
-    return tl.where(step[None, :] > 0.0, rounded, 0.0).to(tl.int32).to(tl.uint8)
-
-
-@triton.jit
-def page_keys(key, records, slot, n_old, key_stride_t, mask, D: tl.constexpr, D_PAD: tl.constexpr):
-    """K [slots, D] of one page: slots below ``n_old`` from its records, the others from ``key`` (row of slot 0)."""
-    d = tl.arange(0, D_PAD)[None, :]
-    slot, mask = slot[:, None], mask[:, None] & (d < D)
-    old = tl.load(records + slot * (2 * D) + d, mask=mask & (slot < n_old), other=0.0)
-    new = tl.load(key + slot.to(tl.int64) * key_stride_t + d, mask=mask & (slot >= n_old), other=0.0)
-    return tl.where(slot < n_old, old, new)
-
-
-@triton.jit
-def finite(x):
-    """fp32, 0 where x is not finite."""
-    x = x.to(tl.float32)
-    return tl.where(tl.abs(x) < float("inf"), x, 0.0)
-
-
-@triton.jit
-def close_page(
-    key,  # pointer to the row of this page's slot 0 and this head (which may lie before the tensor: masked)
-    records,  # pointers to this page and head
-    scoring,
-    ranges,
-    n_old,
-    key_stride_t,
-    SCORING: tl.constexpr,
-    N: tl.constexpr,
-    D: tl.constexpr,
-    D_PAD: tl.constexpr,
-    TILE: tl.constexpr,
-):
-    """The channel-major copy of a page's K. Slots n and n + N/2 go together: int4 packs them in one byte."""
-    d = tl.arange(0, D_PAD)
-    HALF: tl.constexpr = N // 2
-    WIDTH: tl.constexpr = HALF if SCORING == "int4" else N
-    TOP: tl.constexpr = 15.0 if SCORING == "int4" else 255.0
-    zero = tl.zeros([D_PAD], tl.float32)
-    step = tl.zeros([D_PAD], tl.float32)
-    if SCORING != "model":
-        least = tl.full([TILE, D_PAD], float("inf"), tl.float32)
-        most = tl.full([TILE, D_PAD], float("-inf"), tl.float32)
-        for first in range(0, N, TILE):
-            slot = first + tl.arange(0, TILE)
-            x = finite(page_keys(key, records, slot, n_old, key_stride_t, slot < N, D, D_PAD))
-            least = tl.where((slot < N)[:, None], tl.minimum(least, x), least)
-            most = tl.where((slot < N)[:, None], tl.maximum(most, x), most)
-        low = fp16_not_above(tl.min(least, 0))
-        zero = low.to(tl.float32)
-        span = tl.div_rn(tl.max(most, 0) - zero, zero * 0.0 + TOP)
-        high = -fp16_not_above(-span)
-        step = high.to(tl.float32)
-        tl.store(ranges + d * 2, high, mask=d < D)
-        tl.store(ranges + d * 2 + 1, low, mask=d < D)
-    for first in range(0, HALF, TILE):
-        slot = first + tl.arange(0, TILE)
-        inside = slot < HALF
-        to = scoring + d[None, :] * WIDTH + slot[:, None]
-        mask = inside[:, None] & (d < D)[None, :]
-        early = page_keys(key, records, slot, n_old, key_stride_t, inside, D, D_PAD)
-        late = page_keys(key, records, slot + HALF, n_old, key_stride_t, inside, D, D_PAD)
-        if SCORING == "model":
-            tl.store(to, early, mask=mask)
-            tl.store(to + HALF, late, mask=mask)
-        else:
-            early = encode(finite(early), zero, step, TOP)
-            late = encode(finite(late), zero, step, TOP)
-            if SCORING == "int4":
-                tl.store(to, early | (late << 4), mask=mask)
-            else:
-                tl.store(to, early, mask=mask)
-                tl.store(to + HALF, late, mask=mask)
 
 
 @triton.jit
@@ -245,7 +153,10 @@ def write_kernel(
         if stop == N:
             scoring += page * scoring_stride_p + g * scoring_stride_g
             ranges += page * ranges_stride_p + g * ranges_stride_g
-            close_page(key, records, scoring, ranges, n_old, key_stride_t, SCORING, N, D, D_PAD, TILE)
+            close_page(
+                *(key, records, block_table, scoring, ranges, n_old, key_stride_t, page_stride),
+                *(SCORING, N, D, D_PAD, TILE, 0),
+            )
 
 
 def write(
@@ -259,6 +170,9 @@ def write(
     layout, n_requests = pages.layout, query_start_loc.shape[0] - 1
     (n_tokens, n_kv_heads, head_size), block_size = key.shape, layout.block_size
     if n_requests == 0 or n_tokens == 0:
+        return
+    if layout.quantized is not None:
+        write_quantized(key, value, pages, block_table, query_start_loc, seq_lens)
         return
     # A part that the layout lacks is never touched: any pointer does.
     scoring = pages.scoring if layout.scoring else pages.data
@@ -278,7 +192,7 @@ def write(
         D_PAD=d_pad,
         B_PAD=triton.next_power_of_2(n_requests),
         COPY_TILE=16,
-        TILE=min(triton.next_power_of_2(block_size // 2), max(16, 4096 // d_pad)),
+        TILE=scoring_tile(block_size, d_pad),
         SUM_CHANNELS=SUM_CHANNELS,
         num_warps=4,
     )

@@ -1,0 +1,19 @@
+"""The reference over what quantized pages hold, rounded to the model's type: what Triton kernels multiply."""
+
+from __future__ import annotations
+
+import torch
+
+from vllm_sparq.layout import Pages
+from vllm_sparq.ops.dense_decode.reference import attend, cached_tokens
+
+
+def rounded_dense_decode(
+    query: torch.Tensor, pages: Pages, table: torch.Tensor, lens: torch.Tensor, *, scale: float, out: torch.Tensor
+) -> None:
+    """`dense_decode` over K and V as the pages hold them, in the model's type."""
+    out.zero_()
+    for b, s in enumerate(lens[: len(query)].tolist()):
+        for head, heads in enumerate(query[b].unflatten(0, (pages.data.shape[1], -1)) if s else ()):
+            keys, values = (x.to(out.dtype).float() for x in cached_tokens(pages, table[b], s, head))
+            out[b, head * len(heads) : (head + 1) * len(heads)] = attend(heads.float(), keys, values, scale)

@@ -1,0 +1,361 @@
+"""The one decoder of quantized pages on a GPU: where codes and ranges lie, and tiles of K and V made from them.
+
+Every reader takes its tiles from here, in the model's own type and in the orientation that its dot products want.
+
+*Stored order*: a byte holds codes of several *runs* of a row (`Pages.key_codes`). A tile is unpacked run after run, so
+its elements come as ``position = run * run_pad + index in the run``. For head sizes that are powers of two that is the
+order of the channels; else padding sits behind every run. Sums over channels do not care, as long as both factors keep
+to it; neither do sums over tokens, where a row of codes is a channel (KIVI).
+"""
+
+# ruff: noqa: RUF005  Triton knows no starred element of a tuple
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass
+
+import triton
+import triton.language as tl
+
+from vllm_sparq.layout import PageLayout
+from vllm_sparq.ops.triton_common import cast, widen
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rows:
+    """Rows of packed codes with their ranges, in a page. Offsets and steps are bytes.
+
+    Attributes:
+        codes, codes_step: where the codes of row 0 begin, and how far rows lie apart.
+        ranges, ranges_step: the same for ranges.
+        bits: of a code.
+        width: codes of a row.
+        group: elements that share a range; divides ``width``.
+        numbers: of a range: 2 for step and zero, 1 for a step alone, codes being signed.
+        number_bytes: of each.
+    """
+
+    codes: int
+    codes_step: int
+    ranges: int
+    ranges_step: int
+    bits: int
+    width: int
+    group: int
+    numbers: int
+    number_bytes: int
+
+    @property
+    def runs(self) -> int:
+        """Codes of a byte."""
+        return 8 // self.bits
+
+    @property
+    def run(self) -> int:
+        """Codes of a run, and bytes of a row."""
+        return self.width // self.runs
+
+    @property
+    def run_pad(self) -> int:
+        return int(triton.next_power_of_2(self.run))
+
+    @property
+    def group_pad(self) -> int:
+        return int(triton.next_power_of_2(self.group))
+
+    @property
+    def range_bytes(self) -> int:
+        return self.numbers * self.number_bytes
+
+    @property
+    def chunk(self) -> int:
+        """Neighbouring bytes, a power of two that divides a run, whose codes share a range in every run."""
+        common = math.gcd(self.group, self.run)
+        return common & -common
+
+    @property
+    def row_chunk(self) -> int:
+        """The same where rows are read as a whole: with one group, all of the row."""
+        return self.run_pad if self.group == self.width else self.chunk
+
+
+@dataclass(frozen=True, kw_only=True)
+class Codes:
+    """A quantized page, as the compile-time argument ``FORMAT``; None stands for pages of the model's own type.
+
+    Attributes:
+        keys: rows of K: a token each, or with ``channel_keys`` a channel each.
+        values: rows of V, a token each.
+        channel_keys: see `vllm_sparq.layout.Format`.
+        staged: places for tokens in the model's own type, in a page.
+    """
+
+    keys: Rows
+    values: Rows
+    channel_keys: bool
+    staged: int
+
+
+@functools.cache
+def codes_of(layout: PageLayout) -> Codes | None:
+    """The ``FORMAT`` of pages."""
+    fmt = layout.quantized
+    if fmt is None:
+        return None
+    n, d, item, parts = layout.block_size, layout.head_size, layout.dtype.itemsize, layout.parts
+    shared = dict(bits=fmt.bits, group=layout.group, numbers=fmt.range_numbers, number_bytes=item)
+    row_codes, row_ranges = d * fmt.bits // 8, d // layout.group * fmt.range_numbers * item
+    if fmt.channel_keys:
+        key_ranges_step = n // layout.group * fmt.range_numbers * item
+        key_codes, key_ranges, value_codes, value_ranges = (
+            parts[name].offset for name in ("key_codes", "key_ranges", "value_codes", "value_ranges")
+        )
+        key = Rows(
+            codes=key_codes,
+            codes_step=n * fmt.bits // 8,
+            ranges=key_ranges,
+            ranges_step=key_ranges_step,
+            width=n,
+            **shared,
+        )
+        value = Rows(
+            codes=value_codes, codes_step=row_codes, ranges=value_ranges, ranges_step=row_ranges, width=d, **shared
+        )
+    else:
+        first, step = parts["records"].offset, 2 * (row_codes + row_ranges)
+        shared |= dict(codes_step=step, ranges_step=step, width=d)
+        key = Rows(codes=first, ranges=first + 2 * row_codes, **shared)
+        value = Rows(codes=first + row_codes, ranges=first + 2 * row_codes + row_ranges, **shared)
+    return Codes(keys=key, values=value, channel_keys=fmt.channel_keys, staged=layout.staged_per_page)
+
+
+@triton.jit
+def channel_order(FORMAT: tl.constexpr, KEYS: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr):
+    """(channels [D_PAD], which of them exist): the order of the channels in tiles of K, or of V."""
+    position = tl.arange(0, D_PAD)
+    if FORMAT is None or (KEYS and FORMAT.channel_keys) or (D == D_PAD):
+        return position, position < D
+    else:
+        RUN: tl.constexpr = FORMAT.values.run
+        RUN_PAD: tl.constexpr = FORMAT.values.run_pad
+        return position // RUN_PAD * RUN + position % RUN_PAD, position % RUN_PAD < RUN
+
+
+@triton.jit
+def as_bytes(records):
+    """The same address, of bytes."""
+    return records.to(tl.pointer_type(tl.uint8), bitcast=True)
+
+
+@triton.jit
+def load_ranges(at, mask, dtype: tl.constexpr, NUMBERS: tl.constexpr):
+    """fp32 (step, zero) at addresses of bytes; both in one load where they fit a word."""
+    if NUMBERS == 1:
+        step = widen(tl.load(at.to(tl.pointer_type(dtype), bitcast=True), mask=mask, other=0.0))
+        return step, tl.zeros_like(step)
+    if dtype == tl.float32:
+        at = at.to(tl.pointer_type(tl.float32), bitcast=True)
+        return tl.load(at, mask=mask, other=0.0), tl.load(at + 1, mask=mask, other=0.0)
+    both = tl.load(at.to(tl.pointer_type(tl.int32), bitcast=True), mask=mask, other=0)
+    if dtype == tl.bfloat16:
+        return (both << 16).to(tl.float32, bitcast=True), (both & -65536).to(tl.float32, bitcast=True)
+    step = both.to(tl.int16).to(tl.float16, bitcast=True)
+    zero = (both >> 16).to(tl.int16).to(tl.float16, bitcast=True)
+    return step.to(tl.float32), zero.to(tl.float32)
+
+
+@triton.jit
+def dequantize(packed, run: tl.constexpr, step, zero, BITS: tl.constexpr):
+    """fp32 that the codes of one run stand for; ``step`` and ``zero`` broadcast to ``packed``."""
+    if BITS == 8:
+        return zero + step * packed.to(tl.int8, bitcast=True).to(tl.float32)
+    # The bits of a code, left where they are, as the low ones of 2^23 as fp32: no shift and no slow conversion.
+    TOP: tl.constexpr = ((1 << BITS) - 1) << (BITS * run)
+    UNIT: tl.constexpr = 1.0 / (1 << (BITS * run))
+    code = ((packed.to(tl.int32) & TOP) | 0x4B000000).to(tl.float32, bitcast=True) - 8388608.0
+    return zero + (step * UNIT) * code
+
+
+@triton.jit
+def decode_runs(
+    codes_at,  # u8 [X, CHUNKS, CHUNK] addresses of codes
+    ranges_at,  # u8 [X, CHUNKS] addresses of the first range of each row
+    first,  # int32 [1, CHUNKS], index in the run of each chunk
+    codes_mask,
+    ranges_mask,
+    ROWS: tl.constexpr,
+    dtype: tl.constexpr,
+):
+    """[X, runs * CHUNKS * CHUNK] elements in stored order, of type ``dtype``; 0 where masked."""
+    RUNS: tl.constexpr = ROWS.runs
+    SIZE: tl.constexpr = codes_at.shape[1] * codes_at.shape[2] * RUNS
+    packed = tl.load(codes_at, mask=codes_mask, other=0)
+    runs = ()
+    for r in tl.static_range(RUNS):
+        group = (r * ROWS.run + first) // ROWS.group
+        step, zero = load_ranges(ranges_at + group * ROWS.range_bytes, ranges_mask, dtype, ROWS.numbers)
+        runs = runs + (cast(dequantize(packed, r, step[:, :, None], zero[:, :, None], ROWS.bits), dtype),)
+    if RUNS == 1:
+        return tl.reshape(runs[0], (codes_at.shape[0], SIZE))
+    elif RUNS == 2:
+        return tl.reshape(tl.permute(tl.join(runs[0], runs[1]), (0, 3, 1, 2)), (codes_at.shape[0], SIZE))
+    else:
+        four = tl.join(tl.join(runs[0], runs[2]), tl.join(runs[1], runs[3]))  # [.., j, k] is run 2 j + k
+        return tl.reshape(tl.permute(four, (0, 3, 4, 1, 2)), (codes_at.shape[0], SIZE))
+
+
+@triton.jit
+def decode_rows(at, row, live, ROWS: tl.constexpr, dtype: tl.constexpr):
+    """[X, runs * run_pad] rows, each of its own page; ``at`` [X] are the pages' first bytes."""
+    CHUNK: tl.constexpr = ROWS.row_chunk
+    chunk = tl.arange(0, ROWS.run_pad // CHUNK) * CHUNK
+    inside = live[:, None] & (chunk < ROWS.run)[None, :]
+    byte = chunk[:, None] + tl.arange(0, CHUNK)[None, :]
+    codes_at = (at + row * ROWS.codes_step + ROWS.codes)[:, None, None] + byte[None, :, :]
+    ranges_at = (at + row * ROWS.ranges_step + ROWS.ranges)[:, None] + tl.zeros_like(chunk)[None, :]
+    mask = live[:, None, None] & (byte < ROWS.run)[None, :, :]
+    return decode_runs(codes_at, ranges_at, chunk[None, :], mask, inside, ROWS, dtype)
+
+
+@triton.jit
+def decode_channels(
+    data,
+    table,
+    first,
+    stop,
+    page_bytes,
+    ROWS: tl.constexpr,
+    D: tl.constexpr,
+    D_PAD: tl.constexpr,
+    TILE: tl.constexpr,
+    dtype: tl.constexpr,
+):
+    """[D_PAD, TILE] channel-major K of the tokens of `tile_cells`."""
+    BYTES: tl.constexpr = TILE // ROWS.runs
+    CHUNK: tl.constexpr = min(ROWS.chunk, BYTES)
+    column = first // ROWS.runs + tl.arange(0, BYTES // CHUNK) * CHUNK
+    live = column < stop // ROWS.runs
+    page = tl.load(table + column // ROWS.run, mask=live, other=0).to(tl.int64)
+    at = data + page * page_bytes
+    d = tl.arange(0, D_PAD)
+    inside = (d < D)[:, None] & live[None, :]
+    index = (column % ROWS.run)[None, :]
+    codes_at = (at + ROWS.codes)[None, :] + (d * ROWS.codes_step)[:, None] + index
+    codes_at = codes_at[:, :, None] + tl.arange(0, CHUNK)[None, None, :]
+    ranges_at = (at + ROWS.ranges)[None, :] + (d * ROWS.ranges_step)[:, None]
+    return decode_runs(codes_at, ranges_at, index, inside[:, :, None], inside, ROWS, dtype)
+
+
+@triton.jit
+def gather(at, row, element, mask, ROWS: tl.constexpr, dtype: tl.constexpr):
+    """fp32 of any elements, with a byte and a range for each: pages ``at``, rows and elements that broadcast."""
+    packed = tl.load(at + row * ROWS.codes_step + ROWS.codes + element % ROWS.run, mask=mask, other=0)
+    ranges_at = at + row * ROWS.ranges_step + ROWS.ranges + element // ROWS.group * ROWS.range_bytes
+    step, zero = load_ranges(ranges_at, mask, dtype, ROWS.numbers)
+    if ROWS.bits == 8:
+        return dequantize(packed, 0, step, zero, 8)
+    else:
+        packed = packed.to(tl.int32) >> (element // ROWS.run * ROWS.bits)
+        return dequantize(packed, 0, step, zero, ROWS.bits)
+
+
+@triton.jit
+def tile_cells(table, first, stop, N: tl.constexpr, FORMAT: tl.constexpr, TILE: tl.constexpr):
+    """(page, slot, live) [TILE] of a tile of whole blocks' tokens: in order, or where K is channel-major by bytes.
+
+    ``first`` is a multiple of TILE and ``stop`` of N; over all tiles every token comes once, either way.
+    """
+    t = tl.arange(0, TILE)
+    if FORMAT.channel_keys:
+        BYTES: tl.constexpr = TILE // FORMAT.keys.runs
+        RUN: tl.constexpr = FORMAT.keys.run
+        column = first // FORMAT.keys.runs + t % BYTES
+        live = column < stop // FORMAT.keys.runs
+        block, slot = column // RUN, t // BYTES * RUN + column % RUN
+    else:
+        t = first + t
+        live = t < stop
+        block, slot = t // N, t % N
+    return tl.load(table + block, mask=live, other=0).to(tl.int64), slot, live
+
+
+@triton.jit
+def load_block_tile(
+    records,  # pointer to this KV head, of the model's type
+    table,
+    first,
+    stop,
+    page_stride,  # in elements of the model's type
+    N: tl.constexpr,
+    D: tl.constexpr,
+    D_PAD: tl.constexpr,
+    TILE: tl.constexpr,
+    FORMAT: tl.constexpr,
+):
+    """(K [D_PAD, TILE], V [TILE, D_PAD], live [TILE]) of one tile of quantized blocks, tokens as in `tile_cells`."""
+    dtype: tl.constexpr = records.dtype.element_ty
+    page, slot, live = tile_cells(table, first, stop, N, FORMAT, TILE)
+    page_bytes = page_stride * FORMAT.keys.number_bytes
+    at = as_bytes(records) + page * page_bytes
+    if FORMAT.channel_keys:
+        k = decode_channels(as_bytes(records), table, first, stop, page_bytes, FORMAT.keys, D, D_PAD, TILE, dtype)
+    else:
+        k = tl.trans(decode_rows(at, slot, live, FORMAT.keys, dtype))
+    return k, decode_rows(at, slot, live, FORMAT.values, dtype), live
+
+
+@triton.jit
+def load_cells(
+    records,
+    page,
+    slot,
+    live,
+    page_stride,
+    D: tl.constexpr,
+    D_PAD: tl.constexpr,
+    FORMAT: tl.constexpr,
+):
+    """(K [D_PAD, TILE], V [TILE, D_PAD]) of any tokens of quantized blocks."""
+    dtype: tl.constexpr = records.dtype.element_ty
+    at = as_bytes(records) + page * (page_stride * FORMAT.keys.number_bytes)
+    if FORMAT.channel_keys:
+        d = tl.arange(0, D_PAD)[:, None]
+        k = cast(gather(at[None, :], d, slot[None, :], live[None, :] & (d < D), FORMAT.keys, dtype), dtype)
+    else:
+        k = tl.trans(decode_rows(at, slot, live, FORMAT.keys, dtype))
+    return k, decode_rows(at, slot, live, FORMAT.values, dtype)
+
+
+@triton.jit
+def load_records(
+    records,
+    page,
+    place,
+    live,
+    page_stride,
+    D: tl.constexpr,
+    D_PAD: tl.constexpr,
+    FORMAT: tl.constexpr,
+):
+    """(K [D_PAD, TILE], V [TILE, D_PAD]) of records in the model's type, in the channel orders of ``FORMAT``."""
+    at = records + page * page_stride + place * (2 * D)
+    d_key, in_key = channel_order(FORMAT, True, D, D_PAD)
+    d_value, in_value = channel_order(FORMAT, False, D, D_PAD)
+    k = tl.load(at[None, :] + d_key[:, None], mask=live[None, :] & in_key[:, None], other=0.0)
+    v = tl.load(at[:, None] + (D + d_value)[None, :], mask=live[:, None] & in_value[None, :], other=0.0)
+    return k, v
+
+
+@triton.jit
+def n_in_codes(context_len, N: tl.constexpr):
+    """Tokens of a request that are read from codes: all but those of the newest block."""
+    return tl.maximum(context_len - 1, 0) // N * N
+
+
+@triton.jit
+def staged_at(table, t, live, N: tl.constexpr, STAGED: tl.constexpr):
+    """(page, place) of tokens ``t`` of a request's newest block, which wait in the blocks behind it."""
+    slot = t % N
+    return tl.load(table + t // N + 1 + slot // STAGED, mask=live, other=0), slot % STAGED

@@ -1,0 +1,372 @@
+"""`vllm_sparq.ops.write.write` on a GPU into quantized pages: three launches, or two without value sums.
+
+1. The block that each request had begun before, if it fills now: its codes are made, from the staged tokens and the new
+   ones. Only then may anything be written behind it, where its tokens are staged.
+2. Every other full block is encoded from ``key`` and ``value`` alone; the newest block of each request is staged.
+3. The pages that a request opens get their sum of V, a chain in block order over what is stored: codes.
+
+K and V have programs of their own. Each encodes in two passes over its block, the second from L1: ranges of all groups,
+then codes. Moves ``4 D`` elements per staged token, and per encoded block K and V once and their codes.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from vllm_sparq.layout import SCORING_BITS, Pages
+from vllm_sparq.ops.triton_codes import Codes, Rows, as_bytes, codes_of, gather, load_ranges
+from vllm_sparq.ops.triton_common import cast, find_request, widen
+from vllm_sparq.ops.write.triton_scoring import close_page, load_block, scoring_tile
+
+SUM_CHANNELS = 32
+"""Channels of one program that sums."""
+
+
+@triton.jit
+def not_below(x, dtype: tl.constexpr):
+    """fp32, the smallest number of ``dtype`` that is not below x >= 0; infinity beyond its range."""
+    if dtype == tl.bfloat16:
+        bits = x.to(tl.int32, bitcast=True)
+        return ((bits + 0xFFFF) & -65536).to(tl.float32, bitcast=True)
+    elif dtype == tl.float16:
+        nearest = x.to(tl.float16)
+        above = (nearest.to(tl.int16, bitcast=True) + 1).to(tl.int16).to(tl.float16, bitcast=True)
+        return tl.where(nearest.to(tl.float32) < x, above.to(tl.float32), nearest.to(tl.float32))
+    else:
+        return x
+
+
+@triton.jit
+def store_ranges(at, x, inside, mask, ROWS: tl.constexpr, dtype: tl.constexpr):
+    """The range of one group per row: x [rows, elements], of which ``inside`` count; ``at`` and ``mask`` [rows]."""
+    x = widen(x)
+    low = tl.min(tl.where(inside, x, float("inf")), 1)
+    high = tl.max(tl.where(inside, x, float("-inf")), 1)
+    broken = tl.max((inside & ~(tl.abs(x) < float("inf"))).to(tl.int32), 1) > 0
+    if ROWS.numbers == 1:
+        largest = tl.abs(tl.maximum(-low, high))
+        step = tl.where(low == high, largest, not_below(tl.div_rn(largest, largest * 0.0 + 127.0), dtype))
+    else:
+        span = high - low
+        step = not_below(tl.div_rn(span, tl.zeros_like(span) + ((1 << ROWS.bits) - 1.0)), dtype)
+    broken = broken | ~(step < float("inf"))
+    at = at.to(tl.pointer_type(dtype), bitcast=True)
+    tl.store(at, cast(tl.where(broken, float("nan"), step), dtype), mask=mask)
+    if ROWS.numbers == 2:
+        tl.store(at + 1, cast(tl.where(broken, float("nan"), low), dtype), mask=mask)
+
+
+@triton.jit
+def encode(x, step, zero, ROWS: tl.constexpr):
+    """int32 codes of fp32 x, the bits of a code set alone; 0 where the step is zero or NaN."""
+    quotient = tl.div_rn(x - zero, tl.where(step > 0.0, step, 1.0) + tl.zeros_like(x))
+    if ROWS.numbers == 1:
+        quotient = tl.minimum(tl.maximum(quotient, -127.0), 127.0)
+    else:
+        quotient = tl.minimum(tl.maximum(quotient, 0.0), (1 << ROWS.bits) - 1.0)
+    rounded = (quotient + 12582912.0) - 12582912.0  # 1.5 * 2^23: the sum rounds to a whole number, half to even
+    return tl.where(step > 0.0, rounded, 0.0).to(tl.int32) & ((1 << ROWS.bits) - 1)
+
+
+@triton.jit
+def load_elements(source, row, element, mask, n_old, D: tl.constexpr, STAGED: tl.constexpr, CHANNELS: tl.constexpr):
+    """[rows, elements] of a block's K or V, where rows are its tokens or its channels."""
+    new, old, ahead, new_stride_t, page_stride = source
+    if CHANNELS:
+        return load_block(
+            new, old, ahead, element[None, :], row[:, None], mask, n_old, new_stride_t, page_stride, D, STAGED
+        )
+    else:
+        return load_block(
+            new, old, ahead, row[:, None], element[None, :], mask, n_old, new_stride_t, page_stride, D, STAGED
+        )
+
+
+@triton.jit
+def encode_block(
+    source,  # (new, old, ahead, new_stride_t, page_stride) of `load_block`
+    page,  # pointer to the page's first byte
+    n_old,
+    ROWS: tl.constexpr,
+    COUNT: tl.constexpr,  # rows
+    CHANNELS: tl.constexpr,  # whether a row is a channel
+    TILE: tl.constexpr,
+    D: tl.constexpr,
+    STAGED: tl.constexpr,
+    dtype: tl.constexpr,
+):
+    """Ranges and codes of all rows of K or V of a full block."""
+    for first in range(0, COUNT, TILE):
+        row = first + tl.arange(0, TILE)
+        for group in range(0, ROWS.width // ROWS.group):
+            index = tl.arange(0, ROWS.group_pad)
+            inside = (row < COUNT)[:, None] & (index < ROWS.group)[None, :]
+            x = load_elements(source, row, group * ROWS.group + index, inside, n_old, D, STAGED, CHANNELS)
+            to = page + ROWS.ranges + row * ROWS.ranges_step + group * ROWS.range_bytes
+            store_ranges(to, x, inside, row < COUNT, ROWS, dtype)
+    tl.debug_barrier()  # ranges are read by other threads than wrote them
+    CHUNK: tl.constexpr = ROWS.row_chunk
+    RUNS: tl.constexpr = ROWS.runs
+    for first in range(0, COUNT, TILE):
+        row = first + tl.arange(0, TILE)
+        for start in range(0, ROWS.run, CHUNK):
+            byte = start + tl.arange(0, CHUNK)
+            inside = (row < COUNT)[:, None] & (byte < ROWS.run)[None, :]
+            packed = tl.zeros([TILE, CHUNK], tl.int32)
+            for r in tl.static_range(RUNS):
+                x = load_elements(source, row, r * ROWS.run + byte, inside, n_old, D, STAGED, CHANNELS)
+                group = (r * ROWS.run + start) // ROWS.group
+                ranges_at = page + ROWS.ranges + row * ROWS.ranges_step + group * ROWS.range_bytes
+                step, zero = load_ranges(ranges_at, row < COUNT, dtype, ROWS.numbers)
+                packed |= encode(widen(x), step[:, None], zero[:, None], ROWS) << (r * ROWS.bits)
+            to = page + ROWS.codes + (row * ROWS.codes_step)[:, None] + byte[None, :]
+            tl.store(to, packed.to(tl.uint8), mask=inside)
+
+
+@triton.jit
+def write_side(
+    new,  # K or V: pointer to the row of slot 0 and this head, which may lie before the tensor
+    staged,  # pointer to where this head's first record would keep it
+    page,  # pointer to the block's page, its first byte
+    ahead,  # pointer to the block table's entry behind the block
+    n_old,
+    stop,
+    is_staged,
+    is_encoded,
+    new_stride_t,
+    page_stride,
+    ROWS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    TILE: tl.constexpr,
+    COPY_TILE: tl.constexpr,
+    N: tl.constexpr,
+    D: tl.constexpr,
+    D_PAD: tl.constexpr,
+    STAGED: tl.constexpr,
+):
+    """Stage the slots ``n_old : stop`` of a block, encode all of them, or both."""
+    d = tl.arange(0, D_PAD)[None, :]
+    for n in range(n_old, stop if is_staged else n_old, COPY_TILE):
+        slot = n + tl.arange(0, COPY_TILE)
+        ahead_page = tl.load(ahead + slot // STAGED, mask=slot < stop, other=0).to(tl.int64)
+        to = (staged + ahead_page * page_stride + slot % STAGED * (2 * D))[:, None] + d
+        mask = (slot < stop)[:, None] & (d < D)
+        x = tl.load(new + (slot.to(tl.int64) * new_stride_t)[:, None] + d, mask=mask)
+        tl.store(to, x, mask=mask)
+    if is_encoded:
+        source = new, staged, ahead, new_stride_t, page_stride
+        COUNT: tl.constexpr = D if CHANNELS else N
+        encode_block(source, page, n_old, ROWS, COUNT, CHANNELS, TILE, D, STAGED, staged.dtype.element_ty)
+
+
+@triton.jit(do_not_specialize=["n_requests"])
+def encode_kernel(
+    key,  # [T, G, D]
+    value,
+    staged,  # pages [P, G] of the model's type
+    scoring,  # [P, G, D, N / 2 | N]
+    ranges,  # fp16 [P, G, D, 2]
+    block_table,  # int32 [B, M]
+    query_start_loc,
+    seq_lens,
+    key_stride_t,
+    key_stride_g,
+    value_stride_t,
+    value_stride_g,
+    page_stride,  # of staged, in elements; the next lines alike for the other parts
+    head_stride,
+    scoring_stride_p,
+    scoring_stride_g,
+    ranges_stride_p,
+    ranges_stride_g,
+    table_stride,
+    n_requests,
+    BEGUN: tl.constexpr,  # whether this is the first launch
+    SCORING: tl.constexpr,
+    FORMAT: tl.constexpr,
+    N: tl.constexpr,
+    D: tl.constexpr,
+    D_PAD: tl.constexpr,
+    B_PAD: tl.constexpr,
+    KEY_TILE: tl.constexpr,
+    VALUE_TILE: tl.constexpr,
+    COPY_TILE: tl.constexpr,
+    SCORING_TILE: tl.constexpr,
+):
+    """Grid (blocks, G, 2: K or V). The first launch has a program per request instead of one per block."""
+    pid = tl.program_id(0)
+    g = tl.program_id(1).to(tl.int64)
+    if BEGUN:
+        b, tile = pid, 0
+    else:
+        b, tile = find_request(query_start_loc, n_requests, pid, N, 2, B_PAD)
+        if b < 0:
+            return
+    start = tl.load(query_start_loc + b)
+    n_new = tl.load(query_start_loc + b + 1) - start
+    context_len = tl.load(seq_lens + b)
+    first = context_len - n_new
+    block = first // N + tile
+    if (n_new <= 0) | (first < 0) | (block * N >= context_len):  # first < 0: a padding row of a decode batch
+        return
+    n_old = tl.maximum(first - block * N, 0)
+    stop = tl.minimum(context_len - block * N, N)
+    is_staged = block == (context_len - 1) // N
+    is_encoded = (stop == N) & (n_old == 0)
+    if BEGUN:
+        is_staged = False
+        is_encoded = (stop == N) & (n_old > 0)
+    table = block_table + b.to(tl.int64) * table_stride
+    row = (start - first + block * N).to(tl.int64)  # of slot 0; before the tensor where that slot is old
+    page = tl.load(table + block).to(tl.int64)
+    staged += g * head_stride
+    at = as_bytes(staged + page * page_stride)
+    KEYS: tl.constexpr = FORMAT.keys
+    VALUES: tl.constexpr = FORMAT.values
+    CHANNELS: tl.constexpr = FORMAT.channel_keys
+    PLACES: tl.constexpr = FORMAT.staged
+    if tl.program_id(2) == 1:
+        value += g * value_stride_g + row * value_stride_t
+        write_side(
+            *(
+                value,
+                staged + D,
+                at,
+                table + block + 1,
+                n_old,
+                stop,
+                is_staged,
+                is_encoded,
+                value_stride_t,
+                page_stride,
+            ),
+            *(VALUES, False, VALUE_TILE, COPY_TILE, N, D, D_PAD, PLACES),
+        )
+        return
+    key += g * key_stride_g + row * key_stride_t
+    write_side(
+        *(key, staged, at, table + block + 1, n_old, stop, is_staged, is_encoded, key_stride_t, page_stride),
+        *(KEYS, CHANNELS, KEY_TILE, COPY_TILE, N, D, D_PAD, PLACES),
+    )
+    if SCORING is not None:  # noqa: SIM102  known at compile time, the rest is not
+        if is_encoded:
+            scoring += page * scoring_stride_p + g * scoring_stride_g
+            ranges += page * ranges_stride_p + g * ranges_stride_g
+            close_page(
+                *(key, staged, table + block + 1, scoring, ranges, n_old, key_stride_t, page_stride),
+                *(SCORING, N, D, D_PAD, SCORING_TILE, PLACES),
+            )
+
+
+@triton.jit
+def sum_codes_kernel(
+    staged,  # pages [P, G] of the model's type
+    value_sum,  # fp32 [P, G, D]
+    block_table,
+    query_start_loc,
+    seq_lens,
+    page_stride,
+    head_stride,
+    sum_stride_p,
+    sum_stride_g,
+    table_stride,
+    FORMAT: tl.constexpr,
+    N: tl.constexpr,
+    D: tl.constexpr,
+    TILE: tl.constexpr,
+    SUM_CHANNELS: tl.constexpr,
+):
+    """Grid (slices of the channels of all requests, G). In a decode step nearly all find nothing to open."""
+    SLICES: tl.constexpr = (D + SUM_CHANNELS - 1) // SUM_CHANNELS
+    b = tl.program_id(0) // SLICES
+    g = tl.program_id(1).to(tl.int64)
+    n_new = tl.load(query_start_loc + b + 1) - tl.load(query_start_loc + b)
+    context_len = tl.load(seq_lens + b)
+    opened = tl.cdiv(context_len - n_new, N)
+    if (n_new <= 0) | (context_len < n_new):
+        return
+    d = tl.program_id(0) % SLICES * SUM_CHANNELS + tl.arange(0, SUM_CHANNELS)
+    dtype: tl.constexpr = staged.dtype.element_ty
+    data = as_bytes(staged + g * head_stride)
+    value_sum += g * sum_stride_g
+    table = block_table + b.to(tl.int64) * table_stride
+    total = tl.zeros([SUM_CHANNELS], tl.float32)
+    for block in tl.range(opened, tl.cdiv(context_len, N)):
+        if block > 0:
+            before = tl.load(table + block - 1).to(tl.int64)
+            if block == opened:
+                total = tl.load(value_sum + before * sum_stride_p + d, mask=d < D, other=0.0)
+            at = data + before * (page_stride * FORMAT.values.number_bytes)
+            page_total = tl.zeros([TILE, SUM_CHANNELS], tl.float32)
+            for n in range(0, N, TILE):
+                slot = n + tl.arange(0, TILE)
+                mask = (slot < N)[:, None] & (d < D)[None, :]
+                page_total += gather(at, slot[:, None], d[None, :], mask, FORMAT.values, dtype)
+            total += tl.sum(page_total, 0)
+        page = tl.load(table + block).to(tl.int64)
+        tl.store(value_sum + page * sum_stride_p + d, total, mask=d < D)
+
+
+def write_quantized(
+    key: torch.Tensor,
+    value: torch.Tensor,
+    pages: Pages,
+    block_table: torch.Tensor,
+    query_start_loc: torch.Tensor,
+    seq_lens: torch.Tensor,
+) -> None:
+    """`vllm_sparq.ops.write.write` where there are tokens, and blocks that are encoded when they fill."""
+    layout, n_requests = pages.layout, query_start_loc.shape[0] - 1
+    (n_tokens, n_kv_heads, head_size), block_size = key.shape, layout.block_size
+    codes = codes_of(layout)
+    assert codes is not None
+    # A part that the layout lacks is never touched: any pointer does.
+    scoring = pages.scoring if layout.scoring else pages.data
+    ranges = pages.ranges if layout.scoring in SCORING_BITS else pages.data
+    d_pad = triton.next_power_of_2(head_size)
+    strides = [t.stride(i) for t in (key, value, pages.staged, scoring, ranges) for i in (0, 1)]
+    for begun in (True, False):
+        n_programs = n_requests if begun else n_tokens // block_size + 2 * n_requests
+        encode_kernel[(n_programs, n_kv_heads, 2)](
+            *(key, value, pages.staged, scoring, ranges, block_table, query_start_loc, seq_lens),
+            *(*strides, block_table.stride(0), n_requests),
+            BEGUN=begun,
+            SCORING=layout.scoring,
+            FORMAT=codes,
+            N=block_size,
+            D=head_size,
+            D_PAD=d_pad,
+            B_PAD=triton.next_power_of_2(n_requests),
+            KEY_TILE=encode_tile(codes.keys, head_size if codes.channel_keys else block_size),
+            VALUE_TILE=encode_tile(codes.values, block_size),
+            COPY_TILE=16,
+            SCORING_TILE=scoring_tile(block_size, d_pad),
+            num_warps=4,
+        )
+    if layout.value_sum:
+        sum_codes(pages, codes, block_table, query_start_loc, seq_lens)
+
+
+def sum_codes(
+    pages: Pages, codes: Codes, block_table: torch.Tensor, query_start_loc: torch.Tensor, seq_lens: torch.Tensor
+) -> None:
+    """The third launch."""
+    staged, value_sum, head_size = pages.staged, pages.value_sum, pages.layout.head_size
+    n_requests = query_start_loc.shape[0] - 1
+    sum_codes_kernel[(n_requests * -(-head_size // SUM_CHANNELS), pages.data.shape[1])](
+        *(staged, value_sum, block_table, query_start_loc, seq_lens),
+        *(staged.stride(0), staged.stride(1), value_sum.stride(0), value_sum.stride(1), block_table.stride(0)),
+        FORMAT=codes,
+        N=pages.layout.block_size,
+        D=head_size,
+        TILE=64,
+        SUM_CHANNELS=SUM_CHANNELS,
+        num_warps=4,
+    )
+
+
+def encode_tile(rows: Rows, count: int) -> int:
+    """Rows of one step of `encode_block`: 32 elements a thread."""
+    return int(min(triton.next_power_of_2(count), max(16, 4096 // max(rows.group_pad, rows.row_chunk))))
