@@ -104,10 +104,11 @@ struct RangeLanes {
 
   RangeLanes(const CodeShape& shape, const int32_t* staged, int unit) : ranges(staged), n_groups(shape.n_groups()) {
     alignas(64) int32_t at[16];
+    int group[planes];
+    for (int p = 0; p < planes; ++p) group[p] = (p * shape.row_bytes() + unit * MIX_UNIT) / shape.group;
     in_order = n_groups == planes;
     for (int lane = 0; lane < 16; ++lane) {
-      const int code = lane % planes * shape.row_bytes() + unit * MIX_UNIT;
-      at[lane] = lane / planes * n_groups + code / shape.group;
+      at[lane] = lane / planes * n_groups + group[lane % planes];
       in_order &= at[lane] == lane;
     }
     lanes = _mm512_load_si512(at);
