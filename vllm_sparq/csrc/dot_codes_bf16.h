@@ -11,7 +11,7 @@ namespace sparq {
 constexpr int DOT_BYTES = 512;  // of a row at most
 
 inline bool can_dot_bf16(const CodeShape& shape) {
-  return shape.dtype == DType::bf16 && shape.row_bytes() <= DOT_BYTES && shape.row_bytes() % 4 == 0;
+  return shape.dtype == DType::bf16 && shape.row_bytes() <= DOT_BYTES && shape.row_bytes() % 8 == 0;
 }
 
 // Dwords 0 .. 3 of 16 rows, a lane each, from byte `byte` on.
@@ -62,7 +62,13 @@ SPARQ_INLINE void turn_ranges_over(const CodeShape& shape, const uint8_t* const*
     return;
   }
   alignas(64) int32_t only[16];
-  for (int i = 0; i < 16; ++i) memcpy(only + i, rows[i], shape.has_zero ? 4 : 2);
+  const auto copy = [&](auto number) {
+    for (int i = 0; i < 16; ++i) memcpy(&number, rows[i], sizeof(number)), only[i] = (int32_t)number;
+  };
+  if (shape.has_zero)
+    copy(uint32_t{});
+  else
+    copy(uint16_t{});
   to[0] = _mm512_load_si512(only);
 }
 
@@ -70,10 +76,12 @@ SPARQ_INLINE void turn_ranges_over(const CodeShape& shape, const uint8_t* const*
 template <class C, int HH>
 SPARQ_INLINE void dot_segment(const __m512i* turned, const Segment& segment, const int32_t* pairs, int pair_stride,
                               Vec (&acc)[HH][4]) {
-#pragma GCC unroll 16
-  for (int i = 0; i < HH * 4; ++i) (&acc[0][0])[i] = zero();
+  constexpr int CHAINS = HH == 1 ? 2 : 1;  // sums wait for sums: four of them are too few to keep the CPU busy
   const __m512i even = C::table[0].load(), odd = C::table[C::lookups - 1].load();
-  for (int k = segment.first; k < segment.last; ++k) {
+  Vec sum[CHAINS][HH][4];
+#pragma GCC unroll 16
+  for (int i = 0; i < CHAINS * HH * 4; ++i) (&sum[0][0][0])[i] = zero();
+  const auto add_dword = [&](int k, Vec (&to)[HH][4]) __attribute__((always_inline)) {
     const __m512i words = turned[k];
     const __m512i codes[4] = {
         _mm512_permutexvar_epi16(words, even), _mm512_permutexvar_epi16(_mm512_srli_epi16(words, 4), odd),
@@ -84,9 +92,15 @@ SPARQ_INLINE void dot_segment(const __m512i* turned, const Segment& segment, con
 #pragma GCC unroll 4
       for (int i = 0; i < 4; ++i) {
         const auto q = (__m512bh)_mm512_set1_epi32(pairs[h * pair_stride + k * 4 + i]);
-        acc[h][i] = _mm512_dpbf16_ps(acc[h][i], (__m512bh)codes[i], q);
+        to[h][i] = _mm512_dpbf16_ps(to[h][i], (__m512bh)codes[i], q);
       }
+  };
+  for (int k = segment.first; k < segment.last; k += 2) {  // groups are whole pairs of dwords
+    add_dword(k, sum[0]);
+    add_dword(k + 1, sum[CHAINS - 1]);
   }
+#pragma GCC unroll 16
+  for (int i = 0; i < HH * 4; ++i) (&acc[0][0])[i] = CHAINS == 2 ? add((&sum[0][0][0])[i], (&sum[CHAINS - 1][0][0])[i]) : (&sum[0][0][0])[i];
 }
 
 template <class C, int HH>
