@@ -38,7 +38,7 @@ inline int code_at(const CodeShape& shape, int byte, int i) {
   return plane * shape.row_bytes() + byte + i / 2;
 }
 
-// n rows, anywhere in memory.
+// n rows, anywhere in memory. Codes are read in pairs of rows: if n is odd there is one more pointer, to any row.
 struct CodeRows {
   const uint8_t* const* codes;
   const uint8_t* const* ranges;

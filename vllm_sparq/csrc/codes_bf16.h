@@ -20,13 +20,13 @@ constexpr uint16_t bf16_bits(float x) {
   return (uint16_t)(sign << 15 | exponent << 7 | (int)((x - 1) * 128));
 }
 
-// What the lowest five bits of a word look up: a function of the lowest `bits`.
+// What the lowest five bits of a word look up: a function of `bits` of them, from bit `from` on.
 struct LookUp {
   alignas(64) uint16_t words[32]{};
 
-  constexpr LookUp(int bits, float middle, bool is_signed, float factor) {
+  constexpr LookUp(int from, int bits, float middle, bool is_signed, float factor) {
     for (int i = 0; i < 32; ++i) {
-      const int code = i % (1 << bits);
+      const int code = (i >> from) % (1 << bits);
       words[i] = bf16_bits((is_signed && code >= 1 << (bits - 1) ? code - (1 << bits) : code) * factor - middle);
     }
   }
@@ -34,21 +34,21 @@ struct LookUp {
 };
 
 // How the codes in a 16-bit word are told apart. A word holds two neighbouring codes of each plane: the planes of its low
-// byte, then those of its high byte.
+// byte, then those of its high byte. A code is the sum of `parts` look-ups.
 struct TwoBits {
-  static constexpr int planes = 4, lookups = 1;
+  static constexpr int planes = 4, parts = 1, tables = 2;  // the second table spares every other shift
   static constexpr float middle = 1.5f;
-  static constexpr LookUp table[1] = {{2, 1.5f, false, 1}};
+  static constexpr LookUp table[2] = {{0, 2, 1.5f, false, 1}, {2, 2, 1.5f, false, 1}};
 };
 struct FourBits {
-  static constexpr int planes = 2, lookups = 1;
+  static constexpr int planes = 2, parts = 1, tables = 1;
   static constexpr float middle = 7.5f;
-  static constexpr LookUp table[1] = {{4, 7.5f, false, 1}};
+  static constexpr LookUp table[1] = {{0, 4, 7.5f, false, 1}};
 };
 struct EightBits {
-  static constexpr int planes = 1, lookups = 2;
+  static constexpr int planes = 1, parts = 2, tables = 2;
   static constexpr float middle = 0;
-  static constexpr LookUp table[2] = {{4, 0, false, 1}, {4, 0, true, 16}};
+  static constexpr LookUp table[2] = {{0, 4, 0, false, 1}, {0, 4, 0, true, 16}};
 };
 
 template <int shift>
@@ -60,6 +60,8 @@ SPARQ_INLINE __m512i words_right(__m512i words) {
 constexpr int MIX_ROWS = 128;    // rows whose weights are made at once
 constexpr int MIX_GROUPS = 16;   // groups of a row at most
 constexpr int MIX_UNIT = 32;     // bytes of a row that fill a vector, when each word of it is paired with one of the next row
+
+constexpr int AHEAD_ROWS = 8;    // between requests for memory that is wanted next
 
 // Whether the codes of each plane in each unit of a row belong to one group.
 inline bool can_mix_bf16(const CodeShape& shape) {
@@ -191,7 +193,7 @@ SPARQ_INLINE __m512i pair_words(const uint8_t* even, const uint8_t* odd, __mmask
 // Sums of PP planes from plane p0 on of U units; each term and each look-up adds to its own, since sums wait for sums.
 template <class C, int HH, int TERMS, int PP, int p0, int U>
 struct PlaneSums {
-  static constexpr int P = C::planes, BITS = 8 / P, CHAINS = TERMS * C::lookups;
+  static constexpr int P = C::planes, BITS = 8 / P, CHAINS = TERMS * C::parts;
   Vec sum[U][PP][2][HH][CHAINS];
 
   SPARQ_INLINE PlaneSums() {
@@ -200,25 +202,25 @@ struct PlaneSums {
   }
 
   // Half 0 and 1 of the words are neighbouring codes.
-  template <int u, int p, int half, int lookup>
+  template <int u, int p, int half, int part>
   SPARQ_INLINE void add_codes(__m512i words, const __m512i* table, const int32_t* weights, int stride) {
-    constexpr int shift = half * 8 + (p0 + p) * BITS + lookup * 4;
-    const __m512i codes = _mm512_permutexvar_epi16(words_right<shift>(words), table[lookup]);
+    constexpr int bit = half * 8 + (p0 + p) * BITS + part * 4, which = BITS == 2 ? bit / 2 % 2 : part;
+    const __m512i codes = _mm512_permutexvar_epi16(words_right<bit / 4 * 4>(words), table[which]);
 #pragma GCC unroll 4
     for (int h = 0; h < HH; ++h)
 #pragma GCC unroll 2
       for (int t = 0; t < TERMS; ++t) {
         const auto weight = (__m512bh)_mm512_set1_epi32(weights[h * stride + (p0 + p) * TERMS + t]);
-        Vec& to = sum[u][p][half][h][t * C::lookups + lookup];
+        Vec& to = sum[u][p][half][h][t * C::parts + part];
         to = _mm512_dpbf16_ps(to, (__m512bh)codes, weight);
       }
   }
   template <int u, int p>
   SPARQ_INLINE void add_plane(__m512i words, const __m512i* table, const int32_t* weights, int stride) {
     add_codes<u, p, 0, 0>(words, table, weights, stride);
-    if constexpr (C::lookups == 2) add_codes<u, p, 0, 1>(words, table, weights, stride);
+    if constexpr (C::parts == 2) add_codes<u, p, 0, 1>(words, table, weights, stride);
     add_codes<u, p, 1, 0>(words, table, weights, stride);
-    if constexpr (C::lookups == 2) add_codes<u, p, 1, 1>(words, table, weights, stride);
+    if constexpr (C::parts == 2) add_codes<u, p, 1, 1>(words, table, weights, stride);
     if constexpr (p + 1 < PP) add_plane<u, p + 1>(words, table, weights, stride);
   }
 
@@ -255,15 +257,15 @@ struct PlaneSums {
 
 template <class C, int HH, int TERMS, int PP, int p0, int U>
 void mix_planes(const MixUnits& units, float* out, int out_stride, Ahead& ahead, int share) {
-  __m512i table[C::lookups];
+  __m512i table[C::tables];
 #pragma GCC unroll 2
-  for (int i = 0; i < C::lookups; ++i) table[i] = C::table[i].load();
+  for (int i = 0; i < C::tables; ++i) table[i] = C::table[i].load();
   const int n_last = std::min(MIX_UNIT, units.row_bytes - units.byte - (U - 1) * MIX_UNIT);
   const auto inside = (__mmask16)((1u << n_last / 2) - 1);
   PlaneSums<C, HH, TERMS, PP, p0, U> sums;
   for (int row = 0, at = 0; row < units.n; row += 2, at += C::planes * TERMS) {
-    ahead.step(share);
-    const uint8_t *even = units.codes[row] + units.byte, *odd = units.codes[std::min(row + 1, units.n - 1)] + units.byte;
+    if (row % AHEAD_ROWS == 0) ahead.step(share);
+    const uint8_t *even = units.codes[row] + units.byte, *odd = units.codes[row + 1] + units.byte;
     const __m512i words = pair_words(even, odd, U == 1 ? inside : (__mmask16)0xffff);
     sums.template add_plane<0, 0>(words, table, units.weights[0] + at, units.weight_stride);
     if constexpr (U == 2) {
@@ -277,7 +279,7 @@ void mix_planes(const MixUnits& units, float* out, int out_stride, Ahead& ahead,
 // All planes of U units, as many at once as registers hold: 16 sums.
 template <class C, int HH, int TERMS, int U, int p0 = 0>
 void mix_units(const MixUnits& units, float* out, int out_stride, Ahead& ahead, int share) {
-  constexpr int sums_of_plane = 2 * U * (HH == 3 ? 4 : HH) * TERMS * C::lookups;
+  constexpr int sums_of_plane = 2 * U * (HH == 3 ? 4 : HH) * TERMS * C::parts;
   constexpr int PP = std::max(1, std::min(C::planes, 16 / sums_of_plane));
   mix_planes<C, HH, TERMS, PP, p0, U>(units, out, out_stride, ahead, share);
   if constexpr (p0 + PP < C::planes) mix_units<C, HH, TERMS, U, p0 + PP>(units, out, out_stride, ahead, 0);
@@ -286,11 +288,11 @@ void mix_units(const MixUnits& units, float* out, int out_stride, Ahead& ahead, 
 template <class C, int TERMS, int HH>
 void mix_heads_bf16(const CodeShape& shape, const CodeRows& rows, const float* x, int x_stride, float* out,
                     int out_stride, Ahead& ahead) {
-  constexpr int P = C::planes, U = 4 * P * HH * TERMS * C::lookups <= 16 ? 2 : 1;
+  constexpr int P = C::planes, U = 4 * P * HH * TERMS * C::parts <= 16 ? 2 : 1;
   constexpr int weight_stride = MIX_ROWS / 2 * P * TERMS;
   alignas(64) int32_t weights[U][HH * weight_stride], staged[MIX_ROWS * MIX_GROUPS];
   float sums[U][HH * P];
-  const int row_bytes = shape.row_bytes(), share = ahead.share((rows.n + 1) / 2);
+  const int row_bytes = shape.row_bytes(), share = ahead.share((rows.n + AHEAD_ROWS - 1) / AHEAD_ROWS);
   const bool by_plane = P % shape.n_groups() == 0;  // all units have the same groups in the same planes
   for (int first = 0; first < rows.n; first += MIX_ROWS) {
     const int n = std::min(MIX_ROWS, rows.n - first);

@@ -77,7 +77,7 @@ template <class C, int HH>
 SPARQ_INLINE void dot_segment(const __m512i* turned, const Segment& segment, const int32_t* pairs, int pair_stride,
                               Vec (&acc)[HH][4]) {
   constexpr int CHAINS = HH == 1 ? 2 : 1;  // sums wait for sums: four of them are too few to keep the CPU busy
-  const __m512i even = C::table[0].load(), odd = C::table[C::lookups - 1].load();
+  const __m512i even = C::table[0].load(), odd = C::table[C::tables - 1].load();
   Vec sum[CHAINS][HH][4];
 #pragma GCC unroll 16
   for (int i = 0; i < CHAINS * HH * 4; ++i) (&sum[0][0][0])[i] = zero();
