@@ -1,7 +1,7 @@
 // Rows of codes where the CPU multiplies bf16: two codes per lane and instruction, straight from the packed bytes.
 //
-// A code less the middle of its range is exact in bf16. What it is multiplied with is rounded to bf16 once, or kept as the
-// sum of two bf16 numbers, which is good to 2^-17; zeros are added in fp32. `int8` is two nibbles, the upper one signed.
+// A code less the middle of its range is exact in bf16. What it is multiplied with is rounded to bf16 once, or kept as
+// the sum of two bf16 numbers, which is good to 2^-17; zeros are added in fp32. `int8` is two nibbles, the upper signed.
 #pragma once
 
 #include "attend_codes.h"
@@ -33,8 +33,8 @@ struct LookUp {
   SPARQ_INLINE __m512i load() const { return _mm512_load_si512(words); }
 };
 
-// How the codes in a 16-bit word are told apart. A word holds two neighbouring codes of each plane: the planes of its low
-// byte, then those of its high byte. A code is the sum of `parts` look-ups.
+// How the codes in a 16-bit word are told apart. A word holds two neighbouring codes of each plane: the planes of its
+// low byte, then those of its high byte. A code is the sum of `parts` look-ups.
 struct TwoBits {
   static constexpr int planes = 4, parts = 1, tables = 2;  // the second table spares every other shift
   static constexpr float middle = 1.5f;
@@ -59,7 +59,7 @@ SPARQ_INLINE __m512i words_right(__m512i words) {
 
 constexpr int MIX_ROWS = 128;    // rows whose weights are made at once
 constexpr int MIX_GROUPS = 16;   // groups of a row at most
-constexpr int MIX_UNIT = 32;     // bytes of a row that fill a vector, when each word of it is paired with one of the next row
+constexpr int MIX_UNIT = 32;     // bytes of a row that fill a vector, beside those of the next row
 
 constexpr int AHEAD_ROWS = 8;    // between requests for memory that is wanted next
 
@@ -125,8 +125,8 @@ struct RangeLanes {
   }
 };
 
-// Pairs of bf16 weights x step of neighbouring rows, [n / 2, planes, TERMS] dwords, and the sums of x (zero + middle step),
-// one a plane.
+// Pairs of bf16 weights x step of neighbouring rows, [n / 2, planes, TERMS] dwords, and the sums of
+// x (zero + middle step), one a plane.
 template <class C, int TERMS>
 void fold(const RangeLanes<C::planes>& ranges, const float* x, int n, int32_t* weights, float* sums) {
   constexpr int P = C::planes, R = 16 / P;  // rows of a vector

@@ -1,5 +1,5 @@
-// Logits of tokens whose K is a row of codes, where the CPU multiplies bf16: 16 tokens at a time are turned over, so that a
-// lane is a token and a group's step and zero are applied to 16 logits at once, in fp32.
+// Logits of tokens whose K is a row of codes, where the CPU multiplies bf16: 16 tokens at a time are turned over, so that
+// a lane is a token and a group's step and zero are applied to 16 logits at once, in fp32.
 #pragma once
 
 #include "codes_bf16.h"
@@ -100,7 +100,10 @@ SPARQ_INLINE void dot_segment(const __m512i* turned, const Segment& segment, con
     add_dword(k + 1, sum[CHAINS - 1]);
   }
 #pragma GCC unroll 16
-  for (int i = 0; i < HH * 4; ++i) (&acc[0][0])[i] = CHAINS == 2 ? add((&sum[0][0][0])[i], (&sum[CHAINS - 1][0][0])[i]) : (&sum[0][0][0])[i];
+  for (int i = 0; i < HH * 4; ++i) {
+    const Vec first = (&sum[0][0][0])[i];
+    (&acc[0][0])[i] = CHAINS == 2 ? add(first, (&sum[CHAINS - 1][0][0])[i]) : first;
+  }
 }
 
 template <class C, int HH>

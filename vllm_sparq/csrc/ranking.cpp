@@ -144,8 +144,9 @@ void score_key_codes(const Ranking& ranking, const uint8_t* page, const uint8_t*
     codes[n] = codes[n - 1];
     for (int row = 0; row < ranking.n_rows; row += MAX_TILE_HEADS) {
       Ahead nothing;
+      const int n_rows = std::min(ranking.n_rows - row, MAX_TILE_HEADS);
       kernels.score_keys(kernels.key, {codes, ranges, n}, ranking.query + row * ranking.stride + first, ranking.stride,
-                         std::min(ranking.n_rows - row, MAX_TILE_HEADS), scores + (size_t)row * stride, stride, nothing);
+                         n_rows, scores + (size_t)row * stride, stride, nothing);
     }
   }
 }
