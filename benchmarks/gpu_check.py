@@ -17,167 +17,21 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout is not installed
 
 import torch
+from gpu_cases import CASES, Case, World, load, run_checks, written
 
-from vllm_sparq.config import Options, SparqRead
-from vllm_sparq.layout import PageLayout, Pages
-from vllm_sparq.ops.dispatch import Choice
+from vllm_sparq.layout import FORMATS, Pages
 
 N_SAMPLES = 20
 FLUSH_BYTES = 256 << 20  # several times the L2 of an H200
 COPY_BYTES = 4 << 30
 MEMORY_SHARE = 0.8  # of the free memory that a cell may take
-
-
-@dataclass(frozen=True, kw_only=True)
-class Case:
-    """One batch: requests of ``lens`` cached tokens, the last ``new`` of each brought by the step."""
-
-    heads: int = 32
-    kv_heads: int = 8
-    head_size: int = 128
-    block_size: int = 128
-    dtype: str = "bfloat16"
-    scoring: str = "int4"
-    alpha_floor: float = 0.5
-    group_reduce: Literal["logits", "probs"] = "logits"
-    local: int | None = None
-    lens: tuple[int, ...] = (1, 127, 128, 0, 129, 1500, 4000, 4096)
-
-    @property
-    def layout(self) -> PageLayout:
-        sizes = dict(head_size=self.head_size, block_size=self.block_size, dtype=getattr(torch, self.dtype))
-        return PageLayout(**sizes, scoring=self.scoring, value_sum=True)
-
-    @property
-    def read(self) -> SparqRead:
-        options = Options(dense_below=1024, local=self.local, group_reduce=self.group_reduce)
-        sizes = dict(head_size=self.head_size, n_heads=self.heads, n_kv_heads=self.kv_heads)
-        return replace(options.sparq_read(**sizes), alpha_floor=self.alpha_floor)
-
-
-CASES = (
-    Case(),
-    Case(heads=8, kv_heads=8, alpha_floor=0.0),
-    Case(heads=16, kv_heads=2, head_size=64, scoring="int8", group_reduce="probs", dtype="float16", block_size=64),
-    Case(heads=6, kv_heads=2, head_size=80, alpha_floor=1.0, dtype="float32", block_size=48),
-    Case(heads=5, kv_heads=1, head_size=96, scoring="model", block_size=16, local=0),
-    Case(heads=4, kv_heads=2, head_size=256, block_size=256, dtype="float16"),
-)
-
-TOLERANCE = {"float32": 2e-5, "float16": 2e-3, "bfloat16": 1e-2}
-"""Of an output, relative where it is above 1: the last rounding, and weights rounded before they multiply V."""
-
-SPARQ_TOLERANCE = {"float32": 1e-3, "float16": 1e-2, "bfloat16": 3e-2}
-"""Wider: alpha comes from scores that are kept in the model's type, and a tie may go the other way."""
-
-
-@dataclass
-class World:
-    """Tensors of one case. Rows of key and value are the tokens of the requests in order."""
-
-    case: Case
-    pages: Pages
-    table: torch.Tensor
-    seq_lens: torch.Tensor
-    key: torch.Tensor  # all tokens [sum of lens, G, D]
-    value: torch.Tensor
-    query: torch.Tensor  # of the last token of each request [B, H, D]
-
-    def write(self, implementation: str, first: list[int], stop: list[int]) -> None:
-        """Write the tokens [first, stop) of each request."""
-        rows, lens = self.rows(first, stop), self.int32(stop)
-        starts = self.int32([0, *(b - a for a, b in zip(first, stop, strict=True))]).cumsum(0).int()
-        load("write", implementation)(self.key[rows], self.value[rows], self.pages, self.table, starts, lens)
-
-    def rows(self, first: list[int], stop: list[int]) -> torch.Tensor:
-        begins = torch.tensor([0, *self.case.lens]).cumsum(0).tolist()
-        return torch.cat([torch.arange(z + a, z + b) for z, a, b in zip(begins, first, stop, strict=False)])
-
-    def int32(self, numbers: list[int]) -> torch.Tensor:
-        return torch.tensor(numbers, dtype=torch.int32, device=self.key.device)
-
-    def outputs(self, implementation: str) -> dict[str, torch.Tensor]:
-        """What the three readers make of the pages, on the CPU."""
-        case, q, options = self.case, self.query, dict(scale=self.case.head_size**-0.5)
-        lens, context = list(case.lens), [s - min(s, 40) for s in case.lens]
-        rows, starts = self.rows(context, lens), [0, *(s - c for s, c in zip(lens, context, strict=True))]
-        new = q.repeat(len(rows) // len(q) + 1, 1, 1)[: len(rows)], self.key[rows], self.value[rows]
-        out = {op: torch.full_like(q, torch.nan) for op in ("dense_decode", "sparq_decode")}
-        out["prefill"] = torch.full_like(new[0], torch.nan)
-        runs, shared = {op: load(op, implementation) for op in out}, (self.pages, self.table)
-        runs["dense_decode"](q, *shared, self.seq_lens, **options, out=out["dense_decode"])
-        runs["sparq_decode"](q, *shared, self.seq_lens, read=case.read, **options, out=out["sparq_decode"])
-        starts_loc, context_lens = self.int32(starts).cumsum(0).int(), self.int32(context)
-        runs["prefill"](*new, *shared, starts_loc, context_lens, **options, out=out["prefill"])
-        return {op: tensor.cpu() for op, tensor in out.items()}
-
-
-def build(case: Case, device: str) -> World:
-    """Random tokens; channels of K with their own scale and offset; NaN in every byte of the pages."""
-    gen = torch.Generator().manual_seed(len(repr(case)))
-    g, d, blocks = case.kv_heads, case.head_size, [-(-s // case.block_size) for s in case.lens]
-    pages = Pages.empty(sum(blocks) + 3, g, case.layout, device)
-    pages.data.fill_(0xFF)
-    table = torch.full((len(case.lens), max(blocks) + 2), 2**31 - 1, dtype=torch.int32)
-    for row, ids in zip(table, torch.randperm(sum(blocks) + 3, generator=gen).int().split([*blocks, 3]), strict=False):
-        row[: len(ids)] = ids
-
-    shapes = [(sum(case.lens), g, d)] * 2 + [(len(case.lens), case.heads, d)] + [(g, d)] * 3
-    key, value, query, spread, key_offset, value_offset = (torch.randn(*shape, generator=gen) for shape in shapes)
-    random = key * (spread.abs() + 0.5) + key_offset, value + value_offset, query
-    seq_lens = torch.tensor(case.lens, dtype=torch.int32)
-    tensors = (t.to(case.layout.dtype).to(device) for t in random)
-    return World(case, pages, table.to(device), seq_lens.to(device), *tensors)
-
-
-def load(op: str, implementation: str) -> Callable[..., None]:
-    return Choice(op, implementation, "asked for").load()
-
-
-def written(case: Case, device: str, implementation: str) -> World:
-    """The pages after a prompt and then one token of each request."""
-    world, lens = build(case, device), list(case.lens)
-    prompt = [max(s - 1, 0) for s in lens]
-    world.write(implementation, [0] * len(lens), prompt)
-    world.write(implementation, prompt, lens)
-    return world
-
-
-def wrong_bytes(got: Pages, want: Pages) -> float:
-    """How many bytes differ, value sums aside; infinite if a value sum is off by more than rounding."""
-    got = Pages(got.data.cpu(), got.layout)
-    if "ranges" in got.layout.parts:
-        for pages in (got, want):
-            pages.ranges[pages.ranges == 0] = 0.0  # zeros may differ in sign
-    error = (got.value_sum - want.value_sum).abs() / (1 + want.value_sum.abs())
-    if not got.value_sum.isnan().equal(want.value_sum.isnan()) or error.nan_to_num(0.0).max() > 1e-4:
-        return math.inf
-    got.value_sum.copy_(want.value_sum)
-    return float((got.data != want.data).sum())
-
-
-def run_checks(device: str, cases: tuple[Case, ...] = CASES) -> Iterator[dict[str, Any]]:
-    """A record per case and op."""
-    for case in cases:
-        world, right = written(case, device, "triton"), written(case, "cpu", "reference")
-        yield dict(check="write", case=asdict(case), error=wrong_bytes(world.pages, right.pages), limit=0)
-        world.pages.data.copy_(right.pages.data)
-        got, again, want = world.outputs("triton"), world.outputs("triton"), right.outputs("reference")
-        for op in want:
-            error = (got[op].float() - want[op].float()).abs() / want[op].float().abs().clamp(min=1)
-            error = error.nan_to_num(math.inf).max()
-            limit = (SPARQ_TOLERANCE if op == "sparq_decode" else TOLERANCE)[case.dtype]
-            yield dict(check=op, case=asdict(case), error=float(error), limit=limit)
-            yield dict(check=f"{op} twice", case=asdict(case), error=float((got[op] != again[op]).sum()), limit=0)
-    if device == "cuda":
-        yield check_graph(device)
 
 
 def check_graph(device: str) -> dict[str, Any]:
@@ -253,7 +107,7 @@ def rivals(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> dict[
 
 def filled(case: Case, n_requests: int, context: int) -> World:
     """``n_requests`` of ``context`` tokens each, made and written on the GPU."""
-    device, g, d, blocks = "cuda", case.kv_heads, case.head_size, -(-context // case.block_size)
+    device, g, d, blocks = "cuda", case.kv_heads, case.head_size, case.n_blocks(context)
     pages, dtype = Pages.empty(n_requests * blocks, g, case.layout, device), case.layout.dtype
     table = torch.randperm(n_requests * blocks, device=device).int().view(n_requests, blocks)
     key = torch.empty(n_requests * context, g, d, dtype=dtype, device=device).normal_()
@@ -290,13 +144,21 @@ def measure_cell(case: Case, n_requests: int, context: int, flush: torch.Tensor)
             if name.startswith(("write", "dense", "sparq")):
                 raise
             yield dict(method=name, **where, error=f"{type(error).__name__}: {error}")
-    token = 2 * case.head_size * layout.dtype.itemsize
-    full, channel = context * token, layout.parts["scoring"].nbytes / case.head_size / case.block_size
-    picked = full if read.is_dense(context) else read.n_selected(context) * token + context * read.r * channel
-    moved = {"write": 2 * token, "write+close": case.block_size * token, "sparq": picked}
+
+    def per_token(*parts: str) -> float:
+        return sum(layout.parts[name].nbytes for name in parts if name in layout.parts) / case.block_size
+
+    # The newest block counts as one in the format; ranges of a scoring copy do not count.
+    token = per_token("records", "key_codes", "key_ranges", "value_codes", "value_ranges")
+    ranks = per_token("key_codes", "key_ranges") if layout.channel_keys else per_token("scoring")
+    full, brought = context * token, layout.record_bytes
+    picked = (
+        full if read.is_dense(context) else read.n_selected(context) * token + context * read.r * ranks / case.head_size
+    )
+    moved = {"write": 2 * brought, "write+close": case.block_size * brought, "sparq": picked, "dense": full}
     for name, times in samples_us(runs, flush).items():
         deciles, median = statistics.quantiles(times, n=10), statistics.median(times)
-        n_bytes = int(n_requests * g * moved.get(name, full))
+        n_bytes = int(n_requests * g * moved.get(name, context * brought))
         spread = dict(p10_us=round(deciles[0], 2), p90_us=round(deciles[-1], 2))
         rate = round(n_bytes / median / 1e3, 1)
         yield dict(method=name, **where, median_us=round(median, 2), **spread, bytes_moved=n_bytes, gb_per_s=rate)
@@ -327,6 +189,7 @@ def measure(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """All cells that fit memory and time, smallest first."""
     heads, kv_heads, head_size = (int(n) for n in arguments.shape.split("/"))
     case = Case(heads=heads, kv_heads=kv_heads, head_size=head_size, scoring=arguments.scoring)
+    case = replace(case, format=arguments.format)
     case = replace(case, alpha_floor=0.0 if heads == kv_heads else 0.5)  # the mean value is part of what is timed
     flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device="cuda")
     copy = copy_gb_per_s(flush)
@@ -342,7 +205,7 @@ def measure(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
             continue
         records = list(measure_cell(case, n_requests, context, flush))
         print_cell(records, copy)
-        yield from (dict(shape=arguments.shape, scoring=case.scoring, **r) for r in records)
+        yield from (dict(shape=arguments.shape, scoring=case.scoring, format=case.format, **r) for r in records)
     for n_requests in (1, 16):
         kernels = stages(case, n_requests, 32768)
         print(f"kernels of a SparQ step, B={n_requests} S=32768, us: {kernels}")
@@ -369,6 +232,7 @@ def main() -> int:
     parser.add_argument("--only", choices=["checks", "times"], help="half of the work")
     parser.add_argument("--shape", default="32/8/128", help="query heads / KV heads / head size of the timed layer")
     parser.add_argument("--scoring", default="int4", choices=["int4", "int8", "model"])
+    parser.add_argument("--format", default="model", choices=list(FORMATS), help="of the timed pages")
     parser.add_argument("--minutes", type=float, default=5.0, help="start no further timing after this")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
@@ -380,7 +244,7 @@ def main() -> int:
     print(machine)
     failed, records = 0, []
     if arguments.only != "times":
-        for record in run_checks("cuda"):
+        for record in (*run_checks("cuda"), check_graph("cuda")):
             ok = record["error"] <= record["limit"]
             failed += not ok
             print(

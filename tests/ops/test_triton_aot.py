@@ -61,9 +61,35 @@ SHAPES = (
     Shape(head_size=256, dtype="bfloat16", scoring="model", heads=4, block_size=32, new_tokens=2),
     Shape(head_size=128, dtype="bfloat16", scoring="int4", format="int4"),
     Shape(head_size=128, dtype="bfloat16", scoring=None, format="kivi2"),
-    Shape(head_size=64, dtype="float16", scoring="int8", format="int8", heads=16, alpha_floor=1.0, block_size=64),
-    Shape(head_size=80, dtype="float32", scoring=None, format="kivi4", block_size=48, alpha_floor=1.0),
-    Shape(head_size=256, dtype="bfloat16", scoring=None, format="kivi2", heads=4, block_size=32, new_tokens=2),
+    Shape(
+        head_size=64,
+        dtype="float16",
+        scoring="int8",
+        format="int8",
+        heads=16,
+        alpha_floor=1.0,
+        block_size=64,
+        ops=("write", "dense_decode"),
+    ),
+    Shape(
+        head_size=80,
+        dtype="float32",
+        scoring=None,
+        format="kivi4",
+        block_size=48,
+        alpha_floor=1.0,
+        ops=("sparq_decode", "prefill"),
+    ),
+    Shape(
+        head_size=256,
+        dtype="bfloat16",
+        scoring=None,
+        format="kivi2",
+        heads=4,
+        block_size=32,
+        new_tokens=2,
+        ops=("write", "dense_decode"),
+    ),
 )
 
 
