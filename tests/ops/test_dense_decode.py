@@ -70,16 +70,18 @@ def test_dense_decode_by_hand(implementation: str) -> None:
 
 
 @pytest.mark.parametrize("implementation", ALL)
-def test_caches_beyond_two_gigabytes(implementation: str) -> None:
-    """All four ops on pages whose addresses need 64 bits: two pages 3 GB apart, of which little is ever touched."""
-    case, on = Case(lens=(20,), new=(20,)), device(implementation)
+@pytest.mark.parametrize("fmt", ["model", "int8", "kivi4"])
+def test_caches_beyond_two_gigabytes(implementation: str, fmt: str) -> None:
+    """All four ops on pages whose addresses need 64 bits: pages 3 GB apart, of which little is ever touched."""
+    group = 16 if fmt == "kivi4" else None
+    case, on = Case(lens=(20,), new=(20,), scoring="model", format=fmt, group_size=group), device(implementation)
     tokens = case.tokens()
     near = build(case, tokens, written="context", device=on)
     page_bytes, far = case.layout.page_bytes, 3 * 10**9 // 64 * 64
-    buffer = torch.empty(2 * far + 4 * page_bytes, dtype=torch.uint8, device=on)
+    buffer = torch.empty(3 * far + 4 * page_bytes, dtype=torch.uint8, device=on)
     table, read = near.block_table.clone(), SparqRead(r=16, min_k=8, alpha_floor=0.0)
-    table[0, :2] = torch.tensor([2, 0])
-    data = buffer.as_strided((3, 2, page_bytes), (far, page_bytes, 1), 0)
+    table[0, :4] = torch.tensor([2, 0, 1, 3])
+    data = buffer.as_strided((4, 2, page_bytes), (far, page_bytes, 1), 0)
     world = replace(near, pages=Pages(data, case.layout), block_table=table, query=near.query[19:20])
     near = replace(near, query=near.query[19:20])
     for one in (near, world):

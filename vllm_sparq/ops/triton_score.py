@@ -246,7 +246,7 @@ def score_tile(
     if SCORING is None:
         dtype: tl.constexpr = records.dtype.element_ty
         KEYS: tl.constexpr = FORMAT.keys
-        at = as_bytes(records) + page * (page_stride * KEYS.number_bytes)
+        at = as_bytes(records) + page * page_stride * KEYS.number_bytes
         scores = score_channel_keys(
             *(scores, weights, channels, at, slot, first_slot, full, KEYS, dtype, HEADS, R, CHANNELS)
         )
