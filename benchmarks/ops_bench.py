@@ -21,6 +21,7 @@ from vllm_sparq.benchmarks.ops_methods import METHODS, Call, Cell, Tensors
 from vllm_sparq.benchmarks.records import append_records, provenance
 from vllm_sparq.cli import UsageError
 from vllm_sparq.config import Options
+from vllm_sparq.layout import FORMATS
 from vllm_sparq.ops import native
 
 FLUSH_BYTES = 128 << 20
@@ -135,7 +136,9 @@ def cells(args: argparse.Namespace) -> list[Cell]:
         found += [Cell(context=s, batch=b, **sizes, **kind) for b in args.batch for s in args.context]
     free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     for cell in found:
-        need = 4 * cell.dense_bytes  # ours, vLLM's, and the tokens that fill them
+        formats = {name.removeprefix("sparq+") for name in args.methods} & FORMATS.keys()
+        # Ours, vLLM's, and the tokens that fill them; and other formats with their ranking copies.
+        need = 4 * cell.dense_bytes + sum(2 * cell.dense_bytes_as(name) for name in formats)
         if need > 0.8 * free:
             raise UsageError(
                 f"context {cell.context} x batch {cell.batch} at {cell.heads}/{cell.kv_heads}/{cell.head_dim} needs "

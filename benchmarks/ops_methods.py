@@ -65,14 +65,12 @@ class Cell:
         return int(self.batch * self.kv_heads * self.context * self.bytes_as(format))
 
     def sparq_bytes_as(self, format: str) -> int:
-        """Chosen rows of what ranks the tokens with their ranges, and the tokens read. The newest block counts as full."""
+        """Chosen rows of what ranks the tokens with their ranges, and the tokens read; all blocks count as full."""
         parts = self.layout_as(format).parts
         names = ("key_codes", "key_ranges") if "key_codes" in parts else ("scoring", "ranges")
         ranking = sum(parts[name].nbytes for name in names if name in parts) / BLOCK_SIZE
         scan = self.context * ranking * self.read.r / self.head_dim
-        return int(
-            self.batch * self.kv_heads * (scan + self.read.n_selected(self.context) * self.bytes_as(format))
-        )
+        return int(self.batch * self.kv_heads * (scan + self.read.n_selected(self.context) * self.bytes_as(format)))
 
     @property
     def layout(self) -> PageLayout:

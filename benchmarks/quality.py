@@ -208,22 +208,21 @@ def _standard_error(values: Sequence[float]) -> float:
 
 
 def table(rows: list[dict[str, Any]]) -> Any:
-    """Tasks and lengths down, methods across; in points of 100."""
+    """A row per task, context and method; in points of 100."""
     from rich.table import Table
 
-    methods = list(dict.fromkeys(row["method"] for row in rows))
     view = Table(title=f"Score of 100 ± standard error, {rows[0]['n']} prompts per cell")
-    view.add_column("task")
-    view.add_column("context", justify="right")
-    for method in methods:
-        view.add_column(method, justify="right")
-        if method != "dense":
-            view.add_column("difference", justify="right")
-    for i in range(0, len(rows), len(methods)):
-        cells = []
-        for row in rows[i : i + len(methods)]:
-            cells.append(f"{100 * row['score']:.1f} ± {100 * row['score_error']:.1f}")
-            if row["method"] != "dense":
-                cells.append(f"{100 * row['difference']:+.1f} ± {100 * row['difference_error']:.1f}")
-        view.add_row(rows[i]["task"], f"{rows[i]['context']:,}", *cells)
+    for column in ("task", "context", "method", "score", "beside dense"):
+        view.add_column(column, justify="left" if column in ("task", "method") else "right")
+    n_methods = len({row["method"] for row in rows})
+    for i, row in enumerate(rows):
+        first, last = i % n_methods == 0, i % n_methods == n_methods - 1
+        view.add_row(
+            row["task"] if first else "",
+            f"{row['context']:,}" if first else "",
+            row["method"],
+            f"{100 * row['score']:.1f} ± {100 * row['score_error']:.1f}",
+            "" if row["method"] == "dense" else f"{100 * row['difference']:+.1f} ± {100 * row['difference_error']:.1f}",
+            end_section=last,
+        )
     return view

@@ -11,6 +11,8 @@ import pytest
 from vllm_sparq.benchmarks import ops_bench
 from vllm_sparq.benchmarks.ops_methods import BLOCK_SIZE, METHODS, Tensors
 from vllm_sparq.cli import UsageError
+from vllm_sparq.layout import FORMATS
+from vllm_sparq.ops.dense_decode.reference import cached_tokens
 
 
 def parse(*words: str) -> argparse.Namespace:
@@ -42,7 +44,7 @@ def test_defaults_are_a_known_model() -> None:
         (("--shape", "32/8/100"), "head size 100 is not a multiple of 16"),
         (("--context", "1k"), "'1k' is not a list of numbers"),
         (("--batch", "1,0"), "holds a number below 1"),
-        (("--methods", "dense,spark"), "unknown method 'spark': use some of vllm,dense,sparq"),
+        (("--methods", "dense,spark"), "unknown method 'spark': use some of vllm,dense,int8,"),
     ],
 )
 def test_bad_words_are_refused(words: tuple[str, ...], says: str) -> None:
@@ -94,15 +96,35 @@ def test_bytes_by_hand() -> None:
     # int4: half a byte per token and channel, 4 bytes of range per block and channel, 64 tokens in full.
     assert METHODS["sparq"].bytes_moved(cell) == 3 * 2 * (1024 * 16 // 2 + 8 * 16 * 4 + 64 * 256)
     assert METHODS["write"].bytes_moved(cell) == 3 * 2 * 256 * 2
+    # int8: 64 bytes and one 2-byte step, twice. int4: 32 bytes, and step and zero of one group of 64, twice.
+    assert METHODS["int8"].bytes_moved(cell) == 3 * 2 * 1024 * 2 * (64 + 2)
+    assert METHODS["int4"].bytes_moved(cell) == 3 * 2 * 1024 * 2 * (32 + 4)
+    # kivi2: 16 bytes of codes, and 4 bytes of range per 32 elements, for K as for V. It ranks by itself.
+    assert METHODS["kivi2"].bytes_moved(cell) == 3 * 2 * 1024 * 2 * (16 + 8)
+    assert METHODS["sparq+kivi2"].bytes_moved(cell) == 3 * 2 * (1024 * 16 // 4 + 32 * 16 * 4 + 64 * 48)
+    assert METHODS["sparq+int4"].bytes_moved(cell) == 3 * 2 * (1024 * 16 // 2 + 8 * 16 * 4 + 64 * 72)
 
 
 def test_requests_own_pages_and_hold_tokens() -> None:
     words = ("--shape", "2/1/64", "--context", "200", "--batch", "2", "--k", "9")
     tensors = Tensors.build(ops_bench.cells(parse(*words))[0])
-    assert sorted(tensors.block_table.flatten().tolist()) == [0, 1, 2, 3]
-    first, second = tensors.pages.keys[tensors.block_table.long()].flatten(1, 3)[..., : 200 // BLOCK_SIZE, :]
+    cache = tensors.cache("model")
+    assert sorted(cache.block_table.flatten().tolist()) == [0, 1, 2, 3]
+    first, second = cache.pages.keys[cache.block_table.long()].flatten(1, 3)[..., : 200 // BLOCK_SIZE, :]
     assert first.equal(second)
     assert first.any()
+
+
+@pytest.mark.parametrize("format", [name for name, fmt in FORMATS.items() if fmt is not None])
+def test_random_pages_stand_for_plausible_tokens(format: str) -> None:
+    words = ("--shape", "2/1/64", "--context", "300", "--batch", "2", "--k", "9")
+    tensors = Tensors.build(ops_bench.cells(parse(*words))[0])
+    cache = tensors.cache(format)
+    keys, values = cached_tokens(cache.pages, cache.block_table[1], 300, 0)
+    for x in (keys, values):
+        assert x.isfinite().all()
+        assert 0.5 < x.std() < 3
+    assert not keys[:128].equal(keys[128:256])
 
 
 def test_break_even_is_the_last_crossing() -> None:

@@ -115,6 +115,12 @@ def test_hybrid_model(tmp_path: Path, token_prompts: list[list[int]], engine: An
         assert Prompts.answers(llm, token_prompts) == dense
         (report,) = llm.collective_rpc("attention_report")
     assert [layer["backend"] for layer in report.values()] == ["CPU_ATTN"] * 3 + ["SPARQ"]
+    with engine("flexgen", {"format": "int8"}, **small(tmp_path, enable_prefix_caching=True)) as llm:
+        eights = [Prompts.answers(llm, token_prompts) for _ in range(2)]
+        (report,) = llm.collective_rpc("attention_report")
+    assert eights[0] == eights[1]
+    assert sum(a[0] == b[0] for a, b in zip(eights[0], dense, strict=True)) > len(dense) / 2
+    assert [layer["backend"] for layer in report.values()] == ["CPU_ATTN"] * 3 + ["FLEXGEN"]
 
 
 def test_dense_layers(engine: Any, prompts: Prompts, sparse_alone: dict[int, list[int]]) -> None:

@@ -354,6 +354,10 @@ FORMATS: tuple[Case, ...] = (
     replace(_QUANTIZED, format="kivi2", heads=8, head_size=128, block_size=128, dtype=torch.bfloat16, lens=(257,)),
     replace(_QUANTIZED, format="kivi2", heads=6, head_size=256, block_size=64, dtype=torch.float16, lens=(64, 65, 140)),
     replace(_QUANTIZED, format="kivi2", group_size=64, block_size=64, value_sum=True, dtype=torch.float16, lens=(150,)),
+    # One group in both nibbles of a byte, and groups that begin inside a nibble's run.
+    replace(_QUANTIZED, format="int4", heads=8, block_size=128, dtype=torch.bfloat16, lens=(128, 300)),
+    replace(_QUANTIZED, format="int4", heads=4, head_size=96, group_size=32, dtype=torch.bfloat16, lens=(33, 70)),
+    replace(_QUANTIZED, format="int4", kv_heads=4, head_size=80, group_size=16, dtype=torch.bfloat16, lens=(97,)),
 )
 """Quantized pages, which every op takes as well."""
 

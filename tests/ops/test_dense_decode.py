@@ -54,6 +54,32 @@ def test_quantized_pages_are_read(implementation: str, case: Case) -> None:
     torch.testing.assert_close(got.cpu(), want, **tolerances.OUT[case.dtype])
 
 
+@pytest.mark.parametrize("implementation", QUANTIZED)
+@pytest.mark.parametrize("case", LONG_FORMATS, ids=str)
+def test_broken_groups_read_as_nan(implementation: str, case: Case) -> None:
+    """A group of V that is NaN shows in its channels alone; one of K shows in the whole head."""
+    tokens, on = case.tokens(), device(implementation)
+    tokens.value[0][5, 0, 7] = torch.inf
+    tokens.key[3][9, 1, 3] = torch.nan
+    got = build(case, tokens, device=on).decode(load("dense_decode", implementation)).cpu()
+    want = build(case, tokens).decode(reference)
+    assert want[0, 0].isnan().sum() == case.layout.group
+    assert want[3, -1].isnan().all()
+    assert want[:, 4:][:3].isfinite().all()
+    torch.testing.assert_close(got, want, equal_nan=True, **tolerances.OUT[case.dtype])
+
+
+@pytest.mark.parametrize("implementation", QUANTIZED)
+@pytest.mark.parametrize("case", LONG_FORMATS, ids=str)
+def test_nothing_but_the_tokens_of_quantized_pages_matters(implementation: str, case: Case) -> None:
+    """Other page ids, other garbage: the same bits."""
+    run, on = load("dense_decode", implementation), device(implementation)
+    plain = build(case, device=on).decode(run)
+    assert plain.isfinite().all()
+    assert build(case, poison=HUGE_BYTE, device=on).decode(run).equal(plain)
+    assert build(case, shuffle=1, device=on).decode(run).equal(plain)
+
+
 @pytest.mark.parametrize("implementation", ALL)
 def test_dense_decode_by_hand(implementation: str) -> None:
     # D = 16, scale 1/4. q = 4 in channel 0, so the logit of a token is its K in channel 0: ln 1, ln 2, ln 5 over three

@@ -142,6 +142,20 @@ def test_long_steps_are_those_of_the_reference(implementation: str, case: Case, 
     assert_same(got, want)
 
 
+@pytest.mark.parametrize("implementation", KERNELS)
+@pytest.mark.parametrize("shuffle", range(8))
+def test_staged_tokens_are_read_before_their_pages_are_written(implementation: str, shuffle: int) -> None:
+    """The next block is staged in pages that the begun one is still staged in, and another thread may be at it."""
+    shape = Case(format="kivi2", heads=1, kv_heads=1, head_size=128, block_size=128, scoring=None, value_sum=False)
+    case = replace(shape, dtype=torch.bfloat16, lens=(228,) * 12, new=(108,) * 12)
+    assert case.layout.n_staging_blocks > 1
+    got = build(case, written="context", device=device(implementation), shuffle=shuffle)
+    want = build(case, written="context", shuffle=shuffle)
+    got.write(load("write", implementation))
+    want.write(reference)
+    assert_same(got, want)
+
+
 def hostile_rows(n: int, dtype: torch.dtype) -> list[torch.Tensor]:
     """Rows of n elements that break careless quantizers."""
     big, tiny = torch.finfo(dtype).max, torch.finfo(dtype).smallest_normal

@@ -17,15 +17,18 @@ struct RowPointers {
   int n = 0;
 
   static RowPointers in(Arena& arena, int capacity) {
-    return {arena.take<const uint8_t*>(capacity), arena.take<const uint8_t*>(capacity)};
+    return {arena.take<const uint8_t*>(capacity + 1), arena.take<const uint8_t*>(capacity + 1)};
   }
-  static size_t n_bytes(int capacity) { return 2 * Arena::room<const uint8_t*>(capacity); }
+  static size_t n_bytes(int capacity) { return 2 * Arena::room<const uint8_t*>(capacity + 1); }
 
   void push(const Codes& where, const uint8_t* page, int row) {
     codes[n] = page + where.codes + row * where.code_stride;
     ranges[n++] = page + where.ranges + row * where.range_stride;
   }
-  CodeRows rows() const { return {codes, ranges, n}; }
+  CodeRows rows() const {
+    codes[n] = codes[n - 1];  // room: see `in`
+    return {codes, ranges, n};
+  }
 
   // The first n rows of a page.
   CodeRows all(const Codes& where, const CodeShape& shape, const uint8_t* page, int count) {

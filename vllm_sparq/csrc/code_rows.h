@@ -4,6 +4,7 @@
 #include <algorithm>
 
 #include "paged.h"
+#include "scratch.h"
 #include "simd.h"
 
 namespace sparq {
@@ -31,23 +32,20 @@ struct CodeShape {
   static CodeShape values(const Pages& pages) { return of(pages, pages.head_size); }
 };
 
-// Channels whose codes share a dword of a row, in the order in which its nibbles are taken: nibble i of both words of the
-// dword at byte `byte` belongs to codes code_at(..) and code_at(..) + 2. (Int8: two nibbles to a code.)
+// Channels whose codes share a dword of a row, in the order in which its nibbles are taken: nibble i of both words of
+// the dword at byte `byte` belongs to codes code_at(..) and code_at(..) + 2. (Int8: two nibbles to a code.)
 inline int code_at(const CodeShape& shape, int byte, int i) {
   const int plane = shape.bits == 4 ? i % 2 : 0;
   return plane * shape.row_bytes() + byte + i / 2;
 }
 
-// n rows, anywhere in memory.
+// n rows, anywhere in memory. Codes are read in pairs of rows: if n is odd there is one more pointer, to any row.
 struct CodeRows {
   const uint8_t* const* codes;
   const uint8_t* const* ranges;
   int n;
   const uint8_t* all_ranges = nullptr;  // not null: the ranges of all rows, one row after the other
 
-  CodeRows from(int first) const {
-    return {codes + first, ranges + first, n - first, nullptr};
-  }
 };
 
 // Memory that is wanted soon, to be prefetched bit by bit between other work.
@@ -64,7 +62,6 @@ class Ahead {
   int share(int n) const { return (int)round_up((size_t)(end_ - next_ + n - 1) / n, 64); }
 
  private:
-  static size_t round_up(size_t n, size_t multiple) { return (n + multiple - 1) / multiple * multiple; }
   const uint8_t* next_ = nullptr;
   const uint8_t* end_ = nullptr;
 };

@@ -96,10 +96,18 @@ class CodedTokens {
   }
 
   // to [n] = the packed codes of a row, one per byte.
-  static void unpack(const CodeShape& shape, const uint8_t* packed, uint8_t* to) {
-    const int n_bytes = shape.row_bytes(), mask = (1 << shape.bits) - 1;
-    for (int shift = 0; shift < 8; shift += shape.bits, to += n_bytes)
-      for (int i = 0; i < n_bytes; ++i) to[i] = (uint8_t)(packed[i] >> shift & mask);
+  static void unpack(const CodeShape& shape, const uint8_t* __restrict packed, uint8_t* __restrict to) {
+    const int n = shape.row_bytes(), mask = (1 << shape.bits) - 1;
+    const __m128i masks = _mm_set1_epi8((char)mask);
+    for (int shift = 0; shift < 8; shift += shape.bits, to += n) {
+      const __m128i count = _mm_cvtsi32_si128(shift);
+      int i = 0;
+      for (; i + 16 <= n; i += 16) {
+        const __m128i words = _mm_srl_epi16(_mm_loadu_si128((const __m128i*)(packed + i)), count);
+        _mm_storeu_si128((__m128i*)(to + i), _mm_and_si128(words, masks));
+      }
+      for (; i < n; ++i) to[i] = (uint8_t)(packed[i] >> shift & mask);
+    }
   }
 
   template <class R>

@@ -1,5 +1,5 @@
-// Rows of codes on any instruction set, in any shape and type: four or sixteen of them become fp32 in L1, and are then used
-// as rows of fp32.
+// Rows of codes on any instruction set, in any shape and type: four or sixteen of them become fp32 in L1, and are then
+// used as rows of fp32.
 #pragma once
 
 #include "attend_codes.h"

@@ -93,7 +93,8 @@ void Decode::finish(int request, int head, const State& state, const float* weig
 }
 
 void Decode::zero_out(int request) const {
-  for (int h = 0; h < n_heads; ++h) std::fill_n(out.at(request, h), pages.head_size * pages.element_bytes(), uint8_t{0});
+  const size_t row_bytes = pages.head_size * pages.element_bytes();
+  for (int h = 0; h < n_heads; ++h) std::fill_n(out.at(request, h), row_bytes, uint8_t{0});
 }
 
 void plan_tasks(const Requests& requests, int n_kv_heads, int block_size, int n_threads, std::vector<Task>& tasks) {
@@ -157,7 +158,8 @@ void merge_parts(const Decode& call, const Task& first, float* part_states, size
 void attend_tokens(const Decode& call, const Group& group, const State& state, const Sequence& sequence,
                    const int32_t* tokens, int n) {
   if (call.pages.quantized()) {
-    const int n_coded = (int)(std::lower_bound(tokens, tokens + n, sequence.newest_block() * call.pages.block_size) - tokens);
+    const int first_staged = sequence.newest_block() * call.pages.block_size;
+    const int n_coded = (int)(std::lower_bound(tokens, tokens + n, first_staged) - tokens);
     attend_coded_tokens(call.codes, group, state, sequence, tokens, n_coded);
     tokens += n_coded, n -= n_coded;
   }

@@ -129,7 +129,7 @@ void score_key_codes(const Ranking& ranking, const uint8_t* page, const uint8_t*
   const Codes& key = ranking.pages->key;
   const CodeKernels& kernels = *ranking.codes;
   constexpr int AT_ONCE = 64;  // channels
-  const uint8_t *codes[AT_ONCE], *ranges[AT_ONCE];
+  const uint8_t *codes[AT_ONCE + 1], *ranges[AT_ONCE];
   for (int row = 0; row < ranking.n_rows; ++row) std::fill_n(scores + (size_t)row * stride, kernels.key.n, 0.0f);
   for (int first = 0; first < ranking.r; first += AT_ONCE) {
     const int n = std::min(AT_ONCE, ranking.r - first);
@@ -141,10 +141,12 @@ void score_key_codes(const Ranking& ranking, const uint8_t* page, const uint8_t*
       for (int byte = 0; byte < kernels.key.row_bytes(); byte += 64) prefetch_l2(ahead + code + byte);
       prefetch_l2(ahead + range);
     }
+    codes[n] = codes[n - 1];
     for (int row = 0; row < ranking.n_rows; row += MAX_TILE_HEADS) {
       Ahead nothing;
+      const int n_rows = std::min(ranking.n_rows - row, MAX_TILE_HEADS);
       kernels.score_keys(kernels.key, {codes, ranges, n}, ranking.query + row * ranking.stride + first, ranking.stride,
-                         std::min(ranking.n_rows - row, MAX_TILE_HEADS), scores + (size_t)row * stride, stride, nothing);
+                         n_rows, scores + (size_t)row * stride, stride, nothing);
     }
   }
 }

@@ -72,8 +72,8 @@ struct AllScores {
   static size_t stride_for(int len) { return round_up((size_t)len, 16) + 16; }
 };
 
-// Calls f(rows, first, n) for the tokens of a block that is kept in the model's own type, up to 64 at a time: pointers to
-// the records of tokens first .. first + n, the last one repeated.
+// Calls f(rows, first, n) for the tokens of a block that is kept in the model's own type, up to 64 at a time: pointers
+// to the records of tokens first .. first + n, the last one repeated.
 template <class F>
 void few_records_at_a_time(const Sequence& sequence, int block, int n_tokens, F&& f) {
   for (int first = 0; first < n_tokens; first += 64) {
