@@ -225,7 +225,7 @@ def decode_channels(
     table,
     first,
     stop,
-    page_bytes,
+    page_stride,  # in numbers of ranges
     ROWS: tl.constexpr,
     D: tl.constexpr,
     D_PAD: tl.constexpr,
@@ -238,7 +238,7 @@ def decode_channels(
     column = first // ROWS.runs + tl.arange(0, BYTES // CHUNK) * CHUNK
     live = column < stop // ROWS.runs
     page = tl.load(table + column // ROWS.run, mask=live, other=0).to(tl.int64)
-    at = data + page * page_bytes
+    at = data + page * page_stride * ROWS.number_bytes
     d = tl.arange(0, D_PAD)
     inside = (d < D)[:, None] & live[None, :]
     index = (column % ROWS.run)[None, :]
@@ -297,10 +297,9 @@ def load_block_tile(
     """(K [D_PAD, TILE], V [TILE, D_PAD], live [TILE]) of one tile of quantized blocks, tokens as in `tile_cells`."""
     dtype: tl.constexpr = records.dtype.element_ty
     page, slot, live = tile_cells(table, first, stop, N, FORMAT, TILE)
-    page_bytes = page_stride * FORMAT.keys.number_bytes
-    at = as_bytes(records) + page * page_bytes
+    at = as_bytes(records) + page * page_stride * FORMAT.keys.number_bytes
     if FORMAT.channel_keys:
-        k = decode_channels(as_bytes(records), table, first, stop, page_bytes, FORMAT.keys, D, D_PAD, TILE, dtype)
+        k = decode_channels(as_bytes(records), table, first, stop, page_stride, FORMAT.keys, D, D_PAD, TILE, dtype)
     else:
         k = tl.trans(decode_rows(at, slot, live, FORMAT.keys, dtype))
     return k, decode_rows(at, slot, live, FORMAT.values, dtype), live
@@ -319,7 +318,7 @@ def load_cells(
 ):
     """(K [D_PAD, TILE], V [TILE, D_PAD]) of any tokens of quantized blocks."""
     dtype: tl.constexpr = records.dtype.element_ty
-    at = as_bytes(records) + page * (page_stride * FORMAT.keys.number_bytes)
+    at = as_bytes(records) + page * page_stride * FORMAT.keys.number_bytes
     if FORMAT.channel_keys:
         d = tl.arange(0, D_PAD)[:, None]
         k = cast(gather(at[None, :], d, slot[None, :], live[None, :] & (d < D), FORMAT.keys, dtype), dtype)

@@ -1,6 +1,7 @@
 """`vllm_sparq.ops.dense_decode.dense_decode` on a GPU: flash decoding over pages, at most two launches.
 
-Moves ``2 D`` elements per token and KV head, which is all there is to read; the merge adds ``8 D`` bytes per split.
+Moves ``2 D`` elements per token and KV head, or the codes and ranges of quantized ones, which is all there is to read;
+the merge adds ``8 D`` bytes per split.
 """
 
 from __future__ import annotations

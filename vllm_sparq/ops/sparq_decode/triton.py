@@ -189,7 +189,7 @@ def make_plan(query: torch.Tensor, pages: Pages, block_table: torch.Tensor, read
         max_tokens=max_tokens,
         capacity=max(read.n_selected(max_tokens), min(read.dense_below, max_tokens)),
         n_splits=split_count(n_rows, max_tokens, query.device, min_tokens=TILE, limit=64),
-        lanes=lanes * 2 // runs,
+        lanes=lanes,
         slots=min(slots, 64),
         runs=runs,
         with_mean=with_mean,

@@ -298,7 +298,7 @@ def sum_codes_kernel(
             before = tl.load(table + block - 1).to(tl.int64)
             if block == opened:
                 total = tl.load(value_sum + before * sum_stride_p + d, mask=d < D, other=0.0)
-            at = data + before * (page_stride * FORMAT.values.number_bytes)
+            at = data + before * page_stride * FORMAT.values.number_bytes
             page_total = tl.zeros([TILE, SUM_CHANNELS], tl.float32)
             for n in range(0, N, TILE):
                 slot = n + tl.arange(0, TILE)

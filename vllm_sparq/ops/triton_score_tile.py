@@ -1,0 +1,216 @@
+"""The approximate scores of a tile of tokens: from the scoring copy, from channel-major K itself, or from records.
+
+Scores run on plain fp32 units: with ``r`` channels a token costs ``r`` unpacked codes for the whole query group, less
+than its bytes take to arrive, and tensor cores would want the codes turned around in shared memory first. Each thread
+owns tokens and walks the channels, so nothing is reduced across threads.
+
+A lane of a tile owns the slots n, n + N / RUNS, .. of one page: those whose codes share a byte.
+"""
+
+# ruff: noqa: RUF005  Triton knows no starred element of a tuple
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from vllm_sparq.ops.triton_codes import as_bytes, dequantize, load_ranges, n_in_codes
+
+
+@triton.jit
+def add_channel(scores, weights, c, keys, HEADS: tl.constexpr, R: tl.constexpr, RUNS: tl.constexpr):
+    """``scores[r, h] + weights[h, c] * keys[r]`` for every run and head."""
+    result = ()
+    for r in tl.static_range(RUNS):
+        for h in tl.static_range(HEADS):
+            weight = tl.load(weights + h * R + c, mask=c < R, other=0.0)
+            result = result + (scores[r * HEADS + h] + weight * keys[r],)
+    return result
+
+
+@triton.jit
+def score_copies(
+    scores,  # tuple with fp32 [PAGES, SLOTS] per run and head
+    weights,
+    channels,
+    scoring,  # pointers to each page's codes, [PAGES, SLOTS]
+    ranges,  # pointers to each page's ranges, [PAGES]
+    full,
+    mask,
+    SCORING: tl.constexpr,
+    HEADS: tl.constexpr,
+    R: tl.constexpr,
+    N: tl.constexpr,
+    CHANNELS: tl.constexpr,
+):
+    """Add the scores from the scoring copy, where ``mask``; the loads of several channels leave before any is used."""
+    HALF: tl.constexpr = N // 2
+    WIDTH: tl.constexpr = HALF if SCORING == "int4" else N
+    for first in range(0, R, CHANNELS):
+        codes = ()
+        codes_late = ()
+        scales = ()
+        for i in tl.static_range(CHANNELS):
+            channel = tl.load(channels + first + i, mask=first + i < R, other=0)
+            codes = codes + (tl.load(scoring + channel * WIDTH, mask=mask, other=0),)
+            if SCORING != "int4":
+                codes_late = codes_late + (tl.load(scoring + channel * WIDTH + HALF, mask=mask, other=0),)
+            if SCORING != "model":
+                scales = scales + (tl.load(ranges + channel, mask=full, other=0),)
+        for i in tl.static_range(CHANNELS):
+            if SCORING == "int4":
+                k_early = (codes[i] & 15).to(tl.float32)
+                k_late = (codes[i] >> 4).to(tl.float32)
+            else:
+                k_early = codes[i].to(tl.float32)
+                k_late = codes_late[i].to(tl.float32)
+            if SCORING != "model":
+                step = scales[i].to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)[:, None]
+                zero = (scales[i] >> 16).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)[:, None]
+                k_early = zero + step * k_early
+                k_late = zero + step * k_late
+            scores = add_channel(scores, weights, first + i, (k_early, k_late), HEADS, R, 2)
+    return scores
+
+
+@triton.jit
+def score_channel_keys(
+    scores,  # tuple with fp32 [PAGES, SLOTS] per run and head
+    weights,
+    channels,
+    at,  # pointers to each page's first byte, [PAGES]
+    slot,  # in the first run, [SLOTS]; all of one group, in every run
+    first_slot,
+    full,
+    ROWS: tl.constexpr,
+    dtype: tl.constexpr,
+    HEADS: tl.constexpr,
+    R: tl.constexpr,
+    CHANNELS: tl.constexpr,
+):
+    """Add the scores from channel-major K itself, of ``full`` pages."""
+    RUNS: tl.constexpr = ROWS.runs
+    for first in range(0, R, CHANNELS):
+        codes = ()
+        steps = ()
+        zeros = ()
+        for i in tl.static_range(CHANNELS):
+            channel = tl.load(channels + first + i, mask=first + i < R, other=0)
+            codes_at = (at + ROWS.codes + channel * ROWS.codes_step)[:, None] + slot[None, :]
+            codes = codes + (tl.load(codes_at, mask=full[:, None], other=0),)
+            for r in tl.static_range(RUNS):
+                group = (r * ROWS.run + first_slot) // ROWS.group
+                ranges_at = at + ROWS.ranges + channel * ROWS.ranges_step + group * ROWS.range_bytes
+                step, zero = load_ranges(ranges_at, full, dtype, ROWS.numbers)
+                steps = steps + (step,)
+                zeros = zeros + (zero,)
+        for i in tl.static_range(CHANNELS):
+            keys = ()
+            for r in tl.static_range(RUNS):
+                step, zero = steps[i * RUNS + r][:, None], zeros[i * RUNS + r][:, None]
+                keys = keys + (dequantize(codes[i], r, step, zero, ROWS.bits),)
+            scores = add_channel(scores, weights, first + i, keys, HEADS, R, RUNS)
+    return scores
+
+
+@triton.jit
+def score_records(
+    scores,  # tuple with fp32 [PAGES, SLOTS] per run and head
+    weights,
+    channels,
+    records,
+    table,
+    block,  # [PAGES]
+    page,
+    slot,  # in the first run, [SLOTS]
+    rest,  # which block is not full yet, or staged
+    n_rest,  # tokens of it
+    page_stride,
+    HEADS: tl.constexpr,
+    R: tl.constexpr,
+    N: tl.constexpr,
+    D: tl.constexpr,
+    RUNS: tl.constexpr,
+    STAGED: tl.constexpr,
+):
+    """Add the scores of the newest block, from K in the model's type."""
+    RUN: tl.constexpr = N // RUNS
+    places = ()
+    masks = ()
+    for r in tl.static_range(RUNS):
+        own = slot + r * RUN
+        mask = rest[:, None] & ((slot < RUN) & (own < n_rest))[None, :]
+        if STAGED == 0:
+            at = records + (page * page_stride)[:, None] + own[None, :] * (2 * D)
+        else:
+            ahead = tl.load(table + (block + 1)[:, None] + (own // STAGED)[None, :], mask=mask, other=0)
+            at = records + ahead.to(tl.int64) * page_stride + (own % STAGED)[None, :] * (2 * D)
+        places = places + (at,)
+        masks = masks + (mask,)
+    for c in range(R):
+        channel = tl.load(channels + c)
+        keys = ()
+        for r in tl.static_range(RUNS):
+            keys = keys + (tl.load(places[r] + channel, mask=masks[r], other=0.0).to(tl.float32),)
+        scores = add_channel(scores, weights, c, keys, HEADS, R, RUNS)
+    return scores
+
+
+@triton.jit
+def score_tile(
+    weights,
+    channels,
+    records,  # pointers to this KV head
+    scoring,
+    ranges,
+    table,  # of this request
+    first_page,
+    first_slot,
+    context_len,
+    page_stride,
+    scoring_stride_p,
+    ranges_stride_p,
+    SCORING: tl.constexpr,
+    FORMAT: tl.constexpr,
+    HEADS: tl.constexpr,
+    R: tl.constexpr,
+    N: tl.constexpr,
+    D: tl.constexpr,
+    RUNS: tl.constexpr,
+    PAGES: tl.constexpr,
+    SLOTS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+):
+    """Scores of the slots n, n + N / RUNS, .. of several pages: a tuple with fp32 [PAGES, SLOTS] per run and head.
+
+    A tile reads per page ``R`` runs of codes (int4: N/2 of them) and R pairs of step and zero, or with channel-major K
+    a pair for every group; the page that is not full yet, in one tile of a request, reads R elements of each token's
+    record.
+    """
+    block = first_page + tl.arange(0, PAGES)
+    slot = first_slot + tl.arange(0, SLOTS)
+    n_full = context_len // N if FORMAT is None else n_in_codes(context_len, N) // N
+    page = tl.load(table + block, mask=block * N < context_len, other=0).to(tl.int64)
+    full = block < n_full
+    scores = (tl.zeros([PAGES, SLOTS], tl.float32),) * (HEADS * RUNS)
+    if SCORING is None:
+        dtype: tl.constexpr = records.dtype.element_ty
+        KEYS: tl.constexpr = FORMAT.keys
+        at = as_bytes(records) + page * page_stride * KEYS.number_bytes
+        scores = score_channel_keys(
+            *(scores, weights, channels, at, slot, first_slot, full, KEYS, dtype, HEADS, R, CHANNELS)
+        )
+    else:
+        scores = score_copies(
+            *(scores, weights, channels),
+            *(scoring + (page * scoring_stride_p)[:, None] + slot[None, :], ranges + page * ranges_stride_p),
+            *(full, full[:, None] & (slot < N // 2)[None, :], SCORING, HEADS, R, N, CHANNELS),
+        )
+    n_rest = context_len - n_full * N
+    if (n_rest > 0) & (first_page <= n_full) & (n_full < first_page + PAGES):
+        STAGED: tl.constexpr = 0 if FORMAT is None else FORMAT.staged
+        scores = score_records(
+            *(scores, weights, channels, records, table, block, page, slot, block == n_full, n_rest, page_stride),
+            *(HEADS, R, N, D, RUNS, STAGED),
+        )
+    return scores
