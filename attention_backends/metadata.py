@@ -27,6 +27,7 @@ from vllm.v1.attention.backend import (
 )
 from vllm.v1.kv_cache_interface import AttentionSpec
 
+from vllm_sparq.attention_backends.selection import engine_options
 from vllm_sparq.attention_backends.staged import (
     BegunBlocks,
     StagedReplay,
@@ -35,6 +36,7 @@ from vllm_sparq.attention_backends.staged import (
     int64,
     staged_replay,
 )
+from vllm_sparq.config import Options
 from vllm_sparq.layout import Pages
 from vllm_sparq.scheduler.spec import StagedSpec
 
@@ -102,6 +104,7 @@ class SparqMetadataBuilder(AttentionMetadataBuilder[SparqMetadata]):
     ) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         self._init_reorder_batch_threshold(1)
+        self.options = engine_options(vllm_config)
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
@@ -112,7 +115,7 @@ class SparqMetadataBuilder(AttentionMetadataBuilder[SparqMetadata]):
         if n_decodes < step.num_reqs:
             replayed = find_replayed(step, n_decodes)
             if isinstance(self.kv_cache_spec, StagedSpec):
-                prefill, replayed = staged_rows(step, n_decodes, replayed, self.kv_cache_spec)
+                prefill, replayed = staged_rows(step, n_decodes, replayed, self.kv_cache_spec, self.options)
             else:
                 prefill = prefill_rows(step, n_decodes)
         return SparqMetadata(
@@ -148,7 +151,7 @@ def prefill_rows(step: CommonAttentionMetadata, n_decodes: int) -> PrefillRows:
 
 
 def staged_rows(
-    step: CommonAttentionMetadata, n_decodes: int, replayed: ReplayedRows | None, spec: StagedSpec
+    step: CommonAttentionMetadata, n_decodes: int, replayed: ReplayedRows | None, spec: StagedSpec, options: Options
 ) -> tuple[PrefillRows, ReplayedRows | None]:
     """The same over quantized pages: in pieces, with what is staged for them."""
     seq_lens = _seq_lens_on_cpu(step).tolist()
@@ -157,19 +160,22 @@ def staged_rows(
     begun = begun_blocks(pieces, table, per_page)
     starts = [piece.start for piece in pieces] + [pieces[-1].stop]
     key_starts = starts if begun is None else begun[1]
-
-    def int32(numbers: list[int]) -> torch.Tensor:
-        return torch.tensor(numbers, dtype=torch.int32, device=table.device)
-
     if replayed is not None:
         rows = replayed.rows.tolist()
         staged, its_table = staged_replay(pieces, key_starts, rows, table, per_page)
         replayed = replace(replayed, staged=staged, block_table=its_table)
+    # Rows that may see their whole chunk as it is need no cut: a request is one piece, from its first block on.
+    firsts = [i for i, piece in enumerate(pieces) if i == 0 or piece.request != pieces[i - 1].request]
+    seen = list(range(len(pieces))) if options.chunk == "codes" else firsts
+
+    def int32(numbers: list[int]) -> torch.Tensor:
+        return torch.tensor(numbers, dtype=torch.int32, device=table.device)
+
     prefill = PrefillRows(
-        block_table=table[int64([piece.request for piece in pieces], table.device)],
-        query_start_loc=int32(starts),
-        context_lens=int32([piece.block * spec.block_size for piece in pieces]),
-        key_start_loc=None if begun is None else int32(key_starts),
+        block_table=table[int64([pieces[i].request for i in seen], table.device)],
+        query_start_loc=int32([starts[i] for i in (*seen, -1)]),
+        context_lens=int32([pieces[i].block * spec.block_size for i in seen]),
+        key_start_loc=None if begun is None else int32([key_starts[i] for i in (*seen, -1)]),
         begun=None if begun is None else begun[0],
     )
     return prefill, replayed

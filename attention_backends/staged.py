@@ -2,7 +2,8 @@
 
 A row of a prompt sees the tokens of its own block as the model made them, and all earlier blocks as their codes: what
 the same row would see if it were decoded alone. So what a request answers depends neither on how its prompt was cut
-into chunks, nor on what the prefix cache held, nor on preemption. Two things follow:
+into chunks, nor on what the prefix cache held, nor on preemption (unless `Options.chunk` asks for it). Two things
+follow:
 
 * A chunk is attended to in *pieces* that end at block boundaries. The tokens that a begun block already has are staged
   where the chunk's own codes will go: they are copied out before the write (`BegunBlocks`).

@@ -167,9 +167,10 @@ def wrong_bytes(got: World, want: World) -> float:
 
 def differ(ours: Pages, theirs: Pages, blocks: torch.Tensor, context: int, case: Case) -> float:
     """`wrong_bytes` of what the pages of one request define: codes of full blocks, sums, and staged tokens."""
-    n, layout, names = case.block_size, case.layout, ("key_codes", "key_ranges", "value_codes", "value_ranges")
+    n, layout = case.block_size, case.layout
     full, begun = blocks[: context // n].long(), blocks[: -(-context // n)].long()
-    names = (*names, *(name for name in ("scoring", "ranges") if name in layout.parts))
+    names = ["key_codes", "key_ranges", "value_codes", "value_ranges"]
+    names += [name for name in ("scoring", "ranges") if name in layout.parts]
     pairs = [(getattr(ours, name)[full], getattr(theirs, name)[full]) for name in names]
     for position in range(max(context - 1, 0) // n * n, context):
         ahead, place = layout.staged_at(position % n)

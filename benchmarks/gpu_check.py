@@ -146,7 +146,8 @@ def measure_cell(case: Case, n_requests: int, context: int, flush: torch.Tensor)
             yield dict(method=name, **where, error=f"{type(error).__name__}: {error}")
 
     def per_token(*parts: str) -> float:
-        return sum(layout.parts[name].nbytes for name in parts if name in layout.parts) / case.block_size
+        n_bytes = sum(layout.parts[name].nbytes for name in parts if name in layout.parts)
+        return float(n_bytes / case.block_size)
 
     # The newest block counts as one in the format; ranges of a scoring copy do not count.
     token = per_token("records", "key_codes", "key_ranges", "value_codes", "value_ranges")

@@ -28,6 +28,7 @@ def test_defaults() -> None:
     assert Options().model_dump() == {
         "format": "model",
         "group_size": None,
+        "chunk": "codes",
         "read": "sparq",
         "compression": 8.0,
         "r": None,

@@ -39,6 +39,11 @@ class Options(BaseModel):
     """How full blocks are stored: the model's type, or codes (int4: FlexGen; kivi: KIVI). 1/2 to 1/5 of the memory."""
     group_size: int | None = Field(default=None, ge=8)
     """Elements that share a quantization range, for int4 (default 64) and kivi (default 32)."""
+    chunk: Literal["codes", "exact"] = "codes"
+    """How a prompt sees the full blocks of its own chunk: as codes, like any other, or exactly, as KIVI does.
+
+    With codes an answer does not depend on how its prompt was cut, cached or computed again. Exactly suits 2 bits.
+    """
     read: Literal["sparq", "dense"] = "sparq"
     """What a decode step reads: the tokens SparQ picks, or all of them."""
     compression: float = Field(default=8.0, ge=1.0, allow_inf_nan=False)

@@ -11,6 +11,7 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec
 
 from vllm_sparq.attention_backends import metadata
 from vllm_sparq.attention_backends.metadata import SparqMetadataBuilder
+from vllm_sparq.config import Options
 
 
 def step(*requests: tuple[int, int, int]) -> Any:
@@ -36,6 +37,7 @@ def step(*requests: tuple[int, int, int]) -> Any:
 
 def build(common: Any) -> metadata.SparqMetadata:
     builder = object.__new__(SparqMetadataBuilder)
+    builder.options = Options()
     builder.kv_cache_spec = FullAttentionSpec(block_size=16, num_kv_heads=1, head_size=16, dtype=torch.float32)
     return builder.build(0, common)
 
