@@ -39,7 +39,7 @@ CLOCKS: dict[str, Callable[[], int]] = {"wall": time.perf_counter_ns, "cpu": tim
 
 EPILOG = """\
 Every number is the median over rounds; in a round each method runs once, one after the other, from a cold cache.
-GB/s is bytes the method must move over its time; "of memory" compares it with a plain read of memory in the same run.
+GB/s is bytes the method must move over its time; "memory" compares it with a plain read of memory in the same run.
 "x vLLM" and "x dense" are how many times faster than vLLM's op and than our own dense op. Read both: the first
 also holds what a better dense kernel gives. All caches, vLLM's too, lie in 2 MB pages where Linux grants them.
 
@@ -256,8 +256,8 @@ def machine() -> dict[str, Any]:
 
 def table(rows: Sequence[dict[str, Any]], watch: Stopwatch) -> Table:
     view = Table(box=box.SIMPLE_HEAD, title=f"one layer, one decode step, {watch.threads} threads, {watch.clock} time")
-    for name in ("shape", "batch", "context", "method", "µs", "p10 .. p90", "GB/s", "of memory", "x vLLM", "x dense"):
-        view.add_column(name, justify="left" if name in ("shape", "method") else "right")
+    for name in ("shape", "batch", "context", "method", "µs", "p10 .. p90", "GB/s", "memory", "x vLLM", "x dense"):
+        view.add_column(name, justify="left" if name in ("shape", "method") else "right", no_wrap=name != "p10 .. p90")
     before = None
     for row in rows:
         cell = (f"{row['heads']}/{row['kv_heads']}/{row['head_dim']}", str(row["batch"]), f"{row['context']:,}")

@@ -45,7 +45,6 @@ struct CodeRows {
   const uint8_t* const* ranges;
   int n;
   const uint8_t* all_ranges = nullptr;  // not null: the ranges of all rows, one row after the other
-
 };
 
 // Memory that is wanted soon, to be prefetched bit by bit between other work.
