@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
+from tests.attention_backends.test_metadata import step
 from vllm_sparq.attention_backends import metadata
 from vllm_sparq.attention_backends.metadata import SparqMetadataBuilder
 from vllm_sparq.attention_backends.staged import Piece, cut_pieces
@@ -60,22 +60,9 @@ class Batch:
 
     def step(self) -> Any:
         """As vLLM's V1 runner describes it."""
-        query_lens, seq_lens, prompt_lens = (
-            torch.tensor(column, dtype=torch.int32) for column in zip(*self.requests, strict=True)
-        )
-        starts = torch.cat([torch.zeros(1, dtype=torch.int32), query_lens.cumsum(0, dtype=torch.int32)])
-        return SimpleNamespace(
-            num_reqs=len(self.requests),
-            num_actual_tokens=int(starts[-1]),
-            max_query_len=int(query_lens.max()),
-            query_start_loc=starts,
-            query_start_loc_cpu=starts,
-            seq_lens=seq_lens,
-            seq_lens_cpu_upper_bound=seq_lens,
-            is_prefilling=seq_lens - query_lens < prompt_lens,
-            block_table_tensor=self.table,
-            prompt_lens=prompt_lens,
-        )
+        common = step(*self.requests)
+        common.block_table_tensor = self.table
+        return common
 
 
 def extend(pages: Pages, table: torch.Tensor, key: torch.Tensor, value: torch.Tensor, length: int) -> None:
