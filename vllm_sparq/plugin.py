@@ -29,7 +29,6 @@ def register() -> None:
         return
     for name in BACKENDS:
         ensure_backend(name)
-    _register_specs()
     _guard_bypassed_platform()
 
 
@@ -60,13 +59,6 @@ def platform() -> str | None:
         if found in (compat.CPU_PLATFORM, compat.CUDA_PLATFORM):
             return ours
     return None
-
-
-def _register_specs() -> None:
-    """Make our KV cache specs and their block managers known to vLLM's scheduler."""
-    from vllm_sparq.scheduler.manager import register_specs
-
-    register_specs()
 
 
 def _guard_bypassed_platform() -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import pickle
+import subprocess
+import sys
 from dataclasses import fields
 from typing import Any
 
@@ -29,7 +32,6 @@ N_BLOCKS = 24
 MAX_LEN = 160
 LAYOUT = PageLayout(head_size=16, block_size=16, dtype=torch.float32, format="int4", value_sum=True)
 PLAIN = FullAttentionSpec(block_size=16, num_kv_heads=1, head_size=16, dtype=torch.float32)
-register_specs()
 
 
 def new_manager() -> KVCacheManager:
@@ -198,6 +200,16 @@ def test_merged_specs_keep_their_fields() -> None:
 def test_model_format_needs_no_staging() -> None:
     layout = PageLayout(head_size=16, block_size=16, dtype=torch.float32)
     assert type(page_spec(PLAIN, layout)) is FullAttentionSpec
+
+
+def test_a_process_that_gets_a_spec_knows_its_manager() -> None:
+    """As vLLM's engine core gets it from a worker: pickled, nothing of ours imported before."""
+    code = (
+        "import pickle; from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry as registry;"
+        f"print(registry.get_manager_class(pickle.loads({pickle.dumps(page_spec(PLAIN, LAYOUT))!r})).__name__)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
+    assert done.stdout.split() == ["StagingManager"]
 
 
 def test_registry_knows_ours_and_vllms() -> None:
