@@ -23,6 +23,12 @@ class StagedSpec(FullAttentionSpec):
     n_staging_blocks: int
     staged_per_page: int
 
+    @classmethod
+    def staging(cls, spec: FullAttentionSpec, *, n_staging_blocks: int, staged_per_page: int) -> Self:
+        """``spec`` with the fields that we add."""
+        known: dict[str, Any] = {f.name: getattr(spec, f.name) for f in fields(FullAttentionSpec) if f.init}
+        return cls(**known, n_staging_blocks=n_staging_blocks, staged_per_page=staged_per_page)
+
     def max_memory_usage_bytes(self, vllm_config: Any) -> int:
         """Of one request at the model's full length; vLLM's start-up check and maximum concurrency follow from it."""
         return super().max_memory_usage_bytes(vllm_config) + self.n_staging_blocks * self.page_size_bytes
@@ -39,7 +45,7 @@ class StagedSpec(FullAttentionSpec):
             raise ValueError(f"layers of one KV cache group must be staged alike, got {sorted(staging)}")
         n_blocks, per_page = staging.pop()
         merged = FullAttentionSpec.merge(list(specs))
-        return _as_staged(cls, merged, n_staging_blocks=n_blocks, staged_per_page=per_page)  # type: ignore[no-any-return]
+        return cls.staging(merged, n_staging_blocks=n_blocks, staged_per_page=per_page)
 
 
 def page_spec(spec: FullAttentionSpec, layout: PageLayout) -> FullAttentionSpec:
@@ -50,11 +56,4 @@ def page_spec(spec: FullAttentionSpec, layout: PageLayout) -> FullAttentionSpec:
     spec = replace(spec, dtype=torch.uint8, state_content_bytes=layout.bytes_per_token)
     if layout.quantized is None:
         return spec
-    staging = dict(n_staging_blocks=layout.n_staging_blocks, staged_per_page=layout.staged_per_page)
-    return _as_staged(StagedSpec, spec, **staging)  # type: ignore[no-any-return]
-
-
-def _as_staged(cls: type[StagedSpec], spec: FullAttentionSpec, *, n_staging_blocks: int, staged_per_page: int) -> Any:
-    """``spec`` as a ``cls``, with the fields that it adds."""
-    known = {f.name: getattr(spec, f.name) for f in fields(FullAttentionSpec) if f.init}
-    return cls(**known, n_staging_blocks=n_staging_blocks, staged_per_page=staged_per_page)
+    return StagedSpec.staging(spec, n_staging_blocks=layout.n_staging_blocks, staged_per_page=layout.staged_per_page)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -11,9 +13,8 @@ from vllm_sparq.ops import native
 
 
 def test_pages_hold_what_the_options_need() -> None:
-    def parts(*, grouped: bool = False, **options: object) -> list[str]:
-        found = Options(**options)  # type: ignore[arg-type]
-        return list(selection.page_layout(found, 64, 128, torch.bfloat16, grouped=grouped).parts)
+    def parts(*, grouped: bool = False, **options: Any) -> list[str]:
+        return list(selection.page_layout(Options(**options), 64, 128, torch.bfloat16, grouped=grouped).parts)
 
     assert parts() == ["records", "scoring", "ranges", "value_sum"]
     assert parts(grouped=True) == ["records", "scoring", "ranges"]

@@ -34,7 +34,7 @@ def some(prompts: Prompts) -> list[list[int]]:
 
 
 def value(llm: Any, name: str) -> float:
-    return next(m.value for m in llm.get_metrics() if m.name == name)  # type: ignore[no-any-return]
+    return float(next(m.value for m in llm.get_metrics() if m.name == name))
 
 
 @pytest.mark.parametrize("method", METHODS)

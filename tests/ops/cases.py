@@ -248,6 +248,21 @@ def build(
     )
 
 
+def write_in_chunks(case: Case, tokens: Tokens, run: Callable[..., None], cuts: list[int], on: str) -> World:
+    """The world of ``case`` written by several calls: request b brings its tokens up to each of ``cuts`` in turn."""
+    query = [torch.zeros(s, case.heads, case.head_size, dtype=case.dtype) for s in case.lens]
+    world = build(replace(case, new=case.lens), replace(tokens, query=query), written="context", device=on)
+    done = [0] * len(case.lens)
+    for cut in [*cuts, max(case.lens)]:
+        upto = [min(cut, s) for s in case.lens]
+        key = torch.cat([k[a:z] for k, a, z in zip(tokens.key, done, upto, strict=True)]).to(on)
+        value = torch.cat([v[a:z] for v, a, z in zip(tokens.value, done, upto, strict=True)]).to(on)
+        starts = int32([0, *(torch.tensor(upto) - torch.tensor(done)).cumsum(0).tolist()]).to(on)
+        run(key, value, world.pages, world.block_table, starts, int32(upto).to(on))
+        done = upto
+    return world
+
+
 def int32(numbers: Sequence[int]) -> torch.Tensor:
     return torch.tensor(numbers, dtype=torch.int32)
 

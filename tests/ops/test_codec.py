@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -216,7 +215,9 @@ def test_not_below_is_the_next_number_up(x: float) -> None:
 
 
 def test_bad_groups_are_refused() -> None:
-    make: Callable[..., PageLayout] = lambda **kw: replace(Case(block_size=64), **kw).layout  # noqa: E731
+    def make(**options: Any) -> PageLayout:
+        return Case(**{"block_size": 64, **options}).layout
+
     with pytest.raises(ValueError, match=r"group_size=48 does not fit head size 64: .* multiple of 8 .* leave it out"):
         make(format="int4", group_size=48)
     with pytest.raises(ValueError, match=r"group_size=12 does not fit"):

@@ -8,7 +8,21 @@ import numpy as np
 import pytest
 import torch
 from ops import tolerances
-from ops.cases import ALL, KERNELS, NAN_BYTE, SHAPES, TINY, Case, Tokens, World, build, each, int32, load
+from ops.cases import (
+    ALL,
+    KERNELS,
+    NAN_BYTE,
+    SHAPES,
+    TINY,
+    Case,
+    Tokens,
+    World,
+    build,
+    each,
+    int32,
+    load,
+    write_in_chunks,
+)
 from ops.cases import device_of as device
 
 from vllm_sparq.layout import SCORING_BITS, Pages
@@ -214,22 +228,6 @@ def test_page_by_hand(implementation: str) -> None:
     assert (pages.scoring[second] == NAN_BYTE).all()
 
 
-def split_write(case: Case, tokens: Tokens, run: object, cuts: list[int], on: str) -> World:
-    """The world of ``case`` written by several calls: request b brings its tokens up to each of ``cuts`` in turn."""
-    query = [torch.zeros(s, case.heads, case.head_size, dtype=case.dtype) for s in case.lens]
-    world = build(replace(case, new=case.lens), replace(tokens, query=query), written="context", device=on)
-    done = [0] * len(case.lens)
-    for cut in [*cuts, max(case.lens)]:
-        upto = [min(cut, s) for s in case.lens]
-        key = torch.cat([k[a:z] for k, a, z in zip(tokens.key, done, upto, strict=True)]).to(on)
-        value = torch.cat([v[a:z] for v, a, z in zip(tokens.value, done, upto, strict=True)]).to(on)
-        counts = torch.tensor(upto) - torch.tensor(done)
-        starts = int32([0, *counts.cumsum(0).tolist()]).to(on)
-        run(key, value, world.pages, world.block_table, starts, int32(upto).to(on))  # type: ignore[operator]
-        done = upto
-    return world
-
-
 CUTS = [list(range(1, 49)), [15, 16, 17], [1, 31, 33, 48], [16, 32], [7, 40]]
 
 
@@ -237,7 +235,7 @@ CUTS = [list(range(1, 49)), [15, 16, 17], [1, 31, 33, 48], [16, 32], [7, 40]]
 def test_chunks_leave_the_same_bytes_as_the_whole(implementation: str, cuts: list[int]) -> None:
     case = Case(lens=(49, 16, 33), dtype=torch.bfloat16, heads=1, kv_heads=1, head_size=32)
     tokens, run, on = case.tokens(), load("write", implementation), device(implementation)
-    whole, parts = split_write(case, tokens, run, [], on), split_write(case, tokens, run, cuts, on)
+    whole, parts = write_in_chunks(case, tokens, run, [], on), write_in_chunks(case, tokens, run, cuts, on)
     assert whole.buffer.equal(parts.buffer)
 
 
@@ -281,8 +279,8 @@ def test_writing_again_after_a_rollback(implementation: str, back_to: int) -> No
     run, on = load("write", implementation), device(implementation)
     final = Tokens([], [torch.cat([first.key[0][:back_to], second.key[0][back_to:]])], [])
     final.value = [torch.cat([first.value[0][:back_to], second.value[0][back_to:]])]
-    fresh = split_write(case, final, run, [], on)
-    world = split_write(case, first, run, [], on)
+    fresh = write_in_chunks(case, final, run, [], on)
+    world = write_in_chunks(case, first, run, [], on)
     starts, lens = int32([0, 48 - back_to]).to(on), int32([48]).to(on)
     rest = final.key[0][back_to:].to(on), final.value[0][back_to:].to(on)
     run(*rest, world.pages, world.block_table, starts, lens)
@@ -295,7 +293,7 @@ def test_a_shared_prefix_gives_its_sum(implementation: str) -> None:
     case = Case(lens=(40,), heads=1, kv_heads=1, head_size=32)
     tokens, other = case.tokens(), replace(case, lens=(40, 1)).tokens()
     run, on = load("write", implementation), device(implementation)
-    world = split_write(case, tokens, run, [], on)
+    world = write_in_chunks(case, tokens, run, [], on)
     owner = world.block_table[0, :3].tolist()
     spare = next(p for p in range(len(world.pages.data)) if p not in owner)
     table = int32([owner[0], owner[1], spare]).to(on)[None]

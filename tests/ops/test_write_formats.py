@@ -19,8 +19,8 @@ from ops.cases import (
     World,
     build,
     each,
-    int32,
     load,
+    write_in_chunks,
 )
 from ops.cases import device_of as device
 
@@ -226,21 +226,6 @@ def test_hostile_groups_are_those_of_the_reference(implementation: str, case: Ca
     ranges = want.pages.key_ranges[want.block_table[0, :2].long()]
     assert ranges.isnan().any()
     assert ranges.isfinite().any()
-
-
-def write_in_chunks(case: Case, tokens: Tokens, run: object, cuts: list[int], on: str) -> World:
-    """The world of ``case`` written by several calls: request b brings its tokens up to each of ``cuts`` in turn."""
-    query = [torch.zeros(s, case.heads, case.head_size, dtype=case.dtype) for s in case.lens]
-    world = build(replace(case, new=case.lens), replace(tokens, query=query), written="context", device=on)
-    done = [0] * len(case.lens)
-    for cut in [*cuts, max(case.lens)]:
-        upto = [min(cut, s) for s in case.lens]
-        key = torch.cat([k[a:z] for k, a, z in zip(tokens.key, done, upto, strict=True)]).to(on)
-        value = torch.cat([v[a:z] for v, a, z in zip(tokens.value, done, upto, strict=True)]).to(on)
-        starts = int32([0, *(torch.tensor(upto) - torch.tensor(done)).cumsum(0).tolist()]).to(on)
-        run(key, value, world.pages, world.block_table, starts, int32(upto).to(on))  # type: ignore[operator]
-        done = upto
-    return world
 
 
 _CHUNKED = Case(lens=(129, 32, 80, 0), block_size=32, dtype=torch.bfloat16, heads=1, kv_heads=1, head_size=32)
