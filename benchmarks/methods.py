@@ -1,0 +1,87 @@
+"""Names of methods on every command line: ``dense``, a backend of ours, a block format, or several with a plus.
+
+dense                       vLLM's own attention, its own cache
+sparq, kivi, flexgen        what ``--attention-backend`` selects, with its defaults
+int8, kivi2                 a block format, read densely
+sparq+int4                  the axes compose: read few tokens of int4 blocks
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from vllm_sparq.cli import UsageError
+from vllm_sparq.config import NAMESPACE, PRESETS, parse_options
+from vllm_sparq.layout import FORMATS
+
+DENSE = "dense"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """What an engine is started with.
+
+    Attributes:
+        name: for tables and records.
+        backend: value of ``--attention-backend``; None for vLLM's own choice.
+        options: our part of ``--additional-config``.
+    """
+
+    name: str
+    backend: str | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def named(cls, name: str, options: Mapping[str, Any] | None = None) -> Method:
+        """The method of that name; ``options`` go on top of what the name stands for, and are ignored by ``dense``.
+
+        Raises:
+            UsageError: a name or options that mean nothing.
+        """
+        if name == DENSE:
+            return cls(name=name)
+        parts = name.split("+")
+        unknown = [part for part in parts if part not in PRESETS and part not in FORMATS]
+        if unknown:
+            raise UsageError(
+                f"unknown method {unknown[0]!r}: name {DENSE}, a backend ({', '.join(PRESETS)}), a block format "
+                f"({', '.join(FORMATS)}), or several as in sparq+int4"
+            )
+        if len(parts) == 1 and name in PRESETS:
+            meant: dict[str, Any] = {}
+            backend = name.upper()
+        else:
+            meant = {"read": "sparq" if "sparq" in parts else "dense"}
+            for part in parts:
+                meant |= {"format": part} if part in FORMATS else {**PRESETS[part], "read": meant["read"]}
+            backend = "SPARQ"
+        method = cls(name=name, backend=backend, options={**meant, **(options or {})})
+        method.check()
+        return method
+
+    @property
+    def reads_sparsely(self) -> bool:
+        """Whether ``compression`` means anything to it."""
+        return self.backend is not None and parse_options(self.additional_config, self.backend.lower()).read == "sparq"
+
+    @property
+    def additional_config(self) -> dict[str, Any]:
+        """Value of vLLM's ``additional_config``."""
+        return {NAMESPACE: self.options}
+
+    @property
+    def engine_args(self) -> dict[str, Any]:
+        """Keyword arguments for `vllm.LLM` or `EngineArgs`."""
+        if self.backend is None:
+            return {}
+        return {"attention_backend": self.backend, "additional_config": self.additional_config}
+
+    def check(self) -> None:
+        """Refuse options now, in one line, and not when an engine starts."""
+        assert self.backend is not None
+        try:
+            parse_options(self.additional_config, self.backend.lower())
+        except ValueError as error:
+            raise UsageError(f"method {self.name!r}: {error}") from None

@@ -1,0 +1,27 @@
+"""What the names of methods stand for."""
+
+from __future__ import annotations
+
+import pytest
+
+from vllm_sparq.benchmarks.methods import Method
+from vllm_sparq.cli import UsageError
+
+
+def test_names_stand_for_backends_and_options() -> None:
+    assert Method.named("dense").engine_args == {}
+    assert Method.named("kivi").engine_args == {"attention_backend": "KIVI", "additional_config": {"sparq": {}}}
+    int4 = Method.named("int4")
+    assert (int4.backend, int4.options) == ("SPARQ", {"format": "int4", "read": "dense"})
+    both = Method.named("sparq+int4", {"compression": 4.0})
+    assert both.options == {"format": "int4", "read": "sparq", "compression": 4.0}
+    assert both.reads_sparsely
+    assert not int4.reads_sparsely
+    assert not Method.named("dense").reads_sparsely
+
+
+def test_what_means_nothing_is_refused() -> None:
+    with pytest.raises(UsageError, match=r"unknown method 'sparc'.*sparq"):
+        Method.named("sparc")
+    with pytest.raises(UsageError, match=r"method 'sparq'.*compresion.*Did you mean"):
+        Method.named("sparq", {"compresion": 4.0})
