@@ -22,6 +22,8 @@ tokens are stored is the block *format*. ``model`` keeps them as the model made 
   the tokens of an unfinished block are ranked from K itself.
 * ``value_sum``: the sum of V over all tokens *before* this block. Written once, when the block gets its first token.
   It depends on the prefix alone, so it stays right under prefix caching, preemption and copy-on-write.
+* ``positions`` and ``scores``, in any format, where tokens may be evicted: which token a slot holds (each KV head keeps
+  its own), and how much attention it has had. A token's *slot* is then its place among those that are kept.
 
 **Staging.** A quantized block is quantized once, when it fills. Until then its tokens wait, in the model's own type, in
 the *next* blocks of the same request: block b is staged in blocks b + 1 to b + ``n_staging_blocks``, whose own tokens
@@ -111,6 +113,8 @@ class PageLayout:
         group_size: g, elements of a quantization group; None for the format's default.
         scoring: ``int4 | int8 | model``, the type of the channel-major copy of K, or None where nothing ranks tokens.
         value_sum: whether the page carries the sum of V before the block.
+        positions: whether it says which token each slot holds; needed where tokens are evicted.
+        scores: whether it adds up the attention that each token gets (heavy hitters). Needs positions.
 
     Raises:
         ValueError: a block size or head size that the parts cannot be cut for.
@@ -123,6 +127,8 @@ class PageLayout:
     group_size: int | None = None
     scoring: str | None = None
     value_sum: bool = False
+    positions: bool = False
+    scores: bool = False
 
     def __post_init__(self) -> None:
         if self.block_size < 1 or self.block_size % BLOCK_SIZE_MULTIPLE:
@@ -207,6 +213,10 @@ class PageLayout:
             wanted.append(("ranges", (d, 2), torch.float16))
         if self.value_sum:
             wanted.append(("value_sum", (d,), torch.float32))
+        if self.positions:
+            wanted.append(("positions", (n,), torch.int32))
+        if self.scores:
+            wanted.append(("scores", (n,), torch.float32))
         parts, offset = {}, 0
         for name, shape, dtype in wanted:
             parts[name] = Part(name, offset, shape, dtype)
@@ -288,8 +298,7 @@ class Pages:
         """View of one part in every page: [P, G, *shape] of the part's dtype."""
         part = self.layout.parts[name]
         window = self.data[..., part.offset : part.offset + part.nbytes]
-        view: torch.Tensor = window.view(part.dtype).unflatten(-1, part.shape)
-        return view
+        return window.view(part.dtype).unflatten(-1, part.shape)  # type: ignore[no-any-return]
 
     def _of_records(self, start: int, count: int, dtype: torch.dtype) -> torch.Tensor:
         """``count`` elements from byte ``start`` of every quantized record: [P, G, N, count]."""
@@ -378,3 +387,13 @@ class Pages:
     def value_sum(self) -> torch.Tensor:
         """fp32 [P, G, D]: the sum of V over all tokens before the block."""
         return self.part("value_sum")
+
+    @cached_property
+    def positions(self) -> torch.Tensor:
+        """int32 [P, G, N]: the position, in its request, of the token in each slot."""
+        return self.part("positions")
+
+    @cached_property
+    def scores(self) -> torch.Tensor:
+        """fp32 [P, G, N]: the attention each slot's token has had: mean over the query group, sum over queries."""
+        return self.part("scores")

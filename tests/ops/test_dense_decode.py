@@ -7,9 +7,10 @@ from dataclasses import replace
 import pytest
 import torch
 from ops import tolerances
-from ops.cases import ALL, FORMATS, HUGE_BYTE, KERNELS, SHAPES, TINY, TINY_FORMATS, Case, Tokens, build, each, load
+from ops.cases import ALL, HUGE_BYTE, KERNELS, Case, Tokens, build, each, load
 from ops.cases import device_of as device
 from ops.rounding import rounded_dense_decode
+from ops.shapes import FORMATS, SHAPES, TINY, TINY_FORMATS
 
 from vllm_sparq.config import SparqRead
 from vllm_sparq.layout import Pages

@@ -8,22 +8,9 @@ from fractions import Fraction
 import pytest
 import torch
 from ops import tolerances
-from ops.cases import (
-    ALL,
-    FORMATS,
-    HUGE_BYTE,
-    SHAPES,
-    THREADS,
-    TINY,
-    TINY_FORMATS,
-    Case,
-    Tokens,
-    build,
-    each,
-    load,
-    threaded,
-)
+from ops.cases import ALL, HUGE_BYTE, THREADS, Case, Tokens, build, each, load, threaded
 from ops.cases import device_of as device
+from ops.shapes import FORMATS, SHAPES, TINY, TINY_FORMATS
 from ops.sparq_checks import assert_right, ranking, tokens_read
 from ops.test_oracle import numbers, repository
 

@@ -8,22 +8,9 @@ import numpy as np
 import pytest
 import torch
 from ops import tolerances
-from ops.cases import (
-    ALL,
-    KERNELS,
-    NAN_BYTE,
-    SHAPES,
-    TINY,
-    Case,
-    Tokens,
-    World,
-    build,
-    each,
-    int32,
-    load,
-    write_in_chunks,
-)
+from ops.cases import ALL, KERNELS, NAN_BYTE, Case, Tokens, World, build, each, int32, load, write_in_chunks
 from ops.cases import device_of as device
+from ops.shapes import SHAPES, TINY
 
 from vllm_sparq.layout import SCORING_BITS, Pages
 from vllm_sparq.ops.write.reference import write as reference

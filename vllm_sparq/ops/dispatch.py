@@ -23,6 +23,11 @@ IMPLEMENTATIONS = {
         "cpu": "vllm_sparq.ops.sparq_decode.cpu:sparq_decode",
         "triton": "vllm_sparq.ops.sparq_decode.triton:sparq_decode",
     },
+    "evict": {
+        "reference": "vllm_sparq.ops.evict.reference:evict",
+        "cpu": "vllm_sparq.ops.evict.cpu:evict",
+        "triton": "vllm_sparq.ops.evict.triton:evict",
+    },
     "prefill": {
         "reference": "vllm_sparq.ops.prefill.reference:prefill",
         "cpu": "vllm_sparq.ops.prefill.cpu:prefill",

@@ -23,6 +23,8 @@ def dense_decode(
     In a quantized format every full block but the newest is read from its codes, the newest block from where it is
     staged, in the model's own type. (The newest block is that of token S - 1, even if that token just filled it.)
 
+    Where pages have ``scores``, each token's probability, as the mean over the query group, is added to its score.
+
     Args:
         query: [B, H, D], one row per request; its own K and V are already in the pages.
         pages: the cache. Query heads ``h`` of one KV head are neighbours: ``h // (H / G)``.

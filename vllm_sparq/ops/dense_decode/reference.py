@@ -27,7 +27,9 @@ def dense_decode(
         heads, heads_out = query[b].unflatten(0, (n_kv_heads, -1)), out[b].unflatten(0, (n_kv_heads, -1))
         for head in range(n_kv_heads):
             keys, values = cached_tokens(pages, block_table[b], context_len, head)
-            heads_out[head] = attend(heads[head].float(), keys, values, scale)
+            weights = torch.softmax(scale * heads[head].float() @ keys.T, dim=-1)
+            heads_out[head] = weights @ values
+            add_scores(pages, block_table[b], head, weights)
 
 
 def cached_tokens(pages: Pages, blocks: torch.Tensor, context_len: int, head: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -42,6 +44,15 @@ def cached_tokens(pages: Pages, blocks: torch.Tensor, context_len: int, head: in
         keys.append(k.float())
         values.append(v.float())
     return torch.cat(keys)[:context_len], torch.cat(values)[:context_len]
+
+
+def add_scores(pages: Pages, blocks: torch.Tensor, head: int, weights: torch.Tensor) -> None:
+    """Note the attention [H/G, S] that the first S tokens of a request get; ``blocks`` is int32 [M]."""
+    if not pages.layout.scores:
+        return
+    slots = torch.arange(weights.shape[1], device=weights.device)
+    page, place = blocks.long()[slots // pages.layout.block_size], slots % pages.layout.block_size
+    pages.scores[page, head, place] += weights.mean(0)
 
 
 def attend(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float) -> torch.Tensor:

@@ -6,6 +6,7 @@ import torch
 
 from vllm_sparq.layout import Pages
 from vllm_sparq.ops.codec import decode_page
+from vllm_sparq.ops.dense_decode.reference import add_scores
 from vllm_sparq.ops.write.reference import block_tokens
 
 
@@ -39,6 +40,7 @@ def prefill(
             visible = torch.ones(n_queries, len(keys), dtype=torch.bool).tril(len(keys) - n_queries)
             weights = torch.softmax(logits.masked_fill(~visible.to(logits.device), -torch.inf), dim=-1)
             heads_out[:, head] = torch.einsum("hts,sd->thd", weights, values)
+            add_scores(pages, block_table[b], head, weights.sum(1))
 
 
 def context_tokens(

@@ -37,6 +37,11 @@ def sparq_decode(
     5. *Mean value*: ``alpha_g`` is the share of ``softmax(s_g)`` on those tokens, not less than ``read.alpha_floor``;
        ``out_g = alpha_g y_g + (1 - alpha_g) v`` with v the mean of V over all S tokens, from the page sums.
 
+    Where tokens may have been evicted (pages with ``positions``) the *newest* tokens are those whose positions are less
+    than ``n_local(S)`` below the last token's, and v is the mean over the tokens that remain. Where pages have
+    ``scores``, the mean over the query group of ``softmax(s_g)`` is added to each token's score; of a context that is
+    read densely, its probability.
+
     With ``alpha_floor = 1`` step 5 is ``out_g = y_g`` and needs no page sums.
 
     Args:

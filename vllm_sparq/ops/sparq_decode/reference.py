@@ -7,7 +7,7 @@ import torch
 from vllm_sparq.config import SparqRead
 from vllm_sparq.layout import SCORING_BITS, Pages
 from vllm_sparq.ops.codec import unpack
-from vllm_sparq.ops.dense_decode.reference import attend, cached_tokens
+from vllm_sparq.ops.dense_decode.reference import add_scores, attend, cached_tokens
 from vllm_sparq.ops.write.reference import dequantize
 
 
@@ -33,10 +33,12 @@ def sparq_decode(
             keys, values = cached_tokens(pages, block_table[b], context_len, head)
             if read.is_dense(context_len):
                 heads_out[head] = attend(q, keys, values, scale)
+                add_scores(pages, block_table[b], head, torch.softmax(scale * q @ keys.T, -1))
                 continue
             channels = pick_channels(q, read.r)
             scores = approximate_scores(q, ranking_keys(pages, block_table[b], keys, head), channels, scale)
-            tokens = pick_tokens(scores, read)
+            add_scores(pages, block_table[b], head, torch.softmax(scores, -1))
+            tokens = pick_tokens(scores, read, positions_of(pages, block_table[b], context_len, head))
             exact = attend(q, keys[tokens], values[tokens], scale)
             if read.alpha_floor < 1.0:
                 alpha = torch.softmax(scores, -1)[:, tokens].sum(-1, keepdim=True).clamp(read.alpha_floor, 1.0)
@@ -58,11 +60,19 @@ def approximate_scores(q: torch.Tensor, keys: torch.Tensor, channels: torch.Tens
     return (q[:, channels] * temperature[:, None]) @ keys[:, channels].T
 
 
-def pick_tokens(scores: torch.Tensor, read: SparqRead) -> torch.Tensor:
-    """Step 3: int64 [n_selected] tokens for the whole group, from its scores [H/G, S]."""
+def positions_of(pages: Pages, blocks: torch.Tensor, context_len: int, head: int) -> torch.Tensor:
+    """int [S]: the position of the token in each slot, which is the slot where nothing is evicted."""
+    slots = torch.arange(context_len, device=pages.data.device)
+    if not pages.layout.positions:
+        return slots
+    return pages.positions[blocks.long()[slots // pages.layout.block_size], head, slots % pages.layout.block_size]
+
+
+def pick_tokens(scores: torch.Tensor, read: SparqRead, positions: torch.Tensor) -> torch.Tensor:
+    """Step 3: int64 [n_selected] slots for the whole group, from its scores [H/G, S]; positions is int [S]."""
     context_len = scores.shape[1]
     group = scores.sum(0) if read.group_reduce == "logits" else torch.softmax(scores, -1).sum(0)
-    group[context_len - read.n_local(context_len) :] = torch.inf
+    group[positions > positions[-1] - read.n_local(context_len)] = torch.inf
     return group.sort(descending=True, stable=True).indices[: read.n_selected(context_len)]
 
 

@@ -16,13 +16,15 @@ def write(
     block_table: torch.Tensor,
     query_start_loc: torch.Tensor,
     seq_lens: torch.Tensor,
+    first_positions: torch.Tensor | None = None,
 ) -> None:
     """Append the new tokens of each request to its pages, and finish what a page owes at its first and last token.
 
-    Request b brings rows ``query_start_loc[b] : query_start_loc[b + 1]``; its last new token is at position
+    Request b brings rows ``query_start_loc[b] : query_start_loc[b + 1]``; its last new token goes into slot
     ``seq_lens[b] - 1``. For every page that a new token touches:
 
     * its K and V go into ``records``, or, in a quantized format, to where its block is staged;
+    * where pages have them, the token's ``positions`` entry becomes its position and its ``scores`` entry 0;
     * when the page gets its first token (and only then), ``value_sum`` becomes the previous page's ``value_sum`` plus
       the sum of the previous page's V, in fp32; zero for the first page of a request;
     * when the page gets its last token, a quantized format makes its codes from the staged tokens
@@ -46,6 +48,8 @@ def write(
             behind it) are never read.
         query_start_loc: int32 [B + 1], ascending; rows from its last entry on are padding and ignored.
         seq_lens: int32 [B], context lengths S, new tokens included. A request may bring no token.
+        first_positions: int32 [B] or None, the position of each request's first new token where that is not its slot,
+            because tokens before it have been evicted.
 
     Raises:
         ValueError: a shape, type or stride that does not fit; the message names it.
@@ -53,5 +57,9 @@ def write(
     check_heads("key", key, pages, multiple_of_kv_heads=False)
     check_heads("value", value, pages, multiple_of_kv_heads=False)
     require(key.shape == value.shape, f"key {tuple(key.shape)} and value {tuple(value.shape)} must have one shape")
-    check_table(block_table, check_starts(query_start_loc), seq_lens=seq_lens)
-    choose("write", key.device.type).load()(key, value, pages, block_table, query_start_loc, seq_lens)
+    n_requests = check_starts(query_start_loc)
+    check_table(block_table, n_requests, seq_lens=seq_lens)
+    if first_positions is not None:
+        check_table(block_table, n_requests, first_positions=first_positions)
+    run = choose("write", key.device.type).load()
+    run(key, value, pages, block_table, query_start_loc, seq_lens, first_positions)

@@ -17,6 +17,7 @@ def write(
     block_table: torch.Tensor,
     query_start_loc: torch.Tensor,
     seq_lens: torch.Tensor,
+    first_positions: torch.Tensor | None = None,
 ) -> None:
     block_size = pages.layout.block_size
     for b in range(len(query_start_loc) - 1):
@@ -28,10 +29,15 @@ def write(
                 page = int(block_table[b, block])
                 if slot == 0 and pages.layout.value_sum:
                     before = int(block_table[b, block - 1]) if block else None
-                    _open_page(pages, page, before, head)
+                    open_page(pages, page, before, head)
                 place_token(pages, block_table[b], block, slot, head, key[row, head], value[row, head])
+                if pages.layout.positions:
+                    position = first if first_positions is None else int(first_positions[b])
+                    pages.positions[page, head, slot] = position + row - start
+                if pages.layout.scores:
+                    pages.scores[page, head, slot] = 0
                 if slot == block_size - 1:
-                    _close_page(pages, block_table[b], block, head)
+                    _fill_page(pages, block_table[b], block, head)
 
 
 def place_token(
@@ -56,7 +62,7 @@ def block_tokens(pages: Pages, blocks: torch.Tensor, block: int, head: int) -> t
     return records[:, 0], records[:, 1]
 
 
-def _open_page(pages: Pages, page: int, before: int | None, head: int) -> None:
+def open_page(pages: Pages, page: int, before: int | None, head: int) -> None:
     """The page gets its first token: note the sum of V over all tokens before it."""
     if before is None:
         pages.value_sum[page, head] = 0
@@ -65,14 +71,18 @@ def _open_page(pages: Pages, page: int, before: int | None, head: int) -> None:
     pages.value_sum[page, head] = pages.value_sum[before, head] + values.float().sum(0)
 
 
-def _close_page(pages: Pages, blocks: torch.Tensor, block: int, head: int) -> None:
+def _fill_page(pages: Pages, blocks: torch.Tensor, block: int, head: int) -> None:
     """The page got its last token: quantize it, and make the channel-major copy of K."""
-    page, scoring = int(blocks[block]), pages.layout.scoring
     keys, values = block_tokens(pages, blocks, block, head)
     if pages.layout.quantized is not None:
-        encode_page(pages, page, head, keys, values)
-    if scoring is None:
-        return
+        encode_page(pages, int(blocks[block]), head, keys, values)
+    if pages.layout.scoring is not None:
+        close_page(pages, int(blocks[block]), head, keys)
+
+
+def close_page(pages: Pages, page: int, head: int, keys: torch.Tensor) -> None:
+    """Make the channel-major copy of the page's K, which is ``keys`` [N, D] in the model's dtype."""
+    scoring = pages.layout.scoring
     keys = keys.T  # [D, N]
     if scoring == "model":
         pages.scoring[page, head] = keys

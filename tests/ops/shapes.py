@@ -1,0 +1,87 @@
+"""Which shapes the op tests try: every implementation's, and few of them for the Triton interpreter."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from ops.cases import Case
+
+_BASE = Case()
+SHAPES: tuple[Case, ...] = (
+    # Each head size, block size, type, grouping and scoring at least twice, each pair of interest once.
+    replace(_BASE, dtype=torch.bfloat16),
+    replace(_BASE, heads=1, kv_heads=1, head_size=16, scoring="model"),
+    replace(_BASE, heads=3, kv_heads=1, head_size=80, dtype=torch.float16, scoring="int8"),
+    replace(_BASE, heads=8, kv_heads=1, head_size=96, block_size=32, dtype=torch.bfloat16, lens=(1, 31, 32, 33, 65)),
+    replace(_BASE, heads=6, kv_heads=2, head_size=128, block_size=64, dtype=torch.bfloat16, lens=(63, 64, 65, 129)),
+    replace(_BASE, heads=8, kv_heads=2, head_size=128, block_size=128, dtype=torch.bfloat16, lens=(127, 128, 129, 300)),
+    replace(_BASE, heads=4, kv_heads=4, head_size=128, block_size=128, scoring="int8", lens=(5, 257, 128)),
+    replace(_BASE, heads=4, kv_heads=1, head_size=256, block_size=32, dtype=torch.float16, lens=(1, 32, 100)),
+    replace(_BASE, heads=2, kv_heads=2, head_size=256, dtype=torch.bfloat16, scoring="model", lens=(16, 17, 47, 48)),
+    replace(_BASE, heads=8, kv_heads=1, head_size=80, block_size=64, scoring="model", lens=(64, 1, 130)),
+    replace(_BASE, heads=16, kv_heads=2, head_size=64, block_size=256, dtype=torch.float16, lens=(255, 256, 257, 520)),
+    replace(
+        _BASE, heads=12, kv_heads=4, head_size=96, block_size=128, dtype=torch.float16, scoring="model", lens=(129,)
+    ),
+    replace(
+        _BASE, heads=3, kv_heads=3, head_size=64, block_size=48, dtype=torch.bfloat16, scoring="int8", lens=(47, 97)
+    ),
+    replace(_BASE, heads=23, kv_heads=1, block_size=32, dtype=torch.bfloat16, lens=(33, 70)),
+    replace(_BASE, heads=5, kv_heads=1, head_size=112, block_size=32, dtype=torch.bfloat16, lens=(40, 64, 70)),
+)
+"""Shapes that every op takes, kernels of the CPU."""
+
+_QUANTIZED = replace(_BASE, block_size=32, scoring=None, value_sum=False)
+FORMATS: tuple[Case, ...] = (
+    # Each format twice or more, in every type, with the default groups and others, dense and with what SparQ needs.
+    replace(_QUANTIZED, format="int8", lens=(1, 31, 32, 33, 65, 0, 96)),
+    replace(_QUANTIZED, format="int8", heads=8, head_size=128, block_size=128, dtype=torch.bfloat16, lens=(128, 300)),
+    replace(_BASE, format="int8", heads=3, kv_heads=1, head_size=80, dtype=torch.float16, lens=(16, 47, 49)),
+    replace(_QUANTIZED, format="int4", lens=(1, 31, 32, 33, 65, 0, 96)),
+    replace(_QUANTIZED, format="int4", heads=8, head_size=128, block_size=128, dtype=torch.bfloat16, lens=(129, 400)),
+    replace(_BASE, format="int4", heads=8, head_size=128, block_size=128, dtype=torch.bfloat16, lens=(128, 129, 390)),
+    replace(_BASE, format="int4", heads=4, kv_heads=4, head_size=96, dtype=torch.float16, lens=(16, 17, 50)),
+    replace(_BASE, format="int4", heads=3, kv_heads=1, head_size=80, scoring="int8", lens=(40, 33)),
+    replace(_QUANTIZED, format="int4", group_size=16, heads=5, kv_heads=1, dtype=torch.bfloat16, lens=(33, 70)),
+    replace(_BASE, format="int4", heads=4, kv_heads=1, head_size=256, dtype=torch.bfloat16, lens=(1, 32, 100)),
+    replace(_QUANTIZED, format="kivi4", lens=(1, 31, 32, 33, 65, 0, 96)),
+    replace(_QUANTIZED, format="kivi4", heads=8, head_size=128, block_size=128, dtype=torch.bfloat16, lens=(129, 400)),
+    replace(_QUANTIZED, format="kivi4", heads=3, kv_heads=1, head_size=80, dtype=torch.float16, lens=(64, 47, 65)),
+    replace(
+        _QUANTIZED, format="kivi4", heads=4, head_size=96, group_size=16, block_size=48, value_sum=True, lens=(97,)
+    ),
+    replace(_QUANTIZED, format="kivi2", lens=(1, 31, 32, 33, 65, 0, 96)),
+    replace(
+        _QUANTIZED, format="kivi2", kv_heads=4, head_size=128, block_size=128, dtype=torch.bfloat16, lens=(129, 400)
+    ),
+    replace(_QUANTIZED, format="kivi2", heads=8, head_size=128, block_size=128, dtype=torch.bfloat16, lens=(257,)),
+    replace(_QUANTIZED, format="kivi2", heads=6, head_size=256, block_size=64, dtype=torch.float16, lens=(64, 65, 140)),
+    replace(_QUANTIZED, format="kivi2", group_size=64, block_size=64, value_sum=True, dtype=torch.float16, lens=(150,)),
+    # One group in both nibbles of a byte, and groups that begin inside a nibble's run.
+    replace(_QUANTIZED, format="int4", heads=8, block_size=128, dtype=torch.bfloat16, lens=(128, 300)),
+    replace(_QUANTIZED, format="int4", heads=4, head_size=96, group_size=32, dtype=torch.bfloat16, lens=(33, 70)),
+    replace(_QUANTIZED, format="int4", kv_heads=4, head_size=80, group_size=16, dtype=torch.bfloat16, lens=(97,)),
+)
+"""Quantized pages, which every op takes as well."""
+
+TINY: tuple[Case, ...] = (
+    replace(_BASE, lens=(1, 15, 16, 17, 33)),
+    replace(_BASE, heads=3, kv_heads=1, head_size=80, dtype=torch.bfloat16, scoring="int8", lens=(18, 32)),
+    replace(
+        _BASE, heads=2, kv_heads=2, head_size=96, block_size=32, dtype=torch.float16, scoring="model", lens=(31, 65)
+    ),
+    replace(_BASE, heads=8, kv_heads=1, head_size=128, block_size=128, dtype=torch.bfloat16, lens=(130,)),
+    replace(_BASE, heads=1, kv_heads=1, head_size=256, block_size=32, lens=(32, 40)),
+)
+"""The same for the Triton interpreter, which needs about a second a shape."""
+
+TINY_FORMATS: tuple[Case, ...] = (
+    replace(_BASE, format="int8", heads=2, kv_heads=1, dtype=torch.bfloat16, lens=(16, 0, 33)),
+    replace(_BASE, format="int4", group_size=16, heads=3, kv_heads=1, head_size=80, scoring="int8", lens=(33, 17)),
+    replace(_BASE, format="int4", heads=2, kv_heads=1, dtype=torch.bfloat16, lens=(40,)),
+    replace(_BASE, format="kivi4", heads=2, block_size=32, dtype=torch.float16, scoring=None, lens=(64, 65)),
+    replace(_BASE, format="kivi2", heads=2, kv_heads=1, block_size=32, dtype=torch.bfloat16, scoring=None, lens=(70,)),
+    replace(_BASE, format="kivi2", heads=1, kv_heads=1, head_size=80, block_size=48, scoring=None, lens=(97,)),
+)
+"""Quantized pages for the Triton interpreter."""

@@ -1,0 +1,153 @@
+"""The attention that each token gets, noted by the ops that pay it, against plain softmax maps."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from ops.cases import ALL, KERNELS, Case, World, build, each, load
+from ops.cases import device_of as device
+from ops.rounding import rounded_dense_decode
+from ops.shapes import FORMATS, SHAPES, TINY, TINY_FORMATS
+from ops.test_evict import slots_of
+
+from vllm_sparq.config import SparqRead
+from vllm_sparq.ops.dense_decode.reference import dense_decode
+from vllm_sparq.ops.prefill.reference import prefill
+from vllm_sparq.ops.sparq_decode.reference import sparq_decode
+
+BEFORE = 0.25
+"""Score of every token before the step, so that adding and overwriting differ."""
+
+TOLERANCE = {
+    # fp32 logits and sums on both sides: 1e-6 of a weight each, up to 100 rows.
+    torch.float32: {"rtol": 2e-5, "atol": 2e-6},
+    # K and q are exact in their type and logits are fp32 sums, but a kernel's exponential may be good to 2^-11 only.
+    torch.float16: {"rtol": 2**-10, "atol": 1e-5},
+    torch.bfloat16: {"rtol": 2**-10, "atol": 1e-5},
+}
+
+
+def scored(case: Case) -> Case:
+    return replace(case, scores=True, positions=True)
+
+
+def with_scores(case: Case, on: str, written: str = "all") -> World:
+    world = build(case, device=on, written=written)
+    world.pages.scores[:] = BEFORE
+    return world
+
+
+def scores_of(world: World) -> list[torch.Tensor]:
+    """Per request, [S, G]."""
+    return [
+        world.pages.scores[page, :, place].cpu()
+        for page, place in (slots_of(world, b, n) for b, n in enumerate(world.case.lens))
+    ]
+
+
+def assert_close(got: World, want: World, tolerance: dict[str, float]) -> None:
+    for a, z in zip(scores_of(got), scores_of(want), strict=True):
+        torch.testing.assert_close(a, z, **tolerance)
+
+
+LONG = Case(heads=8, kv_heads=2, head_size=128, block_size=128, dtype=torch.bfloat16, lens=(900, 3, 0, 513))
+DECODES = [scored(case) for case in (*SHAPES[::2], LONG, *FORMATS[::2])]
+FEW = [scored(case) for case in (*TINY[:3], *TINY_FORMATS[::2])]
+
+
+@pytest.mark.parametrize(("implementation", "case"), each(DECODES, tiny=FEW, implementations=KERNELS))
+def test_dense_decode_notes_probabilities(implementation: str, case: Case) -> None:
+    got, want = with_scores(case, device(implementation)), with_scores(case, "cpu")
+    got.decode(load("dense_decode", implementation))
+    rounded = implementation == "triton" and case.format != "model"
+    want.decode(rounded_dense_decode if rounded else dense_decode)
+    assert_close(got, want, TOLERANCE[case.dtype])
+
+
+@pytest.mark.parametrize("implementation", ALL)
+def test_probabilities_add_up_to_one(implementation: str) -> None:
+    """Over the tokens of a request, for each query row, whatever the op."""
+    case = scored(Case(lens=(70, 33, 1), block_size=32))
+    read = SparqRead(r=16, min_k=8, dense_below=0)
+    for op, options in (("dense_decode", {}), ("sparq_decode", {"read": read})):
+        world = with_scores(case, device(implementation))
+        world.decode(load(op, implementation), **options)
+        for scores in scores_of(world):
+            total = (scores - BEFORE).sum(0)
+            torch.testing.assert_close(total, torch.ones(case.kv_heads), rtol=1e-4, atol=1e-4)
+    case = replace(case, new=(70, 20, 1))
+    world = with_scores(case, device(implementation))
+    world.prefill(load("prefill", implementation))
+    for scores, n_new in zip(scores_of(world), case.new, strict=True):
+        total = (scores - BEFORE).sum(0)
+        torch.testing.assert_close(total, torch.full((case.kv_heads,), float(n_new)), rtol=1e-4, atol=1e-4)
+
+
+READS = (
+    SparqRead(r=16, min_k=8, dense_below=0),
+    SparqRead(r=16, min_k=8, dense_below=0, alpha_floor=0.0),
+    SparqRead(r=16, min_k=8, dense_below=0, group_reduce="probs"),
+    SparqRead(r=16, min_k=8, dense_below=40),
+)
+SPARSE = [
+    scored(case)
+    for case in (
+        Case(lens=(1, 33, 100, 0, 47)),
+        Case(heads=8, kv_heads=1, head_size=128, block_size=128, scoring="int8", lens=(900, 260)),
+        Case(heads=2, kv_heads=2, block_size=32, format="int4", lens=(40, 97)),
+        Case(heads=4, kv_heads=2, block_size=32, format="kivi4", scoring=None, lens=(40, 97)),
+    )
+]
+
+
+@pytest.mark.parametrize("read", READS, ids=["logits", "mean", "probs", "dense-below"])
+@pytest.mark.parametrize(("implementation", "case"), each(SPARSE, tiny=SPARSE[:1], implementations=KERNELS))
+def test_sparq_decode_notes_approximate_probabilities(implementation: str, case: Case, read: SparqRead) -> None:
+    if read.alpha_floor < 1 and not case.layout.value_sum:
+        case = replace(case, value_sum=True)
+    got, want = with_scores(case, device(implementation)), with_scores(case, "cpu")
+    got.decode(load("sparq_decode", implementation), read=read)
+    want.decode(sparq_decode, read=read)
+    assert_close(got, want, TOLERANCE[torch.float32])
+
+
+def lens_and_new(case: Case) -> Case:
+    """Prompts in chunks: from nothing, from inside a block, a single row."""
+    lens = tuple(s + 2 * case.block_size + 5 for s in case.lens)
+    new = tuple((s, s // 2, 1)[i % 3] for i, s in enumerate(lens))
+    return replace(scored(case), lens=lens, new=new)
+
+
+PREFILLS = [lens_and_new(case) for case in (*SHAPES[::2], LONG, *FORMATS[::3])]
+FEW_PREFILLS = [lens_and_new(case) for case in (*TINY[:2], *TINY_FORMATS[::3])]
+
+
+@pytest.mark.parametrize(("implementation", "case"), each(PREFILLS, tiny=FEW_PREFILLS, implementations=KERNELS))
+def test_prefill_notes_the_sum_over_rows(implementation: str, case: Case) -> None:
+    """Codes may be rounded to the model type before the product (`tolerances.OUT`): 2^-9 of logits up to 20."""
+    got, want = with_scores(case, device(implementation)), with_scores(case, "cpu")
+    got.prefill(load("prefill", implementation))
+    want.prefill(prefill)
+    tolerance = TOLERANCE[case.dtype] if case.format == "model" else {"rtol": 0.08, "atol": 1e-3}
+    assert_close(got, want, tolerance)
+
+
+LOCAL = scored(Case(heads=2, kv_heads=1, scoring="model", lens=(64,), value_sum=False))
+
+
+@pytest.mark.parametrize("implementation", ALL)
+def test_newest_tokens_are_found_by_position(implementation: str) -> None:
+    """After an eviction the newest tokens may lie in any slot: a read of local tokens alone must find them."""
+    read = SparqRead(r=1, min_k=7, local=7, dense_below=0)
+    world = with_scores(LOCAL, device(implementation))
+    generator = torch.Generator().manual_seed(3)
+    page, place = slots_of(world, 0, 64)
+    order = torch.cat([torch.randperm(63, generator=generator), torch.tensor([63])]).int().to(world.buffer.device)
+    world.pages.positions[page, 0, place] = order
+    got = world.decode(load("sparq_decode", implementation), read=read)
+    newest = (order >= 56).nonzero()[:, 0]
+    keys, values = world.pages.keys[page, 0, place][newest].float(), world.pages.values[page, 0, place][newest].float()
+    weights = torch.softmax(LOCAL.scale * world.query[0].float() @ keys.T, -1)
+    torch.testing.assert_close(got[0].float(), weights @ values, rtol=1e-5, atol=1e-5)

@@ -1,0 +1,52 @@
+"""Drop tokens that have had little attention, and close the gaps, so that whole blocks come free."""
+
+from __future__ import annotations
+
+import torch
+
+from vllm_sparq.layout import Pages
+from vllm_sparq.ops.checks import check_table, require
+from vllm_sparq.ops.dispatch import choose
+
+
+def evict(
+    pages: Pages,
+    block_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    kept_lens: torch.Tensor,
+    recent_from: torch.Tensor,
+    *,
+    sinks: int,
+) -> None:
+    """Leave ``kept_lens[b]`` of the ``seq_lens[b]`` tokens of request b in each KV head, in its first slots.
+
+    1. *Who stays*: tokens at positions below ``sinks`` and from ``recent_from[b]`` on, then those with the most
+       attention (`Pages.scores`; NaN is least), or the newest where pages have no scores. Ties: the lowest position.
+    2. *Moves*: the survivors behind slot ``kept_lens[b]``, in ascending order, take the slots of the dead before it, in
+       ascending order. Other survivors stay where they are. K, V, position and score move together.
+    3. *Pages*: whatever a page derives from its tokens is made again, as `write` makes it, where a token was replaced:
+       the scoring copy of pages that are still full, and the value sums of all pages behind.
+
+    Quantized formats: ``kept_lens`` are multiples of the block size, or equal to ``seq_lens``. A moved token takes its
+    codes along; from the newest block, which is staged, it is quantized on arrival. Where K is channel-major (KIVI) a
+    group of tokens is quantized again as a whole if one of them was replaced, from what it stands for, rounded to the
+    model's type; so is the scoring copy.
+
+    The bytes behind the kept slots are undefined afterwards. H2O (arXiv 2306.14048) with permanent eviction, per KV
+    head at one budget; StreamingLLM's choice of tokens (arXiv 2309.17453), at their own positions.
+
+    Args:
+        pages: the cache, with positions; changed in place.
+        block_table: int32 [>= B, M]; with the blocks of all ``seq_lens[b]`` tokens and their staging.
+        seq_lens: int32 [B], slots taken.
+        kept_lens: int32 [B], at most ``seq_lens``; a request that keeps all is left alone.
+        recent_from: int32 [B], tokens at this position and behind it always stay.
+        sinks: first tokens of a request that always stay.
+
+    Raises:
+        ValueError: a shape or type that does not fit, or pages without positions.
+    """
+    require(pages.layout.positions, "evict needs pages with positions; this layout has none")
+    check_table(block_table, seq_lens.shape[0], seq_lens=seq_lens, kept_lens=kept_lens, recent_from=recent_from)
+    run = choose("evict", pages.data.device.type).load()
+    run(pages, block_table, seq_lens, kept_lens, recent_from, sinks=sinks)
