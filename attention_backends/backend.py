@@ -10,7 +10,7 @@ from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec, KVCache
 from vllm.v1.kv_cache_layout import KVCacheLayout
 
 from vllm_sparq.attention_backends import refusals
-from vllm_sparq.attention_backends.impl import SparqImpl, active_layout
+from vllm_sparq.attention_backends.impl import SparqImpl, active_pages
 from vllm_sparq.attention_backends.metadata import SparqMetadataBuilder
 from vllm_sparq.attention_backends.selection import PREFERRED_BLOCK_SIZE
 from vllm_sparq.layout import BLOCK_SIZE_MULTIPLE
@@ -66,7 +66,8 @@ class SparqBackend(AttentionBackend):
     def customize_spec(cls, spec: AttentionSpec) -> AttentionSpec:
         if type(spec) is not FullAttentionSpec:  # a sliding-window probe, served by vLLM's own backend
             return spec
-        return page_spec(spec, active_layout(spec.head_size, spec.block_size, spec.dtype))
+        layout, retention = active_pages(spec.head_size, spec.block_size, spec.dtype)
+        return page_spec(spec, layout, retention)
 
 
 class FlexgenBackend(SparqBackend):
@@ -83,3 +84,19 @@ class KiviBackend(SparqBackend):
     @staticmethod
     def get_name() -> str:
         return "KIVI"
+
+
+class H2oBackend(SparqBackend):
+    """Heavy hitters and recent tokens stay, read densely, unless options say otherwise."""
+
+    @staticmethod
+    def get_name() -> str:
+        return "H2O"
+
+
+class StreamingBackend(SparqBackend):
+    """First and newest tokens stay, read densely, unless options say otherwise."""
+
+    @staticmethod
+    def get_name() -> str:
+        return "STREAMING"

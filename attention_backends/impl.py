@@ -11,29 +11,31 @@ from vllm.config import get_current_vllm_config
 from vllm.logger import init_logger
 from vllm.v1.attention.backend import AttentionImpl, AttentionType
 
-from vllm_sparq.attention_backends.metadata import SparqMetadata
 from vllm_sparq.attention_backends.refusals import impl_refusals
+from vllm_sparq.attention_backends.retained import RetainedMetadata
+from vllm_sparq.attention_backends.rows import SparqMetadata
 from vllm_sparq.attention_backends.selection import engine_options, page_layout
 from vllm_sparq.layout import PageLayout, Pages
 from vllm_sparq.ops.dispatch import Choice, choose
+from vllm_sparq.retention import Retention
 
 logger = init_logger("vllm.sparq")
 
-_active: Callable[[int, int, torch.dtype], PageLayout] | None = None
+_active: SparqImpl | None = None
 
 
-def active_layout(head_size: int, block_size: int, dtype: torch.dtype) -> PageLayout:
-    """The pages of the model that was built last in this process.
+def active_pages(head_size: int, block_size: int, dtype: torch.dtype) -> tuple[PageLayout, Retention | None]:
+    """The pages of the model that was built last in this process, and what stays in them.
 
     vLLM asks a backend for its page size without saying for which engine; it always does so right after building the
     model's layers, in the same process.
     """
     if _active is None:
         raise RuntimeError("a page size was asked for before any attention layer was built")
-    return _active(head_size, block_size, dtype)
+    return _active._layout(head_size, block_size, dtype), _active.options.retained(block_size)
 
 
-class SparqImpl(AttentionImpl[SparqMetadata]):
+class SparqImpl(AttentionImpl[SparqMetadata | RetainedMetadata]):
     """Built by vLLM for every full-attention layer."""
 
     def __init__(
@@ -62,7 +64,7 @@ class SparqImpl(AttentionImpl[SparqMetadata]):
         vllm_config: Any = get_current_vllm_config()
         self.options = engine_options(vllm_config)
         self.num_heads, self.num_kv_heads = num_heads, num_kv_heads or num_heads
-        self._layout = _active = partial(page_layout, self.options, grouped=self.num_heads != self.num_kv_heads)
+        self._layout = partial(page_layout, self.options, grouped=self.num_heads != self.num_kv_heads)
         self.head_size, self.scale = head_size, float(scale)
         self.kv_cache_dtype = kv_cache_dtype
         self._choices = _choose_ops(vllm_config.device_config.device_type)
@@ -70,10 +72,12 @@ class SparqImpl(AttentionImpl[SparqMetadata]):
         if warning:
             logger.warning_once(warning)
         self._write = self._choices["write"].load()
+        self._evict = self._choices["evict"].load()
         self._prefill = self._choices["prefill"].load()
         self._dense = self._choices["dense_decode"].load()
         self._decode: Callable[..., None] | None = None  # known with the layer's name, at its first step
         self._pages: Pages | None = None
+        _active = self
 
     def forward(
         self,
@@ -82,7 +86,7 @@ class SparqImpl(AttentionImpl[SparqMetadata]):
         key: torch.Tensor,
         value: torch.Tensor,
         kv_cache: torch.Tensor,
-        attn_metadata: SparqMetadata | None,
+        attn_metadata: SparqMetadata | RetainedMetadata | None,
         output: torch.Tensor,
         output_scale: torch.Tensor | None = None,
         output_block_scale: torch.Tensor | None = None,
@@ -90,12 +94,39 @@ class SparqImpl(AttentionImpl[SparqMetadata]):
         """query and output [T, H, D], key and value [T, G, D]; rows behind the step's tokens are padding."""
         if attn_metadata is None:  # a profiling run, without a cache
             return output.fill_(0)
-        step, pages = attn_metadata, self._bind(layer, kv_cache, query.dtype)
+        pages = self._bind(layer, kv_cache, query.dtype)
+        if isinstance(attn_metadata, SparqMetadata):
+            self._attend(attn_metadata, query, key, value, pages, output)
+            return output
+        for turn in attn_metadata.turns:
+            if turn.eviction is not None:
+                gone = turn.eviction
+                lens = gone.seq_lens, gone.kept_lens, gone.recent_from
+                self._evict(pages, gone.block_table, *lens, sinks=gone.sinks)
+            if turn.rows is None:
+                self._attend(turn.step, query, key, value, pages, output)
+                continue
+            its = torch.empty_like(output[: len(turn.rows)])
+            self._attend(turn.step, query[turn.rows], key[turn.rows], value[turn.rows], pages, its)
+            output[turn.rows] = its
+        return output
+
+    def _attend(
+        self,
+        step: SparqMetadata,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        pages: Pages,
+        output: torch.Tensor,
+    ) -> None:
+        """Write the step's tokens into their pages, and let its rows see what they may."""
         rows = step.prefill
         new = key, value
         if rows is not None and rows.begun is not None:  # before the write, which quantizes what is staged
             new = rows.begun.with_new(pages, key, value)
-        self._write(key, value, pages, step.block_table, step.query_start_loc, step.seq_lens)
+        tables = step.block_table, step.query_start_loc, step.seq_lens
+        self._write(key, value, pages, *tables, step.first_positions)
         if rows is not None:
             tables = rows.block_table, rows.query_start_loc, rows.context_lens
             self._prefill(query, *new, pages, *tables, scale=self.scale, out=output, key_start_loc=rows.key_start_loc)
@@ -110,7 +141,6 @@ class SparqImpl(AttentionImpl[SparqMetadata]):
             seen = again.pages_seen(pages, *new)
             decode(query[again.rows], seen, again.block_table, again.seq_lens, scale=self.scale, out=out)
             output[again.rows] = out
-        return output
 
     def _bind(self, layer: Any, kv_cache: torch.Tensor, dtype: torch.dtype) -> Pages:
         """The layer's cache as pages; remembered until vLLM hands over another one."""
@@ -137,7 +167,7 @@ class SparqImpl(AttentionImpl[SparqMetadata]):
 
 
 def _choose_ops(device_type: str) -> dict[str, Choice]:
-    return {name: choose(name, device_type) for name in ("write", "prefill", "dense_decode", "sparq_decode")}
+    return {name: choose(name, device_type) for name in ("write", "prefill", "dense_decode", "sparq_decode", "evict")}
 
 
 def slow_ops(choices: dict[str, Choice]) -> str | None:

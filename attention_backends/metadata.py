@@ -14,87 +14,30 @@ Three kinds of rows:
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
 from vllm.config import VllmConfig
-from vllm.v1.attention.backend import (
-    AttentionCGSupport,
-    AttentionMetadata,
-    AttentionMetadataBuilder,
-    CommonAttentionMetadata,
-)
+from vllm.v1.attention.backend import AttentionCGSupport, AttentionMetadataBuilder, CommonAttentionMetadata
 from vllm.v1.kv_cache_interface import AttentionSpec
 
+from vllm_sparq.attention_backends.retained import RetainedMetadata, plan_turns, take_turns
+from vllm_sparq.attention_backends.rows import PrefillRows, ReplayedRows, SparqMetadata
 from vllm_sparq.attention_backends.selection import engine_options
-from vllm_sparq.attention_backends.staged import (
-    BegunBlocks,
-    StagedReplay,
-    begun_blocks,
-    cut_pieces,
-    int64,
-    staged_replay,
-)
-from vllm_sparq.config import Options
-from vllm_sparq.layout import Pages
-from vllm_sparq.scheduler.spec import StagedSpec
+from vllm_sparq.attention_backends.staged_rows import staged_rows
+from vllm_sparq.retention import Phase
+from vllm_sparq.scheduler.spec import RetainedSpec, StagedSpec
 
 prompt_lengths: Callable[[CommonAttentionMetadata], torch.Tensor] | None = None
 """Prompt length of each request of a step, int [B] on the CPU. vLLM's metadata does not carry it; our worker sets this
 to ask its model runner. Without it (a worker class of the user's own) a chunk that holds the end of a prompt and output
-tokens behind it is read densely as a whole."""
+tokens behind it is read densely as a whole, and nothing can be evicted."""
+
+shrunk_phases: Callable[[CommonAttentionMetadata], list[Phase | None]] | None = None
+"""Budgets that the scheduler has shrunk, per request of a step. Set by our worker too."""
 
 
-@dataclass(frozen=True)
-class PrefillRows:
-    """Arguments of the prefill op: requests b with rows ``query_start_loc[b] : query_start_loc[b + 1]`` of the step.
-
-    Over quantized pages they are pieces of requests, and ``begun`` says which staged tokens their keys begin with.
-    """
-
-    block_table: torch.Tensor
-    query_start_loc: torch.Tensor
-    context_lens: torch.Tensor
-    key_start_loc: torch.Tensor | None = None
-    begun: BegunBlocks | None = None
-
-
-@dataclass(frozen=True)
-class ReplayedRows:
-    """Arguments of a decode op for single rows of the step: row ``rows[i]`` has ``seq_lens[i]`` tokens to look at."""
-
-    rows: torch.Tensor
-    block_table: torch.Tensor
-    seq_lens: torch.Tensor
-    staged: StagedReplay | None = None
-
-    def pages_seen(self, pages: Pages, key: torch.Tensor, value: torch.Tensor) -> Pages:
-        """The pages that ``block_table`` speaks of, from the cache and what the prefill op was given."""
-        return pages if self.staged is None else self.staged.staged_again(pages, key, value)
-
-
-@dataclass(frozen=True)
-class SparqMetadata(AttentionMetadata):
-    """One step of one KV cache group.
-
-    Attributes:
-        n_decodes: leading requests that are read by the policy, one row each.
-        block_table: int32 [B, M]; query_start_loc: int32 [B + 1]; seq_lens: int32 [B], new tokens included.
-        prefill: rows to attend densely, or None.
-        replayed: rows to read by the policy although their request brings several, or None. They are part of
-            ``prefill`` too; what the policy says replaces what the dense pass wrote.
-    """
-
-    n_decodes: int
-    block_table: torch.Tensor
-    query_start_loc: torch.Tensor
-    seq_lens: torch.Tensor
-    prefill: PrefillRows | None = None
-    replayed: ReplayedRows | None = None
-
-
-class SparqMetadataBuilder(AttentionMetadataBuilder[SparqMetadata]):
+class SparqMetadataBuilder(AttentionMetadataBuilder[SparqMetadata | RetainedMetadata]):
     """Sorts the rows of a step."""
 
     _cudagraph_support: ClassVar[AttentionCGSupport] = AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
@@ -108,14 +51,18 @@ class SparqMetadataBuilder(AttentionMetadataBuilder[SparqMetadata]):
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
-    ) -> SparqMetadata:
+    ) -> SparqMetadata | RetainedMetadata:
         step = common_attn_metadata
+        if isinstance(self.kv_cache_spec, RetainedSpec):
+            return self._take_turns(step, self.kv_cache_spec)
         n_decodes = count_decodes(step)
         prefill, replayed = None, None
         if n_decodes < step.num_reqs:
             replayed = find_replayed(step, n_decodes)
             if isinstance(self.kv_cache_spec, StagedSpec):
-                prefill, replayed = staged_rows(step, n_decodes, replayed, self.kv_cache_spec, self.options)
+                starts, seq_lens = step.query_start_loc_cpu.tolist(), _seq_lens_on_cpu(step).tolist()
+                table, spec = step.block_table_tensor, self.kv_cache_spec
+                prefill, replayed = staged_rows(starts, seq_lens, table, n_decodes, replayed, spec, self.options)
             else:
                 prefill = prefill_rows(step, n_decodes)
         return SparqMetadata(
@@ -126,6 +73,25 @@ class SparqMetadataBuilder(AttentionMetadataBuilder[SparqMetadata]):
             prefill=prefill,
             replayed=replayed,
         )
+
+    def _take_turns(self, step: CommonAttentionMetadata, spec: RetainedSpec) -> RetainedMetadata:
+        """Where tokens are evicted, what a row sees depends on the rows before it: they take turns."""
+        if prompt_lengths is None:
+            raise RuntimeError("tokens cannot be evicted under this worker class: leave --worker-cls out")
+        prompt_lens = prompt_lengths(step)[: step.num_reqs].tolist()
+        phases: list[Phase | None] = [None] * step.num_reqs
+        if shrunk_phases is not None:
+            phases = shrunk_phases(step)
+        starts, seq_lens = step.query_start_loc_cpu.tolist(), _seq_lens_on_cpu(step).tolist()
+        turns = plan_turns(starts, seq_lens, prompt_lens, phases, spec.retention)
+        return take_turns(turns, step.block_table_tensor, spec, self.options)
+
+    @classmethod
+    def get_cudagraph_support(cls, vllm_config: VllmConfig, kv_cache_spec: Any) -> AttentionCGSupport:
+        """A step that may evict has no fixed shape; its attention runs between the graphs of the other layers."""
+        if isinstance(kv_cache_spec, RetainedSpec):
+            return AttentionCGSupport.NEVER
+        return cls._cudagraph_support
 
 
 def count_decodes(step: CommonAttentionMetadata) -> int:
@@ -148,37 +114,6 @@ def prefill_rows(step: CommonAttentionMetadata, n_decodes: int) -> PrefillRows:
         query_start_loc=starts,
         context_lens=step.seq_lens[n_decodes:] - (starts[1:] - starts[:-1]),
     )
-
-
-def staged_rows(
-    step: CommonAttentionMetadata, n_decodes: int, replayed: ReplayedRows | None, spec: StagedSpec, options: Options
-) -> tuple[PrefillRows, ReplayedRows | None]:
-    """The same over quantized pages: in pieces, with what is staged for them."""
-    seq_lens = _seq_lens_on_cpu(step).tolist()
-    pieces = cut_pieces(step.query_start_loc_cpu.tolist(), seq_lens, n_decodes, spec.block_size)
-    table, per_page = step.block_table_tensor, spec.staged_per_page
-    begun = begun_blocks(pieces, table, per_page)
-    starts = [piece.start for piece in pieces] + [pieces[-1].stop]
-    key_starts = starts if begun is None else begun[1]
-    if replayed is not None:
-        rows = replayed.rows.tolist()
-        staged, its_table = staged_replay(pieces, key_starts, rows, table, per_page)
-        replayed = replace(replayed, staged=staged, block_table=its_table)
-    # Rows that may see their whole chunk as it is need no cut: a request is one piece, from its first block on.
-    firsts = [i for i, piece in enumerate(pieces) if i == 0 or piece.request != pieces[i - 1].request]
-    seen = list(range(len(pieces))) if options.chunk == "codes" else firsts
-
-    def int32(numbers: list[int]) -> torch.Tensor:
-        return torch.tensor(numbers, dtype=torch.int32, device=table.device)
-
-    prefill = PrefillRows(
-        block_table=table[int64([pieces[i].request for i in seen], table.device)],
-        query_start_loc=int32([starts[i] for i in (*seen, -1)]),
-        context_lens=int32([pieces[i].block * spec.block_size for i in seen]),
-        key_start_loc=None if begun is None else int32([key_starts[i] for i in (*seen, -1)]),
-        begun=None if begun is None else begun[0],
-    )
-    return prefill, replayed
 
 
 def _any_prefilling(step: CommonAttentionMetadata) -> bool:

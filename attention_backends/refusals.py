@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from vllm_sparq.attention_backends.selection import PREFERRED_BLOCK_SIZE, engine_options, page_layout
-from vllm_sparq.config import Options, OptionsError
+from vllm_sparq.config import Options, OptionsError, check_budget
 from vllm_sparq.layout import BLOCK_SIZE_MULTIPLE
 
 HEAD_SIZES = (64, 80, 96, 128, 256)
@@ -66,6 +66,15 @@ def _format_refusals(vllm_config: Any, options: Options) -> list[str]:
         layout = page_layout(options, model.get_head_size(), block_size, model.dtype, grouped=False)
     except ValueError as error:
         return [f"sparq options: {error}"]
+    try:
+        check_budget(options, block_size)
+    except OptionsError as error:
+        reasons.append(str(error))
+    if options.retention != "all" and vllm_config.speculative_config is not None:
+        reasons.append(
+            f"retention={options.retention!r} evicts tokens, so draft tokens cannot be taken back: start without "
+            "--speculative-config, or with retention 'all'"
+        )
     if layout.quantized is not None and vllm_config.speculative_config is not None:
         reasons.append(
             f"format={options.format!r} quantizes a block when it fills, so draft tokens cannot be taken back: start "

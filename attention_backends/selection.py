@@ -56,4 +56,6 @@ def page_layout(options: Options, head_size: int, block_size: int, dtype: torch.
         layout,
         scoring=options.scoring if sparse and not layout.channel_keys else None,
         value_sum=sparse and options.reallocates(grouped=grouped),
+        positions=options.retention != "all",
+        scores=options.retention == "heavy_hitter",
     )

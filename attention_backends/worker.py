@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 from vllm_sparq.attention_backends import metadata
+from vllm_sparq.retention import PHASES, Phase
 
 
 class AttentionReport:
@@ -29,7 +32,9 @@ class AttentionReport:
 
 
 class SparqWorkerMixin(AttentionReport):
-    """Lets the metadata builder ask this worker's model runner for prompt lengths."""
+    """Lets the metadata builder ask this worker for prompt lengths and shrunk budgets."""
+
+    _phases: Mapping[str, Phase] = MappingProxyType({})
 
     def init_device(self) -> None:
         super().init_device()  # type: ignore[misc]
@@ -38,3 +43,19 @@ class SparqWorkerMixin(AttentionReport):
             metadata.prompt_lengths = lambda step: runner.req_states.prompt_len.cpu[step.req_idx]
         else:
             metadata.prompt_lengths = lambda step: runner.input_batch.num_prompt_tokens_cpu_tensor[: step.num_reqs]
+
+        def phases(step: Any) -> list[Phase | None]:
+            if not self._phases:
+                return [None] * step.num_reqs
+            if hasattr(runner, "req_states"):
+                ids = [runner.req_states.index_to_req_id[int(row)] for row in step.req_idx[: step.num_reqs].cpu()]
+            else:
+                ids = runner.input_batch.req_ids[: step.num_reqs]
+            return [self._phases.get(request_id) for request_id in ids]
+
+        metadata.shrunk_phases = phases
+
+    def execute_model(self, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
+        """Take along what our scheduler says about budgets; vLLM's own says nothing."""
+        self._phases = getattr(scheduler_output, PHASES, {})
+        return super().execute_model(scheduler_output, *args, **kwargs)  # type: ignore[misc]

@@ -7,7 +7,8 @@ from typing import Any, ClassVar
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
-from vllm_sparq.scheduler.spec import StagedSpec
+from vllm_sparq.retention import Phase, Retention
+from vllm_sparq.scheduler.spec import RetainedSpec, StagedSpec
 
 
 class StagingManager(FullAttentionManager):
@@ -21,11 +22,17 @@ class StagingManager(FullAttentionManager):
     """A hit inside a block would need the block's tokens before it was quantized, and those are gone."""
 
     def get_num_blocks_to_allocate(self, request_id: str, num_tokens: int, *args: Any, **kwargs: Any) -> int:
-        n_blocks: int = super().get_num_blocks_to_allocate(request_id, self._with_staging(num_tokens), *args, **kwargs)
+        n_tokens = self._with_staging(self._slots(request_id, num_tokens))
+        n_blocks: int = super().get_num_blocks_to_allocate(request_id, n_tokens, *args, **kwargs)
         return n_blocks
 
     def allocate_new_blocks(self, request_id: str, num_tokens: int, *args: Any, **kwargs: Any) -> Any:
-        return super().allocate_new_blocks(request_id, self._with_staging(num_tokens), *args, **kwargs)
+        n_tokens = self._with_staging(self._slots(request_id, num_tokens))
+        return super().allocate_new_blocks(request_id, n_tokens, *args, **kwargs)
+
+    def _slots(self, request_id: str, num_tokens: int) -> int:
+        """Slots that the first ``num_tokens`` of a request take."""
+        return num_tokens
 
     def _with_staging(self, num_tokens: int) -> int:
         """As if the request had so many tokens more that the staging blocks were theirs."""
@@ -37,8 +44,80 @@ class StagingManager(FullAttentionManager):
         """A block that is not full holds nothing yet that another request could use."""
 
 
+class RetainingManager(StagingManager):
+    """Blocks for the tokens that a request keeps; those that its prompt needed beyond go back when it has been read.
+
+    They go back in the very step that evicts. That is safe because a step evicts before it writes, in each layer: the
+    worker, which is not told, still knows the blocks and reads them first; only then may their next owner write. And
+    since the request never grows beyond its budget again, nobody looks at those entries of its block table later.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.prompt_lens: dict[str, int] = {}
+        self.answering: set[str] = set()
+        self.shrunk: dict[str, Phase] = {}
+        self.n_blocks_returned = 0
+
+    @property
+    def retention(self) -> Retention:
+        """Numbers of this engine."""
+        spec: Any = self.kv_cache_spec
+        retention: Retention = spec.retention
+        return retention
+
+    def remove_skipped_blocks(
+        self, request_id: str, processed_computed_tokens: int, num_prompt_tokens: int | None = None
+    ) -> None:
+        """Of a request that vLLM is about to schedule: what it need not hold any more goes back."""
+        if num_prompt_tokens is None:
+            raise RuntimeError("vLLM did not say how long a prompt is, without which tokens cannot be evicted from it")
+        self.prompt_lens[request_id] = num_prompt_tokens
+        if processed_computed_tokens >= num_prompt_tokens:
+            self.answering.add(request_id)
+            self.give_back(request_id)
+
+    def give_back(self, request_id: str) -> int:
+        """Return the blocks of an answering request beyond its budget to the pool; how many these were."""
+        capacity = -(-self._with_staging(self.phase(request_id).budget) // self.block_size)
+        blocks = self.req_to_blocks.get(request_id, [])
+        tail = blocks[capacity:]
+        del blocks[capacity:]
+        self.block_pool.free_blocks(reversed(tail))
+        self.n_blocks_returned += len(tail)
+        return len(tail)
+
+    def phase(self, request_id: str) -> Phase:
+        """The budget that holds for an answer now."""
+        return self.shrunk.get(request_id) or self.retention.answer(self.prompt_lens[request_id])
+
+    def _slots(self, request_id: str, num_tokens: int) -> int:
+        # A request that was never seen asks whether all of its tokens would fit: they are its prompt.
+        prompt_len = self.prompt_lens.get(request_id, num_tokens)
+        answering = request_id in self.answering
+        return self.retention.most_slots(num_tokens, prompt_len, answering=answering, phase=self.shrunk.get(request_id))
+
+    def pop_blocks_for_free(self, request_id: str) -> Any:
+        """The request ends or is preempted; it starts anew if it comes back."""
+        self.prompt_lens.pop(request_id, None)
+        self.answering.discard(request_id)
+        self.shrunk.pop(request_id, None)
+        return super().pop_blocks_for_free(request_id)
+
+    def cache_blocks(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing here can be shared."""
+
+    @classmethod
+    def find_longest_cache_hit(
+        cls, block_hashes: Any, max_length: int, kv_cache_group_ids: list[int], *args: Any, **kwargs: Any
+    ) -> Any:
+        """Nothing is found."""
+        return tuple([] for _ in kv_cache_group_ids), 0
+
+
 def register_specs() -> None:
     """Make our specs known to vLLM; safe to call twice."""
     # Registering into an empty table would keep vLLM from ever adding its own.
     KVCacheSpecRegistry._ensure_registered()
     KVCacheSpecRegistry.register(StagedSpec, StagingManager, uniform_type_base_spec=StagedSpec)
+    KVCacheSpecRegistry.register(RetainedSpec, RetainingManager, uniform_type_base_spec=RetainedSpec)

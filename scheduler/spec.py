@@ -1,4 +1,4 @@
-"""KV cache specs: how vLLM learns the true size of our pages."""
+"""KV cache specs: how vLLM learns the true size of our pages, and how many blocks a request needs."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
 from vllm_sparq.layout import PageLayout
+from vllm_sparq.retention import Retention
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,10 +25,10 @@ class StagedSpec(FullAttentionSpec):
     staged_per_page: int
 
     @classmethod
-    def staging(cls, spec: FullAttentionSpec, *, n_staging_blocks: int, staged_per_page: int) -> Self:
+    def extending(cls, spec: FullAttentionSpec, **ours: Any) -> Self:
         """``spec`` with the fields that we add."""
         known: dict[str, Any] = {f.name: getattr(spec, f.name) for f in fields(FullAttentionSpec) if f.init}
-        return cls(**known, n_staging_blocks=n_staging_blocks, staged_per_page=staged_per_page)
+        return cls(**known, **ours)
 
     def max_memory_usage_bytes(self, vllm_config: Any) -> int:
         """Of one request at the model's full length; vLLM's start-up check and maximum concurrency follow from it."""
@@ -40,20 +41,43 @@ class StagedSpec(FullAttentionSpec):
     @classmethod
     def merge(cls, specs: list[Self]) -> Self:
         """One spec for the layers of a cache group, which must be alike; vLLM's own would lose our fields."""
-        staging = {(spec.n_staging_blocks, spec.staged_per_page) for spec in specs}
-        if len(staging) > 1:
-            raise ValueError(f"layers of one KV cache group must be staged alike, got {sorted(staging)}")
-        n_blocks, per_page = staging.pop()
-        merged = FullAttentionSpec.merge(list(specs))
-        return cls.staging(merged, n_staging_blocks=n_blocks, staged_per_page=per_page)
+        added = [f.name for f in fields(cls) if f.name not in {known.name for known in fields(FullAttentionSpec)}]
+        ours = [{name: getattr(spec, name) for name in added} for spec in specs]
+        if any(other != ours[0] for other in ours):
+            raise ValueError(f"layers of one KV cache group must store and keep tokens alike, got {ours}")
+        return cls.extending(FullAttentionSpec.merge(list(specs)), **ours[0])
 
 
-def page_spec(spec: FullAttentionSpec, layout: PageLayout) -> FullAttentionSpec:
+@dataclass(frozen=True, kw_only=True)
+class RetainedSpec(StagedSpec):
+    """Pages from which tokens are evicted, in any format: a request holds blocks for the tokens it keeps.
+
+    Attributes:
+        retention: which number of tokens stays, and when others go.
+    """
+
+    retention: Retention
+
+    @property
+    def prefix_cacheable(self) -> bool:
+        """What a block holds after an eviction depends on the whole request."""
+        return False
+
+    def max_memory_usage_bytes(self, vllm_config: Any) -> int:
+        """Of one request at the model's full length: its whole prompt for a moment, or what it may ever keep."""
+        n_tokens = vllm_config.model_config.max_model_len
+        n_slots = self.retention.most_slots(n_tokens, n_tokens, answering=False)
+        return (-(-n_slots // self.block_size) + self.n_staging_blocks) * self.page_size_bytes
+
+
+def page_spec(spec: FullAttentionSpec, layout: PageLayout, retention: Retention | None) -> FullAttentionSpec:
     """``spec`` with our pages in place of vLLM's: raw bytes, ``layout.bytes_per_token`` for each token and KV head.
 
     Everything vLLM derives from a spec (the number of blocks, maximum concurrency, the start-up memory check) follows.
     """
     spec = replace(spec, dtype=torch.uint8, state_content_bytes=layout.bytes_per_token)
-    if layout.quantized is None:
-        return spec
-    return StagedSpec.staging(spec, n_staging_blocks=layout.n_staging_blocks, staged_per_page=layout.staged_per_page)
+    quantized = layout.quantized is not None
+    staging = dict(n_staging_blocks=layout.n_staging_blocks, staged_per_page=layout.staged_per_page if quantized else 0)
+    if retention is not None:
+        return RetainedSpec.extending(spec, **staging, retention=retention)
+    return StagedSpec.extending(spec, **staging) if quantized else spec

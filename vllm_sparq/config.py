@@ -16,6 +16,14 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from vllm_sparq.retention import Retention
+
+DEFAULT_BUDGET = 1024
+"""Tokens that a request keeps per KV head where tokens are evicted and the user names no budget."""
+
+DEFAULT_SINKS = {"window": 4}
+"""Retention -> first tokens that stay: StreamingLLM's four (arXiv 2309.17453); H2O has none."""
+
 NAMESPACE = "sparq"
 """Our key in vLLM's ``additional_config``."""
 
@@ -26,6 +34,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     "sparq": {},
     "flexgen": {"format": "int4", "read": "dense"},
     "kivi": {"format": "kivi4", "read": "dense"},
+    "h2o": {"retention": "heavy_hitter", "read": "dense"},
+    "streaming": {"retention": "window", "read": "dense"},
 }
 """``--attention-backend`` -> the defaults that it changes. Any option given beside it wins."""
 
@@ -44,6 +54,21 @@ class Options(BaseModel):
 
     With codes an answer does not depend on how its prompt was cut, cached or computed again. Exactly suits 2 bits.
     """
+    retention: Literal["all", "heavy_hitter", "window"] = "all"
+    """Which tokens stay: all, those with the most attention and the newest (H2O), or the first and the newest."""
+    budget: Annotated[int, Field(ge=1)] | Annotated[float, Field(gt=0, le=1)] | None = None
+    """Tokens that a request keeps per KV head, or their share of its prompt. Default: 1024."""
+    recent: int | None = Field(default=None, ge=1)
+    """heavy_hitter: newest tokens that always stay. Default: half of the budget."""
+    sinks: int | None = Field(default=None, ge=0)
+    """First tokens of a request that always stay. Default: 4 for window, 0 for heavy_hitter."""
+    prefill: Literal["full", "bounded"] = "full"
+    """When a prompt is cut to the budget: full, once it has been read; bounded, every 256 tokens while it is read.
+
+    full keeps answers best, but a prompt needs its whole memory for a moment. bounded never does.
+    """
+    pressure: Literal["preempt", "evict"] = "preempt"
+    """When the pool is full: preempt a request, as vLLM does, or evict more tokens of those that run."""
     read: Literal["sparq", "dense"] = "sparq"
     """What a decode step reads: the tokens SparQ picks, or all of them."""
     compression: float = Field(default=8.0, ge=1.0, allow_inf_nan=False)
@@ -87,6 +112,20 @@ class Options(BaseModel):
             alpha_floor=0.0 if self.reallocates(grouped=n_heads != n_kv_heads) else 1.0,
             group_reduce=self.group_reduce,
             dense_below=MEASURED_BREAK_EVEN if self.dense_below == "auto" else self.dense_below,
+        )
+
+    def retained(self, block_size: int) -> Retention | None:
+        """What stays of a request and when tokens go, in numbers; None where all stay."""
+        if self.retention == "all":
+            return None
+        pages_hold_tokens_only = self.format == "model" and self.read == "dense"
+        return Retention(
+            budget=DEFAULT_BUDGET if self.budget is None else self.budget,
+            recent=1 if self.retention == "window" else self.recent,
+            sinks=DEFAULT_SINKS.get(self.retention, 0) if self.sinks is None else self.sinks,
+            bounded=self.prefill == "bounded",
+            interval=1 if pages_hold_tokens_only else block_size,
+            block_size=block_size,
         )
 
     def reallocates(self, *, grouped: bool) -> bool:
@@ -140,6 +179,13 @@ class SparqRead:
         return context_len < self.dense_below or context_len <= self.k(context_len) + 1
 
 
+ALLOWED = {
+    "dense_below": "'auto' or a number of tokens >= 0",
+    "budget": "a whole number of tokens >= 1, or a fraction of the prompt above 0 and at most 1",
+}
+"""Option -> its values in words, where its type is a union that pydantic explains branch by branch."""
+
+
 class OptionsError(ValueError):
     """What the user wrote under ``additional_config["sparq"]`` cannot be used."""
 
@@ -157,9 +203,47 @@ def parse_options(additional_config: Mapping[str, Any] | None, backend: str = "s
             f'write for example --additional-config \'{{"{NAMESPACE}": {{"compression": 4}}}}\''
         )
     try:
-        return Options.model_validate({**PRESETS[backend], **given})
+        options = Options.model_validate({**PRESETS[backend], **given})
     except ValidationError as error:
         raise OptionsError("; ".join(_explain(e) for e in _distinct(error))) from None
+    _check_retention(options)
+    return options
+
+
+def _check_retention(options: Options) -> None:
+    """Options of eviction that mean nothing, or too much, together."""
+    if options.retention == "all":
+        defaults = Options.model_fields
+        for name in ("budget", "recent", "sinks", "prefill", "pressure"):
+            if getattr(options, name) != defaults[name].default:
+                raise OptionsError(
+                    f"sparq option {name}={getattr(options, name)!r} means nothing while all tokens stay: add "
+                    "retention 'heavy_hitter' or 'window', or leave it out"
+                )
+        return
+    if options.retention == "window" and options.recent is not None:
+        raise OptionsError(
+            f"sparq option recent={options.recent} means nothing with retention 'window', which keeps the newest "
+            "budget - sinks tokens: set budget and sinks instead"
+        )
+    check_budget(options, 1)
+
+
+def check_budget(options: Options, block_size: int) -> None:
+    """A budget in tokens must hold what always stays, and the room that one eviction makes.
+
+    Raises:
+        OptionsError: it does not.
+    """
+    retained = options.retained(block_size)
+    if retained is None or not isinstance(retained.budget, int) or retained.budget >= retained.least_budget:
+        return
+    recent = 1 if retained.recent is None else retained.recent
+    raise OptionsError(
+        f"sparq option budget={retained.budget} is too small: recent ({recent}) and sinks ({retained.sinks}) always "
+        f"stay, and {retained.interval} go at a time, so use budget >= {retained.least_budget}"
+        + (", or a smaller --block-size" if retained.interval > 1 else "")
+    )
 
 
 def _distinct(error: ValidationError) -> list[dict[str, Any]]:
@@ -178,5 +262,5 @@ def _explain(finding: Mapping[str, Any]) -> str:
         hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
         return f"unknown sparq option {name!r}.{hint} Known options: {', '.join(known)}"
     field = Options.model_fields[name]
-    allowed = "'auto' or a number of tokens >= 0" if name == "dense_below" else finding["msg"].lower()
+    allowed = ALLOWED.get(name) or finding["msg"].lower()
     return f"sparq option {name}={finding['input']!r} is not usable: {allowed}. {field.description}"

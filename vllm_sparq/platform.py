@@ -15,6 +15,9 @@ if TYPE_CHECKING:
 
 logger = init_logger("vllm.sparq")
 
+SCHEDULER = "vllm_sparq.scheduler.scheduler.SparqScheduler"
+ASYNC_SCHEDULER = "vllm_sparq.scheduler.scheduler.AsyncSparqScheduler"
+
 
 class SparqPlatformMixin:
     """What both platforms add to vLLM's own."""
@@ -63,8 +66,27 @@ class SparqPlatformMixin:
         refusals = engine_refusals(vllm_config)
         if refusals:
             raise ValueError("vllm-sparq cannot start: " + "; ".join(refusals))
+        cls._arrange_eviction(vllm_config)
         parallel = vllm_config.parallel_config
         parallel.worker_cls = cls.sparq_workers.get(parallel.worker_cls, parallel.worker_cls)
+
+    @classmethod
+    def _arrange_eviction(cls, vllm_config: VllmConfig) -> None:
+        """What evicting tokens asks of the rest of the engine."""
+        from vllm_sparq.attention_backends.selection import engine_options
+
+        options = engine_options(vllm_config)
+        if options.retention == "all":
+            return
+        if vllm_config.cache_config.enable_prefix_caching:
+            vllm_config.cache_config.enable_prefix_caching = False
+            logger.warning_once(
+                "prefix caching is off: what a block holds after an eviction depends on the whole request, so no other "
+                "request can use it"
+            )
+        scheduler = vllm_config.scheduler_config
+        if options.pressure == "evict" and scheduler.scheduler_cls is None:
+            scheduler.scheduler_cls = ASYNC_SCHEDULER if scheduler.async_scheduling else SCHEDULER
 
 
 class SparqCpuPlatform(SparqPlatformMixin, CpuPlatform):

@@ -11,6 +11,8 @@ BACKENDS = {
     "SPARQ": "vllm_sparq.attention_backends.backend.SparqBackend",
     "FLEXGEN": "vllm_sparq.attention_backends.backend.FlexgenBackend",
     "KIVI": "vllm_sparq.attention_backends.backend.KiviBackend",
+    "H2O": "vllm_sparq.attention_backends.backend.H2oBackend",
+    "STREAMING": "vllm_sparq.attention_backends.backend.StreamingBackend",
 }
 """`--attention-backend` name -> class. One row per preset of `vllm_sparq.config.PRESETS`."""
 

@@ -22,6 +22,10 @@ SEGMENT = 256
 """Prompt tokens after which ``prefill: bounded`` evicts; rounded up to whole blocks."""
 
 
+PHASES = "sparq_phases"
+"""Attribute of a scheduler's output: request id -> `Phase` of the requests whose budget has been shrunk."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Phase:
     """A stretch of an answer with one budget: from position ``start`` on, when ``held`` slots were taken."""

@@ -1,0 +1,168 @@
+"""Steps over pages from which tokens are evicted (`vllm_sparq.retention`).
+
+What a row sees depends on what was evicted before it arrived, so the rows of a step take *turns*: in each, every
+request brings the rows that follow one eviction. A step of decodes is one turn, and so is a chunk of a prompt that is
+kept in full. `prefill: bounded` has a turn for every segment. Output tokens that are computed again after a preemption
+have one each, so that a resumed request evicts as it did before.
+
+A turn evicts before it writes. That order lets the block manager hand over an answering request's spare blocks in the
+step that empties them, and it holds for the step as a whole: such a request evicts in the first turn.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from vllm.v1.attention.backend import AttentionMetadata
+
+from vllm_sparq.attention_backends.rows import PrefillRows, SparqMetadata
+from vllm_sparq.attention_backends.staged import int64
+from vllm_sparq.attention_backends.staged_rows import staged_rows
+from vllm_sparq.config import Options
+from vllm_sparq.retention import Arrival, Phase, Retention
+from vllm_sparq.scheduler.spec import RetainedSpec
+
+
+@dataclass(frozen=True)
+class Share:
+    """Rows ``start:stop`` of the step, which one request brings in one turn; the first at ``position``.
+
+    ``arrival`` is what happens before, and ``recent_from`` the position from which tokens stay whatever their score.
+    """
+
+    request: int
+    start: int
+    stop: int
+    position: int
+    arrival: Arrival
+    recent_from: int
+    decodes: bool
+
+    @property
+    def seq_len(self) -> int:
+        """Slots taken when the rows are there."""
+        return self.arrival.kept + self.stop - self.start
+
+
+@dataclass(frozen=True)
+class Eviction:
+    """Arguments of the evict op."""
+
+    block_table: torch.Tensor
+    seq_lens: torch.Tensor
+    kept_lens: torch.Tensor
+    recent_from: torch.Tensor
+    sinks: int
+
+
+@dataclass(frozen=True)
+class Turn:
+    """Rows to write and attend together, after an eviction; ``rows`` is int64, or None for all rows in their order."""
+
+    rows: torch.Tensor | None
+    eviction: Eviction | None
+    step: SparqMetadata
+
+
+@dataclass(frozen=True)
+class RetainedMetadata(AttentionMetadata):
+    """One step of one KV cache group."""
+
+    turns: tuple[Turn, ...]
+
+
+def plan_turns(
+    starts: list[int],
+    seq_lens: list[int],
+    prompt_lens: list[int],
+    phases: list[Phase | None],
+    retention: Retention,
+) -> list[list[Share]]:
+    """The turns of a step, decodes first in each.
+
+    Args:
+        starts: B + 1; request b owns rows ``starts[b] : starts[b + 1]``.
+        seq_lens: B; tokens of each request so far, evicted and new ones included.
+        prompt_lens: B.
+        phases: B; the shrunk budget of a request, or None.
+        retention: numbers of the engine.
+    """
+    turns: list[list[Share]] = []
+    for request, seq_len in enumerate(seq_lens):
+        row, stop = starts[request], starts[request + 1]
+        position, prompt_len, phase = seq_len - (stop - row), prompt_lens[request], phases[request]
+        turn = 0
+        while row < stop:
+            n_rows = min(stop - row, retention.next_cut(position, prompt_len) - position)
+            answers = position >= prompt_len
+            budget = phase.budget if phase is not None and answers else retention.budget_of(prompt_len)
+            share = Share(
+                request=request,
+                start=row,
+                stop=row + n_rows,
+                position=position,
+                arrival=retention.arrival(position, prompt_len, phase),
+                recent_from=position + 1 - retention.recent_of(budget),
+                decodes=answers,
+            )
+            if turn == len(turns):
+                turns.append([])
+            turns[turn].append(share)
+            turn, row, position = turn + 1, row + n_rows, position + n_rows
+    for shares in turns:
+        shares.sort(key=lambda share: not share.decodes)
+    return turns
+
+
+def take_turns(
+    turns: list[list[Share]], block_table: torch.Tensor, spec: RetainedSpec, options: Options
+) -> RetainedMetadata:
+    """The turns as tensors, for the layers of a step with this block table (int32 [B, M])."""
+    in_order = len(turns) == 1 and all(a.stop == b.start for a, b in zip(turns[0], turns[0][1:], strict=False))
+    return RetainedMetadata(tuple(_turn(shares, block_table, spec, options, in_order) for shares in turns))
+
+
+def _turn(shares: list[Share], block_table: torch.Tensor, spec: RetainedSpec, options: Options, in_order: bool) -> Turn:
+    device = block_table.device
+
+    def int32(numbers: list[int]) -> torch.Tensor:
+        return torch.tensor(numbers, dtype=torch.int32, device=device)
+
+    requests = [share.request for share in shares]
+    every = in_order and requests == list(range(len(block_table)))
+    table = block_table if every else block_table[int64(requests, device)]
+    rows = None if in_order else torch.cat([torch.arange(share.start, share.stop) for share in shares]).to(device)
+    starts = [0]
+    for share in shares:
+        starts.append(starts[-1] + share.stop - share.start)
+    n_decodes = sum(share.decodes for share in shares)
+    seq_lens, query_start_loc = [share.seq_len for share in shares], int32(starts)
+    prefill = None
+    if n_decodes < len(shares):
+        if spec.n_staging_blocks:
+            prefill, _ = staged_rows(starts, seq_lens, table, n_decodes, None, spec, options)
+        else:
+            prefill = PrefillRows(
+                block_table=table[n_decodes:],
+                query_start_loc=query_start_loc[n_decodes:],
+                context_lens=int32([share.arrival.kept for share in shares[n_decodes:]]),
+            )
+    step = SparqMetadata(
+        n_decodes=n_decodes,
+        block_table=table,
+        query_start_loc=query_start_loc,
+        seq_lens=int32(seq_lens),
+        prefill=prefill,
+        first_positions=int32([share.position for share in shares]),
+    )
+    eviction = None
+    if any(share.arrival.n_evicted for share in shares):
+        eviction = Eviction(
+            block_table=table,
+            seq_lens=int32([share.arrival.held for share in shares]),
+            kept_lens=int32([share.arrival.kept for share in shares]),
+            recent_from=int32([share.recent_from for share in shares]),
+            sinks=spec.retention.sinks,
+        )
+    return Turn(rows=rows, eviction=eviction, step=step)

@@ -1,0 +1,61 @@
+"""What a step brings, as the ops want it: which rows are read how."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from vllm.v1.attention.backend import AttentionMetadata
+
+from vllm_sparq.attention_backends.staged import BegunBlocks, StagedReplay
+from vllm_sparq.layout import Pages
+
+
+@dataclass(frozen=True)
+class PrefillRows:
+    """Arguments of the prefill op: requests b with rows ``query_start_loc[b] : query_start_loc[b + 1]`` of the step.
+
+    Over quantized pages they are pieces of requests, and ``begun`` says which staged tokens their keys begin with.
+    """
+
+    block_table: torch.Tensor
+    query_start_loc: torch.Tensor
+    context_lens: torch.Tensor
+    key_start_loc: torch.Tensor | None = None
+    begun: BegunBlocks | None = None
+
+
+@dataclass(frozen=True)
+class ReplayedRows:
+    """Arguments of a decode op for single rows of the step: row ``rows[i]`` has ``seq_lens[i]`` tokens to look at."""
+
+    rows: torch.Tensor
+    block_table: torch.Tensor
+    seq_lens: torch.Tensor
+    staged: StagedReplay | None = None
+
+    def pages_seen(self, pages: Pages, key: torch.Tensor, value: torch.Tensor) -> Pages:
+        """The pages that ``block_table`` speaks of, from the cache and what the prefill op was given."""
+        return pages if self.staged is None else self.staged.staged_again(pages, key, value)
+
+
+@dataclass(frozen=True)
+class SparqMetadata(AttentionMetadata):
+    """One step of one KV cache group.
+
+    Attributes:
+        n_decodes: leading requests that are read by the policy, one row each.
+        block_table: int32 [B, M]; query_start_loc: int32 [B + 1]; seq_lens: int32 [B], new tokens included.
+        first_positions: int32 [B], the position of each request's first new token, where it is not its slot; or None.
+        prefill: rows to attend densely, or None.
+        replayed: rows to read by the policy although their request brings several, or None. They are part of
+            ``prefill`` too; what the policy says replaces what the dense pass wrote.
+    """
+
+    n_decodes: int
+    block_table: torch.Tensor
+    query_start_loc: torch.Tensor
+    seq_lens: torch.Tensor
+    prefill: PrefillRows | None = None
+    replayed: ReplayedRows | None = None
+    first_positions: torch.Tensor | None = None

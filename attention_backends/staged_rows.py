@@ -1,0 +1,51 @@
+"""The rows of a step over quantized pages: in pieces, with what is staged for them (see `.staged`)."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from vllm_sparq.attention_backends.rows import PrefillRows, ReplayedRows
+from vllm_sparq.attention_backends.staged import begun_blocks, cut_pieces, int64, staged_replay
+from vllm_sparq.config import Options
+from vllm_sparq.scheduler.spec import StagedSpec
+
+
+def staged_rows(
+    starts: list[int],
+    seq_lens: list[int],
+    table: torch.Tensor,
+    n_decodes: int,
+    replayed: ReplayedRows | None,
+    spec: StagedSpec,
+    options: Options,
+) -> tuple[PrefillRows, ReplayedRows | None]:
+    """Rows of the requests behind the first ``n_decodes``, which own rows ``starts[b] : starts[b + 1]`` of the step.
+
+    ``seq_lens`` are their contexts, new tokens included, and ``table`` the block table of the step.
+    """
+    pieces = cut_pieces(starts, seq_lens, n_decodes, spec.block_size)
+    per_page = spec.staged_per_page
+    begun = begun_blocks(pieces, table, per_page)
+    cuts = [piece.start for piece in pieces] + [pieces[-1].stop]
+    key_starts = cuts if begun is None else begun[1]
+    if replayed is not None:
+        rows = replayed.rows.tolist()
+        staged, its_table = staged_replay(pieces, key_starts, rows, table, per_page)
+        replayed = replace(replayed, staged=staged, block_table=its_table)
+    # Rows that may see their whole chunk as it is need no cut: a request is one piece, from its first block on.
+    firsts = [i for i, piece in enumerate(pieces) if i == 0 or piece.request != pieces[i - 1].request]
+    seen = list(range(len(pieces))) if options.chunk == "codes" else firsts
+
+    def int32(numbers: list[int]) -> torch.Tensor:
+        return torch.tensor(numbers, dtype=torch.int32, device=table.device)
+
+    prefill = PrefillRows(
+        block_table=table[int64([pieces[i].request for i in seen], table.device)],
+        query_start_loc=int32([cuts[i] for i in (*seen, -1)]),
+        context_lens=int32([pieces[i].block * spec.block_size for i in seen]),
+        key_start_loc=None if begun is None else int32([key_starts[i] for i in (*seen, -1)]),
+        begun=None if begun is None else begun[0],
+    )
+    return prefill, replayed

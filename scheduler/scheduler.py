@@ -1,0 +1,125 @@
+"""A scheduler that evicts before it preempts (option ``pressure: evict``).
+
+A request that finds no free block makes vLLM preempt another, which loses its whole cache and is computed again. Here
+requests that are past their prompt give up a block each instead, those with the most first: the scheduler lowers their
+budgets, their workers evict the coldest tokens before anything is written in the same step, and the blocks change hands
+within it. What a budget becomes depends on the load, and with it the answer; under ``pressure: preempt`` it does not.
+
+The workers learn of a lowered budget with every step that concerns the request, so they remember nothing, and all ranks
+of a tensor-parallel group hear the same.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from vllm.logger import init_logger
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.request import RequestStatus
+
+from vllm_sparq.retention import PHASES
+from vllm_sparq.scheduler.manager import RetainingManager
+
+if TYPE_CHECKING:
+    from vllm.v1.request import Request
+
+logger = init_logger("vllm.sparq")
+
+LEAST_SHARE = 4
+"""A budget is never lowered below this part of what the request began with."""
+
+
+class EvictingMixin:
+    """What both schedulers add to vLLM's own.
+
+    Attributes:
+        n_blocks_taken: blocks that requests gave up.
+        n_tokens_evicted: tokens per KV head that they evicted for it at once.
+        n_preemptions_avoided: times that a request got its block this way.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        coordinator: Any = self.kv_cache_manager.coordinator  # type: ignore[attr-defined]
+        self._managers = [m for m in coordinator.single_type_managers if isinstance(m, RetainingManager)]
+        if not self._managers:
+            raise ValueError(
+                f"{type(self).__name__} takes blocks from requests that may evict, and none may here: select "
+                "--attention-backend h2o or streaming (or a retention), or leave --scheduler-cls out"
+            )
+        self._granted: list[Request] = []
+        self.n_blocks_taken = self.n_tokens_evicted = self.n_preemptions_avoided = 0
+        manager: Any = self.kv_cache_manager  # type: ignore[attr-defined]
+        self._allocate = manager.allocate_slots
+        manager.allocate_slots = self._allocate_or_evict
+
+    def schedule(self, *args: Any, **kwargs: Any) -> Any:
+        """As vLLM does, and tell the workers which budgets are lower than they think."""
+        self._granted.clear()
+        before = self.n_preemptions_avoided
+        output = super().schedule(*args, **kwargs)  # type: ignore[misc]
+        phases = {
+            request_id: phase
+            for manager in self._managers
+            for request_id, phase in manager.shrunk.items()
+            if request_id in output.num_scheduled_tokens
+        }
+        setattr(output, PHASES, phases)
+        if self.n_preemptions_avoided > before:
+            logger.info_once("the KV cache is full: running requests evict more tokens instead of being preempted")
+        return output
+
+    def _allocate_or_evict(self, request: Request, *args: Any, **kwargs: Any) -> Any:
+        """`KVCacheManager.allocate_slots`, with blocks of others where a running request finds none."""
+        blocks = self._allocate(request, *args, **kwargs)
+        if blocks is None and request.status == RequestStatus.RUNNING:
+            while blocks is None and self._take_a_block(request):
+                blocks = self._allocate(request, *args, **kwargs)
+            self.n_preemptions_avoided += blocks is not None
+        if blocks is not None:
+            self._granted.append(request)
+        return blocks
+
+    def _take_a_block(self, asking: Request) -> bool:
+        """Lower a budget by a block: of the request that holds most, among those of this step and the one that asks.
+
+        Only requests that are already part of the step can give: their workers evict in it. The one that asks gives by
+        growing no further.
+        """
+        best: tuple[int, Request, RetainingManager] | None = None
+        for request in (*self._granted, asking):
+            for manager in self._managers:
+                n_blocks = self._spare_blocks(request, manager, asking=request is asking)
+                if n_blocks and (best is None or n_blocks > best[0]):
+                    best = n_blocks, request, manager
+        if best is None:
+            return False
+        n_blocks, request, manager = best
+        budget = (n_blocks - 1) * manager.block_size
+        position = request.num_computed_tokens
+        phase = manager.retention.shrunk(manager.phase(request.request_id), position, budget)
+        manager.shrunk[request.request_id] = phase
+        self.n_tokens_evicted += manager.retention.arrival(position, 0, phase).n_evicted
+        self.n_blocks_taken += manager.give_back(request.request_id)
+        return True
+
+    def _spare_blocks(self, request: Request, manager: RetainingManager, *, asking: bool) -> int:
+        """Blocks for tokens that a request holds or asks for, if it can do with one less; else 0."""
+        if request.request_id not in manager.answering:
+            return 0
+        budget, size = manager.phase(request.request_id).budget, manager.block_size
+        spec: Any = manager.kv_cache_spec
+        n_held = len(manager.req_to_blocks[request.request_id]) - spec.n_staging_blocks
+        n_blocks = n_held + 1 if asking and n_held * size < budget else n_held
+        first = manager.retention.budget_of(request.num_prompt_tokens)
+        least = max(manager.retention.least_budget, first // LEAST_SHARE)
+        return n_blocks if (n_blocks - 1) * size >= least else 0
+
+
+class SparqScheduler(EvictingMixin, Scheduler):
+    """vLLM's scheduler that evicts before it preempts."""
+
+
+class AsyncSparqScheduler(EvictingMixin, AsyncScheduler):
+    """vLLM's asynchronous scheduler that evicts before it preempts."""
