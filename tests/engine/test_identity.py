@@ -17,6 +17,13 @@ READS = {
     "dense read": {"read": "dense"},
     # The scores never decide: every request is below its k, or every context below dense_below.
     "defaults below the break-even": {"dense_below": 5000},
+    # Scores and positions are kept, prompts are taken in segments, and nobody reaches the budget.
+    "heavy hitters, all of them": {
+        "read": "dense",
+        "retention": "heavy_hitter",
+        "budget": 5000,
+        "prefill": "bounded",
+    },
 }
 
 
