@@ -14,15 +14,17 @@ void absorb_heads(const Group& group, const State& state, int h0, const uint8_t*
                   const uint8_t* const* ahead) {
   using M = Mac<T>;
   using Weight = typename Mix<T>::Weight;
-  alignas(64) float logits[HH * TILE];
+  alignas(64) float own_logits[HH * TILE];
   alignas(64) Weight weights[HH * TILE];
   const int d = D ? D : group.head_size;
   const int n_padded = (int)round_up((size_t)n, 16);
   const auto* query = (const typename M::Query*)group.query + (size_t)h0 * d;
-  dot_tile<M, T, HH, D>(query, d, rows, n_padded, ahead, logits, TILE);
+  float* const logits = state.logits != nullptr ? state.logits + h0 * state.stride : own_logits;
+  const int stride = state.logits != nullptr ? (int)state.stride : TILE;
+  dot_tile<M, T, HH, D>(query, d, rows, n_padded, ahead, logits, stride);
   for (int h = 0; h < HH; ++h) {
     float rescale;
-    const float sum = softmax_tile(logits + h * TILE, n, n_padded, group.scale * LOG2_E, &state.peak[h0 + h], &rescale,
+    const float sum = softmax_tile(logits + (size_t)h * stride, n, n_padded, group.scale * LOG2_E, &state.peak[h0 + h], &rescale,
                                    weights + h * TILE);
     state.total[h0 + h] = state.total[h0 + h] * rescale + sum;
     if (rescale != 1.0f) scale_row(state.acc + (size_t)(h0 + h) * d, d, rescale);

@@ -28,11 +28,18 @@ struct State {
   float* acc;    // [n_heads, D]
   float* peak;   // [n_heads]
   float* total;  // [n_heads]
+  float* logits = nullptr;  // [n_heads, stride], where those of the next tokens are to be kept, base 2; or null
+  size_t stride = 0;
 
+  State behind(int n_tokens) const {
+    State next = *this;
+    if (logits != nullptr) next.logits += n_tokens;
+    return next;
+  }
   static size_t n_floats(int n_heads, int head_size) { return round_up((size_t)n_heads * (head_size + 2), 16); }
   static State in(float* memory, int n_heads, int head_size) {
     float* peak = memory + (size_t)n_heads * head_size;
-    return {memory, peak, peak + n_heads};
+    return {memory, peak, peak + n_heads, nullptr, 0};
   }
 };
 
@@ -44,7 +51,7 @@ void merge(const State& into, const State& from, int n_heads, int head_size);
 // Kernels for one element type and head size.
 struct AttendKernels {
   // Adds n <= TILE tokens to the state. `rows` points at their records and is readable, with valid records, up to
-  // n rounded up to 16. `ahead` (as many pointers) is prefetched, or null.
+  // n rounded up to 16, as are the logits that are kept. `ahead` (as many pointers) is prefetched, or null.
   void (*absorb)(const Group&, const State&, const uint8_t* const* rows, int n, const uint8_t* const* ahead);
   // The query row of a head, converted for `Group::query`; `query_bytes` per element.
   void (*load_query)(const void* from, int head_size, void* to);

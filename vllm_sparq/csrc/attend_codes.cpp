@@ -65,12 +65,18 @@ struct Heads4 {
     const int d = pages.head_size, n_padded = (int)round_up((size_t)n_tokens, 16);
     for (int h = 0; h < n; ++h) {
       float rescale, *row = logits + (size_t)h * stride;
+      if (state.logits != nullptr) keep(row, n_tokens, state.logits + (h0 + h) * state.stride);
       const float sum =
           softmax_tile(row, n_tokens, n_padded, group.scale * LOG2_E, &state.peak[h0 + h], &rescale, row);
       state.total[h0 + h] = state.total[h0 + h] * rescale + sum;
       if (rescale != 1.0f) scale_row(state.acc + (size_t)(h0 + h) * d, d, rescale);
     }
     kernels.mix_values(kernels.value, values, logits, stride, n, state.acc + (size_t)h0 * d, d, ahead);
+  }
+
+  void keep(const float* row, int n_tokens, float* to) const {
+    const Vec scale = set1(group.scale * LOG2_E);
+    for (int i = 0; i < n_tokens; i += W) store(to + i, mul(load(row + i), scale));
   }
 };
 
@@ -192,7 +198,7 @@ void attend_blocks(const CodeKernels& kernels, const Group& group, const State& 
     Ahead keys, values;
     if (block + 1 < last_block) page_ahead(pages, sequence.page(block + 1), &keys, &values);
     if (block + 2 < last_block) touch(pages, sequence.page(block + 2));
-    few_heads_at_a_time(kernels, group, state, pages, [&](const Heads4& heads) {
+    few_heads_at_a_time(kernels, group, state.behind((block - first_block) * n), pages, [&](const Heads4& heads) {
       heads.score_page(page, rows, logits, stride, keys);
       heads.absorb(logits, stride, n, rows.all(pages.value, kernels.value, page, n), values);
     });

@@ -8,8 +8,9 @@
 
 namespace sparq {
 
-// Decodes K or V of one KV head, sixteen tokens at a time. T is the type of the ranges.
-template <class T>
+// Decodes K or V of one KV head, sixteen tokens at a time. T is the type of the ranges. Where `fused`, fp32 is rounded once
+// per element and not twice, as vllm_sparq/ops/codec.py does; of 16-bit ranges every product is exact.
+template <class T, bool fused = true>
 class CodedTokens {
  public:
   static constexpr int TOKENS = 16;
@@ -112,8 +113,16 @@ class CodedTokens {
 
   template <class R>
   void scale_codes(const uint8_t* codes, R* to) const {
-    for (int c = 0; c < d_; c += W)
-      store(to + c, fma(load(steps_ + c), load_bytes<false>(codes + c), load(zeros_ + c)));
+    for (int c = 0; c < d_; c += W) {
+      const Vec code = load_bytes<false>(codes + c);
+      if constexpr (fused) {
+        store(to + c, fma(load(steps_ + c), code, load(zeros_ + c)));
+      } else {
+        Vec product = mul(load(steps_ + c), code);
+        asm("" : "+v"(product));  // or the compiler would fuse them
+        store(to + c, add(product, load(zeros_ + c)));
+      }
+    }
   }
 
   const Pages& pages_;

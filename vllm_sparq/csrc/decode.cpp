@@ -1,6 +1,7 @@
 #include "decode.h"
 
 #include <algorithm>
+#include <cmath>
 
 #include "tile.h"
 
@@ -117,6 +118,7 @@ void plan_tasks(const Requests& requests, int n_kv_heads, int block_size, int n_
 
 void attend_range(const Decode& call, const Group& group, const State& state, const Sequence& sequence, int first,
                   int last) {
+  const int begin = first;
   if (call.pages.quantized()) {
     const int n = call.pages.block_size, stop = std::min((last + n - 1) / n, sequence.newest_block());
     attend_blocks(call.codes, group, state, sequence, first / n, stop);
@@ -133,26 +135,83 @@ void attend_range(const Decode& call, const Group& group, const State& state, co
       rows[(i + 2) % 3].range(sequence, first + 2 * TILE, last, bytes);
       rows[(i + 2) % 3].touch(bytes);
     }
-    call.kernels.absorb(group, state, now.at, now.n, first + TILE < last ? next.at : nullptr);
+    call.kernels.absorb(group, state.behind(first - begin), now.at, now.n, first + TILE < last ? next.at : nullptr);
   }
 }
 
-void attend_part(const Decode& call, const Task& task, float* part_state) {
+namespace {
+
+// Tokens of the longest part of a task's context, at most.
+int most_tokens(const Decode& call, const Task& task) {
+  const int n_blocks = call.pages.n_blocks(call.requests.lens[task.request]);
+  return (n_blocks + task.n_parts - 1) / task.n_parts * call.pages.block_size;
+}
+
+size_t noted_floats(const Decode& call, const Task& task) {
+  return call.pages.scored() ? Noted::n_floats(call.group_size(), most_tokens(call, task)) : 0;
+}
+
+// In the memory of a part, behind its state.
+Noted noted_in(const Decode& call, const Task& task, float* memory) {
+  return Noted::in(memory + call.state_floats(), call.group_size(), most_tokens(call, task));
+}
+
+// Adds to the scores of a task's tokens, from what all parts of its context have noted; `first` is that of the first one.
+void add_scores(const Decode& call, const Task& task, float* first) {
+  const int n_heads = call.group_size();
+  const size_t apart = part_floats(call, task);
+  const auto noted = [&](int part) { return noted_in(call, task, first + part * apart); };
+  const Noted own = noted(task.part);
   thread_local Scratch scratch;
-  Arena arena = scratch.arena(call.group_bytes() + call.state_bytes());
-  const Group group = call.group(task.request, task.head, arena);
+  float* const factors = scratch.arena(Arena::room<float>(n_heads)).take<float>(n_heads);
+  for (int h = 0; h < n_heads; ++h) {
+    float peak = own.peaks[h], total = 0;
+    for (int part = 0; part < task.n_parts; ++part) peak = std::max(peak, noted(part).peaks[h]);
+    for (int part = 0; part < task.n_parts; ++part)
+      total += noted(part).totals[h] * std::exp2(noted(part).peaks[h] - peak);
+    factors[h] = std::exp2(own.peaks[h] - peak) / (total * (float)n_heads);
+  }
+  add_scores(call.sequence(task.request, task.head), task.first, task.last - task.first, own.logits, own.stride, n_heads,
+             factors);
+}
+
+void merge_states(const Decode& call, const Task& first, float* memory) {
+  const int n_heads = call.group_size(), d = call.pages.head_size;
+  const size_t apart = part_floats(call, first);
+  const State state = State::in(memory, n_heads, d);
+  for (int part = 1; part < first.n_parts; ++part)
+    merge(state, State::in(memory + part * apart, n_heads, d), n_heads, d);
+  call.finish(first.request, first.head, state, nullptr, nullptr);
+}
+
+}  // namespace
+
+size_t part_floats(const Decode& call, const Task& task) { return call.state_floats() + noted_floats(call, task); }
+
+void attend_part(const Decode& call, const Task& task, float* memory) {
+  thread_local Scratch scratch;
   const bool whole = task.n_parts == 1;
-  const State state = call.new_state(whole ? arena.take<float>(call.state_floats()) : part_state);
-  attend_range(call, group, state, call.sequence(task.request, task.head), task.first, task.last);
+  const size_t n_floats = whole ? part_floats(call, task) : 0;
+  Arena arena = scratch.arena(call.group_bytes() + Arena::room<float>(n_floats));
+  const Group group = call.group(task.request, task.head, arena);
+  if (whole) memory = arena.take<float>(n_floats);
+  State state = call.new_state(memory);
+  const Sequence sequence = call.sequence(task.request, task.head);
+  if (!call.pages.scored()) {
+    attend_range(call, group, state, sequence, task.first, task.last);
+  } else {
+    const Noted noted = noted_in(call, task, memory);
+    state.logits = noted.logits, state.stride = noted.stride;
+    attend_range(call, group, state, sequence, task.first, task.last);
+    noted.weigh(state.peak, task.last - task.first);
+    if (whole) add_scores(call, task, memory);
+  }
   if (whole) call.finish(task.request, task.head, state, nullptr, nullptr);
 }
 
-void merge_parts(const Decode& call, const Task& first, float* part_states, size_t stride) {
-  const int n_heads = call.group_size(), d = call.pages.head_size;
-  const State state = State::in(part_states, n_heads, d);
-  for (int part = 1; part < first.n_parts; ++part)
-    merge(state, State::in(part_states + part * stride, n_heads, d), n_heads, d);
-  call.finish(first.request, first.head, state, nullptr, nullptr);
+void finish_part(const Decode& call, const Task& task, float* memory) {
+  if (call.pages.scored()) add_scores(call, task, memory - task.part * part_floats(call, task));
+  if (task.part == 0) merge_states(call, task, memory);
 }
 
 void attend_tokens(const Decode& call, const Group& group, const State& state, const Sequence& sequence,

@@ -8,6 +8,7 @@
 #include "attend.h"
 #include "attend_codes.h"
 #include "paged.h"
+#include "scores.h"
 #include "scratch.h"
 
 namespace sparq {
@@ -50,6 +51,10 @@ struct Task {
   int request, head, first, last, part, n_parts;
 };
 
+// What a part of a context leaves behind for the others: its state, and its logits where pages have scores; those of one
+// context need the same room.
+size_t part_floats(const Decode& call, const Task& task);
+
 // All (request, KV head) pairs, long contexts cut so that the threads have about equal work. Requests without tokens have
 // no task. The same lengths and threads give the same tasks, so results do not depend on timing.
 void plan_tasks(const Requests& requests, int n_kv_heads, int block_size, int n_threads, std::vector<Task>& tasks);
@@ -64,11 +69,12 @@ inline int team_size(size_t n_tasks) {
 void attend_range(const Decode& call, const Group& group, const State& state, const Sequence& sequence, int first,
                   int last);
 
-// Dense attention over one task. A whole context is finished; of a part, the state goes to `part_state`.
-void attend_part(const Decode& call, const Task& task, float* part_state);
+// Dense attention over one task. A whole context is finished; what a part leaves goes to `memory`, part_floats().
+void attend_part(const Decode& call, const Task& task, float* memory);
 
-// Finishes a context whose parts left their states `stride` floats apart.
-void merge_parts(const Decode& call, const Task& first, float* part_states, size_t stride);
+// What is left to do for a part when all parts of its context are there: the first one finishes it, and each adds to the
+// scores of its tokens. `memory` is that of the part; those of the others lie part_floats() apart.
+void finish_part(const Decode& call, const Task& task, float* memory);
 
 // Attention over the tokens listed, in ascending order.
 void attend_tokens(const Decode& call, const Group& group, const State& state, const Sequence& sequence,

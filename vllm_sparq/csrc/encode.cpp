@@ -153,7 +153,7 @@ void encode_turned(const CodeShape& shape, const T* x, int columns, const Codes&
 
 }  // namespace
 
-void encode_block(const Pages& pages, const void* keys, const void* values, uint8_t* page) {
+void encode_keys(const Pages& pages, const void* keys, uint8_t* page) {
   with_dtype(pages.dtype, [&](auto type) {
     using T = decltype(type);
     if (pages.channel_keys()) {
@@ -161,6 +161,13 @@ void encode_block(const Pages& pages, const void* keys, const void* values, uint
     } else {
       encode_turned(CodeShape::keys(pages), (const T*)keys, pages.block_size, pages.key, page);
     }
+  });
+}
+
+void encode_block(const Pages& pages, const void* keys, const void* values, uint8_t* page) {
+  encode_keys(pages, keys, page);
+  with_dtype(pages.dtype, [&](auto type) {
+    using T = decltype(type);
     encode_turned(CodeShape::values(pages), (const T*)values, pages.block_size, pages.value, page);
   });
 }

@@ -9,4 +9,7 @@ namespace sparq {
 // bit for bit (of a zero not its sign, of a NaN not which).
 void encode_block(const Pages& pages, const void* keys, const void* values, uint8_t* page);
 
+// K alone.
+void encode_keys(const Pages& pages, const void* keys, uint8_t* page);
+
 }  // namespace sparq

@@ -39,6 +39,8 @@ struct Pages {
   int64_t scoring;
   int64_t ranges;
   int64_t value_sum;
+  int64_t positions;   // int32 of the token in each slot
+  int64_t scores;      // fp32, the attention it has had
   int32_t n_kv_heads;  // G
   int32_t block_size;  // N
   int32_t head_size;   // D
@@ -51,6 +53,7 @@ struct Pages {
 
   bool quantized() const { return format != Format::model; }
   bool channel_keys() const { return format == Format::kivi4 || format == Format::kivi2; }
+  bool scored() const { return scores >= 0; }
   uint8_t* page(int32_t id, int head) const { return data + id * page_stride + head * head_stride; }
   int n_blocks(int n_tokens) const { return (n_tokens + block_size - 1) / block_size; }
   size_t element_bytes() const { return dtype == DType::fp32 ? 4 : 2; }

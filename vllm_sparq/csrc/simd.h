@@ -58,6 +58,12 @@ SPARQ_INLINE void store(bf16* p, Vec v) {
 }
 #endif
 
+// Whole numbers: as floats, and which of W of them are above a bar.
+SPARQ_INLINE Vec load(const int32_t* p) { return _mm512_cvtepi32_ps(_mm512_loadu_si512(p)); }
+SPARQ_INLINE unsigned above(const int32_t* p, int bar) {
+  return _mm512_cmpgt_epi32_mask(_mm512_loadu_si512(p), _mm512_set1_epi32(bar));
+}
+
 // p 2^n, with gradual underflow.
 SPARQ_INLINE Vec scale_by_power(Vec p, Vec n) { return _mm512_scalef_ps(p, n); }
 
@@ -116,6 +122,12 @@ SPARQ_INLINE void store(bf16* p, Vec v) {
   const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q));
   const __m256i r = _mm256_blendv_epi8(even, _mm256_set1_epi32(0x7fc0), nan);
   _mm_storeu_si128((__m128i*)p, _mm_packus_epi32(_mm256_castsi256_si128(r), _mm256_extracti128_si256(r, 1)));
+}
+
+SPARQ_INLINE Vec load(const int32_t* p) { return _mm256_cvtepi32_ps(_mm256_loadu_si256((const __m256i*)p)); }
+SPARQ_INLINE unsigned above(const int32_t* p, int bar) {
+  const __m256i bits = _mm256_cmpgt_epi32(_mm256_loadu_si256((const __m256i*)p), _mm256_set1_epi32(bar));
+  return (unsigned)_mm256_movemask_ps(_mm256_castsi256_ps(bits));
 }
 
 // p 2^n in two factors, so that each is a normal number and the product underflows gradually.

@@ -263,7 +263,7 @@ void place_parts(const Sparq& op, const std::vector<Task>& tasks, Scratch& scrat
     }
   };
   place([&](const Task& task, int len, Part& part, bool dense) {
-    part.n_bytes = dense ? op.call.state_bytes() : op.ranked_bytes(len);
+    part.n_bytes = dense ? part_floats(op.call, task) * sizeof(float) : op.ranked_bytes(len);
     total += part.n_bytes + (task.part == 0 && !dense ? AllScores::n_bytes(op, len) : 0);
   });
   Arena arena = scratch.arena(total);
@@ -297,9 +297,9 @@ void sparq_decode(const Sparq& op) {
 #pragma omp for schedule(dynamic, 1)
     for (int i = 0; i < n_tasks; ++i) {
       const int len = call.requests.lens[task[i].request];
-      if (task[i].part > 0 || task[i].n_parts == 1) continue;
-      if (op.read.is_dense(len)) merge_parts(call, task[i], (float*)parts[i].memory, call.state_floats());
-      else merge_ranked(op, task[i], len, parts + i);
+      if (task[i].n_parts == 1) continue;
+      if (op.read.is_dense(len)) finish_part(call, task[i], (float*)parts[i].memory);
+      else if (task[i].part == 0) merge_ranked(op, task[i], len, parts + i);
     }
   }
   for (int b = 0; b < call.requests.n; ++b)

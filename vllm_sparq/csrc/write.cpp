@@ -17,6 +17,7 @@ namespace {
 struct NewTokens {
   Heads<const uint8_t> key, value;  // strides in bytes
   const int32_t* query_start_loc;
+  const int32_t* first_positions;  // or null: a token's position is its slot
 };
 
 // One block of one KV head of one request: its new tokens are slots first .. last (none in the block before the first
@@ -70,6 +71,19 @@ void copy_tokens(const Target& to) {
   }
 }
 
+// Which token each new slot holds, and that it has had no attention yet.
+void note_tokens(const Target& to) {
+  const Pages& pages = to.pages;
+  const Block& block = to.block;
+  auto* const positions = (int32_t*)(to.page() + pages.positions);
+  const int32_t* const firsts = to.tokens.first_positions;
+  const int first = firsts == nullptr ? block.block * pages.block_size + block.first
+                                      : firsts[block.request] + (int)(block.row - to.tokens.query_start_loc[block.request]);
+  for (int slot = block.first; slot < block.last; ++slot) positions[slot] = first + slot - block.first;
+  auto* const scores = (float*)(to.page() + pages.scores);
+  if (pages.scored()) std::fill(scores + block.first, scores + block.last, 0.0f);
+}
+
 // K and V of a full block, dense, [N, D] each: tokens of earlier calls from where they are staged, new ones as they come.
 const uint8_t* gather(const Target& from) {
   thread_local Scratch scratch;
@@ -107,6 +121,7 @@ void write_block(const Target& to) {
   const Pages& pages = to.pages;
   const Block& block = to.block;
   if (!pages.quantized() || !block.next_opens) copy_tokens(to);  // of quantized blocks, the newest alone stays staged
+  if (pages.positions >= 0) note_tokens(to);
   if (to.fills()) close_page(to);
   if (pages.value_sum < 0) return;
   if (block.block == 0 && block.first == 0) std::fill_n((float*)(to.page() + pages.value_sum), pages.head_size, 0.0f);
@@ -169,10 +184,11 @@ void write(const Pages& pages, const NewTokens& tokens, const Requests& requests
 SPARQ_API void sparq_write(const sparq::Pages* pages, const void* key, int64_t key_row, int64_t key_head,
                            const void* value, int64_t value_row, int64_t value_head, int32_t n_requests,
                            const int32_t* block_table, int64_t table_stride, const int32_t* query_start_loc,
-                           const int32_t* seq_lens) {
+                           const int32_t* seq_lens, const int32_t* first_positions) {
   const int64_t bytes = pages->dtype == sparq::DType::fp32 ? 4 : 2;
   const sparq::NewTokens tokens{{(const uint8_t*)key, key_row * bytes, key_head * bytes},
                                 {(const uint8_t*)value, value_row * bytes, value_head * bytes},
-                                query_start_loc};
+                                query_start_loc,
+                                first_positions};
   sparq::write(*pages, tokens, {block_table, table_stride, seq_lens, n_requests});
 }

@@ -38,6 +38,7 @@ _MADV_COLLAPSE = 25  # since Linux 6.1; not in Python's mmap module yet
 
 DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 SCORINGS = {None: 0, "int4": 1, "int8": 2, "model": 3}
+PARTS = ("records", "scoring", "ranges", "value_sum", "positions", "scores")
 FORMATS = {"model": 0, "int8": 1, "int4": 2, "kivi4": 3, "kivi2": 4}
 
 REFERENCE_INSTEAD = "the pure-torch reference runs instead, hundreds of times slower"
@@ -146,7 +147,7 @@ class PagesStruct(ctypes.Structure):
     _fields_ = [
         ("data", ctypes.c_void_p),
         *[(name, ctypes.c_int64) for name in ("page_stride", "head_stride")],
-        *[(name, ctypes.c_int64) for name in ("records", "scoring", "ranges", "value_sum")],
+        *[(name, ctypes.c_int64) for name in PARTS],
         *[(name, ctypes.c_int32) for name in ("n_kv_heads", "block_size", "head_size", "dtype", "scoring_type")],
         *[(name, ctypes.c_int32) for name in ("format", "group", "staged_per_page")],
         ("key", CodesStruct),
@@ -162,8 +163,7 @@ def pages_address(pages: Pages) -> int:
 
 @functools.lru_cache(maxsize=4096)  # keyed by value, so a struct that outlives its tensor does no harm
 def _pages_struct(data: int, strides: tuple[int, ...], n_kv_heads: int, layout: PageLayout) -> tuple[PagesStruct, int]:
-    names, parts = ("records", "scoring", "ranges", "value_sum"), layout.parts
-    offsets = [parts[name].offset if name in parts else -1 for name in names]
+    offsets = [layout.parts[name].offset if name in layout.parts else -1 for name in PARTS]
     numbers = (n_kv_heads, layout.block_size, layout.head_size, DTYPES[layout.dtype], SCORINGS[layout.scoring])
     quantized = layout.quantized is not None
     storage = FORMATS[layout.format], layout.group if quantized else 0, layout.staged_per_page if quantized else 0

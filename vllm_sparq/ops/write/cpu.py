@@ -7,8 +7,8 @@ import torch
 from vllm_sparq.layout import Pages
 from vllm_sparq.ops import native
 
-SIGNATURE = "p pll pll i pl p p".replace(" ", "")
-"""pages | key | value | B | block_table | query_start_loc | seq_lens"""
+SIGNATURE = "p pll pll i pl p p p".replace(" ", "")
+"""pages | key | value | B | block_table | query_start_loc | seq_lens | first_positions"""
 
 
 def write(
@@ -18,6 +18,7 @@ def write(
     block_table: torch.Tensor,
     query_start_loc: torch.Tensor,
     seq_lens: torch.Tensor,
+    first_positions: torch.Tensor | None = None,
 ) -> None:
     native.function("sparq_write", SIGNATURE)(
         native.pages_address(pages),
@@ -28,4 +29,5 @@ def write(
         block_table.stride(0),
         query_start_loc.data_ptr(),
         seq_lens.data_ptr(),
+        None if first_positions is None else first_positions.data_ptr(),
     )

@@ -1,0 +1,42 @@
+#include "scores.h"
+
+#include <algorithm>
+#include <cmath>
+
+#include "simd.h"
+
+namespace sparq {
+
+void Noted::weigh(const float* peaks_of_heads, int n) const {
+  for (int h = 0; h < n_heads; ++h) {
+    float* const row = logits + h * stride;
+    const Vec peak = set1(peaks[h] = peaks_of_heads[h]);
+    std::fill(row + n, row + round_up((size_t)n, W), -INFINITY);
+    Vec sum = zero();
+    for (int i = 0; i < n; i += W) {
+      const Vec x = exp2_negative(sub(load(row + i), peak));
+      store(row + i, x);
+      sum = add(sum, x);
+    }
+    totals[h] = reduce_add(sum);
+  }
+}
+
+void add_scores(const Sequence& sequence, int first, int n, const float* weights, size_t stride, int n_heads,
+                const float* factors) {
+  const Pages& pages = *sequence.pages;
+  for (int done = 0, run; done < n; done += run) {
+    const int block = (first + done) / pages.block_size, slot = (first + done) % pages.block_size;
+    run = std::min(n - done, pages.block_size - slot);
+    float* const scores = (float*)(sequence.page(block) + pages.scores) + slot;
+    for (int i = 0; i < run; i += W) {
+      Vec mean = zero();
+      for (int h = 0; h < n_heads; ++h) mean = fma(load(weights + h * stride + done + i), set1(factors[h]), mean);
+      const Vec before = load(scores + i), after = add(before, mean);
+      // Slots behind the last token keep their bytes.
+      store(scores + i, run - i < W ? select((1u << (run - i)) - 1, after, before) : after);
+    }
+  }
+}
+
+}  // namespace sparq

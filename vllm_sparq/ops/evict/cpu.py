@@ -1,0 +1,32 @@
+"""`vllm_sparq.ops.evict.evict` in C++: csrc/evict.cpp."""
+
+from __future__ import annotations
+
+import torch
+
+from vllm_sparq.layout import Pages
+from vllm_sparq.ops import native
+
+SIGNATURE = "p i pl ppp i".replace(" ", "")
+"""pages | B | block_table | seq_lens, kept_lens, recent_from | sinks"""
+
+
+def evict(
+    pages: Pages,
+    block_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    kept_lens: torch.Tensor,
+    recent_from: torch.Tensor,
+    *,
+    sinks: int,
+) -> None:
+    native.function("sparq_evict", SIGNATURE)(
+        native.pages_address(pages),
+        seq_lens.shape[0],
+        block_table.data_ptr(),
+        block_table.stride(0),
+        seq_lens.data_ptr(),
+        kept_lens.data_ptr(),
+        recent_from.data_ptr(),
+        sinks,
+    )
