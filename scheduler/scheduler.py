@@ -11,6 +11,8 @@ of a tensor-parallel group hear the same.
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 from typing import TYPE_CHECKING, Any
 
 from vllm.logger import init_logger
@@ -18,6 +20,7 @@ from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import RequestStatus
 
+from vllm_sparq.counters import Counters
 from vllm_sparq.retention import PHASES
 from vllm_sparq.scheduler.manager import RetainingManager
 
@@ -49,6 +52,10 @@ class EvictingMixin:
                 "--attention-backend h2o or streaming (or a retention), or leave --scheduler-cls out"
             )
         self._granted: list[Request] = []
+        self._counters = Counters.of(self.vllm_config, self.vllm_config.parallel_config.data_parallel_index)  # type: ignore[attr-defined]
+        self._open = contextlib.ExitStack()
+        self._open.enter_context(self._counters.writing())
+        atexit.register(self._open.close)
         self.n_blocks_taken = self.n_tokens_evicted = self.n_preemptions_avoided = 0
         manager: Any = self.kv_cache_manager  # type: ignore[attr-defined]
         self._allocate = manager.allocate_slots
@@ -67,8 +74,14 @@ class EvictingMixin:
         }
         setattr(output, PHASES, phases)
         if self.n_preemptions_avoided > before:
+            self._counters.write(blocks_taken=self.n_blocks_taken, preemptions_avoided=self.n_preemptions_avoided)
             logger.info_once("the KV cache is full: running requests evict more tokens instead of being preempted")
         return output
+
+    def shutdown(self) -> None:
+        """The engine ends."""
+        self._open.close()
+        super().shutdown()  # type: ignore[misc]
 
     def _allocate_or_evict(self, request: Request, *args: Any, **kwargs: Any) -> Any:
         """`KVCacheManager.allocate_slots`, with blocks of others where a running request finds none."""
