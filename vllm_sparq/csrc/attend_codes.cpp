@@ -2,6 +2,7 @@
 
 #include "codes_float.h"
 #include "dot_codes_bf16.h"
+#include "scores.h"
 #include "softmax_tile.h"
 #include "tile.h"
 
@@ -198,6 +199,7 @@ void attend_blocks(const CodeKernels& kernels, const Group& group, const State& 
     Ahead keys, values;
     if (block + 1 < last_block) page_ahead(pages, sequence.page(block + 1), &keys, &values);
     if (block + 2 < last_block) touch(pages, sequence.page(block + 2));
+    if (state.logits != nullptr) fetch_scores(sequence, block * n, n);
     few_heads_at_a_time(kernels, group, state.behind((block - first_block) * n), pages, [&](const Heads4& heads) {
       heads.score_page(page, rows, logits, stride, keys);
       heads.absorb(logits, stride, n, rows.all(pages.value, kernels.value, page, n), values);

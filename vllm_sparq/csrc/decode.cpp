@@ -135,6 +135,7 @@ void attend_range(const Decode& call, const Group& group, const State& state, co
       rows[(i + 2) % 3].range(sequence, first + 2 * TILE, last, bytes);
       rows[(i + 2) % 3].touch(bytes);
     }
+    if (state.logits != nullptr) fetch_scores(sequence, first, now.n);
     call.kernels.absorb(group, state.behind(first - begin), now.at, now.n, first + TILE < last ? next.at : nullptr);
   }
 }

@@ -2,8 +2,10 @@
 //
 // A task is a range of query rows of one request and KV head (all query heads of the group, so a tile of tokens that
 // was packed once serves them all) against a range of its tokens. Few long tasks are cut along the tokens and merged.
+// Where pages have scores there is a second pass, a tile of tokens at a time, so that no two threads add to one score.
 #include <omp.h>
 
+#include <cmath>
 #include <vector>
 
 #include "prefill_tokens.h"
@@ -28,6 +30,7 @@ struct Call {
   const int32_t* key_start_loc;    // [B + 1]
   int n_heads;
   float scale;
+  float* lses;  // null, or of every row the logarithm (base 2) of the sum over its tokens, where pages have scores
 
   int head_size() const { return pages->head_size; }
   int group() const { return n_heads / pages->n_kv_heads; }
@@ -36,6 +39,10 @@ struct Call {
   int n_begun(int request) const { return key_start_loc[request + 1] - key_start_loc[request] - n_new(request); }
   // Tokens before the first query.
   int n_before(int request) const { return requests.lens[request] + n_begun(request); }
+  float* lses_of(int request, int kv_head) const {
+    const int64_t rows_before = (int64_t)(query_start_loc[request] - query_start_loc[0]) * n_heads;
+    return lses + rows_before + (int64_t)kv_head * n_new(request) * group();
+  }
 };
 
 // Sums of `rows` rows over a part of the tokens.
@@ -62,9 +69,15 @@ struct Merge {
   int first_part, n_parts;
 };
 
+// A tile of tokens whose scores grow.
+struct ScoreTask {
+  int request, kv_head, tile;
+};
+
 struct Plan {
   std::vector<Task> tasks;
   std::vector<Merge> merges;
+  std::vector<ScoreTask> scores;
   int n_parts;
 };
 
@@ -204,6 +217,20 @@ void close_panels(const Call<T>& call, const Task& task, const Buffers<T>& buffe
                       partial.sums + first};
     emit<T>(range, call.out, d, first, panel, buffers.staging);
   });
+  if (call.lses == nullptr) return;
+  float* const lses = call.lses_of(task.request, task.kv_head) + task.first_row;
+  for (int r = 0; r < task.n_rows; ++r) lses[r] = partial.tops[r] + std::log2(partial.sums[r]);
+}
+
+// Tile t of a request and KV head, of which `seen` new tokens are wanted.
+template <class T>
+Tile load_tile(const Call<T>& call, TileLoader<T>& loader, const Sequence& sequence, int request, int t, int seen) {
+  constexpr int TILE = Model<T>::tile;
+  const int context = call.requests.lens[request], context_tiles = (context + TILE - 1) / TILE;
+  if (t < context_tiles) return loader.load(sequence, t * TILE, std::min(TILE, context - t * TILE));
+  const int first = (t - context_tiles) * TILE;
+  return loader.load(call.key, call.value, sequence.head, call.key_start_loc[request] + first, context + first,
+                     std::min(TILE, seen - first));
 }
 
 template <class T>
@@ -221,15 +248,10 @@ void run_task(const Call<T>& call, const Task& task, float* parts) {
   const Sequence sequence{call.pages, call.requests.blocks(task.request), task.kv_head};
   const int context = call.requests.lens[task.request], context_tiles = (context + TILE - 1) / TILE;
   const int seen = limits[rows - 1] - context;  // of the tokens that are not in pages
-  const int64_t token0 = call.key_start_loc[task.request];
   const float scale = call.scale * LOG2_E;
   TileLoader<T>& loader = buffers.loader;
   for (int t = task.first_tile; t < task.end_tile; ++t) {
-    const int first = (t - context_tiles) * TILE;
-    const Tile tile = t < context_tiles
-                          ? loader.load(sequence, t * TILE, std::min(TILE, context - t * TILE))
-                          : loader.load(call.key, call.value, task.kv_head, token0 + first, context + first,
-                                        std::min(TILE, seen - first));
+    const Tile tile = load_tile(call, loader, sequence, task.request, t, seen);
     const int next = (t + 1) * TILE;
     const Ahead ahead = t + 1 < std::min(task.end_tile, context_tiles)
                             ? loader.ahead(sequence, next, std::min(TILE, context - next))
@@ -269,7 +291,52 @@ void run_merge(const Call<T>& call, const Merge& merge, float* parts) {
 }
 
 template <class T>
-void run(const Call<T>& call) {
+void plan_scores(const Call<T>& call, std::vector<ScoreTask>& tasks) {
+  tasks.clear();
+  if (call.lses == nullptr) return;
+  for (int b = 0; b < call.requests.n; ++b)
+    for (int head = 0; call.n_new(b) > 0 && head < call.pages->n_kv_heads; ++head)
+      for (int t = 0; t < n_tiles(call, b, call.n_new(b)); ++t) tasks.push_back({b, head, t});
+}
+
+// The second pass: adds what all rows give to the tokens of a tile to their scores, as the mean over the group.
+template <class T>
+void note_scores(const Call<T>& call, const ScoreTask& task) {
+  constexpr int TILE = Model<T>::tile, ROWS = PANEL_VECS * W;
+  static thread_local Scratch scratch;
+  const Pages& pages = *call.pages;
+  const int d = call.head_size(), group = call.group(), n_new = call.n_new(task.request);
+  Arena arena = scratch.arena(2 * Arena::room<float>(ROWS * d) + Arena::room<float>(TILE * W) + TileLoader<T>::room(pages));
+  float *const query = arena.take<float>(ROWS * d), *const staging = arena.take<float>(ROWS * d);
+  float* const shares = arena.take<float>(TILE * W);
+  TileLoader<T> loader(pages, arena, true);
+  const Sequence sequence{call.pages, call.requests.blocks(task.request), task.kv_head};
+  const Tile tile = load_tile(call, loader, sequence, task.request, task.tile, call.n_begun(task.request) + n_new);
+  std::fill_n(shares, TILE * W, 0.0f);
+  const int n_before = call.n_before(task.request), n_rows = n_new * group;
+  const float *const all_lses = call.lses_of(task.request, task.kv_head), scale = call.scale * LOG2_E;
+  for (int first = std::max(0, tile.first - n_before) * group; first < n_rows; first += ROWS) {
+    const int n = std::min(ROWS, n_rows - first), nv = (n + W - 1) / W;
+    int32_t limits[ROWS];
+    float lses[ROWS];
+    for (int r = 0; r < nv * W; ++r) {
+      limits[r] = n_before + (first + std::min(r, n - 1)) / group + 1;
+      lses[r] = r < n ? all_lses[first + r] : INFINITY;
+    }
+    const RowRange range{call.query_start_loc[task.request], task.kv_head * group, group, first, n};
+    pack_query<T>(range, call.query, d, 0, nv * W, staging, query);
+    const Panel panel{nv, query, limits, nullptr, nullptr, nullptr};
+    add_shares<typename Model<T>::M, Model<T>::degree>(panel, tile, d, &scale, lses, shares);
+  }
+  for (int i = 0; i < tile.n; ++i) {
+    const int block = (tile.first + i) / pages.block_size, slot = (tile.first + i) % pages.block_size;
+    auto* const scores = (float*)(sequence.page(block) + pages.scores);
+    scores[slot] += reduce_add(load(shares + i * W)) / (float)group;
+  }
+}
+
+template <class T>
+void run(Call<T> call) {
   static thread_local Plan plan_of_thread;
   static thread_local Scratch scratch;
   Plan& plan = plan_of_thread;
@@ -277,14 +344,22 @@ void run(const Call<T>& call) {
   whole_tasks(call, threads, plan.tasks);
   balance(plan, threads);
   const size_t n_floats = plan.n_parts * Partial::floats(MAX_VECS * W, call.head_size());
-  float* const parts = scratch.arena(Arena::room<float>(n_floats)).template take<float>(n_floats);
+  const size_t n_rows = (size_t)(call.query_start_loc[call.requests.n] - call.query_start_loc[0]) * call.n_heads;
+  const size_t n_lses = call.pages->scored() ? n_rows : 0;
+  Arena arena = scratch.arena(Arena::room<float>(n_floats) + Arena::room<float>(n_lses));
+  float* const parts = arena.take<float>(n_floats);
+  call.lses = n_lses > 0 ? arena.take<float>(n_lses) : nullptr;
+  plan_scores(call, plan.scores);
   const int n_tasks = (int)plan.tasks.size(), n_merges = (int)plan.merges.size();
+  const int n_scores = (int)plan.scores.size();
 #pragma omp parallel if (n_tasks > 1)
   {
 #pragma omp for schedule(dynamic, 1)
     for (int i = 0; i < n_tasks; ++i) run_task(call, plan.tasks[i], parts);
 #pragma omp for schedule(dynamic, 1)
     for (int i = 0; i < n_merges; ++i) run_merge(call, plan.merges[i], parts);
+#pragma omp for schedule(dynamic, 1)
+    for (int i = 0; i < n_scores; ++i) note_scores(call, plan.scores[i]);
   }
 }
 
@@ -311,6 +386,7 @@ SPARQ_API void sparq_prefill(const sparq::Pages* pages, const int32_t* block_tab
                      query_start_loc,
                      key_start_loc,
                      n_heads,
-                     scale});
+                     scale,
+                     nullptr});
   });
 }

@@ -166,6 +166,44 @@ void score(const Panel& panel, const Tile& tile, int n, int dim_cells, const flo
   }
 }
 
+// shares[token][lane] += the weight of the token in the rows of the lane: the second pass, when lses[rows] are known, the
+// logarithms (base 2) of the sums over all tokens, infinite for rows that do not count.
+template <class M, int NV, int DEGREE>
+void add_shares(const Panel& panel, const Tile& tile, int head_size, const float* scale, const float* lses,
+                float* shares) {
+  constexpr int MR = block_rows(NV), ROWS = NV * W;
+  const int seen = std::min(tile.n, panel.limits[ROWS - 1] - tile.first);
+  int32_t limits[ROWS];
+  for (int r = 0; r < ROWS; ++r) limits[r] = panel.limits[r] - tile.first;
+  for (int j = 0; j < seen; j += MR) {
+    const Group& group = tile.groups[j / GROUP];
+    Vec sums[MR][NV];
+    multiply<M>(sums, group.keys + (j % GROUP) * group.token_bytes, group.token_bytes, 4, panel.query,
+                head_size / M::per_cell, Fetch<0>{});
+    const Vec factor = set1(*scale);
+    const bool masked = limits[0] < j + MR;
+#pragma GCC unroll 16
+    for (int i = 0; i < MR; ++i) {
+      Vec share = load(shares + (j + i) * W);
+#pragma GCC unroll 4
+      for (int v = 0; v < NV; ++v) {
+        Vec s = mul(sums[i][v], factor);
+        if (masked) s = where_visible(j + i, limits + v * W, s);
+        share = add(share, exp2_negative<DEGREE>(sub(s, load(lses + v * W))));
+      }
+      store(shares + (j + i) * W, share);
+    }
+  }
+}
+
+template <class M, int DEGREE>
+void add_shares(const Panel& panel, const Tile& tile, int head_size, const float* scale, const float* lses,
+                float* shares) {
+  if (panel.nv == 3) return add_shares<M, 3, DEGREE>(panel, tile, head_size, scale, lses, shares);
+  if (panel.nv == 2) return add_shares<M, 2, DEGREE>(panel, tile, head_size, scale, lses, shares);
+  add_shares<M, 1, DEGREE>(panel, tile, head_size, scale, lses, shares);
+}
+
 // Turns scores [n][rows] into weights, cells [n / per_cell][rows], in place; returns their sums in `sums`.
 template <class M, int NV, int DEGREE>
 void weigh(float* scores, int n, const Vec (&tops)[NV], Vec (&sums)[NV]) {

@@ -71,8 +71,9 @@ class TileLoader {
            CodedTokens<T>::room(pages);
   }
 
-  TileLoader(const Pages& pages, Arena& arena)
-      : head_size_(pages.head_size),
+  TileLoader(const Pages& pages, Arena& arena, bool keys_alone = false)
+      : keys_alone_(keys_alone),
+        head_size_(pages.head_size),
         keys_(arena.take<Key>(TOKENS * head_size_)),
         values_(arena.take<float>(n_values(head_size_))),
         rows_(arena.take<Key>(GROUP * head_size_)),
@@ -144,12 +145,14 @@ class TileLoader {
     Key* const keys = keys_ + (ptrdiff_t)group * GROUP * head_size_;
     coded_.keys(page, slot, keys);
     groups_[group] = {(const char*)keys, head_size_ * (ptrdiff_t)sizeof(Key)};
+    if (keys_alone_) return;
     coded_.values(page, slot, rows_);
     add_values(group, rows_, head_size_, GROUP);
   }
 
   template <class R>
   void add_values(int group, const R* values, ptrdiff_t stride, int count) {
+    if (keys_alone_) return;
     if constexpr (M::per_cell == 1) {
       for (int j = 0; j < GROUP; ++j) add_value(group * GROUP + j, j < count ? values + j * stride : nullptr);
     } else {
@@ -203,6 +206,7 @@ class TileLoader {
 #endif
   }
 
+  const bool keys_alone_;  // tiles without values
   int head_size_;
   Key* keys_;
   float* values_;

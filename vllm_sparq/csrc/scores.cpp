@@ -22,6 +22,12 @@ void Noted::weigh(const float* peaks_of_heads, int n) const {
   }
 }
 
+void fetch_scores(const Sequence& sequence, int first, int n) {
+  const Pages& pages = *sequence.pages;
+  for (int token = first; token < first + n; token += 16)
+    prefetch_l2(sequence.page(token / pages.block_size) + pages.scores + token % pages.block_size * sizeof(float));
+}
+
 void add_scores(const Sequence& sequence, int first, int n, const float* weights, size_t stride, int n_heads,
                 const float* factors) {
   const Pages& pages = *sequence.pages;
