@@ -53,7 +53,8 @@ def assert_close(got: World, want: World, tolerance: dict[str, float]) -> None:
 
 
 LONG = Case(heads=8, kv_heads=2, head_size=128, block_size=128, dtype=torch.bfloat16, lens=(900, 3, 0, 513))
-DECODES = [scored(case) for case in (*SHAPES[::2], LONG, *FORMATS[::2])]
+LONG_CODES = [replace(LONG, format=name, scoring=None, value_sum=False) for name in ("int4", "kivi4")]
+DECODES = [scored(case) for case in (*SHAPES[::2], LONG, *FORMATS[::2], *LONG_CODES)]
 FEW = [scored(case) for case in (*TINY[:3], *TINY_FORMATS[::2])]
 
 

@@ -26,7 +26,6 @@ struct Read {
   }
   bool is_dense(int len) const { return len < dense_below || len <= k(len) + 1; }
   bool has_mean() const { return alpha_floor < 1.0f; }
-  bool per_head() const { return has_mean() || probs; }
 };
 
 // What ranking one part of a context leaves behind.
@@ -39,8 +38,11 @@ struct Sparq {
   Decode call;
   Read read;
 
-  ScoreRows rows() const { return {call.group_size(), read.per_head(), !read.probs}; }
-  int n_head_rows() const { return read.per_head() ? call.group_size() : 0; }
+  // Whether probabilities are wanted, which need the scores of all tokens.
+  bool keeps_scores() const { return read.probs || call.pages.scored(); }
+  bool per_head() const { return read.has_mean() || keeps_scores(); }
+  ScoreRows rows() const { return {call.group_size(), per_head(), !read.probs}; }
+  int n_head_rows() const { return per_head() ? call.group_size() : 0; }
   int n_kept_rows() const { return read.has_mean() ? call.group_size() : 0; }
   int scores_stride() const { return call.pages.block_size + 32; }
   size_t ranked_bytes(int len) const {
@@ -55,16 +57,16 @@ struct Sparq {
   int capacity(int len) const { return Candidates::capacity_for(read.n_selected(len), call.pages.block_size); }
 };
 
-// Scores of all heads and all tokens of one KV head of one request, kept for `probs` only: [n_rows, stride].
+// Scores of all heads and all tokens of one KV head of one request, where they are kept: [n_rows, stride].
 struct AllScores {
   float* data = nullptr;
   size_t stride = 0;
 
   static size_t n_bytes(const Sparq& op, int len) {
-    return op.read.probs ? Arena::room<float>(op.n_head_rows() * stride_for(len)) : 0;
+    return op.keeps_scores() ? Arena::room<float>(op.n_head_rows() * stride_for(len)) : 0;
   }
   static AllScores in(const Sparq& op, int len, Arena& arena) {
-    if (!op.read.probs) return {};
+    if (!op.keeps_scores()) return {};
     return {arena.take<float>(op.n_head_rows() * stride_for(len)), stride_for(len)};
   }
 
@@ -107,13 +109,38 @@ void touch_blocks(const Sequence& sequence, int block, int first_block, int n_fu
   for (int b = from; b < std::min(block + 2 * TOUCH, n_full); ++b) touch_page(*sequence.pages, sequence.page(b));
 }
 
-// The newest tokens, from `first_local` on, need no rank: their scores become infinite, in `copy`, where there are any.
-const float* favour_local(const float* scores, int count, int first_local, float* copy) {
-  if (first_local >= count) return scores;
-  std::copy_n(scores, count, copy);
-  std::fill(copy + std::max(first_local, 0), copy + count, INFINITY);
-  return copy;
-}
+// The newest tokens of a context: where nothing is evicted the last slots, else those at positions above a bar.
+struct Local {
+  const Sequence& sequence;
+  int first_slot, position_bar;
+
+  Local(const Sequence& of, int n_local) : sequence(of), first_slot(of.len - n_local), position_bar(0) {
+    if (by_position()) position_bar = *positions(of.len - 1) - n_local;
+  }
+  bool by_position() const { return sequence.pages->positions >= 0; }
+  const int32_t* positions(int slot) const {
+    const int n = sequence.pages->block_size;
+    return (const int32_t*)(sequence.page(slot / n) + sequence.pages->positions) + slot % n;
+  }
+
+  // They need no rank: of `count` tokens from `first` on (a multiple of 16), their scores become infinite.
+  void favour(int first, int count, float* scores) const {
+    if (!by_position()) {
+      std::fill(scores + std::min(std::max(first_slot - first, 0), count), scores + count, INFINITY);
+      return;
+    }
+    for (int i = 0; i < count; i += W)
+      store(scores + i, select(above(positions(first + i), position_bar), set1(INFINITY), load(scores + i)));
+  }
+
+  // The same in `copy`, if there may be any among them.
+  const float* favour(int first, int count, const float* scores, float* copy) const {
+    if (!by_position() && first_slot >= first + count) return scores;
+    std::copy_n(scores, count, copy);
+    favour(first, count, copy);
+    return copy;
+  }
+};
 
 // Steps 1 to 3 over one part of a context.
 void rank_part(const Sparq& op, const Task& task, int len, Ranked& ranked, const AllScores& all) {
@@ -125,27 +152,29 @@ void rank_part(const Sparq& op, const Task& task, int len, Ranked& ranked, const
   float *scores = arena.take<float>((size_t)ranking.n_rows * stride), *copy = arena.take<float>(stride);
   const float* const sum = scores + (size_t)(ranking.n_rows - 1) * stride;
   const Sequence sequence = op.call.sequence(task.request, task.head);
-  const int first_local = len - op.read.n_local(len);
+  const Local local(sequence, op.read.n_local(len));
   for (int first = task.first; first < task.last; first += n) {
     const int count = std::min(n, task.last - first);
     touch_blocks(sequence, first / n, task.first / n, task.last / n);
     score_block(op, ranking, sequence, first / n, len, scores);
-    if (op.read.per_head()) ranked.sums.add_scores(scores, stride, count);
-    if (op.read.probs) {
-      for (int row = 0; row < ranking.n_rows; ++row)
+    if (op.per_head()) ranked.sums.add_scores(scores, stride, count);
+    if (op.keeps_scores())
+      for (int row = 0; row < op.n_head_rows(); ++row)
         std::copy_n(scores + (size_t)row * stride, count, all.data + row * all.stride + first);
-    } else {
-      ranked.candidates.push(favour_local(sum, count, first_local - first, copy), scores, stride, first, count);
-    }
+    if (!op.read.probs)
+      ranked.candidates.push(local.favour(first, count, sum, copy), scores, stride, first, count);
   }
   ranked.candidates.keep_best();
 }
 
-// Step 3 with group_reduce = probs: summed probabilities instead of summed scores.
-void push_probs(const Sparq& op, int len, Ranked& ranked, const AllScores& all) {
+// Summed probabilities of each token: where pages have scores they are noted, and with group_reduce = probs they are
+// step 3, instead of summed scores.
+void use_probs(const Sparq& op, const Sequence& sequence, Ranked& ranked, const AllScores& all) {
   constexpr int STRIP = 128;
   alignas(64) float group[STRIP];
-  const int first_local = len - op.read.n_local(len);
+  const int len = sequence.len;
+  const Local local(sequence, op.read.n_local(len));
+  const float share = 1.0f / (float)op.call.group_size();
   for (int first = 0; first < len; first += STRIP) {
     const int count = std::min(STRIP, len - first);
     std::fill_n(group, STRIP, 0.0f);
@@ -155,10 +184,12 @@ void push_probs(const Sparq& op, int len, Ranked& ranked, const AllScores& all) 
         store(group + i, add(load(group + i),
                              div(exp_below(load(all.data + row * all.stride + first + i), ranked.sums.peak[row]), total)));
     }
-    for (int i = std::max(first_local - first, 0); i < count; ++i) group[i] = INFINITY;
+    if (op.call.pages.scored()) add_scores(sequence, first, count, group, 0, 1, &share);
+    if (!op.read.probs) continue;
+    local.favour(first, count, group);
     ranked.candidates.push(group, all.data + first, (int)all.stride, first, count);
   }
-  ranked.candidates.keep_best();
+  if (op.read.probs) ranked.candidates.keep_best();
 }
 
 // sum += V of n records.
@@ -227,7 +258,7 @@ void run_whole(const Sparq& op, const Task& task, int len) {
   Ranked ranked = op.new_ranked(len, arena);
   const AllScores scores = AllScores::in(op, len, arena);
   rank_part(op, task, len, ranked, scores);
-  if (op.read.probs) push_probs(op, len, ranked, scores);
+  if (op.keeps_scores()) use_probs(op, op.call.sequence(task.request, task.head), ranked, scores);
   finish_request(op, task, len, ranked);
 }
 
@@ -247,7 +278,7 @@ void merge_ranked(const Sparq& op, const Task& first, int len, const Part* parts
     ranked.candidates.push(parts[i].ranked.candidates);
     if (i > 0) ranked.sums.merge(parts[i].ranked.sums);
   }
-  if (op.read.probs) push_probs(op, len, ranked, parts[0].scores);
+  if (op.keeps_scores()) use_probs(op, op.call.sequence(first.request, first.head), ranked, parts[0].scores);
   ranked.candidates.keep_best();
   finish_request(op, first, len, ranked);
 }
