@@ -18,6 +18,7 @@ import triton.language as tl
 from vllm_sparq.layout import SCORING_BITS, Pages
 from vllm_sparq.ops.triton_codes import Codes, Rows, as_bytes, codes_of, gather, load_ranges
 from vllm_sparq.ops.triton_common import cast, find_request, widen
+from vllm_sparq.ops.triton_notes import note_arrivals, note_parts
 from vllm_sparq.ops.write.triton_scoring import close_page, load_block, scoring_tile
 
 SUM_CHANNELS = 32
@@ -168,9 +169,12 @@ def encode_kernel(
     staged,  # pages [P, G] of the model's type
     scoring,  # [P, G, D, N / 2 | N]
     ranges,  # fp16 [P, G, D, 2]
+    positions,  # int32 [P, G, N]
+    scores,  # fp32 [P, G, N]
     block_table,  # int32 [B, M]
     query_start_loc,
     seq_lens,
+    first_positions,  # int32 [B] with SHIFTED
     key_stride_t,
     key_stride_g,
     value_stride_t,
@@ -181,10 +185,15 @@ def encode_kernel(
     scoring_stride_g,
     ranges_stride_p,
     ranges_stride_g,
+    notes_stride_p,  # of positions and of scores
+    notes_stride_g,
     table_stride,
     n_requests,
     BEGUN: tl.constexpr,  # whether this is the first launch
     SCORING: tl.constexpr,
+    POSITIONS: tl.constexpr,
+    SCORES: tl.constexpr,
+    SHIFTED: tl.constexpr,  # whether positions differ from slots
     FORMAT: tl.constexpr,
     N: tl.constexpr,
     D: tl.constexpr,
@@ -245,6 +254,12 @@ def encode_kernel(
             *(VALUES, False, VALUE_TILE, COPY_TILE, N, D, D_PAD, PLACES),
         )
         return
+    if POSITIONS and not BEGUN:  # of every block that tokens come to; staged tokens lie there no more
+        notes_at = page * notes_stride_p + g * notes_stride_g
+        slot_0 = block * N
+        if SHIFTED:
+            slot_0 += tl.load(first_positions + b) - first
+        note_arrivals(positions + notes_at, scores + notes_at, slot_0, n_old, stop, SCORES)
     key += g * key_stride_g + row * key_stride_t
     write_side(
         *(key, staged, at, table + block + 1, n_old, stop, is_staged, is_encoded, key_stride_t, page_stride),
@@ -316,6 +331,7 @@ def write_quantized(
     block_table: torch.Tensor,
     query_start_loc: torch.Tensor,
     seq_lens: torch.Tensor,
+    first_positions: torch.Tensor | None,
 ) -> None:
     """`vllm_sparq.ops.write.write` where there are tokens, and blocks that are encoded when they fill."""
     layout, n_requests = pages.layout, query_start_loc.shape[0] - 1
@@ -327,13 +343,19 @@ def write_quantized(
     ranges = pages.ranges if layout.scoring in SCORING_BITS else pages.data
     d_pad = triton.next_power_of_2(head_size)
     strides = [t.stride(i) for t in (key, value, pages.staged, scoring, ranges) for i in (0, 1)]
+    positions, scores, *notes_strides = note_parts(pages)
+    shifted = layout.positions and first_positions is not None
     for begun in (True, False):
         n_programs = n_requests if begun else n_tokens // block_size + 2 * n_requests
         encode_kernel[(n_programs, n_kv_heads, 2)](
-            *(key, value, pages.staged, scoring, ranges, block_table, query_start_loc, seq_lens),
-            *(*strides, block_table.stride(0), n_requests),
+            *(key, value, pages.staged, scoring, ranges, positions, scores),
+            *(block_table, query_start_loc, seq_lens, first_positions if shifted else seq_lens),
+            *(*strides, *notes_strides, block_table.stride(0), n_requests),
             BEGUN=begun,
             SCORING=layout.scoring,
+            POSITIONS=layout.positions,
+            SCORES=layout.scores,
+            SHIFTED=shifted,
             FORMAT=codes,
             N=block_size,
             D=head_size,
