@@ -170,7 +170,7 @@ def write_kernel(
             ranges += page * ranges_stride_p + g * ranges_stride_g
             close_page(
                 *(key, records, block_table, scoring, ranges, n_old, key_stride_t, page_stride),
-                *(SCORING, N, D, D_PAD, TILE, 0),
+                *(SCORING, N, D, D_PAD, TILE, 0, None),
             )
 
 

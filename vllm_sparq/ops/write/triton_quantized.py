@@ -17,58 +17,13 @@ import triton.language as tl
 
 from vllm_sparq.layout import SCORING_BITS, Pages
 from vllm_sparq.ops.triton_codes import Codes, Rows, as_bytes, codes_of, gather, load_ranges
-from vllm_sparq.ops.triton_common import cast, find_request, widen
+from vllm_sparq.ops.triton_common import find_request, widen
+from vllm_sparq.ops.triton_encode import encode, store_ranges
 from vllm_sparq.ops.triton_notes import note_arrivals, note_parts
 from vllm_sparq.ops.write.triton_scoring import close_page, load_block, scoring_tile
 
 SUM_CHANNELS = 32
 """Channels of one program that sums."""
-
-
-@triton.jit
-def not_below(x, dtype: tl.constexpr):
-    """fp32, the smallest number of ``dtype`` that is not below x >= 0; infinity beyond its range."""
-    if dtype == tl.bfloat16:
-        bits = x.to(tl.int32, bitcast=True)
-        return ((bits + 0xFFFF) & -65536).to(tl.float32, bitcast=True)
-    elif dtype == tl.float16:
-        nearest = x.to(tl.float16)
-        above = (nearest.to(tl.int16, bitcast=True) + 1).to(tl.int16).to(tl.float16, bitcast=True)
-        return tl.where(nearest.to(tl.float32) < x, above.to(tl.float32), nearest.to(tl.float32))
-    else:
-        return x
-
-
-@triton.jit
-def store_ranges(at, x, inside, mask, ROWS: tl.constexpr, dtype: tl.constexpr):
-    """The range of one group per row: x [rows, elements], of which ``inside`` count; ``at`` and ``mask`` [rows]."""
-    x = widen(x)
-    low = tl.min(tl.where(inside, x, float("inf")), 1)
-    high = tl.max(tl.where(inside, x, float("-inf")), 1)
-    broken = tl.max((inside & ~(tl.abs(x) < float("inf"))).to(tl.int32), 1) > 0
-    if ROWS.numbers == 1:
-        largest = tl.abs(tl.maximum(-low, high))
-        step = tl.where(low == high, largest, not_below(tl.div_rn(largest, largest * 0.0 + 127.0), dtype))
-    else:
-        span = high - low
-        step = not_below(tl.div_rn(span, tl.zeros_like(span) + ((1 << ROWS.bits) - 1.0)), dtype)
-    broken = broken | ~(step < float("inf"))
-    at = at.to(tl.pointer_type(dtype), bitcast=True)
-    tl.store(at, cast(tl.where(broken, float("nan"), step), dtype), mask=mask)
-    if ROWS.numbers == 2:
-        tl.store(at + 1, cast(tl.where(broken, float("nan"), low), dtype), mask=mask)
-
-
-@triton.jit
-def encode(x, step, zero, ROWS: tl.constexpr):
-    """int32 codes of fp32 x, the bits of a code set alone; 0 where the step is zero or NaN."""
-    quotient = tl.div_rn(x - zero, tl.where(step > 0.0, step, 1.0) + tl.zeros_like(x))
-    if ROWS.numbers == 1:
-        quotient = tl.minimum(tl.maximum(quotient, -127.0), 127.0)
-    else:
-        quotient = tl.minimum(tl.maximum(quotient, 0.0), (1 << ROWS.bits) - 1.0)
-    rounded = (quotient + 12582912.0) - 12582912.0  # 1.5 * 2^23: the sum rounds to a whole number, half to even
-    return tl.where(step > 0.0, rounded, 0.0).to(tl.int32) & ((1 << ROWS.bits) - 1)
 
 
 @triton.jit
@@ -271,7 +226,7 @@ def encode_kernel(
             ranges += page * ranges_stride_p + g * ranges_stride_g
             close_page(
                 *(key, staged, table + block + 1, scoring, ranges, n_old, key_stride_t, page_stride),
-                *(SCORING, N, D, D_PAD, SCORING_TILE, PLACES),
+                *(SCORING, N, D, D_PAD, SCORING_TILE, PLACES, None),
             )
 
 
