@@ -18,12 +18,9 @@ from vllm_sparq.layout import SCORING_BITS, Pages
 from vllm_sparq.ops.evict.triton_move import move_kernel
 from vllm_sparq.ops.triton_attend import pages_as_records
 from vllm_sparq.ops.triton_codes import as_bytes, codes_of, gather
-from vllm_sparq.ops.triton_common import split_count
+from vllm_sparq.ops.triton_common import SCRATCH_BYTES, split_count
 from vllm_sparq.ops.triton_notes import note_parts
 from vllm_sparq.ops.write.triton_scoring import scoring_tile
-
-SCRATCH_BYTES = 256 << 20
-"""Largest scratch of one slice of the batch."""
 
 CHOOSE_TILE = 1024
 """Tokens of one step of `choose_kernel`."""

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from vllm_sparq.layout import Pages
-from vllm_sparq.ops.triton_attend import LOG2_E, fold, pages_as_records
+from vllm_sparq.ops.triton_attend import LOG2_E, fold, logits_of, pages_as_records
 from vllm_sparq.ops.triton_codes import channel_order, codes_of, load_block_tile, load_records
 from vllm_sparq.ops.triton_common import cast, find_request, merge, split_count, split_tokens
 
@@ -100,7 +100,8 @@ def prefill_kernel(
             k, v = load_records(records, page, t % N, live, page_stride, D, D_PAD, FORMAT)
         else:
             k, v, live = load_block_tile(records, table, first, stop_cached, page_stride, N, D, D_PAD, TILE, FORMAT)
-        top, total, acc = fold(q, k, v, live[None, :], top, total, acc, scale_log2, ROWS, TILE, BLIND=True)
+        s = logits_of(q, k, live[None, :], scale_log2, ROWS, TILE)
+        top, total, acc = fold(s, v, top, total, acc, BLIND=True)
 
     key += key_start.to(tl.int64) * key_stride_t + g * key_stride_g
     value += key_start.to(tl.int64) * value_stride_t + g * value_stride_g
@@ -113,7 +114,8 @@ def prefill_kernel(
         k = tl.load(k_at[None, :] + d_key[:, None], mask=live[None, :] & in_key[:, None], other=0.0)
         v = tl.load(v_at[:, None] + d_value[None, :], mask=live[:, None] & in_value[None, :], other=0.0)
         visible = live[None, :] & (t[None, :] <= (n_ahead + token)[:, None])
-        top, total, acc = fold(q, k, v, visible, top, total, acc, scale_log2, ROWS, TILE, BLIND=True)
+        s = logits_of(q, k, visible, scale_log2, ROWS, TILE)
+        top, total, acc = fold(s, v, top, total, acc, BLIND=True)
 
     y = acc / tl.where(total == 0.0, 1.0, total)[:, None]
     own = own_row[:, None] & in_value[None, :]
