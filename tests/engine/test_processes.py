@@ -34,15 +34,17 @@ if __name__ == "__main__":
 def run_engine(prompts: list[list[int]], env: dict[str, str] | None = None, **engine_args: object) -> dict:
     """Tokens and attention reports of an engine in a fresh process, which spawns its core and workers."""
     settings = {
-        "engine": dict(
-            model=str(MODEL),
-            dtype="float32",
-            enforce_eager=True,
-            max_model_len=2048,
-            kv_cache_memory_bytes=64 << 20,
-            disable_log_stats=False,
-            **{"attention_backend": "sparq", "additional_config": {"sparq": EXACT["sparse"]}, **engine_args},
-        ),
+        "engine": {
+            "model": str(MODEL),
+            "dtype": "float32",
+            "enforce_eager": True,
+            "max_model_len": 2048,
+            "kv_cache_memory_bytes": 64 << 20,
+            "disable_log_stats": False,
+            "attention_backend": "sparq",
+            "additional_config": {"sparq": EXACT["sparse"]},
+            **engine_args,
+        },
         "prompts": prompts,
     }
     environment = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "1", "OMP_NUM_THREADS": "1", **(env or {})}

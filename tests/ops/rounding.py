@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from vllm_sparq.layout import Pages
-from vllm_sparq.ops.dense_decode.reference import attend, cached_tokens
+from vllm_sparq.ops.dense_decode.reference import add_scores, cached_tokens
 
 
 def rounded_dense_decode(
@@ -16,4 +16,6 @@ def rounded_dense_decode(
     for b, s in enumerate(lens[: len(query)].tolist()):
         for head, heads in enumerate(query[b].unflatten(0, (pages.data.shape[1], -1)) if s else ()):
             keys, values = (x.to(out.dtype).float() for x in cached_tokens(pages, table[b], s, head))
-            out[b, head * len(heads) : (head + 1) * len(heads)] = attend(heads.float(), keys, values, scale)
+            weights = torch.softmax(scale * heads.float() @ keys.T, dim=-1)
+            out[b, head * len(heads) : (head + 1) * len(heads)] = weights @ values
+            add_scores(pages, table[b], head, weights)

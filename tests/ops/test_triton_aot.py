@@ -41,9 +41,12 @@ class Shape:
     group_reduce: str = "logits"
     n_requests: int = 2
     new_tokens: int = 4096
+    noted: bool = False  # positions and scores
     ops: tuple[str, ...] = ("write", "dense_decode", "sparq_decode", "prefill")
 
 
+ALL = ("write", "dense_decode", "sparq_decode", "prefill", "evict")
+DENSE = ("dense_decode", "prefill", "evict")
 SHAPES = (
     Shape(head_size=128, dtype="bfloat16", scoring="int4"),
     Shape(head_size=128, dtype="bfloat16", scoring="int4", heads=2, alpha_floor=0.0, ops=("sparq_decode",)),
@@ -90,6 +93,24 @@ SHAPES = (
         new_tokens=2,
         ops=("write", "dense_decode"),
     ),
+    Shape(head_size=128, dtype="bfloat16", scoring="int4", noted=True, ops=ALL),
+    Shape(head_size=128, dtype="bfloat16", scoring=None, alpha_floor=1.0, new_tokens=2, noted=True, ops=DENSE),
+    Shape(
+        head_size=64,
+        dtype="float16",
+        scoring="int8",
+        heads=16,
+        group_reduce="probs",
+        block_size=64,
+        n_requests=512,
+        noted=True,
+        ops=("sparq_decode", "evict"),
+    ),
+    Shape(head_size=80, dtype="float32", scoring="int4", format="int4", block_size=48, noted=True, ops=("evict",)),
+    Shape(head_size=256, dtype="bfloat16", scoring="model", heads=4, block_size=256, noted=True, ops=ALL[3:]),
+    Shape(head_size=128, dtype="bfloat16", scoring="int4", format="int4", noted=True, ops=ALL[1:]),
+    Shape(head_size=128, dtype="bfloat16", scoring=None, format="kivi2", noted=True, ops=ALL),
+    Shape(head_size=256, dtype="float16", scoring=None, format="kivi4", block_size=256, noted=True, ops=DENSE),
 )
 
 
@@ -119,6 +140,11 @@ def compiled() -> dict[int, list[dict[str, object]]]:
 
 
 KERNELS = {
+    "choose_kernel",
+    "move_kernel",
+    "sum_kernel",
+    "note_kernel",
+    "note_prefill_kernel",
     "write_kernel",
     "encode_kernel",
     "sum_codes_kernel",
@@ -166,7 +192,7 @@ def main(arch: int) -> None:
             continue
         seen.add(key)
         source = triton.compiler.ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
-        knobs = {name: options[name] for name in ("num_warps", "num_stages") if name in options}
+        knobs = {name: options[name] for name in ("num_warps", "num_stages", "enable_fp_fusion") if name in options}
         binary = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=knobs)
         usage = resources(binary.asm["cubin"])
         print(json.dumps(dict(kernel=kernel.__name__, shape=repr(shape), shared=binary.metadata.shared, **usage)))
@@ -179,6 +205,7 @@ def launch_all(shape: Shape) -> None:
     from vllm_sparq.config import SparqRead
     from vllm_sparq.layout import PageLayout, Pages
     from vllm_sparq.ops.dense_decode.triton import dense_decode
+    from vllm_sparq.ops.evict.triton import evict
     from vllm_sparq.ops.prefill.triton import prefill
     from vllm_sparq.ops.sparq_decode.triton import sparq_decode
     from vllm_sparq.ops.write.triton import write
@@ -191,6 +218,8 @@ def launch_all(shape: Shape) -> None:
         scoring=shape.scoring,
         value_sum=shape.alpha_floor < 1,
         format=shape.format,
+        positions=shape.noted,
+        scores=shape.noted,
     )
     pages = Pages.empty(1, shape.kv_heads, layout)
     query = torch.empty(shape.new_tokens, shape.heads, d, dtype=dtype)
@@ -207,10 +236,11 @@ def launch_all(shape: Shape) -> None:
     )
     one = query[:b]
     calls = {
-        "write": lambda: write(key, key, pages, table, starts, lens),
+        "write": lambda: write(key, key, pages, table, starts, lens, lens if shape.noted else None),
         "prefill": lambda: prefill(query, key, key, pages, table, starts, lens, scale=1.0, out=query),
         "dense_decode": lambda: dense_decode(one, pages, table, lens, scale=1.0, out=one),
         "sparq_decode": lambda: sparq_decode(one, pages, table, lens, read=read, scale=1.0, out=one),
+        "evict": lambda: evict(pages, table, lens, lens, lens, sinks=4),
     }
     for op in shape.ops:
         calls[op]()

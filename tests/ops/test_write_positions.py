@@ -1,4 +1,4 @@
-"""`write` where tokens may be evicted: which token each slot holds, and that its score begins at nothing."""
+"""`write` into pages that say which token a slot holds: positions, and scores that begin at zero."""
 
 from __future__ import annotations
 
@@ -6,41 +6,46 @@ from dataclasses import replace
 
 import pytest
 import torch
-from ops.cases import KERNELS, Case, build, each, int32, load
+from ops.cases import ALL, Case, build, int32, load
 from ops.cases import device_of as device
-from ops.shapes import TINY, TINY_FORMATS
-from ops.test_evict import slots_of
 
-from vllm_sparq.ops.write.reference import write as reference
-
-NEW = (40, 1, 5, 0, 69)
-"""Tokens that each request of a case brings: first and last slots of pages, and several pages."""
-
-
-def tracked(case: Case, *, scores: bool) -> Case:
-    lens = tuple(s + 70 for s in case.lens)
-    return replace(case, positions=True, scores=scores, lens=lens, new=NEW[: len(lens)])
+CASES = (
+    Case(positions=True, lens=(33, 0, 17, 70), new=(33, 0, 1, 40)),
+    Case(scores=True, scoring=None, value_sum=False, block_size=80, lens=(150, 80, 81), new=(100, 80, 1)),
+    Case(scores=True, format="int4", heads=2, kv_heads=1, block_size=32, lens=(64, 0, 70), new=(1, 0, 50)),
+)
 
 
-CASES = [tracked(case, scores=i % 2 == 0) for i, case in enumerate((*TINY, *TINY_FORMATS))]
+@pytest.mark.parametrize("shifted", [False, True], ids=["slots", "positions"])
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("implementation", ALL)
+def test_arrivals_are_noted(implementation: str, case: Case, shifted: bool) -> None:
+    """The new tokens' entries alone, from their slots or from the position that is given."""
+    world = build(case, written="context", device=device(implementation))
+    parts = ("positions", "scores") if case.scores else ("positions",)
+    for name in parts:
+        getattr(world.pages, name).fill_(7)
+    firsts = [s - n + (1000 * b if shifted else 0) for b, (s, n) in enumerate(zip(case.lens, case.new, strict=True))]
+    arguments = world.block_table, world.query_start_loc, world.seq_lens
+    given = int32(firsts).to(world.buffer.device) if shifted else None
+    load("write", implementation)(world.key, world.value, world.pages, *arguments, given)
+    for b, (context, n_new) in enumerate(zip(case.lens, case.new, strict=True)):
+        slots = torch.arange(context)
+        page, place = world.block_table[b].cpu().long()[slots // case.block_size], slots % case.block_size
+        old = slots < context - n_new
+        want = torch.where(old, 7, firsts[b] + slots - (context - n_new)).int()
+        noted = world.pages.positions.cpu()[page, :, place]
+        assert torch.equal(noted, want[:, None].expand_as(noted))
+        if case.scores:
+            noted = world.pages.scores.cpu()[page, :, place]
+            assert torch.equal(noted, torch.where(old, 7.0, 0.0)[:, None].expand_as(noted))
 
 
-@pytest.mark.parametrize("evicted", [None, 1000], ids=["slots", "positions"])
-@pytest.mark.parametrize(("implementation", "case"), each(CASES, implementations=KERNELS))
-def test_kernels_are_the_reference(implementation: str, case: Case, evicted: int | None) -> None:
-    """Of the new tokens, and of those before them, which keep theirs."""
-    got, want = build(case, written="context", device=device(implementation)), build(case, written="context")
-    for world, run in ((got, load("write", implementation)), (want, reference)):
-        firsts = None if evicted is None else int32([evicted * (b + 1) for b in range(len(case.lens))])
-        where = world.buffer.device
-        tensors = world.key, world.value, world.pages, world.block_table, world.query_start_loc, world.seq_lens
-        run(*tensors, None if firsts is None else firsts.to(where))
-    for b, n_tokens in enumerate(case.lens):
-        page, place = slots_of(want, b, n_tokens)
-        for name in {"positions", "scores"} & set(case.layout.parts):
-            a, z = (getattr(world.pages, name).cpu()[page, :, place] for world in (got, want))
-            assert torch.equal(a, z), name
-    first, n_new = case.lens[0] - case.new[0], case.new[0]
-    page, place = slots_of(want, 0, case.lens[0])
-    expected = torch.arange(n_new) + (first if evicted is None else evicted)
-    assert torch.equal(want.pages.positions[page, 0, place][first:].long(), expected)
+@pytest.mark.parametrize("implementation", ALL)
+def test_slots_behind_the_last_token_keep_their_notes(implementation: str) -> None:
+    case = replace(CASES[0], lens=(5,), new=(2,))
+    world = build(case, written="context", device=device(implementation))
+    page = int(world.block_table[0, 0])
+    before = world.pages.positions[page].clone()
+    world.write(load("write", implementation))
+    assert torch.equal(world.pages.positions[page, :, 5:], before[:, 5:])

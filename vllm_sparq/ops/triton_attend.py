@@ -22,6 +22,7 @@ from vllm_sparq.ops.triton_codes import (
     load_records,
     n_in_codes,
     staged_at,
+    tile_slots,
 )
 from vllm_sparq.ops.triton_common import cast, dot, read_counts, split_count, split_tokens
 
@@ -29,19 +30,32 @@ LOG2_E = 1.4426950408889634
 
 
 @triton.jit
-def fold(q, k, v, visible, top, total, acc, scale_log2, ROWS: tl.constexpr, TILE: tl.constexpr, BLIND: tl.constexpr):
-    """One step of the online softmax: q [ROWS, D] over k [D, TILE] and v [TILE, D].
+def logits_of(q, k, visible, scale_log2, ROWS: tl.constexpr, TILE: tl.constexpr):
+    """fp32 [ROWS, TILE] logits to the base 2 of q [ROWS, D] and k [D, TILE]; -inf where not visible."""
+    s = dot(q, k, tl.zeros([ROWS, TILE], tl.float32)) * scale_log2
+    return tl.where(visible, s, float("-inf"))
+
+
+@triton.jit
+def fold(s, v, top, total, acc, BLIND: tl.constexpr):
+    """One step of the online softmax: logits [ROWS, TILE] and v [TILE, D].
 
     BLIND: a row may have seen nothing yet even after this step.
     """
-    s = dot(q, k, tl.zeros([ROWS, TILE], tl.float32)) * scale_log2
-    s = tl.where(visible, s, float("-inf"))
     new_top = tl.maximum(top, tl.max(s, 1))
     base = tl.where(new_top == float("-inf"), 0.0, new_top) if BLIND else new_top
     shrink = tl.exp2(top - base)
     p = tl.exp2(s - base[:, None])
     acc = dot(cast(p, v.dtype), v, acc * shrink[:, None])
     return new_top, total * shrink + tl.sum(p, 1), acc
+
+
+@triton.jit
+def keep_logits(logits, s, t, live, is_dense, logits_stride, GROUP: tl.constexpr, GROUP_PAD: tl.constexpr):
+    """Logits [GROUP_PAD, TILE] of the tokens ``t`` of a dense row; ``logits`` points to the group's first head."""
+    if is_dense:
+        h = tl.arange(0, GROUP_PAD)[:, None]
+        tl.store(logits + h * logits_stride + t[None, :], s, mask=(h < GROUP) & live[None, :])
 
 
 @triton.jit
@@ -54,13 +68,18 @@ def fold_quantized(
     n_coded,  # tokens that are in codes
     page_stride,
     scale_log2,
+    logits,
+    logits_stride,
+    is_dense,
     ROWS: tl.constexpr,
+    GROUP: tl.constexpr,
     N: tl.constexpr,
     D: tl.constexpr,
     D_PAD: tl.constexpr,
     TILE: tl.constexpr,
     LISTED: tl.constexpr,
     FORMAT: tl.constexpr,
+    NOTE: tl.constexpr,
 ):
     """(top, total, acc) of the tokens ``start : stop`` of a row: first those in codes, then staged ones."""
     top = tl.full([ROWS], float("-inf"), tl.float32)
@@ -77,7 +96,15 @@ def fold_quantized(
             k, v, live = load_block_tile(
                 records, tokens, first, tl.minimum(stop, n_coded), page_stride, N, D, D_PAD, TILE, FORMAT
             )
-        top, total, acc = fold(q, k, v, live[None, :], top, total, acc, scale_log2, ROWS, TILE, BLIND=LISTED)
+        s = logits_of(q, k, live[None, :], scale_log2, ROWS, TILE)
+        if NOTE:
+            if LISTED:
+                t = first + tl.arange(0, TILE)
+            else:
+                block, slot, _ = tile_slots(first, stop, N, FORMAT, TILE)
+                t = block * N + slot
+            keep_logits(logits, s, t, live, is_dense, logits_stride, GROUP, ROWS)
+        top, total, acc = fold(s, v, top, total, acc, BLIND=LISTED)
     for first in range(start if LISTED else tl.maximum(start, n_coded), stop, TILE):
         t = first + tl.arange(0, TILE)
         if LISTED:
@@ -90,7 +117,10 @@ def fold_quantized(
             page, place = staged_at(tokens, t, live, N, FORMAT.staged)
         if tl.max(live.to(tl.int32), 0) > 0:
             k, v = load_records(records, page.to(tl.int64), place, live, page_stride, D, D_PAD, FORMAT)
-            top, total, acc = fold(q, k, v, live[None, :], top, total, acc, scale_log2, ROWS, TILE, BLIND=False)
+            s = logits_of(q, k, live[None, :], scale_log2, ROWS, TILE)
+            if NOTE:
+                keep_logits(logits, s, t, live, is_dense, logits_stride, GROUP, ROWS)
+            top, total, acc = fold(s, v, top, total, acc, BLIND=False)
     return top, total, acc
 
 
@@ -101,13 +131,15 @@ def attend_kernel(
     tokens,  # LISTED: int32 cells [rows, capacity]; else the block table, int32 [B, M]
     seq_lens,  # int32 [B]
     partial,  # fp32 [B * H, N_SPLITS, D]
-    weight,  # fp32 [B * H, N_SPLITS]
+    weight,  # fp32 [B * H, N_SPLITS]; with one split written with NOTE alone
+    logits,  # fp32 [B * H, logits_stride], written with NOTE: of rows that are read densely, to the base 2
     out,  # [B, H, D], written here where there is one split
     query_stride_b,
     query_stride_h,
     page_stride,
     head_stride,
     tokens_stride,
+    logits_stride,
     out_stride_b,
     out_stride_h,
     scale_log2,  # scale * log2(e)
@@ -121,6 +153,7 @@ def attend_kernel(
     N_SPLITS: tl.constexpr,
     LISTED: tl.constexpr,
     FORMAT: tl.constexpr,
+    NOTE: tl.constexpr,
     MIN_K: tl.constexpr,
     K_NUM: tl.constexpr,
     K_DEN: tl.constexpr,
@@ -133,9 +166,9 @@ def attend_kernel(
     b = (row // G).to(tl.int64)
     g = (row % G).to(tl.int64)
     context_len = tl.load(seq_lens + b)
-    n_tokens = context_len
+    n_tokens, is_dense = context_len, context_len >= 0
     if LISTED:
-        _, n_tokens, _ = read_counts(context_len, MIN_K, K_NUM, K_DEN, LOCAL, DENSE_BELOW)
+        is_dense, n_tokens, _ = read_counts(context_len, MIN_K, K_NUM, K_DEN, LOCAL, DENSE_BELOW)
         tokens += row.to(tl.int64) * tokens_stride
     else:
         tokens += b * tokens_stride
@@ -147,6 +180,7 @@ def attend_kernel(
     q_at = query + b * query_stride_b + head[:, None] * query_stride_h + d_key[None, :]
     q = tl.load(q_at, mask=(h < GROUP)[:, None] & in_key[None, :], other=0.0)
     records += g * head_stride
+    logits += (b * G + g) * GROUP * logits_stride
     if FORMAT is None:
         top = tl.full([GROUP_PAD], float("-inf"), tl.float32)
         total = tl.zeros([GROUP_PAD], tl.float32)
@@ -160,23 +194,27 @@ def attend_kernel(
             else:
                 page, slot = tl.load(tokens + t // N, mask=live, other=0), t % N
             k, v = load_records(records, page.to(tl.int64), slot, live, page_stride, D, D_PAD, FORMAT)
-            top, total, acc = fold(q, k, v, live[None, :], top, total, acc, scale_log2, GROUP_PAD, TILE, BLIND=False)
+            s = logits_of(q, k, live[None, :], scale_log2, GROUP_PAD, TILE)
+            if NOTE:
+                keep_logits(logits, s, t, live, is_dense, logits_stride, GROUP, GROUP_PAD)
+            top, total, acc = fold(s, v, top, total, acc, BLIND=False)
     else:
         n_coded = n_in_codes(context_len, N)
         top, total, acc = fold_quantized(
-            *(q, records, tokens, start, stop, n_coded, page_stride, scale_log2),
-            *(GROUP_PAD, N, D, D_PAD, TILE, LISTED, FORMAT),
+            *(q, records, tokens, start, stop, n_coded, page_stride, scale_log2, logits, logits_stride, is_dense),
+            *(GROUP_PAD, GROUP, N, D, D_PAD, TILE, LISTED, FORMAT, NOTE),
         )
 
     d, in_value = channel_order(FORMAT, False, D, D_PAD)
     own = (h < GROUP)[:, None] & in_value[None, :]
     y = acc / tl.where(total == 0.0, 1.0, total)[:, None]
+    at_split = (b * G * GROUP + head) * N_SPLITS + split
+    if N_SPLITS > 1 or NOTE:
+        tl.store(weight + at_split, top + tl.log2(total), mask=h < GROUP)
     if N_SPLITS == 1:
         to = out + b * out_stride_b + head[:, None] * out_stride_h + d[None, :]
         tl.store(to, cast(y, out.dtype.element_ty), mask=own)
     else:
-        at_split = (b * G * GROUP + head) * N_SPLITS + split
-        tl.store(weight + at_split, top + tl.log2(total), mask=h < GROUP)
         tl.store(partial + at_split[:, None] * D + d[None, :], y, mask=own & (total > 0.0)[:, None])
 
 
@@ -202,10 +240,12 @@ def attend(
     max_tokens: int,
     read: dict[str, object] | None = None,
     keep_splits: bool = False,
-) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """Write ``out``, or return (partial, weight) for `merge` where rows are split or ``keep_splits``.
+    logits: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Write ``out``, or return (partial, weight) for `merge` where rows are split or ``keep_splits``; else both empty.
 
-    ``tokens`` is the block table, or with ``read`` the list of cells; ``max_tokens`` bounds the tokens of a row.
+    ``tokens`` is the block table, or with ``read`` the list of cells; ``max_tokens`` bounds the tokens of a row. With
+    ``logits``, fp32 [B * H, max_tokens], those of densely read rows are kept there, and there is a weight always.
     """
     (n_requests, n_heads, head_size), n_kv_heads = query.shape, pages.data.shape[1]
     records, group = pages_as_records(pages), n_heads // n_kv_heads
@@ -214,11 +254,13 @@ def attend(
         n_splits = max(n_splits, 2)  # one split would be written to out
     scratch = n_splits if n_splits > 1 else 0
     partial = torch.empty(n_requests * n_heads, scratch, head_size, dtype=torch.float32, device=query.device)
-    weight = torch.empty(n_requests * n_heads, scratch, dtype=torch.float32, device=query.device)
+    n_weights = scratch if logits is None else n_splits
+    weight = torch.empty(n_requests * n_heads, n_weights, dtype=torch.float32, device=query.device)
     unused = dict(MIN_K=1, K_NUM=0, K_DEN=1, LOCAL=0, DENSE_BELOW=0)
     attend_kernel[(n_requests * n_kv_heads, n_splits)](
-        *(query, records, tokens, seq_lens, partial, weight, out, query.stride(0), query.stride(1)),
-        *(records.stride(0), records.stride(1), tokens.stride(0), out.stride(0), out.stride(1), scale * LOG2_E),
+        *(query, records, tokens, seq_lens, partial, weight, weight if logits is None else logits, out),
+        *(query.stride(0), query.stride(1), records.stride(0), records.stride(1), tokens.stride(0)),
+        *(0 if logits is None else logits.stride(0), out.stride(0), out.stride(1), scale * LOG2_E),
         G=n_kv_heads,
         GROUP=group,
         GROUP_PAD=max(16, triton.next_power_of_2(group)),
@@ -229,8 +271,9 @@ def attend(
         N_SPLITS=n_splits,
         LISTED=read is not None,
         FORMAT=codes_of(pages.layout),
+        NOTE=logits is not None,
         **(unused if read is None else read),
         num_warps=4 if pages.layout.quantized is None else 8,  # elements on their way from codes live in registers
         num_stages=3,
     )
-    return (partial, weight) if n_splits > 1 else None
+    return partial, weight

@@ -262,8 +262,8 @@ def gather(at, row, element, mask, ROWS: tl.constexpr, dtype: tl.constexpr):
 
 
 @triton.jit
-def tile_cells(table, first, stop, N: tl.constexpr, FORMAT: tl.constexpr, TILE: tl.constexpr):
-    """(page, slot, live) [TILE] of a tile of whole blocks' tokens: in order, or where K is channel-major by bytes.
+def tile_slots(first, stop, N: tl.constexpr, FORMAT: tl.constexpr, TILE: tl.constexpr):
+    """(block, slot, live) [TILE] of a tile of whole blocks' tokens: in order, or where K is channel-major by bytes.
 
     ``first`` is a multiple of TILE and ``stop`` of N; over all tiles every token comes once, either way.
     """
@@ -272,12 +272,16 @@ def tile_cells(table, first, stop, N: tl.constexpr, FORMAT: tl.constexpr, TILE: 
         BYTES: tl.constexpr = TILE // FORMAT.keys.runs
         RUN: tl.constexpr = FORMAT.keys.run
         column = first // FORMAT.keys.runs + t % BYTES
-        live = column < stop // FORMAT.keys.runs
-        block, slot = column // RUN, t // BYTES * RUN + column % RUN
+        return column // RUN, t // BYTES * RUN + column % RUN, column < stop // FORMAT.keys.runs
     else:
         t = first + t
-        live = t < stop
-        block, slot = t // N, t % N
+        return t // N, t % N, t < stop
+
+
+@triton.jit
+def tile_cells(table, first, stop, N: tl.constexpr, FORMAT: tl.constexpr, TILE: tl.constexpr):
+    """(page, slot, live) [TILE] of `tile_slots`."""
+    block, slot, live = tile_slots(first, stop, N, FORMAT, TILE)
     return tl.load(table + block, mask=live, other=0).to(tl.int64), slot, live
 
 

@@ -14,6 +14,9 @@ import triton.language as tl
 PROGRAMS_PER_SM = 4
 """Programs of a decode kernel per multiprocessor: enough to even out the tail, few enough to merge cheaply."""
 
+SCRATCH_BYTES = 256 << 20
+"""Largest scratch of one slice of a batch, where scratch grows with the tokens that a block table could hold."""
+
 INTERPRETED_SMS = 1
 """Stands for the multiprocessors of a device where the Triton interpreter runs: some rows get split, cheaply."""
 

@@ -12,6 +12,7 @@ import triton.language as tl
 
 from vllm_sparq.ops.triton_common import cast, read_counts, split_tokens
 from vllm_sparq.ops.triton_score_tile import score_tile
+from vllm_sparq.ops.triton_select import is_ranked, mark_newest
 
 
 @triton.jit
@@ -147,6 +148,7 @@ def score_kernel(
     scoring,
     ranges,
     value_sum,
+    positions,
     block_table,
     seq_lens,
     channels,  # int32 [rows, R], written: every split of a row writes the same
@@ -167,6 +169,8 @@ def score_kernel(
     ranges_stride_g,
     sum_stride_p,
     sum_stride_g,
+    notes_stride_p,
+    notes_stride_g,
     table_stride,
     max_tokens,
     scale,
@@ -182,6 +186,7 @@ def score_kernel(
     STATISTICS: tl.constexpr,
     KEEP: tl.constexpr,
     PROBS: tl.constexpr,
+    POSITIONS: tl.constexpr,
     MEAN: tl.constexpr,
     N_SPLITS: tl.constexpr,
     RUNS: tl.constexpr,  # a tile takes the slots n, n + N / RUNS, .. of its pages
@@ -227,6 +232,7 @@ def score_kernel(
 
     RUN: tl.constexpr = N // RUNS
     n_ranked = context_len - n_local
+    positions += g * notes_stride_g
     least = tl.full([PAGES, SLOTS], float("inf"), tl.float32)
     most = tl.full([PAGES, SLOTS], float("-inf"), tl.float32)
     lane_tops = (tl.full([PAGES, SLOTS], -1e30, tl.float32),) * HEADS  # finite: a lane may never see a token
@@ -251,8 +257,10 @@ def score_kernel(
                     store_heads(head_scores, own, t, live, max_tokens, HEADS)
                 if not PROBS:
                     s = sum_heads(own, HEADS)
+                    if POSITIONS:
+                        s = mark_newest(s, positions, table, t, live, n_local, context_len, notes_stride_p, N)
                     tl.store(scores + t, s, mask=live)
-                    ranked = live & (t < n_ranked)
+                    ranked = live & is_ranked(s, t, n_ranked, POSITIONS)
                     least = tl.where(ranked, tl.minimum(least, s), least)
                     most = tl.where(ranked, tl.maximum(most, s), most)
 

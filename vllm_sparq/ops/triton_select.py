@@ -28,14 +28,36 @@ LEAST_EXPONENT = tl.constexpr(100)
 
 
 @triton.jit
-def bin_of(score, t, n_ranked, low, per_unit, PROBS: tl.constexpr):
+def mark_newest(score, positions, table, t, live, n_local, context_len, stride_p, N: tl.constexpr):
+    """Infinity where the position of the token ``t`` is among the ``n_local`` newest; ``positions`` of one KV head."""
+    last = context_len - 1
+    newest = tl.load(positions + tl.load(table + last // N).to(tl.int64) * stride_p + last % N)
+    page = tl.load(table + t // N, mask=live, other=0).to(tl.int64)
+    position = tl.load(positions + page * stride_p + t % N, mask=live, other=0)
+    return tl.where(position > newest - n_local, float("inf"), score)
+
+
+@triton.jit
+def is_ranked(score, t, n_ranked, POSITIONS: tl.constexpr):
+    """Whether tokens must earn their place, and are not local: found by slot, or by what `mark_newest` left."""
+    if POSITIONS:
+        return score != float("inf")
+    else:
+        return t < n_ranked
+
+
+@triton.jit
+def bin_of(score, t, n_ranked, low, per_unit, PROBS: tl.constexpr, POSITIONS: tl.constexpr):
     """Monotonic in the score, in fp32 arithmetic too; the local tokens are on top."""
+    ranked = is_ranked(score, t, n_ranked, POSITIONS)
     if PROBS:
         index = (score.to(tl.int32, bitcast=True) >> 20) - LEAST_EXPONENT * 8
     else:
+        if POSITIONS:
+            score = tl.where(score == float("inf"), low, score)
         index = ((score - low) * per_unit).to(tl.int32)
     index = tl.minimum(tl.maximum(index, 0), N_BINS - 1)
-    return tl.where(t < n_ranked, index, N_BINS - 1)
+    return tl.where(ranked, index, N_BINS - 1)
 
 
 @triton.jit
@@ -72,6 +94,8 @@ def row_statistics(tops, sums, row, N_SPLITS: tl.constexpr, HEADS: tl.constexpr)
 
 @triton.jit
 def count_kernel(
+    positions,  # int32 [P, G, N]
+    block_table,
     seq_lens,
     scores,  # fp32 [rows, max_tokens]; PROBS: written here
     head_scores,  # [rows, HEADS, max_tokens]
@@ -79,10 +103,15 @@ def count_kernel(
     tops,
     sums,
     counts,  # int32 [rows, N_SPLITS, N_BINS], written
+    notes_stride_p,
+    notes_stride_g,
+    table_stride,
     max_tokens,
     G: tl.constexpr,
     HEADS: tl.constexpr,
+    N: tl.constexpr,
     PROBS: tl.constexpr,
+    POSITIONS: tl.constexpr,
     N_SPLITS: tl.constexpr,
     TILE: tl.constexpr,
     MIN_K: tl.constexpr,
@@ -114,10 +143,14 @@ def count_kernel(
             for h in tl.static_range(HEADS):
                 own = tl.load(head_scores + h * max_tokens + t, mask=live, other=0.0).to(tl.float32)
                 s += tl.exp(own - row_tops[h]) / row_sums[h]
+            if POSITIONS:
+                own_positions = positions + row % G * notes_stride_g
+                table = block_table + row // G * table_stride
+                s = mark_newest(s, own_positions, table, t, live, n_local, context_len, notes_stride_p, N)
             tl.store(scores + t, s, mask=live)
         else:
             s = tl.load(scores + t, mask=live, other=0.0)
-        histogram += tl.histogram(bin_of(s, t, n_ranked, low, per_unit, PROBS), N_BINS, mask=live)
+        histogram += tl.histogram(bin_of(s, t, n_ranked, low, per_unit, PROBS, POSITIONS), N_BINS, mask=live)
     tl.store(counts + (row * N_SPLITS + split) * N_BINS + tl.arange(0, N_BINS), histogram)
 
 
@@ -202,6 +235,7 @@ def partition_kernel(
     STAGED: tl.constexpr,
     STATISTICS: tl.constexpr,
     PROBS: tl.constexpr,
+    POSITIONS: tl.constexpr,
     N_SPLITS: tl.constexpr,
     TILE: tl.constexpr,
     MIN_K: tl.constexpr,
@@ -239,7 +273,7 @@ def partition_kernel(
         t = first + tl.arange(0, TILE)
         live = t < stop
         s = tl.load(scores + t, mask=live, other=0.0)
-        index = bin_of(s, t, context_len - n_local, low, per_unit, PROBS)
+        index = bin_of(s, t, context_len - n_local, low, per_unit, PROBS, POSITIONS)
         chosen = live & (index > last)
         n_cells = append_cells(cells, n_cells, table, t, chosen, context_len, N, STAGED)
         if STATISTICS:
@@ -252,15 +286,15 @@ def partition_kernel(
 
 
 @triton.jit
-def sort_key(score, t, n_ranked):
+def sort_key(score, t, n_ranked, POSITIONS: tl.constexpr):
     """uint32 that orders as the fp32 score does, both zeros alike; the local tokens are on top."""
     bits = tl.where(score == 0.0, 0.0, score).to(tl.int32, bitcast=True)
     key = tl.where(bits < 0, ~bits, bits | -0x80000000).to(tl.uint32, bitcast=True)
-    return tl.where(t < n_ranked, key, 0xFFFFFFFF)
+    return tl.where(is_ranked(score, t, n_ranked, POSITIONS), key, 0xFFFFFFFF)
 
 
 @triton.jit
-def find_threshold(candidates, scores, n_candidates, n_wanted, n_ranked, TILE: tl.constexpr):
+def find_threshold(candidates, scores, n_candidates, n_wanted, n_ranked, TILE: tl.constexpr, POSITIONS: tl.constexpr):
     """Key of the last candidate to read, and how many with that very key to read: radix select, 8 bits a pass."""
     threshold = tl.zeros([], tl.uint32)
     index = tl.arange(0, N_BINS)
@@ -269,7 +303,7 @@ def find_threshold(candidates, scores, n_candidates, n_wanted, n_ranked, TILE: t
         for first in range(0, n_candidates, TILE):
             i = first + tl.arange(0, TILE)
             t = tl.load(candidates + i, mask=i < n_candidates, other=0)
-            key = sort_key(tl.load(scores + t, mask=i < n_candidates, other=0.0), t, n_ranked)
+            key = sort_key(tl.load(scores + t, mask=i < n_candidates, other=0.0), t, n_ranked, POSITIONS)
             alive = i < n_candidates
             if shift < 24:
                 alive &= (key >> (shift + 8)) == (threshold >> (shift + 8))
@@ -301,6 +335,7 @@ def finish_kernel(
     N: tl.constexpr,
     STAGED: tl.constexpr,
     STATISTICS: tl.constexpr,
+    POSITIONS: tl.constexpr,
     N_SPLITS: tl.constexpr,
     TILE: tl.constexpr,
     MIN_K: tl.constexpr,
@@ -323,7 +358,7 @@ def finish_kernel(
     n_ranked = context_len - n_local
     n_cells = tl.load(pending + row * 2)
     n_candidates = tl.load(pending + row * 2 + 1)
-    threshold, n_equal = find_threshold(candidates, scores, n_candidates, n_read - n_cells, n_ranked, TILE)
+    threshold, n_equal = find_threshold(candidates, scores, n_candidates, n_read - n_cells, n_ranked, TILE, POSITIONS)
     seen = n_cells * 0
     if STATISTICS:
         row_tops, _ = row_statistics(tops, sums, row, N_SPLITS, HEADS)
@@ -332,7 +367,7 @@ def finish_kernel(
         i = first + tl.arange(0, TILE)
         live = i < n_candidates
         t = tl.load(candidates + i, mask=live, other=0)
-        key = sort_key(tl.load(scores + t, mask=live, other=0.0), t, n_ranked)
+        key = sort_key(tl.load(scores + t, mask=live, other=0.0), t, n_ranked, POSITIONS)
         equal = live & (key == threshold)
         oldest = seen + tl.cumsum(equal.to(tl.int32), 0) <= n_equal  # candidates ascend
         chosen = (live & (key > threshold)) | (equal & oldest)

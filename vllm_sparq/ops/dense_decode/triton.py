@@ -1,7 +1,8 @@
-"""`vllm_sparq.ops.dense_decode.dense_decode` on a GPU: flash decoding over pages, at most two launches.
+"""`vllm_sparq.ops.dense_decode.dense_decode` on a GPU: flash decoding over pages, two launches, or three with scores.
 
 Moves ``2 D`` elements per token and KV head, or the codes and ranges of quantized ones, which is all there is to read;
-the merge adds ``8 D`` bytes per split.
+the merge adds ``8 D`` bytes per split. Where pages have scores, the logits are kept, 8 bytes per token and query head
+there and back: less than K a second time. A batch whose logits would exceed `SCRATCH_BYTES` runs in slices.
 """
 
 from __future__ import annotations
@@ -10,7 +11,8 @@ import torch
 
 from vllm_sparq.layout import Pages
 from vllm_sparq.ops.triton_attend import attend
-from vllm_sparq.ops.triton_common import merge
+from vllm_sparq.ops.triton_common import SCRATCH_BYTES, merge
+from vllm_sparq.ops.triton_notes import note_attention
 
 
 def dense_decode(
@@ -22,9 +24,35 @@ def dense_decode(
     scale: float,
     out: torch.Tensor,
 ) -> None:
-    if query.shape[0] == 0:
+    layout, (n_requests, n_heads, _) = pages.layout, query.shape
+    max_tokens = block_table.shape[1] * layout.block_size
+    if n_requests == 0:
         return
-    max_tokens = block_table.shape[1] * pages.layout.block_size
-    split = attend(query, pages, block_table, seq_lens, scale=scale, out=out, max_tokens=max_tokens)
-    if split is not None:
-        merge(*split, out)
+    if not layout.scores:
+        decode_slice(query, pages, block_table, seq_lens, scale, out, max_tokens)
+        return
+    per_slice = max(1, SCRATCH_BYTES // (4 * n_heads * max_tokens))
+    for first in range(0, n_requests, per_slice):
+        rows = slice(first, min(first + per_slice, n_requests))
+        decode_slice(query[rows], pages, block_table[rows], seq_lens[rows], scale, out[rows], max_tokens)
+
+
+def decode_slice(
+    query: torch.Tensor,
+    pages: Pages,
+    block_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    scale: float,
+    out: torch.Tensor,
+    max_tokens: int,
+) -> None:
+    """The requests whose logits fit at once; all of them where none are kept."""
+    n_rows, logits = query.shape[0] * query.shape[1], None
+    if pages.layout.scores:
+        logits = torch.empty(n_rows, max_tokens, dtype=torch.float32, device=query.device)
+    shared = pages, block_table, seq_lens
+    partial, weight = attend(query, *shared, scale=scale, out=out, max_tokens=max_tokens, logits=logits)
+    if partial.shape[1]:
+        merge(partial, weight, out)
+    if logits is not None:
+        note_attention(*shared, logits, weight)

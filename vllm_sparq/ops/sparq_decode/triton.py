@@ -1,4 +1,4 @@
-"""`vllm_sparq.ops.sparq_decode.sparq_decode` on a GPU: six launches, no sync, nothing sized by a length.
+"""`vllm_sparq.ops.sparq_decode.sparq_decode` on a GPU: six or seven launches, no sync, nothing sized by a length.
 
 Bytes per token and KV head for D = 128, bf16, four query heads, r = 16, int4, N = 128, k = S / 16 (a dense read: 512):
 
@@ -9,6 +9,8 @@ Bytes per token and KV head for D = 128, bf16, four query heads, r = 16, int4, N
     finish      the candidates, about one token in a hundred
     attend      512 for one token in sixteen: 32                                                    triton_attend.py
     blend       8 D per split and head, once per row
+
+    note        only where pages have scores: 4 of each head's score, then fp32; adds to 4      triton_notes.py
 
 Scratch is that of the scores and 4 bytes for the candidates, for every token that the block table could hold. A batch
 whose scratch would exceed `SCRATCH_BYTES` runs in slices, one after the other.
@@ -27,12 +29,18 @@ from vllm_sparq.layout import SCORING_BITS, Pages
 from vllm_sparq.ops.dense_decode.triton import dense_decode
 from vllm_sparq.ops.triton_attend import attend, pages_as_records
 from vllm_sparq.ops.triton_codes import codes_of
-from vllm_sparq.ops.triton_common import cast, merge, merge_splits, read_constants, read_counts, split_count
+from vllm_sparq.ops.triton_common import (
+    SCRATCH_BYTES,
+    cast,
+    merge,
+    merge_splits,
+    read_constants,
+    read_counts,
+    split_count,
+)
+from vllm_sparq.ops.triton_notes import note_attention, note_parts
 from vllm_sparq.ops.triton_score import score_kernel
 from vllm_sparq.ops.triton_select import N_BINS, count_kernel, finish_kernel, head_statistics, partition_kernel
-
-SCRATCH_BYTES = 256 << 20
-"""Largest scratch of one slice of the batch."""
 
 TILE = 1024
 """Tokens of one step of the selection kernels."""
@@ -95,13 +103,20 @@ class Plan:
     runs: int  # tokens of a lane: those whose codes share a byte, or two
     with_mean: bool
     probs: bool
+    by_position: bool  # whether slots do not tell which tokens are newest
+    with_scores: bool  # whether the attention that tokens get is noted
     head_dtype: torch.dtype
     constants: dict[str, object]
 
     @property
     def keep(self) -> bool:
         """Whether head scores have a tensor of their own, instead of being the group scores."""
-        return self.n_heads > 1 or self.probs
+        return self.n_heads > 1 or self.probs or self.by_position
+
+    @property
+    def statistics(self) -> bool:
+        """Whether the softmax of each head's scores is wanted."""
+        return self.with_mean or self.probs or self.with_scores
 
 
 class Scratch:
@@ -117,6 +132,7 @@ class Scratch:
         self.head_scores = empty(heads, plan.max_tokens, dtype=plan.head_dtype) if plan.keep else self.scores
         self.tops, self.sums, self.shares = empty(n_splits, heads), empty(n_splits, heads), empty(n_splits + 1, heads)
         self.mean = empty(head_size if plan.with_mean else 0)
+        self.logits = empty(heads, plan.capacity).flatten(0, 1) if plan.with_scores else None
         self.counts, self.pending = empty(n_splits, N_BINS.value, dtype=torch.int32), empty(2, dtype=torch.int32)
         self.cells, self.candidates = empty(plan.capacity, dtype=torch.int32), empty(plan.max_tokens, dtype=torch.int32)
 
@@ -136,7 +152,8 @@ def sparq_decode(
     if read.k_per_token <= 1 and read.is_dense(max_tokens):  # so is every shorter context
         dense_decode(query, pages, block_table, seq_lens, scale=scale, out=out)
         return
-    per_slice = max(1, SCRATCH_BYTES // (max_tokens * (8 * n_kv_heads + 4 * n_heads)))
+    per_head = 8 if pages.layout.scores else 4
+    per_slice = max(1, SCRATCH_BYTES // (max_tokens * (8 * n_kv_heads + per_head * n_heads)))
     for first in range(0, n_requests, per_slice):
         rows = slice(first, min(first + per_slice, n_requests))
         decode_slice(query[rows], pages, block_table[rows], seq_lens[rows], read, scale, out[rows])
@@ -156,20 +173,22 @@ def decode_slice(
     work = Scratch(plan, read.r, query.shape[2], query.device)
     score(plan, work, query, pages, block_table, seq_lens, read.r, scale)
     select(plan, work, pages, block_table, seq_lens)
-    split = attend(
+    partial, weight = attend(
         *(query, pages, work.cells, seq_lens),
         scale=scale,
         out=out,
         max_tokens=plan.capacity,
         read=plan.constants,
         keep_splits=plan.with_mean,
+        logits=work.logits,
     )
-    if split is None:
-        return
     if plan.with_mean:
-        blend(plan, work, *split, seq_lens, read.alpha_floor, out)
-    else:
-        merge(*split, out)
+        blend(plan, work, partial, weight, seq_lens, read.alpha_floor, out)
+    elif partial.shape[1]:
+        merge(partial, weight, out)
+    if work.logits is not None:
+        paid = work.head_scores, work.tops, work.sums
+        note_attention(pages, block_table, seq_lens, work.logits, weight, paid, plan.constants)
 
 
 def make_plan(query: torch.Tensor, pages: Pages, block_table: torch.Tensor, read: SparqRead) -> Plan:
@@ -177,7 +196,8 @@ def make_plan(query: torch.Tensor, pages: Pages, block_table: torch.Tensor, read
     n_kv_heads, block_size = pages.data.shape[1], pages.layout.block_size
     n_rows, max_tokens = query.shape[0] * n_kv_heads, block_table.shape[1] * block_size
     with_mean, probs = read.alpha_floor < 1.0, read.group_reduce == "probs"
-    n_heads = query.shape[1] // n_kv_heads if with_mean or probs else 1
+    with_scores = pages.layout.scores
+    n_heads = query.shape[1] // n_kv_heads if with_mean or probs or with_scores else 1
     codes = codes_of(pages.layout)
     ranks_itself = codes is not None and codes.channel_keys
     runs = codes.keys.runs if ranks_itself else 2
@@ -194,7 +214,9 @@ def make_plan(query: torch.Tensor, pages: Pages, block_table: torch.Tensor, read
         runs=runs,
         with_mean=with_mean,
         probs=probs,
-        head_dtype=torch.float32 if probs else query.dtype,
+        by_position=pages.layout.positions,
+        with_scores=with_scores,
+        head_dtype=torch.float32 if probs or with_scores else query.dtype,
         constants=read_constants(read),
     )
 
@@ -217,10 +239,11 @@ def score(
     ranges = pages.part("ranges").view(torch.int32) if scheme in SCORING_BITS else pages.data
     value_sum = pages.value_sum if plan.with_mean else pages.data
     strides = [t.stride(i) for t in (query, records, scoring, ranges, value_sum) for i in (0, 1)]
+    positions, _, *notes_strides = note_parts(pages)
     score_kernel[(plan.n_rows, plan.n_splits + plan.with_mean)](
-        *(query, records, scoring, ranges, value_sum, block_table, seq_lens, work.channels, work.weights, work.scores),
-        *(work.extent, work.tops, work.sums, work.head_scores, work.mean),
-        *(*strides, block_table.stride(0), plan.max_tokens, scale),
+        *(query, records, scoring, ranges, value_sum, positions, block_table, seq_lens),
+        *(work.channels, work.weights, work.scores, work.extent, work.tops, work.sums, work.head_scores, work.mean),
+        *(*strides, *notes_strides, block_table.stride(0), plan.max_tokens, scale),
         G=records.shape[1],
         GROUP=query.shape[1] // records.shape[1],
         HEADS=plan.n_heads,
@@ -230,9 +253,10 @@ def score(
         D_PAD=triton.next_power_of_2(head_size),
         SCORING=scheme,
         FORMAT=codes_of(pages.layout),
-        STATISTICS=plan.with_mean or plan.probs,
+        STATISTICS=plan.statistics,
         KEEP=plan.keep,
         PROBS=plan.probs,
+        POSITIONS=plan.by_position,
         MEAN=plan.with_mean,
         N_SPLITS=plan.n_splits,
         RUNS=plan.runs,
@@ -251,11 +275,16 @@ def select(plan: Plan, work: Scratch, pages: Pages, block_table: torch.Tensor, s
     statistics = work.tops, work.sums
     lists = work.cells, work.candidates, work.pending, work.shares
     strides = block_table.stride(0), plan.max_tokens, plan.capacity
+    sizes |= dict(N=pages.layout.block_size, POSITIONS=plan.by_position)
+    positions, _, *notes_strides = note_parts(pages)
     count_kernel[(plan.n_rows, plan.n_splits)](
-        *(seq_lens, *scores, work.extent, *statistics, work.counts, plan.max_tokens), PROBS=plan.probs, **sizes
+        *(positions, block_table, seq_lens, *scores, work.extent, *statistics, work.counts),
+        *(*notes_strides, block_table.stride(0), plan.max_tokens),
+        PROBS=plan.probs,
+        **sizes,
     )
     codes = codes_of(pages.layout)
-    sizes |= dict(N=pages.layout.block_size, STAGED=codes.staged if codes else 0, STATISTICS=plan.with_mean)
+    sizes |= dict(STAGED=codes.staged if codes else 0, STATISTICS=plan.with_mean)
     partition_kernel[(plan.n_rows, plan.n_splits)](
         *(block_table, seq_lens, *scores, work.extent, *statistics, work.counts, *lists, *strides),
         PROBS=plan.probs,

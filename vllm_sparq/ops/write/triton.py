@@ -17,6 +17,7 @@ import triton.language as tl
 
 from vllm_sparq.layout import SCORING_BITS, Pages
 from vllm_sparq.ops.triton_common import find_request
+from vllm_sparq.ops.triton_notes import note_arrivals, note_parts
 from vllm_sparq.ops.write.triton_quantized import write_quantized
 from vllm_sparq.ops.write.triton_scoring import close_page, scoring_tile
 
@@ -71,9 +72,12 @@ def write_kernel(
     scoring,  # [P, G, D, N / 2 | N]
     ranges,  # fp16 [P, G, D, 2]
     value_sum,  # fp32 [P, G, D]
+    positions,  # int32 [P, G, N]
+    scores,  # fp32 [P, G, N]
     block_table,  # int32 [B, M]
     query_start_loc,
     seq_lens,
+    first_positions,  # int32 [B] with SHIFTED
     key_stride_t,
     key_stride_g,
     value_stride_t,
@@ -86,11 +90,16 @@ def write_kernel(
     ranges_stride_g,
     sum_stride_p,
     sum_stride_g,
+    notes_stride_p,  # of positions and of scores
+    notes_stride_g,
     table_stride,
     n_requests,
     n_page_programs,
     SCORING: tl.constexpr,
     HAS_SUM: tl.constexpr,
+    POSITIONS: tl.constexpr,
+    SCORES: tl.constexpr,
+    SHIFTED: tl.constexpr,  # whether positions differ from slots
     N: tl.constexpr,
     D: tl.constexpr,
     D_PAD: tl.constexpr,
@@ -149,13 +158,19 @@ def write_kernel(
         v = tl.load(value + slot.to(tl.int64) * value_stride_t + d, mask=mask)
         tl.store(records + slot * (2 * D) + d, k, mask=mask)
         tl.store(records + slot * (2 * D) + D + d, v, mask=mask)
+    if POSITIONS:
+        at = page * notes_stride_p + g * notes_stride_g
+        slot_0 = block * N
+        if SHIFTED:
+            slot_0 += tl.load(first_positions + b) - first
+        note_arrivals(positions + at, scores + at, slot_0, n_old, stop, SCORES)
     if SCORING is not None:  # noqa: SIM102  known at compile time, the rest is not
         if stop == N:
             scoring += page * scoring_stride_p + g * scoring_stride_g
             ranges += page * ranges_stride_p + g * ranges_stride_g
             close_page(
                 *(key, records, block_table, scoring, ranges, n_old, key_stride_t, page_stride),
-                *(SCORING, N, D, D_PAD, TILE, 0),
+                *(SCORING, N, D, D_PAD, TILE, 0, None),
             )
 
 
@@ -166,13 +181,14 @@ def write(
     block_table: torch.Tensor,
     query_start_loc: torch.Tensor,
     seq_lens: torch.Tensor,
+    first_positions: torch.Tensor | None = None,
 ) -> None:
     layout, n_requests = pages.layout, query_start_loc.shape[0] - 1
     (n_tokens, n_kv_heads, head_size), block_size = key.shape, layout.block_size
     if n_requests == 0 or n_tokens == 0:
         return
     if layout.quantized is not None:
-        write_quantized(key, value, pages, block_table, query_start_loc, seq_lens)
+        write_quantized(key, value, pages, block_table, query_start_loc, seq_lens, first_positions)
         return
     # A part that the layout lacks is never touched: any pointer does.
     scoring = pages.scoring if layout.scoring else pages.data
@@ -182,11 +198,17 @@ def write(
     n_sum_programs = n_requests * -(-head_size // SUM_CHANNELS) if layout.value_sum else 0
     d_pad = triton.next_power_of_2(head_size)
     strides = [t.stride(i) for t in (key, value, pages.keys, scoring, ranges, value_sum) for i in (0, 1)]
+    positions, scores, *notes_strides = note_parts(pages)
+    shifted = layout.positions and first_positions is not None
     write_kernel[(n_page_programs + n_sum_programs, n_kv_heads)](
-        *(key, value, pages.keys, scoring, ranges, value_sum, block_table, query_start_loc, seq_lens),
-        *(*strides, block_table.stride(0), n_requests, n_page_programs),
+        *(key, value, pages.keys, scoring, ranges, value_sum, positions, scores),
+        *(block_table, query_start_loc, seq_lens, first_positions if shifted else seq_lens),
+        *(*strides, *notes_strides, block_table.stride(0), n_requests, n_page_programs),
         SCORING=layout.scoring,
         HAS_SUM=layout.value_sum,
+        POSITIONS=layout.positions,
+        SCORES=layout.scores,
+        SHIFTED=shifted,
         N=block_size,
         D=head_size,
         D_PAD=d_pad,

@@ -17,57 +17,13 @@ import triton.language as tl
 
 from vllm_sparq.layout import SCORING_BITS, Pages
 from vllm_sparq.ops.triton_codes import Codes, Rows, as_bytes, codes_of, gather, load_ranges
-from vllm_sparq.ops.triton_common import cast, find_request, widen
+from vllm_sparq.ops.triton_common import find_request, widen
+from vllm_sparq.ops.triton_encode import encode, store_ranges
+from vllm_sparq.ops.triton_notes import note_arrivals, note_parts
 from vllm_sparq.ops.write.triton_scoring import close_page, load_block, scoring_tile
 
 SUM_CHANNELS = 32
 """Channels of one program that sums."""
-
-
-@triton.jit
-def not_below(x, dtype: tl.constexpr):
-    """fp32, the smallest number of ``dtype`` that is not below x >= 0; infinity beyond its range."""
-    if dtype == tl.bfloat16:
-        bits = x.to(tl.int32, bitcast=True)
-        return ((bits + 0xFFFF) & -65536).to(tl.float32, bitcast=True)
-    elif dtype == tl.float16:
-        nearest = x.to(tl.float16)
-        above = (nearest.to(tl.int16, bitcast=True) + 1).to(tl.int16).to(tl.float16, bitcast=True)
-        return tl.where(nearest.to(tl.float32) < x, above.to(tl.float32), nearest.to(tl.float32))
-    else:
-        return x
-
-
-@triton.jit
-def store_ranges(at, x, inside, mask, ROWS: tl.constexpr, dtype: tl.constexpr):
-    """The range of one group per row: x [rows, elements], of which ``inside`` count; ``at`` and ``mask`` [rows]."""
-    x = widen(x)
-    low = tl.min(tl.where(inside, x, float("inf")), 1)
-    high = tl.max(tl.where(inside, x, float("-inf")), 1)
-    broken = tl.max((inside & ~(tl.abs(x) < float("inf"))).to(tl.int32), 1) > 0
-    if ROWS.numbers == 1:
-        largest = tl.abs(tl.maximum(-low, high))
-        step = tl.where(low == high, largest, not_below(tl.div_rn(largest, largest * 0.0 + 127.0), dtype))
-    else:
-        span = high - low
-        step = not_below(tl.div_rn(span, tl.zeros_like(span) + ((1 << ROWS.bits) - 1.0)), dtype)
-    broken = broken | ~(step < float("inf"))
-    at = at.to(tl.pointer_type(dtype), bitcast=True)
-    tl.store(at, cast(tl.where(broken, float("nan"), step), dtype), mask=mask)
-    if ROWS.numbers == 2:
-        tl.store(at + 1, cast(tl.where(broken, float("nan"), low), dtype), mask=mask)
-
-
-@triton.jit
-def encode(x, step, zero, ROWS: tl.constexpr):
-    """int32 codes of fp32 x, the bits of a code set alone; 0 where the step is zero or NaN."""
-    quotient = tl.div_rn(x - zero, tl.where(step > 0.0, step, 1.0) + tl.zeros_like(x))
-    if ROWS.numbers == 1:
-        quotient = tl.minimum(tl.maximum(quotient, -127.0), 127.0)
-    else:
-        quotient = tl.minimum(tl.maximum(quotient, 0.0), (1 << ROWS.bits) - 1.0)
-    rounded = (quotient + 12582912.0) - 12582912.0  # 1.5 * 2^23: the sum rounds to a whole number, half to even
-    return tl.where(step > 0.0, rounded, 0.0).to(tl.int32) & ((1 << ROWS.bits) - 1)
 
 
 @triton.jit
@@ -168,9 +124,12 @@ def encode_kernel(
     staged,  # pages [P, G] of the model's type
     scoring,  # [P, G, D, N / 2 | N]
     ranges,  # fp16 [P, G, D, 2]
+    positions,  # int32 [P, G, N]
+    scores,  # fp32 [P, G, N]
     block_table,  # int32 [B, M]
     query_start_loc,
     seq_lens,
+    first_positions,  # int32 [B] with SHIFTED
     key_stride_t,
     key_stride_g,
     value_stride_t,
@@ -181,10 +140,15 @@ def encode_kernel(
     scoring_stride_g,
     ranges_stride_p,
     ranges_stride_g,
+    notes_stride_p,  # of positions and of scores
+    notes_stride_g,
     table_stride,
     n_requests,
     BEGUN: tl.constexpr,  # whether this is the first launch
     SCORING: tl.constexpr,
+    POSITIONS: tl.constexpr,
+    SCORES: tl.constexpr,
+    SHIFTED: tl.constexpr,  # whether positions differ from slots
     FORMAT: tl.constexpr,
     N: tl.constexpr,
     D: tl.constexpr,
@@ -245,6 +209,12 @@ def encode_kernel(
             *(VALUES, False, VALUE_TILE, COPY_TILE, N, D, D_PAD, PLACES),
         )
         return
+    if POSITIONS and not BEGUN:  # of every block that tokens come to; staged tokens lie there no more
+        notes_at = page * notes_stride_p + g * notes_stride_g
+        slot_0 = block * N
+        if SHIFTED:
+            slot_0 += tl.load(first_positions + b) - first
+        note_arrivals(positions + notes_at, scores + notes_at, slot_0, n_old, stop, SCORES)
     key += g * key_stride_g + row * key_stride_t
     write_side(
         *(key, staged, at, table + block + 1, n_old, stop, is_staged, is_encoded, key_stride_t, page_stride),
@@ -256,7 +226,7 @@ def encode_kernel(
             ranges += page * ranges_stride_p + g * ranges_stride_g
             close_page(
                 *(key, staged, table + block + 1, scoring, ranges, n_old, key_stride_t, page_stride),
-                *(SCORING, N, D, D_PAD, SCORING_TILE, PLACES),
+                *(SCORING, N, D, D_PAD, SCORING_TILE, PLACES, None),
             )
 
 
@@ -316,6 +286,7 @@ def write_quantized(
     block_table: torch.Tensor,
     query_start_loc: torch.Tensor,
     seq_lens: torch.Tensor,
+    first_positions: torch.Tensor | None,
 ) -> None:
     """`vllm_sparq.ops.write.write` where there are tokens, and blocks that are encoded when they fill."""
     layout, n_requests = pages.layout, query_start_loc.shape[0] - 1
@@ -327,13 +298,19 @@ def write_quantized(
     ranges = pages.ranges if layout.scoring in SCORING_BITS else pages.data
     d_pad = triton.next_power_of_2(head_size)
     strides = [t.stride(i) for t in (key, value, pages.staged, scoring, ranges) for i in (0, 1)]
+    positions, scores, *notes_strides = note_parts(pages)
+    shifted = layout.positions and first_positions is not None
     for begun in (True, False):
         n_programs = n_requests if begun else n_tokens // block_size + 2 * n_requests
         encode_kernel[(n_programs, n_kv_heads, 2)](
-            *(key, value, pages.staged, scoring, ranges, block_table, query_start_loc, seq_lens),
-            *(*strides, block_table.stride(0), n_requests),
+            *(key, value, pages.staged, scoring, ranges, positions, scores),
+            *(block_table, query_start_loc, seq_lens, first_positions if shifted else seq_lens),
+            *(*strides, *notes_strides, block_table.stride(0), n_requests),
             BEGUN=begun,
             SCORING=layout.scoring,
+            POSITIONS=layout.positions,
+            SCORES=layout.scores,
+            SHIFTED=shifted,
             FORMAT=codes,
             N=block_size,
             D=head_size,

@@ -5,7 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from vllm_sparq.ops.triton_common import widen
+from vllm_sparq.ops.triton_codes import gather
+from vllm_sparq.ops.triton_common import cast, widen
 
 
 @triton.jit
@@ -68,11 +69,18 @@ def page_keys(
     D: tl.constexpr,
     D_PAD: tl.constexpr,
     STAGED: tl.constexpr,
+    FORMAT: tl.constexpr,
 ):
-    """K [slots, D] of one block, as in `load_block`."""
+    """K [slots, D] of one block, as in `load_block`, or with FORMAT from codes: of the page at ``records``, bytes."""
     d = tl.arange(0, D_PAD)[None, :]
     slot, mask = slot[:, None], mask[:, None] & (d < D)
-    return load_block(key, records, ahead, slot, d, mask, n_old, key_stride_t, page_stride, D, STAGED)
+    if FORMAT is None:
+        return load_block(key, records, ahead, slot, d, mask, n_old, key_stride_t, page_stride, D, STAGED)
+    dtype: tl.constexpr = key.dtype.element_ty
+    if FORMAT.channel_keys:
+        return cast(gather(records, d, slot, mask, FORMAT.keys, dtype), dtype)
+    else:
+        return cast(gather(records, slot, d, mask, FORMAT.keys, dtype), dtype)
 
 
 @triton.jit
@@ -84,7 +92,7 @@ def finite(x):
 
 @triton.jit
 def close_page(
-    key,  # this and the next two as in `load_block`
+    key,  # this and the next two as in `page_keys`
     records,
     ahead,
     scoring,  # pointers to this page and head
@@ -98,6 +106,7 @@ def close_page(
     D_PAD: tl.constexpr,
     TILE: tl.constexpr,
     STAGED: tl.constexpr,
+    FORMAT: tl.constexpr,
 ):
     """The channel-major copy of a page's K. Slots n and n + N/2 go together: int4 packs them in one byte."""
     d = tl.arange(0, D_PAD)
@@ -112,7 +121,9 @@ def close_page(
         for first in range(0, N, TILE):
             slot = first + tl.arange(0, TILE)
             x = finite(
-                page_keys(key, records, ahead, slot, n_old, key_stride_t, page_stride, slot < N, D, D_PAD, STAGED)
+                page_keys(
+                    key, records, ahead, slot, n_old, key_stride_t, page_stride, slot < N, D, D_PAD, STAGED, FORMAT
+                )
             )
             least = tl.where((slot < N)[:, None], tl.minimum(least, x), least)
             most = tl.where((slot < N)[:, None], tl.maximum(most, x), most)
@@ -128,8 +139,10 @@ def close_page(
         inside = slot < HALF
         to = scoring + d[None, :] * WIDTH + slot[:, None]
         mask = inside[:, None] & (d < D)[None, :]
-        early = page_keys(key, records, ahead, slot, n_old, key_stride_t, page_stride, inside, D, D_PAD, STAGED)
-        late = page_keys(key, records, ahead, slot + HALF, n_old, key_stride_t, page_stride, inside, D, D_PAD, STAGED)
+        early = page_keys(key, records, ahead, slot, n_old, key_stride_t, page_stride, inside, D, D_PAD, STAGED, FORMAT)
+        late = page_keys(
+            key, records, ahead, slot + HALF, n_old, key_stride_t, page_stride, inside, D, D_PAD, STAGED, FORMAT
+        )
         if SCORING == "model":
             tl.store(to, early, mask=mask)
             tl.store(to + HALF, late, mask=mask)

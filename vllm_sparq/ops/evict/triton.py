@@ -1,0 +1,261 @@
+"""`vllm_sparq.ops.evict.evict` on a GPU: three launches, or two without value sums; no sync, nothing sized by a length.
+
+1. `choose_kernel`, a program per request and KV head: the key of the last token to stay, and which token moves where.
+2. `move_kernel`, programs share the pages of a request and KV head (`triton_move`).
+3. `sum_kernel`, a chain in block order behind the first page that changed.
+
+Scratch is 4 bytes for every token that the block table could hold; a batch whose scratch would exceed `SCRATCH_BYTES`
+runs in slices, one after the other.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from vllm_sparq.layout import SCORING_BITS, Pages
+from vllm_sparq.ops.evict.triton_move import move_kernel
+from vllm_sparq.ops.triton_attend import pages_as_records
+from vllm_sparq.ops.triton_codes import as_bytes, codes_of, gather
+from vllm_sparq.ops.triton_common import SCRATCH_BYTES, split_count
+from vllm_sparq.ops.triton_notes import note_parts
+from vllm_sparq.ops.write.triton_scoring import scoring_tile
+
+CHOOSE_TILE = 1024
+"""Tokens of one step of `choose_kernel`."""
+
+SUM_CHANNELS = 32
+"""Channels of one program that sums."""
+
+
+@triton.jit
+def keys_of(
+    positions, scores, table, slot, n_held, sinks, recent_from, stride_p, N: tl.constexpr, SCORES: tl.constexpr
+):
+    """int64, not negative: who comes first in the order of `evict` has the larger key. All differ."""
+    live = slot < n_held
+    at = tl.load(table + slot // N, mask=live, other=0).to(tl.int64) * stride_p + slot % N
+    position = tl.load(positions + at, mask=live, other=0)
+    if SCORES:
+        score = tl.load(scores + at, mask=live, other=0.0)
+        finite = tl.minimum(tl.maximum(score, -3.4028234663852886e38), 3.4028234663852886e38)
+        rank = tl.where(score == score, finite, float("-inf"))
+    else:
+        rank = position.to(tl.float32)
+    rank = tl.where((position < sinks) | (position >= recent_from), float("inf"), rank)
+    bits = tl.where(rank == 0.0, 0.0, rank).to(tl.int32, bitcast=True).to(tl.int64)
+    order = tl.where(bits < 0, -1 - bits, bits + 2147483648)
+    return (order << 31) | (2147483647 - position).to(tl.int64)
+
+
+@triton.jit
+def choose_kernel(
+    positions,
+    scores,
+    block_table,
+    seq_lens,
+    kept_lens,
+    recent_from,
+    moves,  # int32 [rows, max_tokens], written: by kept slot the slot whose token comes here, or -1
+    first_moves,  # int32 [rows], written: the first slot that gets a token, or the kept length
+    notes_stride_p,
+    notes_stride_g,
+    table_stride,
+    max_tokens,
+    sinks,
+    G: tl.constexpr,
+    N: tl.constexpr,
+    SCORES: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """Grid (B * G). Ten passes at most over 12 bytes a token, all but the first from L1 or L2.
+
+    Radix select on 63 bits, 8 a pass, until a digit's tokens all stay; where one token goes, a minimum.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    b, g = row // G, row % G
+    n_held = tl.load(seq_lens + b)
+    n_kept = tl.load(kept_lens + b)
+    tl.store(first_moves + row, n_kept)
+    if n_kept >= n_held:
+        return
+    recent = tl.load(recent_from + b)
+    table = block_table + b * table_stride
+    positions += g * notes_stride_g
+    scores += g * notes_stride_g
+    moves += row * max_tokens
+    lane = tl.arange(0, TILE)
+    last = tl.zeros([], tl.int64)  # the least key that stays
+    if n_held - n_kept == 1:
+        least = tl.full([TILE], 0x7FFFFFFFFFFFFFFF, tl.int64)
+        for first in range(0, n_held, TILE):
+            key = keys_of(positions, scores, table, first + lane, n_held, sinks, recent, notes_stride_p, N, SCORES)
+            least = tl.where(first + lane < n_held, tl.minimum(least, key), least)
+        last = tl.min(least, 0) + 1
+    else:
+        digit = tl.arange(0, 256)
+        shift = n_held * 0 + 56
+        n_wanted = n_kept
+        while shift >= 0:
+            histogram = tl.zeros([256], tl.int32)
+            for first in range(0, n_held, TILE):
+                key = keys_of(positions, scores, table, first + lane, n_held, sinks, recent, notes_stride_p, N, SCORES)
+                alive = (first + lane < n_held) & (((key >> shift) >> 8) == ((last >> shift) >> 8))
+                histogram += tl.histogram(((key >> shift) & 255).to(tl.int32), 256, mask=alive)
+            above = tl.sum(histogram, 0) - tl.cumsum(histogram, 0)
+            here = (above < n_wanted) & (above + histogram >= n_wanted)
+            last |= tl.sum(tl.where(here, digit, 0), 0).to(tl.int64) << shift
+            n_wanted -= tl.sum(tl.where(here, above, 0), 0)
+            all_stay = tl.sum(tl.where(here, histogram, 0), 0) == n_wanted
+            shift = tl.where(all_stay, -8, shift - 8)
+
+    # The survivors behind the kept slots wait in order in the part of the scratch that nothing moves to.
+    n_waiting = n_kept
+    for first in range(n_kept, n_held, TILE):
+        slot = first + lane
+        key = keys_of(positions, scores, table, slot, n_held, sinks, recent, notes_stride_p, N, SCORES)
+        survives = (slot < n_held) & (key >= last)
+        tl.store(moves + n_waiting + tl.cumsum(survives.to(tl.int32), 0) - 1, slot, mask=survives)
+        n_waiting += tl.sum(survives.to(tl.int32), 0)
+    tl.debug_barrier()  # read by other threads than wrote them
+    next_waiting = n_kept
+    first_move = tl.zeros([TILE], tl.int32) + n_kept
+    for first in range(0, n_kept, TILE):
+        slot = first + lane
+        key = keys_of(positions, scores, table, slot, n_held, sinks, recent, notes_stride_p, N, SCORES)
+        dead = (slot < n_kept) & (key < last)
+        source = tl.load(moves + next_waiting + tl.cumsum(dead.to(tl.int32), 0) - 1, mask=dead, other=-1)
+        tl.store(moves + slot, source, mask=slot < n_kept)
+        next_waiting += tl.sum(dead.to(tl.int32), 0)
+        first_move = tl.where(dead, tl.minimum(first_move, slot), first_move)
+    tl.store(first_moves + row, tl.min(first_move, 0))
+
+
+@triton.jit
+def sum_kernel(
+    records,  # pages [P, G] in the model's type
+    value_sum,  # fp32 [P, G, D]
+    block_table,
+    kept_lens,
+    first_moves,
+    page_stride,
+    head_stride,
+    sum_stride_p,
+    sum_stride_g,
+    table_stride,
+    G: tl.constexpr,
+    FORMAT: tl.constexpr,
+    N: tl.constexpr,
+    D: tl.constexpr,
+    TILE: tl.constexpr,
+    SUM_CHANNELS: tl.constexpr,
+):
+    """Grid (B * G, slices of the channels). Reads V, or its codes, from the first changed page on."""
+    row = tl.program_id(0).to(tl.int64)
+    b, g = row // G, row % G
+    changed = tl.load(first_moves + row) // N
+    stop = tl.cdiv(tl.load(kept_lens + b), N)
+    d = tl.program_id(1) * SUM_CHANNELS + tl.arange(0, SUM_CHANNELS)
+    table = block_table + b * table_stride
+    records += g * head_stride
+    value_sum += g * sum_stride_g
+    total = tl.zeros([SUM_CHANNELS], tl.float32)
+    for block in tl.range(changed + 1, stop):
+        before = tl.load(table + block - 1).to(tl.int64)
+        if block == changed + 1:
+            total = tl.load(value_sum + before * sum_stride_p + d, mask=d < D, other=0.0)
+        page_total = tl.zeros([TILE, SUM_CHANNELS], tl.float32)
+        for n in range(0, N, TILE):
+            slot = n + tl.arange(0, TILE)
+            mask = (slot < N)[:, None] & (d < D)[None, :]
+            if FORMAT is None:
+                at = records + before * page_stride + slot[:, None] * (2 * D) + D + d[None, :]
+                page_total += tl.load(at, mask=mask, other=0.0).to(tl.float32)
+            else:
+                at = as_bytes(records) + before * page_stride * FORMAT.values.number_bytes
+                dtype: tl.constexpr = records.dtype.element_ty
+                page_total += gather(at, slot[:, None], d[None, :], mask, FORMAT.values, dtype)
+        total += tl.sum(page_total, 0)
+        page = tl.load(table + block).to(tl.int64)
+        tl.store(value_sum + page * sum_stride_p + d, total, mask=d < D)
+
+
+def evict(
+    pages: Pages,
+    block_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    kept_lens: torch.Tensor,
+    recent_from: torch.Tensor,
+    *,
+    sinks: int,
+) -> None:
+    n_requests, max_tokens = seq_lens.shape[0], block_table.shape[1] * pages.layout.block_size
+    if n_requests == 0 or max_tokens == 0:
+        return
+    per_slice = max(1, SCRATCH_BYTES // (4 * max_tokens * pages.data.shape[1]))
+    for first in range(0, n_requests, per_slice):
+        rows = slice(first, min(first + per_slice, n_requests))
+        evict_slice(pages, block_table[rows], seq_lens[rows], kept_lens[rows], recent_from[rows], sinks)
+
+
+def evict_slice(
+    pages: Pages,
+    block_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    kept_lens: torch.Tensor,
+    recent_from: torch.Tensor,
+    sinks: int,
+) -> None:
+    """The requests whose scratch fits at once."""
+    layout, n_kv_heads, device = pages.layout, pages.data.shape[1], pages.data.device
+    n, d = layout.block_size, layout.head_size
+    n_rows, max_tokens = seq_lens.shape[0] * n_kv_heads, block_table.shape[1] * n
+    moves = torch.empty(n_rows, max_tokens, dtype=torch.int32, device=device)
+    first_moves = torch.empty(n_rows, dtype=torch.int32, device=device)
+    positions, scores, *notes_strides = note_parts(pages)
+    records, codes, table_stride = pages_as_records(pages), codes_of(layout), block_table.stride(0)
+    choose_kernel[(n_rows,)](
+        *(positions, scores, block_table, seq_lens, kept_lens, recent_from, moves, first_moves),
+        *(*notes_strides, table_stride, max_tokens, sinks),
+        G=n_kv_heads,
+        N=n,
+        SCORES=layout.scores,
+        TILE=CHOOSE_TILE,
+        num_warps=8,
+    )
+    # A part that the layout lacks is never touched: any pointer does.
+    scoring = pages.scoring if layout.scoring else pages.data
+    ranges = pages.ranges if layout.scoring in SCORING_BITS else pages.data
+    strides = [t.stride(i) for t in (records, scoring, ranges) for i in (0, 1)]
+    elements = codes.keys.runs * codes.keys.run_pad if codes is not None else 1
+    move_kernel[(n_rows, split_count(n_rows, max_tokens, device, min_tokens=n))](
+        *(records, scoring, ranges, positions, scores, block_table, seq_lens, kept_lens, moves),
+        *(*strides, *notes_strides, table_stride, max_tokens),
+        G=n_kv_heads,
+        SCORES=layout.scores,
+        SCORING=layout.scoring,
+        FORMAT=codes,
+        N=n,
+        N_PAD=triton.next_power_of_2(n),
+        D=d,
+        D_PAD=triton.next_power_of_2(d),
+        TILE=16,
+        CHANNELS=min(triton.next_power_of_2(d), max(4, 2048 // elements)),
+        SCORING_TILE=scoring_tile(n, triton.next_power_of_2(d)),
+        num_warps=4,
+        enable_fp_fusion=False,  # what codes stand for is rounded twice, as everywhere
+    )
+    if layout.value_sum:
+        value_sum = pages.value_sum
+        sum_kernel[(n_rows, -(-d // SUM_CHANNELS))](
+            *(records, value_sum, block_table, kept_lens, first_moves),
+            *(records.stride(0), records.stride(1), value_sum.stride(0), value_sum.stride(1), table_stride),
+            G=n_kv_heads,
+            FORMAT=codes,
+            N=n,
+            D=d,
+            TILE=64,
+            SUM_CHANNELS=SUM_CHANNELS,
+            num_warps=4,
+        )
