@@ -70,7 +70,7 @@ class RetainedSpec(StagedSpec):
         return (-(-n_slots // self.block_size) + self.n_staging_blocks) * self.page_size_bytes
 
 
-def page_spec(spec: FullAttentionSpec, layout: PageLayout, retention: Retention | None) -> FullAttentionSpec:
+def page_spec(spec: FullAttentionSpec, layout: PageLayout, retention: Retention | None = None) -> FullAttentionSpec:
     """``spec`` with our pages in place of vLLM's: raw bytes, ``layout.bytes_per_token`` for each token and KV head.
 
     Everything vLLM derives from a spec (the number of blocks, maximum concurrency, the start-up memory check) follows.

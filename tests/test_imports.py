@@ -24,11 +24,12 @@ FOLDERS = {
 
 MAX_LINES = 400
 
-CORE = ("vllm_sparq.config", "vllm_sparq.layout")
+CORE = ("vllm_sparq.config", "vllm_sparq.layout", "vllm_sparq.retention")
 MAY_IMPORT_OF_OURS = {
     "vllm_sparq": (),
     "vllm_sparq.config": CORE,
     "vllm_sparq.layout": CORE,
+    "vllm_sparq.retention": (),
     "vllm_sparq.ops": (*CORE, "vllm_sparq.ops"),
 }
 """Package -> all that it may import of this project; packages without a row follow the other rules only."""
@@ -43,6 +44,7 @@ MAY_IMPORT_VLLM = (
     "vllm_sparq.doctor",
     "vllm_sparq.engine_check",
     "vllm_sparq.model_report",
+    "vllm_sparq.stat_logger",
     "vllm_sparq.attention_backends",
     "vllm_sparq.scheduler",
     "vllm_sparq.benchmarks",
