@@ -28,6 +28,7 @@ class Case:
     alpha_floor: float = 0.5
     group_reduce: Literal["logits", "probs"] = "logits"
     local: int | None = None
+    noted: bool = False  # positions and scores, so that tokens can be evicted
     lens: tuple[int, ...] = (1, 127, 128, 0, 129, 1500, 4000, 4096)
 
     @property
@@ -35,6 +36,7 @@ class Case:
         sizes = dict(head_size=self.head_size, block_size=self.block_size, dtype=getattr(torch, self.dtype))
         ranks_itself = self.format.startswith("kivi")
         scoring = None if ranks_itself else self.scoring
+        sizes |= dict(positions=self.noted, scores=self.noted)
         return PageLayout(**sizes, scoring=scoring, value_sum=True, format=self.format)
 
     def n_blocks(self, context: int) -> int:
@@ -60,10 +62,16 @@ CASES = (
     Case(heads=5, kv_heads=1, head_size=96, block_size=64, local=0, dtype="float16", format="kivi2"),
     Case(heads=4, kv_heads=2, head_size=256, block_size=256, dtype="float16", format="kivi4"),
     Case(heads=16, kv_heads=2, head_size=64, scoring="int8", group_reduce="probs", block_size=64, format="int8"),
+    *(Case(format=name, noted=True) for name in ("model", "int8", "int4", "kivi4", "kivi2")),
+    Case(heads=8, kv_heads=8, alpha_floor=0.0, dtype="float16", block_size=48, scoring="int8", noted=True),
+    Case(heads=16, kv_heads=2, head_size=64, group_reduce="probs", dtype="float16", block_size=64, noted=True),
 )
 
 TOLERANCE = {"float32": 2e-5, "float16": 2e-3, "bfloat16": 1e-2}
 """Of an output, relative where it is above 1: the last rounding, and weights rounded before they multiply V."""
+
+SCORES_TOLERANCE = {True: 2e-3, False: 0.1}
+"""Of a score, relative where it is above 1: model's type, or codes, whose K is rounded before it makes logits."""
 
 QUANTIZED_TOLERANCE = {"float32": 2e-5, "float16": 4e-3, "bfloat16": 3e-2}
 """Wider: what codes stand for is rounded to the model's type, K before it makes logits."""
@@ -172,6 +180,9 @@ def differ(ours: Pages, theirs: Pages, blocks: torch.Tensor, context: int, case:
     names = ["key_codes", "key_ranges", "value_codes", "value_ranges"]
     names += [name for name in ("scoring", "ranges") if name in layout.parts]
     pairs = [(getattr(ours, name)[full], getattr(theirs, name)[full]) for name in names]
+    home, slot = slots_of(blocks, context, n)
+    noted = ("positions", "scores") if case.noted else ()
+    pairs += [(getattr(ours, name)[home, :, slot], getattr(theirs, name)[home, :, slot]) for name in noted]
     for position in range(max(context - 1, 0) // n * n, context):
         ahead, place = layout.staged_at(position % n)
         page = int(blocks[position // n + 1 + ahead])
@@ -196,3 +207,52 @@ def run_checks(device: str, cases: tuple[Case, ...] = CASES) -> Iterator[dict[st
             limit = (SPARQ_TOLERANCE if op == "sparq_decode" else dense)[case.dtype]
             yield dict(check=op, case=asdict(case), error=float(error), limit=limit)
             yield dict(check=f"{op} twice", case=asdict(case), error=float((got[op] != again[op]).sum()), limit=0)
+        if case.noted:
+            yield from check_notes(case, device)
+
+
+def check_notes(case: Case, device: str) -> Iterator[dict[str, Any]]:
+    """The attention that the readers note, and an eviction by it: two records."""
+    world, right = written(case, device, "triton"), written(case, "cpu", "reference")
+    world.pages.data.copy_(right.pages.data)
+    world.outputs("triton")
+    right.outputs("reference")
+    ours, theirs = Pages(world.pages.data.cpu(), case.layout), right.pages
+    errors = []
+    for b, s in enumerate(case.lens):
+        page, place = slots_of(right.table[b], s, case.block_size)
+        want = theirs.scores[page, :, place]
+        errors.append((ours.scores[page, :, place] - want).abs() / want.clamp(min=1))
+    error = torch.cat(errors).nan_to_num(math.inf).max()
+    limit = SCORES_TOLERANCE[case.format == "model"]
+    yield dict(check="scores", case=asdict(case), error=float(error), limit=limit)
+
+    world.pages.data.copy_(theirs.data)
+    kept = [s // 2 // case.block_size * case.block_size if s > 200 else s for s in case.lens]
+    for one, implementation in ((world, "triton"), (right, "reference")):
+        lens = one.int32(list(case.lens)), one.int32(kept), one.int32([s - 64 for s in case.lens])
+        load("evict", implementation)(one.pages, one.table, *lens, sinks=4)
+    ours = Pages(world.pages.data.cpu(), case.layout)
+    wrong = sum(kept_differ(ours, theirs, right.table[b], n, case) for b, n in enumerate(kept))
+    yield dict(check="evict", case=asdict(case), error=float(wrong), limit=0)
+
+
+def slots_of(blocks: torch.Tensor, n_slots: int, block_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Page and place of a request's first slots."""
+    slots = torch.arange(n_slots)
+    return blocks.long()[slots // block_size], slots % block_size
+
+
+def kept_differ(ours: Pages, theirs: Pages, blocks: torch.Tensor, n_kept: int, case: Case) -> float:
+    """Elements that differ in what a request's kept slots define; infinite if a value sum is off."""
+    layout, (page, place) = case.layout, slots_of(blocks, n_kept, case.block_size)
+    names = ["positions", "scores"]
+    names += ["keys", "values"] if layout.quantized is None else []
+    pairs = [(getattr(ours, name)[page, :, place], getattr(theirs, name)[page, :, place]) for name in names]
+    full = blocks[: n_kept // case.block_size].long()
+    whole = [] if layout.quantized is None else ["key_codes", "key_ranges", "value_codes", "value_ranges"]
+    whole += [name for name in ("scoring", "ranges") if name in layout.parts]
+    pairs += [(getattr(ours, name)[full], getattr(theirs, name)[full]) for name in whole]
+    begun = blocks[: -(-n_kept // case.block_size)].long()
+    error = (ours.value_sum[begun] - theirs.value_sum[begun]).abs() / (1 + theirs.value_sum[begun].abs())
+    return float(sum((a != b).sum() for a, b in pairs)) if (error <= 1e-4).all() else math.inf

@@ -94,7 +94,6 @@ SHAPES = (
         ops=("write", "dense_decode"),
     ),
     Shape(head_size=128, dtype="bfloat16", scoring="int4", noted=True, ops=ALL),
-    Shape(head_size=128, dtype="bfloat16", scoring=None, alpha_floor=1.0, new_tokens=2, noted=True, ops=DENSE),
     Shape(
         head_size=64,
         dtype="float16",
@@ -104,13 +103,11 @@ SHAPES = (
         block_size=64,
         n_requests=512,
         noted=True,
-        ops=("sparq_decode", "evict"),
+        ops=("sparq_decode",),
     ),
     Shape(head_size=80, dtype="float32", scoring="int4", format="int4", block_size=48, noted=True, ops=("evict",)),
-    Shape(head_size=256, dtype="bfloat16", scoring="model", heads=4, block_size=256, noted=True, ops=ALL[3:]),
-    Shape(head_size=128, dtype="bfloat16", scoring="int4", format="int4", noted=True, ops=ALL[1:]),
-    Shape(head_size=128, dtype="bfloat16", scoring=None, format="kivi2", noted=True, ops=ALL),
-    Shape(head_size=256, dtype="float16", scoring=None, format="kivi4", block_size=256, noted=True, ops=DENSE),
+    Shape(head_size=128, dtype="bfloat16", scoring=None, format="kivi2", noted=True, ops=("write", *DENSE)),
+    Shape(head_size=256, dtype="float16", scoring=None, format="kivi4", block_size=256, noted=True, ops=("evict",)),
 )
 
 

@@ -240,8 +240,8 @@ def evict_slice(
         N_PAD=triton.next_power_of_2(n),
         D=d,
         D_PAD=triton.next_power_of_2(d),
-        TILE=16,
-        CHANNELS=min(triton.next_power_of_2(d), max(4, 2048 // elements)),
+        TILE=16 if d <= 128 else 8,
+        CHANNELS=min(triton.next_power_of_2(d), max(4, 1024 // elements)),
         SCORING_TILE=scoring_tile(n, triton.next_power_of_2(d)),
         num_warps=4,
         enable_fp_fusion=False,  # what codes stand for is rounded twice, as everywhere

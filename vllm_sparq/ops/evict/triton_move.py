@@ -1,7 +1,7 @@
 """Steps 2 and 3 of `evict` on a GPU: survivors move, and their new pages make again what they derive from tokens.
 
-A program owns a page that gets tokens and reads only pages that get none (and the page itself), so programs of one
-launch never meet. A page in codes is a little work more:
+A program owns a page that gets tokens; beside that page it reads only slots behind the kept ones, which nobody writes.
+So programs of one launch never meet. A page in codes is a little work more:
 
 * a token's codes and ranges move as they are, in words; from the newest block, which is staged, they are made here;
 * channel-major K is decoded, a slice of channels of the whole page at a time, with the arriving tokens put in place;

@@ -76,11 +76,10 @@ def page_keys(
     slot, mask = slot[:, None], mask[:, None] & (d < D)
     if FORMAT is None:
         return load_block(key, records, ahead, slot, d, mask, n_old, key_stride_t, page_stride, D, STAGED)
-    dtype: tl.constexpr = key.dtype.element_ty
-    if FORMAT.channel_keys:
-        return cast(gather(records, d, slot, mask, FORMAT.keys, dtype), dtype)
+    elif FORMAT.channel_keys:
+        return cast(gather(records, d, slot, mask, FORMAT.keys, key.dtype.element_ty), key.dtype.element_ty)
     else:
-        return cast(gather(records, slot, d, mask, FORMAT.keys, dtype), dtype)
+        return cast(gather(records, slot, d, mask, FORMAT.keys, key.dtype.element_ty), key.dtype.element_ty)
 
 
 @triton.jit
