@@ -36,7 +36,7 @@ def test_quick_check_of_this_machine(capsys: pytest.CaptureFixture[str]) -> None
     assert (code, report["is_well"], wrong) == (0, True, [])
     device, operations = report["sections"][2:]
     assert device["numbers"]["platform"].startswith("vllm_sparq.platform.Sparq")
-    assert set(operations["numbers"]) == {"write", "prefill", "dense_decode", "sparq_decode"}
+    assert set(operations["numbers"]) == {"write", "prefill", "dense_decode", "sparq_decode", "evict"}
 
 
 def test_for_people_it_ends_with_a_verdict(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -106,9 +106,20 @@ def test_what_options_mean_for_a_model(tmp_path: Path) -> None:
     assert "at   1,024 tokens a step reads all of them" in texts(section, "•")
 
 
+def test_what_eviction_means_for_a_model(tmp_path: Path) -> None:
+    options = Options(retention="heavy_hitter", budget=1024, prefill="bounded", read="dense")
+    section = model_section(model_folder(tmp_path), options)
+    # 1,024 tokens are 8 blocks of 128; a prompt has a segment of 256 tokens more
+    assert section.numbers["retention"] == dict(budget=1024, interval=1, blocks=dict(dense=64, answer=8, prompt=10))
+    assert "of 8,192 tokens a request keeps 1,024 per KV head: the 512 newest and those" in texts(section, "✓")
+    sparse = model_section(model_folder(tmp_path), options.model_copy(update={"read": "sparq", "dense_below": 0}))
+    assert [row["context"] for row in sparse.numbers["contexts"]] == [1024]
+
+
 @pytest.mark.parametrize(
     ("config", "options", "message"),
     [
+        ({}, dict(retention="heavy_hitter", budget=128, format="int4"), "128 go at a time, so use budget >= 256"),
         (dict(head_dim=32), {}, "head size 32 is not one of"),
         (dict(attn_logit_softcapping=50.0), {}, "soft-capped logits"),
         ({}, dict(r=65), "r=65 is larger than the model's head size 64: use r <= 64"),

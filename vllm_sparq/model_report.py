@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from vllm_sparq.config import Options, SparqRead
+from vllm_sparq.config import Options, SparqRead, check_budget
 from vllm_sparq.doctor import Section
 from vllm_sparq.layout import FORMATS, PageLayout
 
@@ -43,7 +43,8 @@ def model_section(model: str, options: Options) -> Section:
         section.bad("no layer has full attention, so there is nothing to read sparsely: use vLLM's own backend")
         return section
     try:
-        _describe_read(section, options, shape, config.max_model_len)
+        kept = _describe_retention(section, options, config.max_model_len)
+        _describe_read(section, options, shape, kept)
         _describe_memory(section, options, shape, config.dtype)
     except ValueError as error:  # r beyond the head size, a page that cannot be cut
         section.bad(f"refused: {error}")
@@ -68,6 +69,32 @@ def _shape(config: Any) -> dict[str, int]:
         "n_kv_heads": int(config.get_total_num_kv_heads()),
         "head_size": int(config.get_head_size()),
     }
+
+
+def _describe_retention(section: Section, options: Options, max_model_len: int) -> int:
+    """What stays of a request; returns the longest context that a decode step meets, in tokens."""
+    from vllm_sparq.attention_backends.selection import PREFERRED_BLOCK_SIZE
+
+    retention = options.retained(PREFERRED_BLOCK_SIZE)
+    if retention is None:
+        return max_model_len
+    check_budget(options, PREFERRED_BLOCK_SIZE)
+    size, budget = PREFERRED_BLOCK_SIZE, retention.budget_of(max_model_len)
+    peak = retention.most_slots(max_model_len, max_model_len, answering=False)
+    blocks = {"dense": -(-max_model_len // size), "answer": -(-budget // size), "prompt": -(-peak // size)}
+    section.numbers["retention"] = {"budget": budget, "interval": retention.interval, "blocks": blocks}
+    first = f"the first {retention.sinks} and " if retention.sinks else ""
+    others = "the newest" if options.retention == "window" else f"the {retention.recent_of(budget):,} newest and"
+    heavy = " those with the most attention" if options.retention == "heavy_hitter" else ""
+    section.good(
+        f"retention {options.retention}: of {max_model_len:,} tokens a request keeps {min(budget, max_model_len):,} per KV "
+        f"head: {first}{others}{heavy}; {retention.interval} go at a time"
+    )
+    section.good(
+        f"its answer holds {blocks['answer']} blocks of {size} tokens, its prompt up to {blocks['prompt']} while it is "
+        f"read (prefill = {options.prefill}); dense: {blocks['dense']}"
+    )
+    return min(budget, max_model_len)
 
 
 def _describe_read(section: Section, options: Options, shape: dict[str, int], max_model_len: int) -> None:
