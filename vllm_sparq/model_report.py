@@ -86,15 +86,16 @@ def _describe_retention(section: Section, options: Options, max_model_len: int) 
     first = f"the first {retention.sinks} and " if retention.sinks else ""
     others = "the newest" if options.retention == "window" else f"the {retention.recent_of(budget):,} newest and"
     heavy = " those with the most attention" if options.retention == "heavy_hitter" else ""
+    kept = min(budget, max_model_len)
     section.good(
-        f"retention {options.retention}: of {max_model_len:,} tokens a request keeps {min(budget, max_model_len):,} per KV "
+        f"retention {options.retention}: of {max_model_len:,} tokens a request keeps {kept:,} per KV "
         f"head: {first}{others}{heavy}; {retention.interval} go at a time"
     )
     section.good(
         f"its answer holds {blocks['answer']} blocks of {size} tokens, its prompt up to {blocks['prompt']} while it is "
         f"read (prefill = {options.prefill}); dense: {blocks['dense']}"
     )
-    return min(budget, max_model_len)
+    return kept
 
 
 def _describe_read(section: Section, options: Options, shape: dict[str, int], max_model_len: int) -> None:
