@@ -201,6 +201,7 @@ class _Worker:
         from vllm_sparq.benchmarks.forced import ForcedTokens, prompts_measure
 
         self.method = method
+        self.batch = 0
         self.prompts_measure = prompts_measure(method) and not run.stepwise
         self.llm = LLM(str(run.model), logits_processors=[ForcedTokens], **run.llm_args(method))
         self.engine: Any = self.llm.llm_engine
@@ -236,6 +237,7 @@ class _Worker:
         self.method = method
 
     def answer(self, examples: list[Example]) -> list[Output]:
+        self._abort()
         params = [self._params(example) for example in examples]
         prompts = [self._prompt(example) for example in examples]
         found = self.llm.generate(prompts, params, use_tqdm=False)
@@ -284,7 +286,8 @@ class _Worker:
         from vllm import SamplingParams
 
         context, batch = argument
-        self.engine.abort_request([state.request_id for state in self._states()])
+        self.batch = batch
+        self._abort()
         generator = torch.Generator().manual_seed(0)
         vocabulary = self.engine.vllm_config.model_config.get_vocab_size()
         limit = self.engine.vllm_config.model_config.max_model_len
@@ -296,13 +299,17 @@ class _Worker:
         while len(started) < batch:
             started |= {output.request_id for output in self.engine.step() if output.outputs[0].token_ids}
 
-    def _states(self) -> list[Any]:
-        return list(self.engine.output_processor.request_states.values())
+    def _abort(self) -> None:
+        """End what was prepared, so that the engine is free."""
+        states = self.engine.output_processor.request_states.values()
+        self.engine.abort_request([state.request_id for state in states], internal=True)
 
     def decode(self, n_steps: int) -> list[float]:
         times = []
         for _ in range(n_steps):
             begin = time.perf_counter()
-            self.engine.step()
+            n_done = len(self.engine.step())
+            if n_done != self.batch:
+                raise RuntimeError(f"{n_done} of {self.batch} requests decoded in a step that should be timed")
             times.append(time.perf_counter() - begin)
         return times

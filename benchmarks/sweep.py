@@ -101,11 +101,11 @@ def tables(
             continue
         digits = 3 if dense["lower_is_better"] else 1
         where = task if length is None else f"{task} at {length:,} tokens"
-        title = f"{where}: dense {dense['score']:.{digits}f}; beside it (95% interval), KV bytes read times dense's"
+        title = f"{where}, dense {dense['score']:.{digits}f}\ndifference from it (95% interval); KV bytes read, times dense's"
         view = Table(title=title, box=box.SIMPLE_HEAD)
-        view.add_column("r \\\\ k", justify="right")
+        view.add_column("r", justify="right")
         for k in tokens:
-            view.add_column(str(k), justify="right")
+            view.add_column(f"k = {k}", justify="right")
         rows = [methods[1 + i * len(tokens) : 1 + (i + 1) * len(tokens)] for i in range(len(ranks))]
         for r, row in zip(ranks, rows, strict=True):
             view.add_row(str(r), *(_cell(cells[task, length, one.name], dense, digits) for one in row))
