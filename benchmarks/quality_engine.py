@@ -6,6 +6,7 @@ process proves at its start which attention classes run and with which options, 
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import tempfile
@@ -105,9 +106,10 @@ class Engine:
         self.classes, self.max_model_len = hello["classes"], hello["max_model_len"]
 
     def close(self) -> None:
-        """End it in peace."""
-        self.pipe.send(None)
-        self.process.join(30)
+        """End it in peace, if it still runs."""
+        with contextlib.suppress(BrokenPipeError):
+            self.pipe.send(None)
+            self.process.join(30)
         self.kill()
 
     def kill(self) -> None:
@@ -150,7 +152,8 @@ class Engine:
         return list(self._ask("decode", n_steps))
 
     def _ask(self, order: str, argument: Any) -> Any:
-        self.pipe.send((order, argument))
+        with contextlib.suppress(BrokenPipeError):  # it is gone, which is found out and said below
+            self.pipe.send((order, argument))
         return self._receive()
 
     def _receive(self) -> Any:

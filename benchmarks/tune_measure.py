@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -13,8 +14,11 @@ from vllm_sparq.benchmarks.quality_engine import Engine, Run, same_cache
 from vllm_sparq.benchmarks.tasks import Example
 from vllm_sparq.benchmarks.tune_space import Workload
 
-ROUNDS, STEPS = 4, 6
-"""Turns of each engine, and decode steps per turn; the first turn warms up."""
+STEPS = 6
+"""Decode steps of a turn."""
+
+MIN_TURNS, MAX_TURNS, MIN_SECONDS = 5, 40, 3.0
+"""Turns of each engine: as many as fit into some seconds. One more comes before them and warms up."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,9 +71,12 @@ class Engines:
         self.dense.start()
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         for engine in (self.dense, *self.running):
-            engine.kill()
+            if kind is None:
+                engine.close()
+            else:
+                engine.kill()
 
     def for_method(self, method: Method) -> Engine:
         """An engine that reads as the method does: one that has its cache already, or a new one."""
@@ -97,16 +104,24 @@ def answers_of(engine: Engine, examples: Sequence[Example]) -> dict[str, float]:
     return {task: statistics.fmean(values) for task, values in scores.items()}
 
 
-def times_in_turns(engines: Sequence[Engine], workload: Workload, rounds: int = ROUNDS) -> list[float]:
-    """Median seconds per output token of each engine; one decodes while the others wait, round after round."""
+def times_in_turns(engines: Sequence[Engine], workload: Workload) -> list[tuple[float, float]]:
+    """Of each engine, time per output token as a multiple of the first engine's, and in seconds.
+
+    One decodes while the others wait, turn after turn. The ratio is the median of those within a turn, so that what
+    else the machine does weighs on both sides.
+    """
     for engine in engines:
         engine.prepare(workload.context, workload.batch)
-    times: list[list[float]] = [[] for _ in engines]
-    for turn in range(rounds + 1):
-        for engine, found in zip(engines, times, strict=True):
-            measured = engine.decode(STEPS)
-            found += measured if turn else []
-    return [statistics.median(found) for found in times]
+        engine.decode(STEPS)
+    turns: list[list[float]] = []
+    begin = time.monotonic()
+    n_most = min(MAX_TURNS, (workload.shape.max_model_len - workload.context) // STEPS - 2)
+    while len(turns) < MIN_TURNS or (time.monotonic() - begin < MIN_SECONDS and len(turns) < n_most):
+        turns.append([statistics.median(engine.decode(STEPS)) for engine in engines])
+    return [
+        (statistics.median(turn[i] / turn[0] for turn in turns), statistics.median(turn[i] for turn in turns))
+        for i in range(len(engines))
+    ]
 
 
 def measure(
@@ -119,12 +134,12 @@ def measure(
     """
     engine = engines.for_method(method)
     scores = answers_of(engine, examples)
-    dense_time, time = times_in_turns([engines.dense, engine], workload)
+    _, (ratio, seconds) = times_in_turns([engines.dense, engine], workload)
     shape, context = workload.shape, workload.context
     return Measured(
         options=method.options,
-        time=time / dense_time,
-        tpot_ms=1e3 * time,
+        time=ratio,
+        tpot_ms=1e3 * seconds,
         held=shape.held(method, context) / shape.dense_bytes,
         moved=shape.moved(method, context) / (shape.dense_bytes * context),
         bits=scores["text"] - baseline["text"],

@@ -142,7 +142,7 @@ def test_what_is_shown_can_be_pasted(capsys: pytest.CaptureFixture[str]) -> None
     words = last.split(" ", 3)
     assert words[:3] == ["--attention-backend", "sparq", "--additional-config"]
     assert json.loads(words[3].strip("'")) == {"sparq": {"format": "int4", "r": 16, "k": 128}}
-    assert "1 settings are at least as fast as the default and lose no more" in shown
+    assert "At least as fast as the default, losing no more: 1 of 1 settings." in shown
     assert "2.50 times as fast" in shown
     assert tune.show(tune.quality.make_console(), found, 0.001) == 1
     assert "No setting loses 0.001 or less; the least is 0.0040" in capsys.readouterr().out
@@ -181,15 +181,32 @@ def test_a_grid_is_dense_and_all_pairs() -> None:
         (["sweep", "--k", "0"], "k=0 is not usable"),
         (["tune", "--context", "4096"], "--context 4096"),
         (["tune", "--text", "nowhere"], "no text at nowhere"),
-        (["tune", "--text", str(Path(__file__))], "give more text or less --context"),
         (["tune", "--model", "nowhere"], "no model in nowhere"),
         (["tune", "--out", __file__], "is a file: give a folder"),
     ],
 )
 def test_bad_usage(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     sizes = ["--n", "1", "--lengths", "300"] if words[0] == "sweep" else ["--n", "1"]
-    if "--text" in words and words[-1] == str(Path(__file__)):
-        sizes += ["--context", "4000", "--batch", "1"]
-        Path(words[-1]).stat()
     assert main([*words, *sizes]) == 2
     assert message in capsys.readouterr().err.replace("\n", " ")
+
+
+def test_too_little_text_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "short.txt").write_text("Hardly any text. " * 20)
+    assert main(["tune", "--text", str(tmp_path), "--context", "2000", "--out", str(tmp_path)]) == 2
+    assert "give more text or less --context" in capsys.readouterr().err.replace("\n", " ")
+
+
+def test_the_fastest_are_timed_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A time that was too good to be true does not stay."""
+    study, _ = search(tmp_path, 5, monkeypatch)
+    lucky = tune.choose(tune.measured(study), 0.01)
+    assert lucky is not None
+    assert lucky.time < 5
+    monkeypatch.setattr(tune, "times_in_turns", lambda engines, workload: [(1.0, 0.1), (5.0, 0.5)])
+    engines: Any = type("Engines", (), {"dense": None, "for_method": lambda self, method: method})()
+    quiet = type("Quiet", (), {"print": lambda *_: None})()
+    tune.confirm(quiet, study, engines, WORK, 0.01)
+    again = {json.dumps(one.options): one.time for one in tune.measured(study)}
+    assert again[json.dumps(lucky.options)] == 5.0
+    assert again["{}"] == 5.0
