@@ -189,7 +189,9 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """Options that every command shares which answers prompts."""
     parser.add_argument("--model", type=Path, default=WEIGHTS, help="a model folder (default: the bundled model)")
     parser.add_argument("--dtype", default="bfloat16", help="element type of the model (default: bfloat16)")
-    parser.add_argument("--engine-args", type=json.loads, default={}, metavar="JSON", help="more arguments of vLLM's LLM")
+    parser.add_argument(
+        "--engine-args", type=json.loads, default={}, metavar="JSON", help="more arguments of vLLM's LLM"
+    )
     parser.add_argument("--seed", type=int, default=0)
 
 
@@ -198,19 +200,21 @@ def add_text_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--haystack", type=Path, help="text to hide facts in (default: written by a small grammar)")
     parser.add_argument("--text", type=Path, help="file or folder for task text (default: the bundled model's corpus)")
     parser.add_argument("--data", type=Path, help="folder with the papers' sets; what is missing is named")
-    parser.add_argument("--out", type=Path, metavar="FOLDER", help="keep every line there; a killed run goes on from it")
+    parser.add_argument(
+        "--out", type=Path, metavar="FOLDER", help="keep every line there; a killed run goes on from it"
+    )
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `vllm-sparq eval`."""
-    from vllm_sparq.benchmarks.quality_prompts import known_tasks
+    from vllm_sparq.benchmarks.quality_prompts import short_names
 
     add_model_arguments(parser)
     parser.add_argument(
         "--tasks",
         type=comma_names,
         default=list(TASKS),
-        help=f"of {', '.join(known_tasks())}; longbench and ruler stand for all their sets (default: {','.join(TASKS)})",
+        help=f"of {', '.join(short_names())}, or a set as in longbench_qasper (default: {','.join(TASKS)})",
     )
     parser.add_argument(
         "--lengths", type=comma_numbers, default=[512, 1024, 2048], help="prompt tokens (default: 512,1024,2048)"

@@ -161,9 +161,8 @@ class Engine:
             kind, value = self.pipe.recv()
         except (EOFError, ConnectionResetError):
             said = self.log.read_text(errors="replace").strip().splitlines()
-            raise UsageError(
-                f"the {self.method.name} engine ended before it answered; its last words: {said[-1] if said else 'none'}"
-            ) from None
+            last = said[-1] if said else "nothing"
+            raise UsageError(f"the {self.method.name} engine ended before it answered, after saying {last}") from None
         if kind == "error":
             raise UsageError(f"the {self.method.name} engine: {value}")
         return value

@@ -9,7 +9,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from vllm_sparq.benchmarks.paper_tasks import PAPER_TASKS, Limits, load_paper_task
+from vllm_sparq.benchmarks.paper_tasks import FAMILIES, PAPER_TASKS, Limits, load_paper_task
+from vllm_sparq.benchmarks.paper_tasks.metrics import ALL_METRICS
 from vllm_sparq.benchmarks.tasks import TASKS, Example
 from vllm_sparq.benchmarks.tasks_retrieval import RETRIEVAL
 from vllm_sparq.cli import UsageError
@@ -23,6 +24,9 @@ WITHOUT_HAYSTACK = ("repetition", "map")
 TEXT = "text"
 """Language modelling on a text: bits per byte of the last tokens of its windows."""
 
+MEASURED_TASKS = (TEXT, "wikitext")
+"""Tasks whose answers are forced."""
+
 SHARE_SCORED = 4
 """A window of the text is read up to its last quarter, which is forced upon the model and measured."""
 
@@ -32,15 +36,26 @@ def known_tasks() -> list[str]:
     return [*GENERATED, TEXT, *PAPER_TASKS]
 
 
+def short_names() -> list[str]:
+    """The same, with families instead of their sets."""
+    alone = [name for name, task in PAPER_TASKS.items() if task.family not in FAMILIES]
+    return [*GENERATED, TEXT, *alone, *FAMILIES]
+
+
 def check_tasks(tasks: Sequence[str]) -> None:
-    """Refuse names that are no task.
+    """Refuse names that are no task, and metrics that are none: a task may be followed by one, as in squad:squad_f1.
 
     Raises:
         UsageError: the first of them, with the known ones.
     """
-    unknown = [task for task in tasks if task not in known_tasks()]
-    if unknown:
-        raise UsageError(f"unknown task {unknown[0]!r}: choose from {', '.join(known_tasks())}")
+    for name in tasks:
+        task, colon, metric = name.partition(":")
+        if task not in known_tasks():
+            raise UsageError(f"unknown task {task!r}: choose from {', '.join(short_names())}")
+        if colon and metric not in ALL_METRICS:
+            raise UsageError(f"unknown metric {metric!r} of task {task!r}: choose from {', '.join(ALL_METRICS)}")
+        if colon and task in MEASURED_TASKS:
+            raise UsageError(f"task {task!r} is measured in bits and has no other metric: leave out {metric!r}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,16 +99,19 @@ class Wanted:
         """
         check_tasks(self.tasks)
         found: list[Example] = []
-        for task in self.tasks:
-            if task in PAPER_TASKS:
-                limits = Limits(n=self.n, max_model_len=max_model_len)
-                found += load_paper_task(task, self.data, tokenizer=self.tokenizer, limits=limits)
-            elif task == TEXT:
-                for length in self.lengths:
-                    found += self.windows(length)
-            else:
-                found += [self.generated(task, length, i) for length in self.lengths for i in range(self.n)]
+        for name in self.tasks:
+            task, _, metric = name.partition(":")
+            mine = self._of_task(task, max_model_len)
+            found += [replace(one, task=name, metric=metric) for one in mine] if metric else mine
         return found
+
+    def _of_task(self, task: str, max_model_len: int) -> list[Example]:
+        if task in PAPER_TASKS:
+            limits = Limits(n=self.n, max_model_len=max_model_len)
+            return load_paper_task(task, self.data, tokenizer=self.tokenizer, limits=limits)
+        if task == TEXT:
+            return [window for length in self.lengths for window in self.windows(length)]
+        return [self.generated(task, length, i) for length in self.lengths for i in range(self.n)]
 
     def generated(self, task: str, length: int, i: int) -> Example:
         """The i-th example of a task and length."""

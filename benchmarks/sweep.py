@@ -8,6 +8,7 @@ All cells read one cache, so two engines do: dense and SparQ. Lines and records 
 from __future__ import annotations
 
 import argparse
+import json
 import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
@@ -16,6 +17,7 @@ from typing import Any
 
 from vllm_sparq.benchmarks import quality
 from vllm_sparq.benchmarks.methods import DENSE, Method
+from vllm_sparq.benchmarks.quality_engine import Run
 from vllm_sparq.cli import UsageError, comma_names, comma_numbers
 
 
@@ -40,8 +42,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     quality.add_model_arguments(parser)
     parser.add_argument("--r", type=comma_numbers, default=[4, 8, 16, 32], help="channels (default: 4,8,16,32)")
     parser.add_argument("--k", type=comma_numbers, default=[32, 64, 128, 256], help="tokens (default: 32,64,128,256)")
-    parser.add_argument("--method", default="sparq", help="what reads sparsely: sparq, sparq+int4, ... (default: sparq)")
-    parser.add_argument("--options", type=quality.json.loads, default={}, help="more sparq options, as JSON")
+    parser.add_argument(
+        "--method", default="sparq", help="what reads sparsely: sparq, sparq+int4, ... (default: sparq)"
+    )
+    parser.add_argument("--options", type=json.loads, default={}, help="more sparq options, as JSON")
     parser.add_argument("--tasks", type=comma_names, default=["repetition", "needle"], help="as in `vllm-sparq eval`")
     parser.add_argument("--lengths", type=comma_numbers, default=[1024], help="prompt tokens (default: 1024)")
     parser.add_argument("--n", type=int, default=32, help="prompts per task and length (default: 32)")
@@ -72,7 +76,7 @@ def main(args: argparse.Namespace) -> int:
     return 0
 
 
-def check_ranks(run: quality.Run, ranks: Sequence[int]) -> None:
+def check_ranks(run: Run, ranks: Sequence[int]) -> None:
     """Refuse more channels than the model has, before an engine does.
 
     Raises:
@@ -93,7 +97,7 @@ def tables(
     from rich.table import Table
 
     cells = {(record["task"], record["length"], record["method"]): record for record in records}
-    found = []
+    found: list[Any] = []
     for task, length in dict.fromkeys((record["task"], record["length"]) for record in records):
         dense = cells[task, length, DENSE]
         if "score" not in dense:
@@ -101,7 +105,7 @@ def tables(
             continue
         digits = 3 if dense["lower_is_better"] else 1
         where = task if length is None else f"{task} at {length:,} tokens"
-        title = f"{where}, dense {dense['score']:.{digits}f}\ndifference from it (95% interval); KV bytes read, times dense's"
+        title = f"{where}, dense {dense['score']:.{digits}f}\ndifference (95% interval); KV bytes read, times dense's"
         view = Table(title=title, box=box.SIMPLE_HEAD)
         view.add_column("r", justify="right")
         for k in tokens:

@@ -44,15 +44,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `vllm-sparq tune`."""
     quality.add_model_arguments(parser)
     parser.add_argument("--text", type=Path, help="text file or folder that loss is measured on (default: the corpus)")
-    parser.add_argument("--max-loss", type=float, default=0.01, help="bits per byte, and share of needles (default: 0.01)")
+    parser.add_argument(
+        "--max-loss", type=float, default=0.01, help="bits per byte, and share of needles (default: 0.01)"
+    )
     parser.add_argument("--context", type=int, help="tokens of a request (default: half the model's, 8192 at most)")
     parser.add_argument("--batch", type=int, default=4, help="requests at a time (default: 4)")
     parser.add_argument("--time-limit", type=float, default=540, metavar="SECONDS", help="of this run (default: 540)")
     parser.add_argument("--trials", type=int, help="settings, earlier runs included (default: as many as fit)")
     parser.add_argument("--n", type=int, default=16, help="windows of text, and needles (default: 16)")
-    parser.add_argument("--engines", type=int, default=2, help="kept running beside dense's, if memory allows (default: 2)")
+    parser.add_argument(
+        "--engines", type=int, default=2, help="kept running beside dense's, if memory allows (default: 2)"
+    )
     default = Path.home() / ".cache" / "vllm-sparq" / "tune"
-    parser.add_argument("--out", type=Path, default=default, metavar="FOLDER", help=f"the search, kept (default: {default})")
+    parser.add_argument(
+        "--out", type=Path, default=default, metavar="FOLDER", help=f"the search, kept (default: {default})"
+    )
     parser.epilog = """\
 A run that was stopped goes on where it was, for the same model, text, context, batch and seed.
 
@@ -77,7 +83,10 @@ def main(args: argparse.Namespace) -> int:
     deadline = started + args.time_limit * (1 - RESERVE)
     wanted = len(known) < (args.trials or len(known) + 1)
     if time.monotonic() < deadline and wanted:
-        with console.status("") as status, Engines(run, args.engines, lambda line: status.update(f"{line} ...")) as engines:
+        with (
+            console.status("") as status,
+            Engines(run, args.engines, lambda line: status.update(f"{line} ...")) as engines,
+        ):
             baseline = dense_scores(study, engines, examples)
             search(args, study, engines, workload, examples, baseline, deadline, console)
             status.update("taking the time of the best settings once more ...")
@@ -109,7 +118,9 @@ def prepare(args: argparse.Namespace) -> tuple[Workload, Run, list[Example]]:
     ids = wanted._text_ids
     n = min(args.n, len(ids) // context)
     if n < 1:
-        raise UsageError(f"the text has {len(ids):,} tokens, a window has {context:,}: give more text or less --context")
+        raise UsageError(
+            f"the text has {len(ids):,} tokens, a window has {context:,}: give more text or less --context"
+        )
     windows = text_windows(wanted.tokenizer, ids, length=context, n=n, n_scored=N_SCORED)
     needles = [wanted.generated("needle", context - TAIL, i) for i in range(args.n)]
     # Pages of any format are below twice the model's type; the windows go through in as many batches as it takes.
@@ -240,7 +251,9 @@ def confirm(console: Any, study: Any, engines: Engines, workload: Workload, max_
         engine = engines.for_method(method_of(one.options, name))
         _, (ratio, seconds) = times_in_turns([engines.dense, engine], workload)
         times[name] = [ratio, 1e3 * seconds]
-        console.print(f"once more: {ratio:.2f}x dense's time, {json.dumps(one.options) if one.options else 'the default'}")
+        console.print(
+            f"once more: {ratio:.2f}x dense's time, {json.dumps(one.options) if one.options else 'the default'}"
+        )
     study.set_user_attr("confirmed", times)
 
 
@@ -273,16 +286,22 @@ def show(console: Any, found: Sequence[Measured], max_loss: float) -> int:
     chosen = choose(found, max_loss)
     if chosen is None:
         least = min(found, key=lambda one: one.loss)
-        console.print(f"No setting loses {max_loss:g} or less; the least is {least.loss:.4f}. Raise --max-loss, or stay dense.")
+        console.print(
+            f"No setting loses {max_loss:g} or less; the least is {least.loss:.4f}. Raise --max-loss, or stay dense."
+        )
         return 1
     if default is not None:
         as_good = [one for one in found if one.time <= default.time and one.loss <= default.loss]
-        console.print(f"At least as fast as the default, losing no more: {len(as_good) - 1} of {len(found) - 1} settings.")
+        console.print(
+            f"At least as fast as the default, losing no more: {len(as_good) - 1} of {len(found) - 1} settings."
+        )
     gain = f"{1 / chosen.time:.2f} times as fast" if chosen.time <= 1 else f"slower: {chosen.time:.2f} times the time"
     console.print(f"Beside dense: {gain}, {1 / chosen.held:.2f} times the tokens in the same memory.")
     console.print(f"It costs {chosen.bits:+.4f} bits per byte of the text and {points(chosen)} points of needles.\n")
     line = json.dumps({"sparq": chosen.options})
-    console.print(f"--attention-backend sparq --additional-config '{line}'", soft_wrap=True, markup=False, highlight=False)
+    console.print(
+        f"--attention-backend sparq --additional-config '{line}'", soft_wrap=True, markup=False, highlight=False
+    )
     return 0
 
 

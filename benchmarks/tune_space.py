@@ -62,7 +62,11 @@ SPACE = (
     Dial(name="read", values=lambda w: ["sparq", "dense"]),
     Dial(name="format", values=lambda w: list(FORMATS)),
     Dial(name="scoring", values=lambda w: ["int4", "int8", "model"], when=_has_ranking_copy),
-    Dial(name="r", values=lambda w: [max(1, w.shape.head_size // part) for part in (16, 8, 4, 2, 1)], when=_reads_sparsely),
+    Dial(
+        name="r",
+        values=lambda w: [max(1, w.shape.head_size // part) for part in (16, 8, 4, 2, 1)],
+        when=_reads_sparsely,
+    ),
     Dial(name="k", values=_tokens, when=_reads_sparsely),
     Dial(name="local_share", values=lambda w: [0.0, 0.125, 0.25, 0.5], when=_reads_sparsely),
     Dial(name="group_reduce", values=lambda w: ["logits", "probs"], when=_reads_sparsely),

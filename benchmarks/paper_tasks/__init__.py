@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vllm_sparq.benchmarks.tasks import Example
+from vllm_sparq.benchmarks.tasks import Example, words_of
 from vllm_sparq.cli import UsageError
 
 
@@ -46,16 +46,16 @@ class PaperTask:
     about: str
 
 
-LONGBENCH = (
+LONGBENCH = words_of(
     "narrativeqa qasper multifieldqa_en hotpotqa 2wikimqa musique gov_report qmsum multi_news trec triviaqa samsum "
     "passage_retrieval_en lcc repobench-p"
-).split()
+)
 """The fifteen English sets that the benchmark paper (arXiv 2407.01527) uses; passage_count is not among them."""
 
-RULER = (
+RULER = words_of(
     "niah_single_1 niah_single_2 niah_single_3 niah_multikey_1 niah_multikey_2 niah_multikey_3 niah_multivalue "
     "niah_multiquery vt cwe fwe qa_1 qa_2"
-).split()
+)
 """RULER's thirteen (arXiv 2404.06654)."""
 
 LONGBENCH_CONFIG = ("longbench/config/dataset2prompt.json", "longbench/config/dataset2maxlen.json")
@@ -72,7 +72,9 @@ PAPER_TASKS: dict[str, PaperTask] = {
         files=("cnn_dailymail/validation.csv",),
         about="CNN/DailyMail 3.0.0 with columns id, article, highlights",
     ),
-    "wikitext": PaperTask(family="wikitext", files=("wikitext/wiki.train.raw",), about="WikiText-103 raw, training set"),
+    "wikitext": PaperTask(
+        family="wikitext", files=("wikitext/wiki.train.raw",), about="WikiText-103 raw, training set"
+    ),
     "shakespeare": PaperTask(family="shakespeare", files=("shakespeare/input.txt",), about="tiny Shakespeare, whole"),
     **{
         f"longbench_{name}": PaperTask(
@@ -95,7 +97,9 @@ FAMILIES = {"longbench": LONGBENCH, "ruler": RULER}
 
 def expand(names: Sequence[str]) -> list[str]:
     """Task names, with families taken apart."""
-    return [task for name in names for task in ([f"{name}_{one}" for one in FAMILIES[name]] if name in FAMILIES else [name])]
+    return [
+        task for name in names for task in ([f"{name}_{one}" for one in FAMILIES[name]] if name in FAMILIES else [name])
+    ]
 
 
 def load_paper_task(name: str, data: Path | None, *, tokenizer: Any, limits: Limits) -> list[Example]:
@@ -110,7 +114,9 @@ def load_paper_task(name: str, data: Path | None, *, tokenizer: Any, limits: Lim
         raise UsageError(f"task {name!r} reads local files: give --data DIR with {wanted} ({task.about})")
     missing = [file for file in task.files if not (data / file).exists()]
     if missing:
-        raise UsageError(f"task {name!r} needs {data / missing[0]}, which is not there; expected are {wanted} ({task.about})")
+        raise UsageError(
+            f"task {name!r} needs {data / missing[0]}, which is not there; expected are {wanted} ({task.about})"
+        )
     module = importlib.import_module(f"vllm_sparq.benchmarks.paper_tasks.{task.family}")
     load: Callable[..., list[Example]] = module.load
     found = load(name, [data / file for file in task.files], tokenizer=tokenizer, limits=limits)

@@ -1,8 +1,8 @@
 """LongBench v1 (arXiv 2308.14508), fifteen English sets: its prompts, its output lengths, its metrics.
 
 Prompts and lengths come from the files that are distributed with the data. A prompt that does not fit into the model's
-context loses its middle, as LongBench has it; how much is kept with the example and counted in the table. Chat templates
-are not applied: the sets on which LongBench applies none are the comparable ones for a chat model.
+context loses its middle, as LongBench has it; how much is kept with the example, and counted in the table. No chat
+template is applied: of a chat model, the sets on which LongBench applies none either can be compared.
 """
 
 from __future__ import annotations

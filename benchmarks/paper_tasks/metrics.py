@@ -108,7 +108,8 @@ def edit_similarity(output: str, answer: str) -> float:
     both = len(line) + len(answer)
     if not line or not answer:
         return 0.0
-    return round(100 * (1 - edit_distance(line, answer, substitution_cost=2) / both)) / 100
+    distance = int(edit_distance(line, answer, substitution_cost=2))
+    return round(100 * (1 - distance / both)) / 100
 
 
 def first_line(output: str) -> str:

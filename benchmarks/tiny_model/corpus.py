@@ -85,7 +85,7 @@ def documents(max_bytes: int, *, held_out: bool) -> list[str]:
     kept: list[str] = []
     seen: set[int] = set()
     n_bytes = 0
-    for name, text in [*docstrings(held_out=held_out), *pages]:
+    for _, text in [*docstrings(held_out=held_out), *pages]:
         text = re.sub(r"\n{3,}", "\n\n", text.encode("ascii", "ignore").decode()).strip()
         # Families of pages that differ in a name only would take up much of the budget: compare a slice.
         print_of = zlib.crc32(text[200:400].encode())

@@ -64,7 +64,9 @@ def test_classification_divides_by_the_classes_named() -> None:
     assert score("classification", "Other location\nType: Number", "Other location", choices=choices) == 1
 
 
-@pytest.mark.parametrize("metric", ["rouge_l", "rouge_l_unstemmed", "squad_f1", "squad_exact", "share", "holds", "prefix"])
+@pytest.mark.parametrize(
+    "metric", ["rouge_l", "rouge_l_unstemmed", "squad_f1", "squad_exact", "share", "holds", "prefix"]
+)
 def test_a_right_answer_scores_one_and_an_empty_one_nothing(metric: str) -> None:
     assert score(metric, "a big house", "a big house") == 1
     assert score(metric, "", "a big house") == 0

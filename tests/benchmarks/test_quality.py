@@ -266,6 +266,13 @@ def test_a_model_with_shuffled_answers_is_caught(engine: type[FakeEngine], tmp_p
             assert record["difference_high"] < -80
 
 
+def test_another_metric_is_another_task(engine: type[FakeEngine], tmp_path: Path) -> None:
+    examples = wanted("needle", "needle:holds", n=2)
+    engine.say = staticmethod(lambda method, asked: ["It is" + one.answer for one in asked])  # type: ignore[method-assign]
+    records = cells(evaluated(examples, tmp_path, DENSE))
+    assert [(one["task"], one["score"]) for one in records] == [("needle", 0), ("needle:holds", 100)]
+
+
 def test_windows_are_apart_and_their_ends_are_scored() -> None:
     class Tokenizer:
         bos_token_id = 7
@@ -310,6 +317,8 @@ def test_texts_that_cannot_be_read(tmp_path: Path) -> None:
     ("words", "message"),
     [
         (["--tasks", "needle,haystack"], "unknown task 'haystack': choose from needle"),
+        (["--tasks", "needle:bleu"], "unknown metric 'bleu' of task 'needle': choose from begins"),
+        (["--tasks", "text:holds"], "task 'text' is measured in bits and has no other metric"),
         (["--model", "nowhere"], "no model in nowhere"),
         (["--methods", "sparq,int3"], "unknown method 'int3'"),
         (["--compression", "0.5"], "--compression '0.5' is not usable: give numbers of at least 1"),

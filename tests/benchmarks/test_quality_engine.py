@@ -79,7 +79,9 @@ def test_methods_tell_and_forcing_is_right(tmp_path: Path) -> None:
     scores = {}
     with Engine(Method.named("dense"), run) as engine:
         assert not any("Sparq" in name for name in engine.classes)
-        scores["dense"] = [quality.scored(*pair)["score"] for pair in zip(examples, engine.answer(examples), strict=True)]
+        scores["dense"] = [
+            quality.scored(*pair)["score"] for pair in zip(examples, engine.answer(examples), strict=True)
+        ]
     with Engine(methods["default"], run) as engine:
         assert engine.classes == ["SparqImpl"]
         for name, method in methods.items():
@@ -113,7 +115,7 @@ def test_a_tuner_ends_with_a_line_to_paste(tmp_path: Path, capsys: pytest.Captur
     parse_options(options)
     (found,) = tmp_path.glob("*.jsonl")
     records = [json.loads(line) for line in found.read_text().splitlines()]
-    assert [record["options"] for record in records][0] == {}
+    assert records[0]["options"] == {}
     assert len(records) == 2
     assert all(record["time"] > 0 and record["held"] > 1 for record in records)
     assert main([*words[:-1], "0"]) == 0  # nothing is measured any more, everything is shown

@@ -94,7 +94,9 @@ class NoEngines:
         pass
 
 
-def search(folder: Path, trials: int, monkeypatch: pytest.MonkeyPatch, fail_at: int | None = None) -> tuple[Any, list[Any]]:
+def search(
+    folder: Path, trials: int, monkeypatch: pytest.MonkeyPatch, fail_at: int | None = None
+) -> tuple[Any, list[Any]]:
     """A search with a measure that needs no engine; raises at the measurement asked for."""
     measured: list[dict[str, Any]] = []
 
