@@ -1,7 +1,7 @@
 """KV bytes of a method for a model: what an output token makes it read, and what a cached token keeps.
 
-Counted from the layout of our pages, as `vllm-sparq bench ops` counts them (ALGORITHMS of the papers count elements of
-dense copies instead; our ranking copy is int4 by default). All blocks count as full.
+Counted from the layout of our pages, as `vllm-sparq bench ops` counts them. SparQ's authors count elements of a second
+copy of K in the model's type; ours is int4 unless told otherwise. All blocks count as full.
 """
 
 from __future__ import annotations
@@ -101,7 +101,8 @@ def _options(method: Method) -> Options:
 
 def _kept(options: Options, context: int) -> int:
     """Tokens of a context that stay: all, or the budget (tokens, or a fraction of the context)."""
-    if getattr(options, "retention", "all") == "all":
+    chosen = options.model_dump()
+    if chosen.get("retention", "all") == "all":
         return context
-    budget: float = getattr(options, "budget")  # noqa: B009  the option comes with the retention methods
-    return min(context, round(budget * context) if budget <= 1 and isinstance(budget, float) else int(budget))
+    budget = chosen["budget"]
+    return min(context, round(budget * context) if isinstance(budget, float) else budget)

@@ -127,10 +127,11 @@ class Wanted:
 
     def windows(self, length: int) -> list[Example]:
         """Pieces of ``length`` tokens from the text, evenly spread over it; the last quarter of each is scored."""
-        return text_windows(self.tokenizer, self._text_ids, length=length, n=self.n, n_scored=length // SHARE_SCORED)
+        return text_windows(self.tokenizer, self.text_ids, length=length, n=self.n, n_scored=length // SHARE_SCORED)
 
     @cached_property
-    def _text_ids(self) -> list[int]:
+    def text_ids(self) -> list[int]:
+        """Tokens of the text, without an opening one."""
         text = self.text
         if text is None:
             from vllm_sparq.benchmarks.tiny_model.corpus import documents

@@ -115,7 +115,7 @@ def prepare(args: argparse.Namespace) -> tuple[Workload, Run, list[Example]]:
         )
     text = read_text(args.text) if args.text else None
     wanted = Wanted(model=args.model, tasks=(), lengths=(), n=args.n, seed=args.seed, text=text)
-    ids = wanted._text_ids
+    ids = wanted.text_ids
     n = min(args.n, len(ids) // context)
     if n < 1:
         raise UsageError(
