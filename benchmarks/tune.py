@@ -19,6 +19,7 @@ from typing import Any
 
 from vllm_sparq.benchmarks import quality
 from vllm_sparq.benchmarks.methods import DENSE
+from vllm_sparq.benchmarks.optional import optional
 from vllm_sparq.benchmarks.quality_bytes import CacheShape
 from vllm_sparq.benchmarks.quality_engine import Run
 from vllm_sparq.benchmarks.quality_prompts import TEXT, Wanted, read_text, text_windows
@@ -132,12 +133,9 @@ def prepare(args: argparse.Namespace) -> tuple[Workload, Run, list[Example]]:
 
 def open_study(args: argparse.Namespace, run: Run, workload: Workload, examples: Sequence[Example]) -> Any:
     """A new search, or the one that was begun for the same model, examples and workload."""
-    import optuna
-    from optuna.storages import JournalStorage
-    from optuna.storages.journal import JournalFileBackend
-
     from vllm_sparq.benchmarks.quality_store import digest, fingerprint
 
+    optuna, journal = (optional(name, "the search") for name in ("optuna", "optuna.storages.journal"))
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)  # conditional spaces are one
     if args.out.exists() and not args.out.is_dir():
@@ -146,7 +144,7 @@ def open_study(args: argparse.Namespace, run: Run, workload: Workload, examples:
     prompts = [(example.prompt, example.prompt_ids) for example in examples]
     identity = fingerprint(run.model), run.dtype, run.engine_args, workload.context, workload.batch, args.seed, prompts
     study = optuna.create_study(
-        storage=JournalStorage(JournalFileBackend(str(args.out / "search.journal"))),
+        storage=optuna.storages.JournalStorage(journal.JournalFileBackend(str(args.out / "search.journal"))),
         study_name=digest(*identity),
         directions=["minimize"] * 3,
         sampler=optuna.samplers.TPESampler(seed=args.seed, multivariate=True, group=True, n_startup_trials=8),
@@ -207,9 +205,8 @@ def search(
 
 def measured(study: Any) -> list[Measured]:
     """What is known: the default first, every setting once."""
-    import optuna
-
-    complete = study.get_trials(states=(optuna.trial.TrialState.COMPLETE,), deepcopy=False)
+    state = optional("optuna.trial", "the search").TrialState
+    complete = study.get_trials(states=(state.COMPLETE,), deepcopy=False)
     records = [study.user_attrs.get("default"), *(trial.user_attrs["measured"] for trial in complete)]
     found: dict[str, Measured] = {}
     for record in filter(None, records):

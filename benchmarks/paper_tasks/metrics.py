@@ -11,6 +11,7 @@ from functools import cache
 from typing import Any
 
 from vllm_sparq.benchmarks.metrics import METRICS, Metric
+from vllm_sparq.benchmarks.optional import optional
 
 AROUND = re.compile(r"^[\s\"'_.,]*(?:(?:the|an|a) )?|[\s\"'_.,]*$")
 """What SparQ's authors ignore around an answer: blanks, punctuation, an article in front."""
@@ -53,9 +54,7 @@ def first_line_f1(output: str, answer: str) -> float:
 
 @cache
 def _rouge(stem: bool) -> Any:
-    from rouge_score.rouge_scorer import RougeScorer
-
-    return RougeScorer(["rougeL"], use_stemmer=stem)
+    return optional("rouge_score.rouge_scorer", "ROUGE-L").RougeScorer(["rougeL"], use_stemmer=stem)
 
 
 def rouge_l(output: str, answer: str) -> float:
@@ -101,8 +100,7 @@ def edit_similarity(output: str, answer: str) -> float:
 
     Lines with a backtick, # or // are not taken for code. Rounded to whole points, as the official ratio is.
     """
-    from nltk import edit_distance
-
+    edit_distance = optional("nltk.metrics.distance", "edit similarity").edit_distance
     lines = output.lstrip("\n").split("\n")
     line = next((one for one in lines if not ("`" in one or "#" in one or "//" in one)), "")
     both = len(line) + len(answer)

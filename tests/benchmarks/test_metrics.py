@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 
 from vllm_sparq.benchmarks.metrics import METRICS
+from vllm_sparq.benchmarks.optional import optional
 from vllm_sparq.benchmarks.paper_tasks.metrics import ALL_METRICS
+from vllm_sparq.cli import UsageError
 
 
 def score(metric: str, output: str, *answers: str, choices: tuple[str, ...] = ()) -> float:
@@ -70,3 +72,9 @@ def test_classification_divides_by_the_classes_named() -> None:
 def test_a_right_answer_scores_one_and_an_empty_one_nothing(metric: str) -> None:
     assert score(metric, "a big house", "a big house") == 1
     assert score(metric, "", "a big house") == 0
+
+
+def test_a_library_that_is_missing_is_named_with_its_remedy() -> None:
+    assert optional("json", "this").loads("1") == 1
+    with pytest.raises(UsageError, match=r"ROUGE needs no_such_library: pip install 'vllm-sparq\[eval\]'"):
+        optional("no_such_library.inside", "ROUGE")
