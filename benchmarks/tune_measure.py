@@ -107,8 +107,8 @@ def answers_of(engine: Engine, examples: Sequence[Example]) -> dict[str, float]:
 def times_in_turns(engines: Sequence[Engine], workload: Workload) -> list[tuple[float, float]]:
     """Of each engine, time per output token as a multiple of the first engine's, and in seconds.
 
-    One decodes while the others wait, turn after turn. The ratio is the median of those within a turn, so that what
-    else the machine does weighs on both sides.
+    One decodes while the others wait, turn after turn, so that all see the same machine. A turn counts with its median
+    step and an engine with its lower quartile of turns: what else the machine does only ever adds to a time.
     """
     for engine in engines:
         engine.prepare(workload.context, workload.batch)
@@ -118,10 +118,8 @@ def times_in_turns(engines: Sequence[Engine], workload: Workload) -> list[tuple[
     n_most = min(MAX_TURNS, (workload.shape.max_model_len - workload.context) // STEPS - 2)
     while len(turns) < MIN_TURNS or (time.monotonic() - begin < MIN_SECONDS and len(turns) < n_most):
         turns.append([statistics.median(engine.decode(STEPS)) for engine in engines])
-    return [
-        (statistics.median(turn[i] / turn[0] for turn in turns), statistics.median(turn[i] for turn in turns))
-        for i in range(len(engines))
-    ]
+    seconds = [statistics.quantiles(mine, n=4)[0] for mine in zip(*turns, strict=True)]
+    return [(mine / seconds[0], mine) for mine in seconds]
 
 
 def measure(
