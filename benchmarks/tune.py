@@ -280,6 +280,8 @@ def show(console: Any, found: Sequence[Measured], max_loss: float) -> int:
         view.add_row(*numbers, json.dumps(one.options) if one.options else "the default", style=None)
     console.print(view)
     default = next((one for one in found if one.options == DEFAULT), None)
+    if default is not None:
+        console.print(describe(default, "The default"))
     chosen = choose(found, max_loss)
     if chosen is None:
         least = min(found, key=lambda one: one.loss)
