@@ -102,7 +102,11 @@ class Engine:
         self.process = context.Process(target=serve, args=(self.method, self.run, self.log, theirs), daemon=True)
         self.process.start()
         theirs.close()
-        hello = self._receive()
+        try:
+            hello = self._receive()
+        except BaseException:
+            self.kill()
+            raise
         self.classes, self.max_model_len = hello["classes"], hello["max_model_len"]
 
     def close(self) -> None:
