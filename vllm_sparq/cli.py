@@ -19,7 +19,9 @@ COMMANDS = {
     "doctor": ("vllm_sparq.doctor", "say whether everything works here, and what options mean for a model"),
     "demo": ("vllm_sparq.benchmarks.demo", "two real `vllm serve`, SparQ and dense, answer the same questions"),
     "bench ops": ("vllm_sparq.benchmarks.ops_bench", "time the attention ops against dense ones on this machine"),
-    "eval": ("vllm_sparq.benchmarks.quality", "what compression costs in answers, on generated tasks"),
+    "eval": ("vllm_sparq.benchmarks.quality", "what compression costs in answers, on generated tasks and the papers'"),
+    "sweep": ("vllm_sparq.benchmarks.sweep", "how few channels and tokens are enough: a grid of r and k"),
+    "tune": ("vllm_sparq.benchmarks.tune", "find the setting for a model, a text and a machine"),
     "bench engine": ("vllm_sparq.benchmarks.engine_bench", "time per output token through the engine, beside dense"),
 }
 """Words of the command -> module, one line of help. Only the module of the command in use is imported."""

@@ -45,21 +45,23 @@ def plain_manual(roff: str) -> str:
     return "\n".join(lines)
 
 
-def manual_pages() -> Iterator[tuple[str, str]]:
-    """Name and plain text of the English manual pages."""
+def manual_pages(*, held_out: bool) -> Iterator[tuple[str, str]]:
+    """Name and plain text of the English manual pages of one side of the split."""
     for path in sorted(MANUALS.glob("man[1-8]/*.gz")):
-        if path.is_file():
+        if path.is_file() and is_held_out(path.name) == held_out:
             text = gzip.decompress(path.read_bytes()).decode("utf-8", "replace")
             yield path.name, plain_manual(text)
 
 
-def docstrings() -> Iterator[tuple[str, str]]:
-    """Module name and joined docstrings of the standard library's modules."""
+def docstrings(*, held_out: bool) -> Iterator[tuple[str, str]]:
+    """Module name and joined docstrings of the standard library's modules of one side of the split."""
     root = Path(sysconfig.get_path("stdlib"))
     for path in sorted(root.rglob("*.py")):
         name = path.relative_to(root).as_posix()
         if "site-packages" in name or "/test" in name or name.startswith("test/"):
             continue
+        if is_held_out(name) != held_out:
+            continue  # before it is parsed, which takes long
         try:
             tree = ast.parse(path.read_bytes())
         except (SyntaxError, ValueError):
@@ -79,15 +81,15 @@ def documents(max_bytes: int, *, held_out: bool) -> list[str]:
 
     The order among manual pages is that of a hash of their names, so that a budget takes a fair sample of them.
     """
-    pages = sorted(manual_pages(), key=lambda page: zlib.crc32(page[0].encode()[::-1]))
+    pages = sorted(manual_pages(held_out=held_out), key=lambda page: zlib.crc32(page[0].encode()[::-1]))
     kept: list[str] = []
     seen: set[int] = set()
     n_bytes = 0
-    for name, text in [*docstrings(), *pages]:
+    for _, text in [*docstrings(held_out=held_out), *pages]:
         text = re.sub(r"\n{3,}", "\n\n", text.encode("ascii", "ignore").decode()).strip()
         # Families of pages that differ in a name only would take up much of the budget: compare a slice.
         print_of = zlib.crc32(text[200:400].encode())
-        if is_held_out(name) != held_out or len(text) < MIN_CHARS or print_of in seen:
+        if len(text) < MIN_CHARS or print_of in seen:
             continue
         seen.add(print_of)
         text = text[:60_000]

@@ -43,6 +43,7 @@ def made_up_run(sparq_text: str, dense_text: str, task: str = "needle") -> Run:
         seed=0,
         max_tokens=10,
         stop=(".",),
+        metric="begins" if task == "needle" else "prefix",
     )
     sparq, dense = Completion(sparq_text, 1000, 6, 0.05), Completion(dense_text, 1000, 6, 0.10)
     read = options(dense_below=0).sparq_read(head_size=64, n_heads=8, n_kv_heads=2)

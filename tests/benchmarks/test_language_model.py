@@ -13,10 +13,11 @@ from vllm_sparq.cli import UsageError
 
 def test_windows_cover_the_text_from_its_start() -> None:
     text = "The key of Anna is 12345. " * 50
-    found = windows(WEIGHTS, text, 32, 5)
-    whole = windows(WEIGHTS, text, 160, 1)[0]
+    found = [(*one.prompt_ids, *one.answer_ids) for one in windows(WEIGHTS, text, 32, 5)]
+    (whole,) = windows(WEIGHTS, text, 160, 1)
     assert [len(window) for window in found] == [32] * 5
-    assert [token for window in found for token in window] == whole
+    assert [token for window in found for token in window] == [*whole.prompt_ids, *whole.answer_ids]
+    assert len(whole.prompt_ids) == 1  # all but the first token are scored
     with pytest.raises(UsageError, match=r"the text has [\d,]+ tokens: 1000 windows of 32 need more"):
         windows(WEIGHTS, text, 32, 1000)
 

@@ -1,0 +1,20 @@
+"""Libraries that only some commands need: an extra of this package, asked for by name where one is missing."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+from vllm_sparq.cli import UsageError
+
+
+def optional(module: str, purpose: str) -> Any:
+    """A module of the extra ``eval``.
+
+    Raises:
+        UsageError: it is not installed.
+    """
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        raise UsageError(f"{purpose} needs {error.name}: pip install 'vllm-sparq[eval]'") from None
