@@ -281,7 +281,9 @@ def main(args: argparse.Namespace) -> int:
     old = [known[key] for case in cases if case not in todo for key in keys[case]]
     console.print(table(old + records))
     if old:
-        console.print(f"{len(cases) - len(todo)} of {len(cases)} cases: {skipped_note(old)}", highlight=False, soft_wrap=True)
+        console.print(
+            f"{len(cases) - len(todo)} of {len(cases)} cases: {skipped_note(old)}", highlight=False, soft_wrap=True
+        )
     return 0
 
 

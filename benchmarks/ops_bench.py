@@ -316,7 +316,9 @@ def main(args: argparse.Namespace) -> int:
         append_records(args.out, [{**row, **about} for row in rows])
     old = [known[key] for cell, row in zip(wanted, keys, strict=True) if cell not in todo for key in row]
     if old:
-        console.print(f"{len(wanted) - len(todo)} of {len(wanted)} cells: {skipped_note(old)}", highlight=False, soft_wrap=True)
+        console.print(
+            f"{len(wanted) - len(todo)} of {len(wanted)} cells: {skipped_note(old)}", highlight=False, soft_wrap=True
+        )
         rows = [*old, *rows]
     console.print(table(rows, watch))
     console.print(f"memory: {statistics.median(row['bandwidth_gb_per_s'] for row in rows):.1f} GB/s")
