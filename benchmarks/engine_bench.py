@@ -93,7 +93,7 @@ def serve_turns(chosen: Engine, model: Path, dummy: bool, max_context: int, max_
     )
     engine: Any = llm.llm_engine
     cache = engine.vllm_config.cache_config
-    pipe.send((engine_report(engine.vllm_config), cache.num_gpu_blocks * cache.block_size, kv_bytes))
+    pipe.send((engine_report(engine.vllm_config), cache.kv_cache_size_tokens, kv_bytes))
     for layer in engine.vllm_config.compilation_config.static_forward_context.values():
         layer.impl.forward = SkippedAttention(layer.impl, decode=not chosen.skip_attention)
     generator = torch.Generator().manual_seed(0)

@@ -32,6 +32,7 @@ class Replica:
         self.llm = LLM(str(pool.model), **pool.engine_arguments)
         engine: Any = self.llm.llm_engine
         self.attention = proven(pool.method, [engine_report(engine.vllm_config)])
+        self.llm.generate(["The"], use_tqdm=False)  # the first request warms up; its time does not count
 
     def ready(self) -> str:
         """The attention classes that run."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import os
 import socket
 import time
@@ -65,20 +67,28 @@ def proving(stage: type, pool: Pool) -> type:
     """The engine stage of Ray Data LLM, with the proof of its attention and its own name in every row it answers."""
 
     class ProvingEngine(stage):
-        attention: str | None = None
+        proof: asyncio.Task[str] | None = None
 
         async def udf(self, batch: list[dict[str, Any]]) -> AsyncIterator[dict[str, Any]]:
-            if self.attention is None:
-                try:
-                    reports: Any = await self.llm.engine.collective_rpc("attention_report")
-                except Exception as error:  # whatever vLLM raises where a worker does not know the method
-                    reports = error
-                self.attention = proven(pool.method, reports)
-            about = {"attention": self.attention, "replica": replica_name(), "started": time.time()}
+            if self.proof is None:
+                self.proof = asyncio.create_task(self.prove(batch[0]))
+            attention = await self.proof  # batches run side by side, and none of them before the proof
+            about = {"attention": attention, "replica": replica_name(), "started": time.time()}
             async for row in super().udf(batch):
                 # A row that failed would go round `answer_of`, with other columns than the rest of its block.
                 failed = {"error": row["__inference_error__"], "__inference_error__": ""}
                 yield {**row, **failed, **about, "finished": time.time()}
+
+        async def prove(self, row: dict[str, Any]) -> str:
+            """The attention classes; then a request whose time does not count, since the first one warms up."""
+            try:
+                reports: Any = await self.llm.engine.collective_rpc("attention_report")
+            except Exception as error:  # whatever vLLM raises where a worker does not know the method
+                reports = error
+            attention = proven(pool.method, reports)
+            with contextlib.suppress(Exception):  # a row that cannot be answered says so when it is its turn
+                await self.llm.generate_async(row)
+            return attention
 
     return ProvingEngine
 

@@ -21,6 +21,7 @@ COMMANDS = {
     "bench ops": ("vllm_sparq.benchmarks.ops_bench", "time the attention ops against dense ones on this machine"),
     "eval": ("vllm_sparq.benchmarks.quality", "what compression costs in answers, on generated tasks"),
     "bench engine": ("vllm_sparq.benchmarks.engine_bench", "time per output token through the engine, beside dense"),
+    "bench serve": ("vllm_sparq.benchmarks.serve_bench", "`vllm bench serve` against a `vllm serve` of each method"),
     "bench ray": (
         "vllm_sparq.benchmarks.ray_bench",
         "offline generation on a pool of replicas, on one machine or many",
