@@ -58,7 +58,11 @@ def append_records(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
     Raises:
         UsageError: the file holds lines of another schema.
     """
-    read_records(path)
+    if path.exists():
+        with path.open(encoding="utf-8") as file:
+            first = file.readline()
+        if first.endswith("\n"):  # else a killed run left it unfinished, and it says nothing
+            _parsed(first, f"{path}, line 1")
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", encoding="utf-8") as file:
         for record in records:

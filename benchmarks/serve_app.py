@@ -53,10 +53,11 @@ class ProvingServer(LLMServer):
         """
         # Ray Serve validates engine arguments here, before anything has loaded vLLM's plugins (ray#64594).
         plugin.register()
-        await super().start()
+        await super().start()  # type: ignore[no-untyped-call]
         given = self._llm_config.engine_kwargs
         method = Method(name=given.get("attention_backend") or "dense", backend=given.get("attention_backend"))
-        proven(method, await self.engine.collective_rpc("attention_report"))
+        engine: Any = self.engine
+        proven(method, await engine.collective_rpc("attention_report"))
 
 
 def build(arguments: dict[str, Any]) -> Any:

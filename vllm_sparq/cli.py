@@ -26,6 +26,7 @@ COMMANDS = {
         "vllm_sparq.benchmarks.ray_bench",
         "offline generation on a pool of replicas, on one machine or many",
     ),
+    "report": ("vllm_sparq.benchmarks.report", "one page with the tables and pictures of a folder of results"),
 }
 """Words of the command -> module, one line of help. Only the module of the command in use is imported."""
 
