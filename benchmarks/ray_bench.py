@@ -290,10 +290,10 @@ def answer_all(
         failures = []
         try:
             for batch in ask(_chain(first, todo)):
-                good = [row for row in batch if not row.get("error") and row["id"] not in done]
+                answered = {row["id"]: row for row in batch if not row.get("error") and row["id"] not in done}
                 failures += [Failure(id=row["id"], error=row["error"]) for row in batch if row.get("error")]
-                answers.add(good)
-                done.update(row["id"] for row in good)
+                answers.add(list(answered.values()))
+                done.update(answered)
                 tell(len(done))
         except UsageError:
             raise

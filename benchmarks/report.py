@@ -155,7 +155,7 @@ def engine_table(records: Sequence[Record]) -> Rows:
 
     head = ("model", "context", "batch", "method", "ms per token", "beside dense", "of the bound", "ms per 1k tokens")
     rows = []
-    for r in records:
+    for r in sorted(records, key=lambda r: (r["model"], r["batch"], r["context"])):
         alike = [o for o in records if (o["batch"], o["model"]) == (r["batch"], r["model"])]
         mine = fitted([o for o in alike if o["method"] == r["method"]])
         dense = fitted([o for o in alike if o["method"] == DENSE])
@@ -318,18 +318,23 @@ def figure_html(name: str, caption: str, png: bytes) -> str:
 
 
 def table_html(head: Row, rows: Sequence[Row]) -> str:
-    """A table; columns that hold figures are set to the right."""
-    columns = list(zip(*rows, strict=True))
-    kinds = [" class='number'" if all(c[:1] in "0123456789-." for c in column if c) else "" for column in columns]
-    out = ["<table><thead><tr>", *(f"<th{k}>{html.escape(n)}</th>" for k, n in zip(kinds, head, strict=True))]
+    """A table. Columns that say the same in every row stand above it, once; columns of figures are set to the right."""
+    columns = dict(zip(head, zip(*rows, strict=True), strict=True))
+    same = {name: cells[0] for name, cells in columns.items() if len(rows) > 1 and len(set(cells)) == 1}
+    above = "; ".join(f"{name}: {cell}" for name, cell in same.items() if cell)
+    columns = {name: cells for name, cells in columns.items() if name not in same}
+    kinds = {
+        name: " class='number'" if all(cell[:1] in "0123456789-." for cell in cells if cell) else ""
+        for name, cells in columns.items()
+    }
+    out = [f"<p>{html.escape(above)}</p>\n" if above else "", "<table><thead><tr>"]
+    out += [f"<th{kinds[name]}>{html.escape(name)}</th>" for name in columns]
     out.append("</tr></thead><tbody>\n")
-    for row in rows:
-        cells = []
-        for kind, cell in zip(kinds, row, strict=True):
-            text = html.escape(cell).replace("slower than dense", "<span class='slower'>slower than dense</span>")
-            cells.append(f"<td{kind}>{text}</td>")
+    for row in zip(*columns.values(), strict=True):
+        cells = [f"<td{kind}>{html.escape(cell)}</td>" for kind, cell in zip(kinds.values(), row, strict=True)]
         out.append(f"<tr>{''.join(cells)}</tr>\n")
-    return "".join([*out, "</tbody></table>\n"])
+    text = "".join([*out, "</tbody></table>\n"])
+    return text.replace("slower than dense", "<span class='slower'>slower than dense</span>")
 
 
 def page_html(records: Sequence[Record], parts: Sequence[str]) -> str:

@@ -90,7 +90,8 @@ def contexts_axis(axis: Any, contexts: Sequence[float]) -> None:
 def engine_speed(records: Records) -> Figure:
     """Time per output token over the context, a panel a batch size."""
     batches = sorted({record["batch"] for record in records})
-    figure, axes = plt.subplots(1, len(batches), figsize=(4.2 * len(batches) + 1, 4), squeeze=False)
+    size = (max(6.5, 4.2 * len(batches) + 1), 4.4)
+    figure, axes = plt.subplots(1, len(batches), figsize=size, squeeze=False, layout="constrained")
     looks = style([record["method"] for record in records if record["method"] != SKIPPED])
     for axis, batch in zip(axes[0], batches, strict=True):
         here = [record for record in records if record["batch"] == batch]
@@ -101,7 +102,8 @@ def engine_speed(records: Records) -> Figure:
         axis.set_ylim(bottom=0)
         axis.set_title(f"batch {batch}")
     axes[0][0].set_ylabel("time per output token (ms)")
-    axes[0][-1].legend(fontsize=8)
+    handles = {text: handle for axis in axes[0] for handle, text in zip(*axis.get_legend_handles_labels(), strict=True)}
+    figure.legend(handles.values(), handles.keys(), fontsize=8, ncols=3, loc="outside lower center")
     return figure
 
 

@@ -82,4 +82,6 @@ def build(arguments: dict[str, Any]) -> Any:
         server_cls=ProvingServer,
         log_engine_metrics=False,
     )
-    return build_openai_app({"llm_configs": [config]})
+    # The API's own processes mostly wait. Did they reserve CPUs, two cores would have none left for a replica.
+    ingress = {"num_replicas": 1, "ray_actor_options": {"num_cpus": 0}}
+    return build_openai_app({"llm_configs": [config], "ingress_deployment_config": ingress})

@@ -22,10 +22,7 @@ COMMANDS = {
     "eval": ("vllm_sparq.benchmarks.quality", "what compression costs in answers, on generated tasks"),
     "bench engine": ("vllm_sparq.benchmarks.engine_bench", "time per output token through the engine, beside dense"),
     "bench serve": ("vllm_sparq.benchmarks.serve_bench", "`vllm bench serve` against a `vllm serve` of each method"),
-    "bench ray": (
-        "vllm_sparq.benchmarks.ray_bench",
-        "offline generation on a pool of replicas, on one machine or many",
-    ),
+    "bench ray": ("vllm_sparq.benchmarks.ray_bench", "offline generation on a pool of replicas, here or on a cluster"),
     "report": ("vllm_sparq.benchmarks.report", "one page with the tables and pictures of a folder of results"),
 }
 """Words of the command -> module, one line of help. Only the module of the command in use is imported."""
