@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import copy
 import os
 import socket
 import time
@@ -87,7 +88,7 @@ def proving(stage: type, pool: Pool) -> type:
                 reports = error
             attention = proven(pool.method, reports)
             with contextlib.suppress(Exception):  # a row that cannot be answered says so when it is its turn
-                await self.llm.generate_async(row)
+                await self.llm.generate_async(copy.deepcopy(row))  # which takes the row apart
             return attention
 
     return ProvingEngine
