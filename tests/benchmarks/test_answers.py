@@ -84,7 +84,7 @@ def test_killed_while_writing(tmp_path: Path) -> None:
     for _ in range(3):
         process = subprocess.Popen([sys.executable, "-c", ENDLESS, str(folder)], env=environment)
         deadline = time.monotonic() + 60
-        while len(list(folder.glob("part-*"))) < before + 4 and time.monotonic() < deadline:
+        while len(list(folder.glob("part-*.parquet"))) < before + 4 and time.monotonic() < deadline:
             time.sleep(0.02)
         process.send_signal(signal.SIGKILL)
         process.wait()
