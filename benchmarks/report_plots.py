@@ -147,8 +147,8 @@ def capacity(records: Records) -> Figure:
         axis.plot(tokens, [record["output_throughput"] for record in mine], label=method, linestyle="", **looks[method])
     axis.set_xlabel("tokens that the KV cache holds, at equal memory")
     axis.set_ylabel("output tokens per second")
-    axis.set_xlim(left=0)
-    axis.set_ylim(bottom=0)
+    axis.set_xlim(0, 1.1 * axis.dataLim.xmax)
+    axis.set_ylim(0, 1.1 * axis.dataLim.ymax)
     axis.grid(alpha=0.3)
     axis.legend(fontsize=8)
     return figure
@@ -163,7 +163,7 @@ def scaling(records: Records) -> Figure:
     axis.set_xticks(sorted({record["replicas"] for record in records}))
     axis.set_xlabel("replicas")
     axis.set_ylabel("output tokens per second, all replicas")
-    axis.set_ylim(bottom=0)
+    axis.set_ylim(0, 1.1 * axis.dataLim.ymax)
     axis.grid(alpha=0.3)
     axis.legend(fontsize=8)
     return figure
