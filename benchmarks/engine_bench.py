@@ -14,13 +14,14 @@ prefill is skipped too, everywhere alike: K and V are written, and what they hol
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import multiprocessing
 import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -61,6 +62,13 @@ class SkippedAttention:
         return output.fill_(0)
 
 
+def orders(pipe: Connection) -> Iterator[tuple[str, Any]]:
+    """What an engine is told to do, until it is told to stop or nobody is there to tell."""
+    with contextlib.suppress(EOFError):
+        while (order := pipe.recv()) is not None:
+            yield order
+
+
 def serve_turns(chosen: Engine, model: Path, dummy: bool, max_context: int, max_batch: int, pipe: Connection) -> None:
     """The process of one engine: prepares a batch when told to, and decodes when it is its turn."""
     os.environ.update(
@@ -99,8 +107,7 @@ def serve_turns(chosen: Engine, model: Path, dummy: bool, max_context: int, max_
     generator = torch.Generator().manual_seed(0)
     prompt = torch.randint(10, 1000, (max_context,), generator=generator).tolist()
     params = SamplingParams(temperature=0, max_tokens=N_TAIL - 64, ignore_eos=True, detokenize=False)
-    while (order := pipe.recv()) is not None:
-        kind, argument = order
+    for kind, argument in orders(pipe):
         if kind == "prepare":
             running = [request.request_id for request in engine.output_processor.request_states.values()]
             engine.abort_request(running)
