@@ -26,8 +26,8 @@ from vllm_sparq.cli import UsageError, comma_names
 PREEMPTIONS = "vllm:num_preemptions_total"
 CACHE = "vllm:cache_config_info"
 
-DROPPED = ("input_lens", "output_lens", "start_times", "ttfts", "itls", "generated_texts", "errors")
-"""Per-request lists of the client's, too long for a line."""
+DROPPED = ("tokenizer_id", "label")
+"""Keys of the client's that say nothing: a path of this machine, a name of none. Lists of every request go as well."""
 
 EPILOG = """\
 The keys of a record are those of `vllm bench serve --save-result`; `sparq` beside them says what the server was: the
@@ -188,7 +188,7 @@ def measure(
             labels = next(labels for name, labels, _ in server.metrics() if name == CACHE)
             lengths = result.get("output_lens") or [0]
             yield {
-                **{name: value for name, value in result.items() if name not in DROPPED},
+                **{k: v for k, v in result.items() if k not in DROPPED and not isinstance(v, list)},
                 "bench": "serve",
                 "method": method.name,
                 "model": model.name,
