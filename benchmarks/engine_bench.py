@@ -27,6 +27,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+from vllm_sparq.benchmarks.demo import make_console
 from vllm_sparq.benchmarks.engine_cases import (
     DEFAULT_OPTIONS,
     LLAMA_1B,
@@ -257,9 +258,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Measure, print the table, write the lines."""
-    from rich.console import Console
-
-    console = Console()
+    console = make_console()
     model = Model.of(args.model, args.layers)
     model.check_length(max(args.context) + N_TAIL)
     chosen = engines(args.methods, args.options or ([] if args.methods else [DEFAULT_OPTIONS]))

@@ -13,6 +13,7 @@ from typing import Any
 
 from vllm_sparq.benchmarks import prompts
 from vllm_sparq.benchmarks.answers import Answers, make_folder
+from vllm_sparq.benchmarks.demo import make_console
 from vllm_sparq.benchmarks.methods import Method
 from vllm_sparq.benchmarks.prompts import Prompt, Source, Survey
 from vllm_sparq.benchmarks.proof import WrongAttentionError, check_model, with_dense
@@ -102,9 +103,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Run every method over all prompts, print the table, write the lines."""
-    from rich.console import Console
-
-    console = Console(soft_wrap=False)
+    console = make_console()
     model = check_model(args.model)
     methods = with_dense(args.methods)
     source = source_of(args, model)

@@ -15,6 +15,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from vllm_sparq.benchmarks.demo import make_console
 from vllm_sparq.benchmarks.methods import DENSE, Method
 from vllm_sparq.benchmarks.proof import WrongAttentionError, check_attention, check_model, speed_note, with_dense
 from vllm_sparq.benchmarks.records import append_records, case_key, provenance, recorded, skipped_note
@@ -86,9 +87,7 @@ def json_list(text: str) -> list[str]:
 
 def main(args: argparse.Namespace) -> int:
     """A server per method, a client per rate; print the table, write the lines."""
-    from rich.console import Console
-
-    console = Console()
+    console = make_console()
     model = check_model(args.model)
     check_lengths(args, model)
     methods = [Method.named(method.name, args.options) for method in with_dense(args.methods)]
