@@ -4,6 +4,7 @@ PYTHON ?= python3.11
 VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
+TINY   := benchmarks/tiny_model/weights
 SOURCES := $(wildcard vllm_sparq/csrc/*)
 
 .PHONY: help setup demo test lint types unit bench clean
@@ -38,8 +39,14 @@ types: $(READY)  ## mypy, over the packages as they install
 unit: $(READY)
 	$(BIN)/pytest
 
-bench: $(READY)  ## speed of the attention ops against vLLM's own and our dense kernel
-	$(BIN)/vllm-sparq bench ops
+bench: $(READY)  ## a small run of ops, engine and Ray on the bundled model, and a page of it: build/bench.html
+	mkdir -p build/bench
+	$(BIN)/vllm-sparq bench ops --shape 8/2/64 --context 1024,4096,16384 --repeats 9 --out build/bench/ops.jsonl
+	$(BIN)/vllm-sparq bench engine --model $(TINY) --methods sparq,kivi --context 512,1536,3072 --batch 1,4 --rounds 3 \
+		--out build/bench/engine.jsonl
+	$(BIN)/vllm-sparq bench ray --model $(TINY) --methods sparq --replicas 1 --out build/bench/one --record build/bench/ray.jsonl
+	$(BIN)/vllm-sparq bench ray --model $(TINY) --methods sparq --replicas 2 --out build/bench/two --record build/bench/ray.jsonl
+	$(BIN)/vllm-sparq report build/bench --out build/bench.html
 
 clean:  ## remove what was built
 	rm -rf $(VENV) build vllm_sparq/lib *.egg-info

@@ -1,11 +1,11 @@
-"""Time per output token through the engine: SparQ against vLLM's own backend and against no attention at all.
+"""Time per output token through the engine: each method against vLLM's own attention and against none at all.
 
-    vllm-sparq bench engine --context 32768 --batch 1,4,8
+    vllm-sparq bench engine --methods sparq,kivi,sparq+int4 --context 32768 --batch 1,4,8
 
-Three engines on one dummy-weight model of a real model's shape, each in a process of its own, decode in turns: one
-decodes while the others wait, round after round, so that all see the same machine. The third engine skips the attention
-op of its decode steps; its time is what no attention kernel can beat, and dense time over its time is the Amdahl bound
-of any speed-up.
+The engines, on one dummy-weight model of a real model's shape or on a model of yours, each in a process of its own,
+decode in turns: one decodes while the others wait, round after round, so that all see the same machine. One engine
+skips the attention op of its decode steps; its time is what no attention kernel can beat, and dense time over its time
+is the Amdahl bound of any speed-up. Every engine says which attention classes it runs, or nothing is measured.
 
 All requests of a batch share one prompt through prefix caching, so the context is prefilled once. The attention of that
 prefill is skipped too, everywhere alike: K and V are written, and what they hold does not change how long a read takes.
@@ -14,70 +14,35 @@ prefill is skipped too, everywhere alike: K and V are written, and what they hol
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import multiprocessing
 import os
 import statistics
 import tempfile
 import time
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from vllm_sparq.benchmarks.records import append_records, provenance
-from vllm_sparq.cli import comma_numbers
-
-LLAMA_1B = dict(
-    architectures=["LlamaForCausalLM"],
-    model_type="llama",
-    hidden_size=2048,
-    intermediate_size=8192,
-    num_attention_heads=32,
-    num_key_value_heads=8,
-    head_dim=64,
-    vocab_size=128256,
-    max_position_embeddings=131072,
-    rms_norm_eps=1e-5,
-    rope_theta=500000.0,
-    hidden_act="silu",
-    tie_word_embeddings=True,
-    dtype="bfloat16",
+from vllm_sparq.benchmarks.demo import make_console
+from vllm_sparq.benchmarks.engine_cases import (
+    DEFAULT_OPTIONS,
+    LLAMA_1B,
+    N_TAIL,
+    SKIPPED,
+    Case,
+    Engine,
+    Model,
+    engines,
+    key_of,
 )
-"""The shape of Llama-3.2-1B; the number of layers is an option."""
-
-DEFAULT_OPTIONS = {"r": 16, "k": 128}
-DENSE, SKIPPED = "dense", "no attention"
-
-N_TAIL = 1024
-"""Room for answers behind the context (tokens): more than all rounds of a case decode."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Case:
-    """One row of the table. ``context`` in tokens, ``batch`` in requests."""
-
-    context: int
-    batch: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class Method:
-    """One engine: its backend, its options, and whether its decode steps skip the attention op."""
-
-    name: str
-    backend: str
-    options: dict[str, Any]
-    skip_attention: bool = False
-
-
-def methods(options: list[dict[str, Any]]) -> list[Method]:
-    """The engines that decode in turns: dense, no attention at all, then sparq with each set of options."""
-    return [
-        Method(name=DENSE, backend="CPU_ATTN", options={}),
-        Method(name=SKIPPED, backend="CPU_ATTN", options={}, skip_attention=True),
-        *(Method(name=f"sparq {json.dumps(chosen)}", backend="SPARQ", options=chosen) for chosen in options),
-    ]
+from vllm_sparq.benchmarks.methods import DENSE
+from vllm_sparq.benchmarks.proof import WrongAttentionError, check_attention, engine_report, speed_note
+from vllm_sparq.benchmarks.records import append_records, provenance, recorded, skipped_note
+from vllm_sparq.cli import UsageError, comma_names, comma_numbers
 
 
 class SkippedAttention:
@@ -90,15 +55,31 @@ class SkippedAttention:
     def __call__(
         self, layer: Any, query: Any, key: Any, value: Any, kv_cache: Any, meta: Any, output: Any, **kw: Any
     ) -> Any:
-        if meta is None or (self.decode and int(meta.query_start_loc.diff().max()) == 1):
+        turns = getattr(meta, "turns", None)  # of a step that may evict
+        step = turns[0].step if turns else meta
+        if meta is None or (self.decode and int(step.query_start_loc.diff().max()) == 1):
             return self.attend(layer, query, key, value, kv_cache, meta, output=output, **kw)
         if self.write is not None:  # our backends write inside of forward, vLLM's before it
             pages = layer.impl._bind(layer, kv_cache, query.dtype)
-            self.write(key, value, pages, meta.block_table, meta.query_start_loc, meta.seq_lens)
+            for turn in turns or ():
+                rows = slice(None) if turn.rows is None else turn.rows
+                self._write(turn.step, key[rows], value[rows], pages)
+            if not turns:
+                self._write(meta, key, value, pages)
         return output.fill_(0)
 
+    def _write(self, step: Any, key: Any, value: Any, pages: Any) -> None:
+        self.write(key, value, pages, step.block_table, step.query_start_loc, step.seq_lens, step.first_positions)
 
-def serve_turns(method: Method, model: Path, max_context: int, max_batch: int, pipe: Connection) -> None:
+
+def orders(pipe: Connection) -> Iterator[tuple[str, Any]]:
+    """What an engine is told to do, until it is told to stop or nobody is there to tell."""
+    with contextlib.suppress(EOFError):
+        while (order := pipe.recv()) is not None:
+            yield order
+
+
+def serve_turns(chosen: Engine, model: Path, dummy: bool, max_context: int, max_batch: int, pipe: Connection) -> None:
     """The process of one engine: prepares a batch when told to, and decodes when it is its turn."""
     os.environ.update(
         HF_HUB_OFFLINE="1",
@@ -111,33 +92,36 @@ def serve_turns(method: Method, model: Path, max_context: int, max_batch: int, p
     from vllm import LLM, SamplingParams
 
     config = json.loads((model / "config.json").read_text())
-    dense_bytes_per_token = 4 * config["num_hidden_layers"] * config["num_key_value_heads"] * config["head_dim"]
-    # The shared prompt, a tail of its own for each request, and room for our larger pages.
+    n_heads = config["num_attention_heads"]
+    head_size = config.get("head_dim") or config["hidden_size"] // n_heads
+    n_kv_heads = config.get("num_key_value_heads") or n_heads
+    dense_bytes_per_token = 4 * config["num_hidden_layers"] * n_kv_heads * head_size
+    # The shared prompt, a tail of its own for each request, and room for our larger pages. Where tokens are evicted
+    # nothing is shared, but a prompt is cut to its budget before the next one is read.
     kv_bytes = dense_bytes_per_token * (max_context + N_TAIL * (max_batch + 2)) * 5 // 4
     llm = LLM(
         str(model),
-        load_format="dummy",
+        load_format="dummy" if dummy else "auto",
         skip_tokenizer_init=True,
         enforce_eager=True,
         max_model_len=max_context + N_TAIL,
         max_num_batched_tokens=4096,
         kv_cache_memory_bytes=kv_bytes,
-        attention_backend=method.backend,
-        additional_config={"sparq": method.options},
         disable_log_stats=True,
+        **chosen.arguments,
     )
     engine: Any = llm.llm_engine
+    cache = engine.vllm_config.cache_config
+    pipe.send((engine_report(engine.vllm_config), cache.kv_cache_size_tokens, kv_bytes))
     for layer in engine.vllm_config.compilation_config.static_forward_context.values():
-        layer.impl.forward = SkippedAttention(layer.impl, decode=not method.skip_attention)
-    pipe.send("ready")
+        layer.impl.forward = SkippedAttention(layer.impl, decode=not chosen.skip_attention)
     generator = torch.Generator().manual_seed(0)
     prompt = torch.randint(10, 1000, (max_context,), generator=generator).tolist()
     params = SamplingParams(temperature=0, max_tokens=N_TAIL - 64, ignore_eos=True, detokenize=False)
-    while (order := pipe.recv()) is not None:
-        kind, argument = order
+    for kind, argument in orders(pipe):
         if kind == "prepare":
             running = [request.request_id for request in engine.output_processor.request_states.values()]
-            engine.abort_request(running)
+            engine.abort_request(running, internal=True)
             for i in range(argument.batch):
                 name = f"{argument.context}-{argument.batch}-{i}"
                 engine.add_request(name, {"prompt_token_ids": prompt[: argument.context]}, params)
@@ -154,45 +138,83 @@ def serve_turns(method: Method, model: Path, max_context: int, max_batch: int, p
             pipe.send(times)
 
 
+def start(
+    chosen: list[Engine], model: Model, folder: Path, max_context: int, max_batch: int, report: Callable[[str], None]
+) -> tuple[dict[str, Connection], dict[str, dict[str, Any]]]:
+    """Name -> pipe to a running engine, and name -> what is recorded of it: attention classes, capacity of its cache.
+
+    Raises:
+        UsageError: an engine did not start; it has said why.
+        WrongAttentionError: an engine runs another attention than its method's.
+    """
+    context = multiprocessing.get_context("spawn")
+    pipes: dict[str, Connection] = {}
+    about: dict[str, dict[str, Any]] = {}
+    for engine in chosen:
+        report(f"starting the {engine.name} engine")
+        ours, theirs = context.Pipe()
+        arguments = (engine, folder, model.folder is None, max_context, max_batch, theirs)
+        context.Process(target=serve_turns, args=arguments, daemon=True).start()
+        theirs.close()
+        try:
+            report_of, n_tokens, kv_bytes = ours.recv()
+        except EOFError:
+            raise UsageError(f"the {engine.name} engine ended before it was ready; its reason stands above") from None
+        about[engine.name] = {
+            "options": engine.method.options,
+            "attention": check_attention(engine.method, report_of),
+            "kv_capacity_tokens": n_tokens,
+            "kv_bytes": kv_bytes,
+        }
+        pipes[engine.name] = ours
+    return pipes, about
+
+
 def measure(
-    cases: list[Case], options: list[dict[str, Any]], *, n_layers: int, rounds: int, steps: int, report: Any
+    cases: list[Case],
+    chosen: list[Engine],
+    *,
+    model: Model,
+    rounds: int,
+    steps: int,
+    report: Callable[[str], None],
 ) -> list[dict[str, Any]]:
     """All cases, with the engines in turns; one record a case and method.
 
     Args:
         cases: contexts and batches.
-        options: sets of sparq options, an engine each.
-        n_layers: of the model.
+        chosen: the engines; dense and no attention are among them.
+        model: what they run.
         rounds: turns of each engine per case.
         steps: decode steps per turn.
         report: called with a line of text when something has been done.
     """
-    context = multiprocessing.get_context("spawn")
     max_context, max_batch = max(c.context for c in cases), max(c.batch for c in cases)
-    with tempfile.TemporaryDirectory() as folder:
-        model = Path(folder)
-        (model / "config.json").write_text(json.dumps({**LLAMA_1B, "num_hidden_layers": n_layers}))
-        engines: dict[str, Connection] = {}
-        for method in methods(options):
-            report(f"starting the {method.name} engine")
-            ours, theirs = context.Pipe()
-            arguments = (method, model, max_context, max_batch, theirs)
-            context.Process(target=serve_turns, args=arguments, daemon=True).start()
-            theirs.close()
-            engines[method.name] = ours
-            ours.recv()
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = model.folder or Path(temporary)
+        if model.folder is None:
+            (folder / "config.json").write_text(json.dumps({**LLAMA_1B, "num_hidden_layers": model.n_layers}))
+        pipes, about = start(chosen, model, folder, max_context, max_batch, report)
         records = []
         for case in cases:
             report(f"{case.context} tokens of context, batch {case.batch}")
-            records += measure_case(case, engines, n_layers=n_layers, rounds=rounds, steps=steps)
-        for pipe in engines.values():
+            records += measure_case(case, pipes, rounds=rounds, steps=steps)
+        for pipe in pipes.values():
             pipe.send(None)
-    return records
+    by_name = {engine.name: engine for engine in chosen}
+    return [
+        {
+            "bench": "engine",
+            "key": key_of(Case(context=r["context"], batch=r["batch"]), by_name[r["method"]], model),
+            "model": model.name,
+            **about[r["method"]],
+            **r,
+        }
+        for r in records
+    ]
 
 
-def measure_case(
-    case: Case, engines: dict[str, Connection], *, n_layers: int, rounds: int, steps: int
-) -> list[dict[str, Any]]:
+def measure_case(case: Case, engines: dict[str, Connection], *, rounds: int, steps: int) -> list[dict[str, Any]]:
     """Time per output token of each engine, in turns."""
     times: dict[str, list[float]] = {name: [] for name in engines}
     for pipe in engines.values():
@@ -208,10 +230,8 @@ def measure_case(
     bound = median_ms[DENSE] / median_ms[SKIPPED]
     return [
         {
-            "bench": "engine",
             "method": name,
             **asdict(case),
-            "model": f"Llama-3.2-1B shape, {n_layers} layers, dummy weights",
             "threads": os.cpu_count(),
             "median_tpot_ms": round(median_ms[name], 3),
             "p10_tpot_ms": round(1e3 * statistics.quantiles(values, n=10)[0], 3),
@@ -228,38 +248,58 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `vllm-sparq bench engine`."""
     parser.add_argument("--context", type=comma_numbers, default=[32768], help="tokens of context, comma-separated")
     parser.add_argument("--batch", type=comma_numbers, default=[1, 4], help="requests at a time, comma-separated")
-    parser.add_argument("--layers", type=int, default=4, help="layers of the model (default 4 of the real 16)")
+    parser.add_argument(
+        "--methods", type=comma_names, default=[], metavar="M,...", help="beside dense, such as sparq,kivi,sparq+int4"
+    )
+    parser.add_argument("--model", type=Path, help="a model folder (default: the shape of Llama-3.2-1B, dummy weights)")
+    parser.add_argument("--layers", type=int, default=4, help="of the default model (default 4 of the real 16)")
     parser.add_argument(
         "--options",
         type=json.loads,
         action="append",
         metavar="JSON",
-        help='sparq options; may be repeated, an engine each (default: {"r": 16, "k": 128})',
+        help='sparq options; may be repeated, an engine each (default without --methods: {"r": 16, "k": 128})',
     )
     parser.add_argument("--rounds", type=int, default=5, help="turns of each engine per case (default 5)")
     parser.add_argument("--steps", type=int, default=8, help="decode steps per turn (default 8)")
     parser.add_argument("--out", type=Path, help="append one JSON line per case and method to this file")
+    parser.add_argument("--again", action="store_true", help="measure cases that --out holds already")
 
 
 def main(args: argparse.Namespace) -> int:
     """Measure, print the table, write the lines."""
-    from rich.console import Console
-
-    console = Console()
+    console = make_console()
+    model = Model.of(args.model, args.layers)
+    model.check_length(max(args.context) + N_TAIL)
+    chosen = engines(args.methods, args.options or ([] if args.methods else [DEFAULT_OPTIONS]))
     cases = [Case(context=context, batch=batch) for context in args.context for batch in args.batch]
-    with console.status("") as status:
-        records = measure(
-            cases,
-            args.options or [DEFAULT_OPTIONS],
-            n_layers=args.layers,
-            rounds=args.rounds,
-            steps=args.steps,
-            report=lambda line: status.update(f"{line} ..."),
-        )
+    keys = {case: [key_of(case, engine, model) for engine in chosen] for case in cases}
+    known = recorded(args.out, [key for case in cases for key in keys[case]], again=args.again)
+    todo = [case for case in cases if not all(key in known for key in keys[case])]
+    records: list[dict[str, Any]] = []
+    try:
+        with console.status("") as status:
+            if todo:
+                records = measure(
+                    todo,
+                    chosen,
+                    model=model,
+                    rounds=args.rounds,
+                    steps=args.steps,
+                    report=lambda line: status.update(f"{line} ..."),
+                )
+    except WrongAttentionError as error:
+        console.print(f"✗ {error}", style="red", highlight=False, markup=False, soft_wrap=True)
+        return 1
     if args.out:
         origin = provenance()
         append_records(args.out, [{**record, **origin} for record in records])
-    console.print(table(records))
+    old = [known[key] for case in cases if case not in todo for key in keys[case]]
+    console.print(table(old + records))
+    if old:
+        console.print(
+            f"{len(cases) - len(todo)} of {len(cases)} cases: {skipped_note(old)}", highlight=False, soft_wrap=True
+        )
     return 0
 
 
@@ -276,14 +316,13 @@ def table(records: list[dict[str, Any]]) -> Any:
     for i, record in enumerate(records):
         if i and record["method"] == DENSE:
             view.add_section()
-        slower = ", slower than dense" if record["speedup_vs_vllm"] < 1 else ""
         view.add_row(
             f"{record['context']:,}",
             str(record["batch"]),
             record["method"],
             f"{record['median_tpot_ms']:.1f}",
             f"{record['p10_tpot_ms']:.1f} .. {record['p90_tpot_ms']:.1f}",
-            f"{record['speedup_vs_vllm']:.2f}x{slower}",
+            "" if record["method"] == SKIPPED else speed_note(record["speedup_vs_vllm"]),
             f"{record['share_of_bound']:.0%}",
         )
     return view

@@ -18,7 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from vllm_sparq.benchmarks.ops_methods import METHODS, Call, Cell, Tensors
-from vllm_sparq.benchmarks.records import append_records, provenance
+from vllm_sparq.benchmarks.records import append_records, case_key, provenance, recorded, skipped_note
 from vllm_sparq.cli import UsageError
 from vllm_sparq.config import Options
 from vllm_sparq.layout import FORMATS
@@ -84,6 +84,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--repeats", type=int, default=15, help="rounds (default: 15)")
     parser.add_argument("--clock", choices=CLOCKS, default="wall", help="see below (default: wall)")
     parser.add_argument("--out", type=Path, metavar="FILE", help="append one JSON object per method and shape")
+    parser.add_argument("--again", action="store_true", help="measure cells that --out holds already")
 
 
 def _numbers(text: str) -> list[int]:
@@ -203,6 +204,8 @@ def summarize(
         ranked = sorted(samples)
         rows.append(
             dict(
+                bench="ops",
+                key=key_of(cell, name, watch),
                 method=name,
                 impl=impl,
                 context=cell.context,
@@ -227,6 +230,20 @@ def summarize(
             )
         )
     return rows
+
+
+def key_of(cell: Cell, method: str, watch: Stopwatch) -> str:
+    """Of the record of one method in one cell."""
+    fields = dict(
+        method=method,
+        **{name: getattr(cell, name) for name in ("context", "batch", "heads", "kv_heads", "head_dim", "scoring")},
+        dtype=str(cell.dtype),
+        r=cell.read.r,
+        k=cell.read.min_k,
+        threads=watch.threads,
+        clock=watch.clock,
+    )
+    return case_key("ops", fields)
 
 
 def _ratio(medians: dict[str, float], base: str, name: str) -> float | None:
@@ -282,8 +299,11 @@ def main(args: argparse.Namespace) -> int:
         raise UsageError("--clock cpu would count threads that wait: start with OMP_WAIT_POLICY=passive")
     if args.threads is not None:
         torch.set_num_threads(args.threads)
-    todo, console = cells(args), Console()
+    wanted, console = cells(args), Console()
     watch = Stopwatch(args.clock, torch.get_num_threads())
+    keys = [[key_of(cell, name, watch) for name in args.methods] for cell in wanted]
+    known = recorded(args.out, [key for row in keys for key in row], again=args.again)
+    todo = [cell for cell, row in zip(wanted, keys, strict=True) if not known.keys() >= set(row)]
     about, rows = machine(), []
     console.print(f"{about['cpu']}: {native.find().reason}")
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
@@ -294,6 +314,12 @@ def main(args: argparse.Namespace) -> int:
             rows += measure(cell, args.methods, args.repeats, watch, lambda: progress.advance(task))
     if args.out is not None:
         append_records(args.out, [{**row, **about} for row in rows])
+    old = [known[key] for cell, row in zip(wanted, keys, strict=True) if cell not in todo for key in row]
+    if old:
+        console.print(
+            f"{len(wanted) - len(todo)} of {len(wanted)} cells: {skipped_note(old)}", highlight=False, soft_wrap=True
+        )
+        rows = [*old, *rows]
     console.print(table(rows, watch))
     console.print(f"memory: {statistics.median(row['bandwidth_gb_per_s'] for row in rows):.1f} GB/s")
     for (batch, *shape), context in break_even(rows).items():

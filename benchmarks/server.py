@@ -133,6 +133,13 @@ class Server:
         reports: list[dict[str, dict[str, Any]]] = json.loads(answer)["results"]
         return reports[0]
 
+    def metrics(self) -> list[tuple[str, dict[str, str], float]]:
+        """Name, labels and value of everything that `/metrics` shows."""
+        from prometheus_client.parser import text_string_to_metric_families
+
+        families = text_string_to_metric_families(self._ask("GET", "/metrics").decode())
+        return [(sample.name, sample.labels, sample.value) for family in families for sample in family.samples]
+
     def complete(self, prompt: str, *, max_tokens: int, stop: Sequence[str] = ()) -> Completion:
         """A greedy completion from the OpenAI API, timed by the engine. One at a time, or the times mix."""
         body = {"model": self.name, "prompt": prompt, "max_tokens": max_tokens, "temperature": 0, "stop": list(stop)}

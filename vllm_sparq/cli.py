@@ -23,6 +23,9 @@ COMMANDS = {
     "sweep": ("vllm_sparq.benchmarks.sweep", "how few channels and tokens are enough: a grid of r and k"),
     "tune": ("vllm_sparq.benchmarks.tune", "find the setting for a model, a text and a machine"),
     "bench engine": ("vllm_sparq.benchmarks.engine_bench", "time per output token through the engine, beside dense"),
+    "bench serve": ("vllm_sparq.benchmarks.serve_bench", "`vllm bench serve` against a `vllm serve` of each method"),
+    "bench ray": ("vllm_sparq.benchmarks.ray_bench", "offline generation on a pool of replicas, here or on a cluster"),
+    "report": ("vllm_sparq.benchmarks.report", "one page with the tables and pictures of a folder of results"),
 }
 """Words of the command -> module, one line of help. Only the module of the command in use is imported."""
 
