@@ -69,6 +69,7 @@ class SkippedAttention:
         return output.fill_(0)
 
     def _write(self, step: Any, key: Any, value: Any, pages: Any) -> None:
+        assert self.write is not None
         self.write(key, value, pages, step.block_table, step.query_start_loc, step.seq_lens, step.first_positions)
 
 

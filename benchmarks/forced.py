@@ -61,5 +61,5 @@ def prompts_measure(method: Method) -> bool:
     if method.backend is None:
         return True
     options = parse_options(method.additional_config, method.backend.lower())
-    keeps_all = getattr(options, "retention", "all") == "all"
+    keeps_all = options.retention == "all"
     return options.read == "dense" and keeps_all and options.chunk == "codes"

@@ -65,7 +65,7 @@ def compression_options(method: Method) -> Any:
     options: Options = parse_options(method.additional_config, method.backend.lower())
     if options.read == "sparq":
         return lambda number: {"compression": number, "dense_below": 0}
-    if getattr(options, "retention", "all") != "all":
+    if options.retention != "all":
         return lambda number: {"budget": 1 / number}
     return None
 

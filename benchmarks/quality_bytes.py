@@ -100,9 +100,6 @@ def _options(method: Method) -> Options:
 
 
 def _kept(options: Options, context: int) -> int:
-    """Tokens of a context that stay: all, or the budget (tokens, or a fraction of the context)."""
-    chosen = options.model_dump()
-    if chosen.get("retention", "all") == "all":
-        return context
-    budget = chosen["budget"]
-    return min(context, round(budget * context) if isinstance(budget, float) else budget)
+    """Tokens of a context that stay while an answer to a prompt of so many tokens is written."""
+    retention = options.retained(PREFERRED_BLOCK_SIZE)
+    return context if retention is None else min(context, retention.budget_of(context))

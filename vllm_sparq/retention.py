@@ -138,9 +138,9 @@ class Retention:
 
     def most_slots(self, n_tokens: int, prompt_len: int, *, answering: bool, phase: Phase | None = None) -> int:
         """Slots that a request needs for its first ``n_tokens``; ``answering`` once its whole prompt has been read."""
-        phase = phase or self.answer(prompt_len)
+        budget = self.budget_of(prompt_len) if phase is None else phase.budget
+        of_answer = min(n_tokens, budget)
         if answering:
-            return min(n_tokens, phase.budget)
-        budget = self.budget_of(prompt_len)
-        peak = budget + self.segment if self.bounded else prompt_len
-        return min(n_tokens, max(peak, budget))
+            return of_answer
+        of_prompt = min(n_tokens, prompt_len)
+        return max(min(of_prompt, budget + self.segment) if self.bounded else of_prompt, of_answer)
