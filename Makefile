@@ -37,7 +37,7 @@ types: $(READY)  ## mypy, over the packages as they install
 	cd build/types && $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml -p vllm_sparq
 
 unit: $(READY)
-	$(BIN)/pytest
+	$(BIN)/pytest -n 2 --dist loadfile
 
 bench: $(READY)  ## a small run of ops, engine and Ray on the bundled model, and a page of it: build/bench.html
 	mkdir -p build/bench
