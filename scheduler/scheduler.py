@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 logger = init_logger("vllm.sparq")
 
 LEAST_SHARE = 4
-"""A budget is never lowered below this part of what the request began with."""
+"""A budget is never lowered below a quarter of what the request would keep without pressure."""
 
 
 class EvictingMixin:
@@ -125,8 +125,8 @@ class EvictingMixin:
         spec: Any = manager.kv_cache_spec
         n_held = len(manager.req_to_blocks[request.request_id]) - spec.n_staging_blocks
         n_blocks = n_held + 1 if asking and n_held * size < budget else n_held
-        first = manager.retention.budget_of(request.num_prompt_tokens)
-        least = max(manager.retention.least_budget, first // LEAST_SHARE)
+        would_keep = min(manager.retention.budget_of(request.num_prompt_tokens), request.num_computed_tokens)
+        least = max(manager.retention.least_budget, would_keep // LEAST_SHARE)
         return n_blocks if (n_blocks - 1) * size >= least else 0
 
 

@@ -24,6 +24,7 @@ COMMANDS = {
     "tune": ("vllm_sparq.benchmarks.tune", "find the setting for a model, a text and a machine"),
     "bench engine": ("vllm_sparq.benchmarks.engine_bench", "time per output token through the engine, beside dense"),
     "bench serve": ("vllm_sparq.benchmarks.serve_bench", "`vllm bench serve` against a `vllm serve` of each method"),
+    "bench pressure": ("vllm_sparq.benchmarks.pressure_bench", "answers that outgrow the KV cache: evict or preempt"),
     "bench ray": ("vllm_sparq.benchmarks.ray_bench", "offline generation on a pool of replicas, here or on a cluster"),
     "report": ("vllm_sparq.benchmarks.report", "one page with the tables and pictures of a folder of results"),
 }
