@@ -72,7 +72,11 @@ class SparqPlatformMixin:
 
     @classmethod
     def _arrange_eviction(cls, vllm_config: VllmConfig) -> None:
-        """What evicting tokens asks of the rest of the engine."""
+        """What evicting tokens asks of the rest of the engine.
+
+        vLLM's configuration does not say whether prefix caching is its default or was asked for, so it is switched off
+        with a warning either way.
+        """
         from vllm_sparq.attention_backends.selection import engine_options
 
         options = engine_options(vllm_config)
@@ -85,8 +89,14 @@ class SparqPlatformMixin:
                 "request can use it"
             )
         scheduler = vllm_config.scheduler_config
-        if options.pressure == "evict" and scheduler.scheduler_cls is None:
-            scheduler.scheduler_cls = ASYNC_SCHEDULER if scheduler.async_scheduling else SCHEDULER
+        if options.pressure != "evict" or scheduler.scheduler_cls in (SCHEDULER, ASYNC_SCHEDULER):
+            return
+        if scheduler.scheduler_cls is not None:
+            raise ValueError(
+                f"vllm-sparq cannot start: pressure='evict' is the work of our scheduler, and --scheduler-cls names "
+                f"{scheduler.scheduler_cls}: leave it out, or set pressure to 'preempt'"
+            )
+        scheduler.scheduler_cls = ASYNC_SCHEDULER if scheduler.async_scheduling else SCHEDULER
 
 
 class SparqCpuPlatform(SparqPlatformMixin, CpuPlatform):

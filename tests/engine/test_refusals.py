@@ -71,6 +71,49 @@ def test_drafts_over_quantized_blocks() -> None:
         start(options={"format": "kivi4"}, speculative_config=ngram)
 
 
+EVICTING = {"retention": "heavy_hitter", "budget": 512}
+
+
+def test_drafts_where_tokens_are_evicted() -> None:
+    ngram = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 4, "prompt_lookup_min": 2}
+    with pytest.raises(ValueError, match=r"retention='heavy_hitter' evicts tokens, so draft tokens.*retention 'all'"):
+        start(options=EVICTING, speculative_config=ngram)
+
+
+def test_a_connector_where_tokens_are_evicted() -> None:
+    connector = {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}
+    with pytest.raises(ValueError, match=r"KV connector copies dense K and V.*--kv-transfer-config"):
+        start(options=EVICTING, kv_transfer_config=connector)
+
+
+def test_a_budget_below_a_block() -> None:
+    """Codes go a block at a time, and the block's size is known only here."""
+    with pytest.raises(ValueError, match=r"budget=200 is too small: .*128 go at a time, so use budget >= 256"):
+        start(options={**EVICTING, "budget": 200, "format": "int4"}, block_size=128)
+
+
+def test_somebody_elses_scheduler_under_pressure() -> None:
+    with pytest.raises(ValueError, match=r"pressure='evict' is the work of our scheduler.*leave it out"):
+        start(
+            options={**EVICTING, "pressure": "evict"},
+            scheduler_cls="vllm.v1.core.sched.async_scheduler.AsyncScheduler",
+        )
+
+
+def test_prefix_caching_is_switched_off_where_tokens_are_evicted() -> None:
+    from vllm.engine.arg_utils import EngineArgs
+
+    config = EngineArgs(
+        model=str(MODEL),
+        attention_backend="h2o",
+        additional_config={"sparq": {"pressure": "evict"}},
+        enable_prefix_caching=True,
+        skip_tokenizer_init=True,
+    ).create_engine_config()
+    assert not config.cache_config.enable_prefix_caching
+    assert config.scheduler_config.scheduler_cls == "vllm_sparq.scheduler.scheduler.SparqScheduler"
+
+
 def altered(folder: Path, **changes: Any) -> Path:
     """The bundled model's configuration with some values changed."""
     config = json.loads((MODEL / "config.json").read_text())
