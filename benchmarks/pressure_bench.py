@@ -208,7 +208,7 @@ def table(rows: list[dict[str, Any]], trace: Trace) -> Any:
     from rich.table import Table
 
     view = Table(title=f"{trace.n} requests on {trace.pool:g} MB of KV cache, {trace.rate:g} a second; p99 in ms")
-    view.add_column("method")
+    view.add_column("method", no_wrap=True)
     for column in ("req/s", "tok/s", "TPOT", "ITL", "TTFT", "preempted", "avoided", "failed"):
         view.add_column(column, justify="right")
     for row in rows:
