@@ -51,6 +51,10 @@ class EvictingMixin:
                 f"{type(self).__name__} takes blocks from requests that may evict, and none may here: select "
                 "--attention-backend h2o or streaming (or a retention), or leave --scheduler-cls out"
             )
+        if any(manager.retention != self._managers[0].retention for manager in self._managers):
+            raise ValueError(
+                "cache groups that keep different numbers of tokens cannot give blocks: use pressure 'preempt'"
+            )
         self._granted: list[Request] = []
         self._counters = Counters.of(self.vllm_config, self.vllm_config.parallel_config.data_parallel_index)  # type: ignore[attr-defined]
         self._open = contextlib.ExitStack()
@@ -66,12 +70,8 @@ class EvictingMixin:
         self._granted.clear()
         before = self.n_preemptions_avoided
         output = super().schedule(*args, **kwargs)  # type: ignore[misc]
-        phases = {
-            request_id: phase
-            for manager in self._managers
-            for request_id, phase in manager.shrunk.items()
-            if request_id in output.num_scheduled_tokens
-        }
+        shrunk = self._managers[0].shrunk
+        phases = {name: phase for name, phase in shrunk.items() if name in output.num_scheduled_tokens}
         setattr(output, PHASES, phases)
         if self.n_preemptions_avoided > before:
             self._counters.write(blocks_taken=self.n_blocks_taken, preemptions_avoided=self.n_preemptions_avoided)
@@ -100,25 +100,22 @@ class EvictingMixin:
         Only requests that are already part of the step can give: their workers evict in it. The one that asks gives by
         growing no further.
         """
-        best: tuple[int, Request, RetainingManager] | None = None
-        for request in (*self._granted, asking):
-            for manager in self._managers:
-                n_blocks = self._spare_blocks(request, manager, asking=request is asking)
-                if n_blocks and (best is None or n_blocks > best[0]):
-                    best = n_blocks, request, manager
-        if best is None:
+        candidates = (*self._granted, asking)
+        spare = [self._spare_blocks(request, asking=request is asking) for request in candidates]
+        if not any(spare):
             return False
-        n_blocks, request, manager = best
-        budget = (n_blocks - 1) * manager.block_size
-        position = request.num_computed_tokens
+        request, manager = candidates[spare.index(max(spare))], self._managers[0]
+        budget, position = (max(spare) - 1) * manager.block_size, request.num_computed_tokens
         phase = manager.retention.shrunk(manager.phase(request.request_id), position, budget)
-        manager.shrunk[request.request_id] = phase
         self.n_tokens_evicted += manager.retention.arrival(position, 0, phase).n_evicted
-        self.n_blocks_taken += manager.give_back(request.request_id)
+        for manager in self._managers:  # all cache groups keep the same number of tokens
+            manager.shrunk[request.request_id] = phase
+            self.n_blocks_taken += manager.give_back(request.request_id)
         return True
 
-    def _spare_blocks(self, request: Request, manager: RetainingManager, *, asking: bool) -> int:
-        """Blocks for tokens that a request holds or asks for, if it can do with one less; else 0."""
+    def _spare_blocks(self, request: Request, *, asking: bool) -> int:
+        """Blocks for tokens that a request holds or asks for in each cache group, if one less will do; else 0."""
+        manager = self._managers[0]
         if request.request_id not in manager.answering:
             return 0
         budget, size = manager.phase(request.request_id).budget, manager.block_size

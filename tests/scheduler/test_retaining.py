@@ -312,6 +312,31 @@ def test_pressure_is_met() -> None:
     assert loop.n_blocks_taken > 0
 
 
+def test_all_cache_groups_give_alike() -> None:
+    """A hybrid model may have several groups of evicting layers, and the workers hear of one budget."""
+    spec = spec_of(Retaining.retention)
+    config = KVCacheConfig(2 * N_BLOCKS, [], [KVCacheGroupSpec([name], spec) for name in ("a", "b")])
+    manager = KVCacheManager(config, MAX_LEN, scheduler_block_size=N, hash_block_size=N, enable_caching=False)
+    loop = EvictingLoop(manager)
+    for i in range(6):
+        sampling = SamplingParams(max_tokens=150, ignore_eos=True)
+        sampling.update_from_generation_config({}, 2)
+        loop.waiting.append(Request(f"r{i}", [1] * 30, sampling, None))
+    one, other = manager.coordinator.single_type_managers
+    for _ in range(150):
+        for request in loop.running:
+            if request.num_tokens == request.num_computed_tokens < MAX_LEN:
+                request.append_output_token_ids(1)
+        output = loop.schedule(30)
+        for request in loop.running:
+            request.num_computed_tokens += output.num_scheduled_tokens.get(request.request_id, 0)
+        assert one.shrunk == other.shrunk
+        assert {name: len(blocks) for name, blocks in one.req_to_blocks.items()} == {
+            name: len(blocks) for name, blocks in other.req_to_blocks.items()
+        }
+    assert one.shrunk
+
+
 TestOneAtATime = machine("OneAtATime")
 TestUnderPressure = machine("UnderPressure", evicting=True)
 TestBounded = machine("Bounded", retention=BOUNDED, evicting=True)
