@@ -50,6 +50,18 @@ def test_prefix_cache_is_hit(engine: Any, prompts: Prompts) -> None:
     assert hits["sparq"] == hits["CPU_ATTN"] > 1000
 
 
+@pytest.mark.parametrize("fmt", ["model", "int4"])
+def test_equal_beginnings_in_one_step(fmt: str, engine: Any, prompts: Prompts) -> None:
+    """Requests that come together share the blocks they begin with before any of those is computed."""
+    long, other = prompts.of_length(900), prompts.of_length(200)
+    family = [long, long, long[:600] + other, long[:700], long[:130] + other]
+    with engine("sparq", EXACT["sparse"] | {"format": fmt}, enable_prefix_caching=True) as llm:
+        together = prompts.answers(llm, family)
+        for prompt, answer in zip(family, together, strict=True):
+            assert llm.reset_prefix_cache()
+            assert prompts.answers(llm, [prompt]) == [answer]
+
+
 def test_preemption(engine: Any) -> None:
     """A pool that cannot hold all requests: some are thrown out in the middle of an answer, and come back.
 

@@ -144,7 +144,7 @@ KERNELS = {
     "note_prefill_kernel",
     "write_kernel",
     "encode_kernel",
-    "sum_codes_kernel",
+    "open_sums_kernel",
     "attend_kernel",
     "merge_kernel",
     "score_kernel",

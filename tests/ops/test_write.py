@@ -311,3 +311,41 @@ def test_no_tokens_change_nothing(implementation: str) -> None:
     before = world.buffer.clone()
     world.write(load("write", implementation))
     assert world.buffer.equal(before)
+
+
+SHARING = (
+    Case(lens=(40, 57, 70), dtype=torch.bfloat16),
+    Case(lens=(40, 57, 70), format="int4", block_size=16, head_size=32),
+    Case(lens=(40, 70, 100), format="kivi4", scoring=None, block_size=32, head_size=32),
+)
+ORDERS = [(0, 1, 2), (2, 1, 0), (1, 2, 0)]
+
+
+@pytest.mark.parametrize("order", ORDERS, ids=lambda order: "".join(map(str, order)))
+@pytest.mark.parametrize(("implementation", "case"), each(SHARING, tiny=SHARING[:2]))
+def test_blocks_that_another_request_of_the_step_brings(
+    implementation: str, case: Case, order: tuple[int, ...]
+) -> None:
+    """Three prompts that begin alike: each brings what the shorter ones do not, wherever it stands in the batch."""
+    n, run, on = case.block_size, load("write", implementation), device(implementation)
+    longest = max(case.lens)
+    key, value = (x[-1] for x in (case.tokens().key, case.tokens().value))
+    query = torch.zeros(longest, case.heads, case.head_size, dtype=case.dtype)
+    alone = build(
+        replace(case, lens=(longest,), new=(longest,)), Tokens([query], [key], [value]), written="context", device=on
+    )
+    alone.write(run)
+
+    world = build(replace(case, new=case.lens), written="context", device=on)
+    shared = [0, *(s // n for s in case.lens)]  # blocks of request b that came with the requests before it
+    table = world.block_table.clone()
+    for b in range(1, 3):
+        table[b, : shared[b]] = table[b - 1, : shared[b]]
+    rows = [slice(shared[b] * n, case.lens[b]) for b in order]
+    starts = int32([0, *torch.tensor([s.stop - s.start for s in rows]).cumsum(0).tolist()]).to(on)
+    new = [torch.cat([x[s] for s in rows]).to(on) for x in (key, value)]
+    run(*new, world.pages, table[list(order)], starts, int32([case.lens[b] for b in order]).to(on))
+    for b, s in enumerate(case.lens):
+        begun = -(-s // n)
+        ours, theirs = table[b, :begun].long(), alone.block_table[0, :begun].long()
+        assert world.pages.value_sum[ours].equal(alone.pages.value_sum[theirs]), f"request {b}"

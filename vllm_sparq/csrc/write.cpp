@@ -28,7 +28,8 @@ struct Block {
   bool next_opens;  // the next block gets its first token in this call
 };
 
-// Blocks of all requests, those of one request in order.
+// Blocks of all requests, in block order: where one request goes on from blocks that another one brings in the same call,
+// sums are chained across both.
 void plan_blocks(const Pages& pages, const NewTokens& tokens, const Requests& requests, std::vector<Block>& blocks) {
   const int n = pages.block_size;
   blocks.clear();
@@ -43,6 +44,7 @@ void plan_blocks(const Pages& pages, const NewTokens& tokens, const Requests& re
       blocks.push_back({b, block, from - block * n, to - block * n, start + from - first, (block + 1) * n < stop});
     }
   }
+  std::sort(blocks.begin(), blocks.end(), [](const Block& a, const Block& b) { return a.block < b.block; });
 }
 
 // The block of a write, of one KV head.
@@ -115,17 +117,22 @@ void close_page(const Target& to) {
   if (ranked) make_scoring_copy(pages, keys, pages.head_size, page);
 }
 
-// Stores the tokens of a block and finishes its page. The sum of its V goes where the next page wants it; `chain_sums`
-// then turns sums of single pages into sums of all pages before.
+// Stores the tokens of a block and finishes its page.
 void write_block(const Target& to) {
   const Pages& pages = to.pages;
   const Block& block = to.block;
   if (!pages.quantized() || !block.next_opens) copy_tokens(to);  // of quantized blocks, the newest alone stays staged
   if (pages.positions >= 0) note_tokens(to);
   if (to.fills()) close_page(to);
-  if (pages.value_sum < 0) return;
-  if (block.block == 0 && block.first == 0) std::fill_n((float*)(to.page() + pages.value_sum), pages.head_size, 0.0f);
-  if (block.next_opens) sum_values(pages, to.page(), (float*)(to.page(1) + pages.value_sum));
+}
+
+// The sum of a block's V goes where the next page wants it; `chain_sums` then turns sums of single pages into sums of all
+// pages before.
+void sum_block(const Target& of) {
+  const Pages& pages = of.pages;
+  const Block& block = of.block;
+  if (block.block == 0 && block.first == 0) std::fill_n((float*)(of.page() + pages.value_sum), pages.head_size, 0.0f);
+  if (block.next_opens) sum_values(pages, of.page(), (float*)(of.page(1) + pages.value_sum));
 }
 
 // Whether earlier tokens of the block lie in the pages behind it, so that nothing may be written there before it is
@@ -171,6 +178,11 @@ void write(const Pages& pages, const NewTokens& tokens, const Requests& requests
       }
     }
     if (pages.value_sum >= 0) {
+#pragma omp for schedule(dynamic, 1)
+      for (int64_t i = 0; i < n_blocks * n_heads; ++i) {
+        const Block& block = blocks[i / n_heads];
+        sum_block({pages, tokens, block, {&pages, requests.blocks(block.request), (int)(i % n_heads)}});
+      }
 #pragma omp for schedule(static)
       for (int64_t head = 0; head < n_heads; ++head)
         chain_sums(pages, requests, blocks, (size_t)n_blocks, (int)head);

@@ -17,16 +17,14 @@ import triton.language as tl
 from vllm_sparq.layout import SCORING_BITS, Pages
 from vllm_sparq.ops.evict.triton_move import move_kernel
 from vllm_sparq.ops.triton_attend import pages_as_records
-from vllm_sparq.ops.triton_codes import as_bytes, codes_of, gather
+from vllm_sparq.ops.triton_codes import codes_of
 from vllm_sparq.ops.triton_common import SCRATCH_BYTES, split_count
 from vllm_sparq.ops.triton_notes import note_parts
+from vllm_sparq.ops.triton_sums import SUM_CHANNELS, SUM_TILE, chain_sums
 from vllm_sparq.ops.write.triton_scoring import scoring_tile
 
 CHOOSE_TILE = 1024
 """Tokens of one step of `choose_kernel`."""
-
-SUM_CHANNELS = 32
-"""Channels of one program that sums."""
 
 
 @triton.jit
@@ -160,25 +158,8 @@ def sum_kernel(
     table = block_table + b * table_stride
     records += g * head_stride
     value_sum += g * sum_stride_g
-    total = tl.zeros([SUM_CHANNELS], tl.float32)
-    for block in tl.range(changed + 1, stop):
-        before = tl.load(table + block - 1).to(tl.int64)
-        if block == changed + 1:
-            total = tl.load(value_sum + before * sum_stride_p + d, mask=d < D, other=0.0)
-        page_total = tl.zeros([TILE, SUM_CHANNELS], tl.float32)
-        for n in range(0, N, TILE):
-            slot = n + tl.arange(0, TILE)
-            mask = (slot < N)[:, None] & (d < D)[None, :]
-            if FORMAT is None:
-                at = records + before * page_stride + slot[:, None] * (2 * D) + D + d[None, :]
-                page_total += tl.load(at, mask=mask, other=0.0).to(tl.float32)
-            else:
-                at = as_bytes(records) + before * page_stride * FORMAT.values.number_bytes
-                dtype: tl.constexpr = records.dtype.element_ty
-                page_total += gather(at, slot[:, None], d[None, :], mask, FORMAT.values, dtype)
-        total += tl.sum(page_total, 0)
-        page = tl.load(table + block).to(tl.int64)
-        tl.store(value_sum + page * sum_stride_p + d, total, mask=d < D)
+    first = changed + 1
+    chain_sums(records, value_sum, table, d, first, first, stop, page_stride, sum_stride_p, FORMAT, N, D, TILE)
 
 
 def evict(
@@ -255,7 +236,7 @@ def evict_slice(
             FORMAT=codes,
             N=n,
             D=d,
-            TILE=64,
+            TILE=SUM_TILE,
             SUM_CHANNELS=SUM_CHANNELS,
             num_warps=4,
         )

@@ -35,6 +35,9 @@ def write(
       step is not positive (a constant channel). Elements that are not finite count as 0. ``zero`` and ``step``
       saturate at fp16's range.
 
+    A request may go on from full blocks that another one brings in the same call, whichever comes first in the batch
+    (with prefix caching, vLLM schedules equal beginnings so).
+
     Nothing else of any page changes: slots behind the last token, and pages of other requests, keep their bytes. What
     staging blocks hold behind the newest token is undefined.
     A position may be written again later (a rejected draft token): the page then pays its dues again. Not so in a

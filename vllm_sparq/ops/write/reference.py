@@ -20,9 +20,11 @@ def write(
     first_positions: torch.Tensor | None = None,
 ) -> None:
     block_size = pages.layout.block_size
-    for b in range(len(query_start_loc) - 1):
-        start, stop = int(query_start_loc[b]), int(query_start_loc[b + 1])
-        first = int(seq_lens[b]) - (stop - start)
+    n_new = (query_start_loc[1:] - query_start_loc[:-1]).tolist()
+    firsts = [int(seq_lens[b]) - n for b, n in enumerate(n_new)]
+    # Blocks that one request brings and another goes on from are written before they are gone on from.
+    for b in sorted(range(len(n_new)), key=firsts.__getitem__):
+        start, stop, first = int(query_start_loc[b]), int(query_start_loc[b + 1]), firsts[b]
         for head in range(key.shape[1]):
             for row in range(start, stop):
                 block, slot = divmod(first + row - start, block_size)

@@ -3,7 +3,7 @@
 1. The block that each request had begun before, if it fills now: its codes are made, from the staged tokens and the new
    ones. Only then may anything be written behind it, where its tokens are staged.
 2. Every other full block is encoded from ``key`` and ``value`` alone; the newest block of each request is staged.
-3. The pages that a request opens get their sum of V, a chain in block order over what is stored: codes.
+3. The pages that a request opens get their sum of V (`triton_sums`), of what is stored: codes.
 
 K and V have programs of their own. Each encodes in two passes over its block, the second from L1: ranges of all groups,
 then codes. Moves ``4 D`` elements per staged token, and per encoded block K and V once and their codes.
@@ -16,14 +16,12 @@ import triton
 import triton.language as tl
 
 from vllm_sparq.layout import SCORING_BITS, Pages
-from vllm_sparq.ops.triton_codes import Codes, Rows, as_bytes, codes_of, gather, load_ranges
+from vllm_sparq.ops.triton_codes import Rows, as_bytes, codes_of, load_ranges
 from vllm_sparq.ops.triton_common import find_request, widen
 from vllm_sparq.ops.triton_encode import encode, store_ranges
 from vllm_sparq.ops.triton_notes import note_arrivals, note_parts
 from vllm_sparq.ops.write.triton_scoring import close_page, load_block, scoring_tile
-
-SUM_CHANNELS = 32
-"""Channels of one program that sums."""
+from vllm_sparq.ops.write.triton_sums import write_sums
 
 
 @triton.jit
@@ -230,55 +228,6 @@ def encode_kernel(
             )
 
 
-@triton.jit
-def sum_codes_kernel(
-    staged,  # pages [P, G] of the model's type
-    value_sum,  # fp32 [P, G, D]
-    block_table,
-    query_start_loc,
-    seq_lens,
-    page_stride,
-    head_stride,
-    sum_stride_p,
-    sum_stride_g,
-    table_stride,
-    FORMAT: tl.constexpr,
-    N: tl.constexpr,
-    D: tl.constexpr,
-    TILE: tl.constexpr,
-    SUM_CHANNELS: tl.constexpr,
-):
-    """Grid (slices of the channels of all requests, G). In a decode step nearly all find nothing to open."""
-    SLICES: tl.constexpr = (D + SUM_CHANNELS - 1) // SUM_CHANNELS
-    b = tl.program_id(0) // SLICES
-    g = tl.program_id(1).to(tl.int64)
-    n_new = tl.load(query_start_loc + b + 1) - tl.load(query_start_loc + b)
-    context_len = tl.load(seq_lens + b)
-    opened = tl.cdiv(context_len - n_new, N)
-    if (n_new <= 0) | (context_len < n_new):
-        return
-    d = tl.program_id(0) % SLICES * SUM_CHANNELS + tl.arange(0, SUM_CHANNELS)
-    dtype: tl.constexpr = staged.dtype.element_ty
-    data = as_bytes(staged + g * head_stride)
-    value_sum += g * sum_stride_g
-    table = block_table + b.to(tl.int64) * table_stride
-    total = tl.zeros([SUM_CHANNELS], tl.float32)
-    for block in tl.range(opened, tl.cdiv(context_len, N)):
-        if block > 0:
-            before = tl.load(table + block - 1).to(tl.int64)
-            if block == opened:
-                total = tl.load(value_sum + before * sum_stride_p + d, mask=d < D, other=0.0)
-            at = data + before * page_stride * FORMAT.values.number_bytes
-            page_total = tl.zeros([TILE, SUM_CHANNELS], tl.float32)
-            for n in range(0, N, TILE):
-                slot = n + tl.arange(0, TILE)
-                mask = (slot < N)[:, None] & (d < D)[None, :]
-                page_total += gather(at, slot[:, None], d[None, :], mask, FORMAT.values, dtype)
-            total += tl.sum(page_total, 0)
-        page = tl.load(table + block).to(tl.int64)
-        tl.store(value_sum + page * sum_stride_p + d, total, mask=d < D)
-
-
 def write_quantized(
     key: torch.Tensor,
     value: torch.Tensor,
@@ -323,25 +272,7 @@ def write_quantized(
             num_warps=4,
         )
     if layout.value_sum:
-        sum_codes(pages, codes, block_table, query_start_loc, seq_lens)
-
-
-def sum_codes(
-    pages: Pages, codes: Codes, block_table: torch.Tensor, query_start_loc: torch.Tensor, seq_lens: torch.Tensor
-) -> None:
-    """The third launch."""
-    staged, value_sum, head_size = pages.staged, pages.value_sum, pages.layout.head_size
-    n_requests = query_start_loc.shape[0] - 1
-    sum_codes_kernel[(n_requests * -(-head_size // SUM_CHANNELS), pages.data.shape[1])](
-        *(staged, value_sum, block_table, query_start_loc, seq_lens),
-        *(staged.stride(0), staged.stride(1), value_sum.stride(0), value_sum.stride(1), block_table.stride(0)),
-        FORMAT=codes,
-        N=pages.layout.block_size,
-        D=head_size,
-        TILE=64,
-        SUM_CHANNELS=SUM_CHANNELS,
-        num_warps=4,
-    )
+        write_sums(pages, block_table, query_start_loc, seq_lens)
 
 
 def encode_tile(rows: Rows, count: int) -> int:
