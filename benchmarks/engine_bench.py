@@ -27,10 +27,10 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+from vllm_sparq.benchmarks import requests_bench
 from vllm_sparq.benchmarks.demo import make_console
 from vllm_sparq.benchmarks.engine_cases import (
     DEFAULT_OPTIONS,
-    LLAMA_1B,
     N_TAIL,
     SKIPPED,
     Case,
@@ -43,6 +43,16 @@ from vllm_sparq.benchmarks.methods import DENSE
 from vllm_sparq.benchmarks.proof import WrongAttentionError, check_attention, engine_report, speed_note
 from vllm_sparq.benchmarks.records import append_records, provenance, recorded, skipped_note
 from vllm_sparq.cli import UsageError, comma_names, comma_numbers
+
+EPILOG = """\
+With --context, decode steps of all engines in turns, dense and "no attention" always among them. With --input-len,
+whole requests, one engine after the other: a latency for each --batch, and the throughput of --num-prompts.
+
+examples:
+  vllm-sparq bench engine --methods sparq,kivi,sparq+int4 --context 8192,32768 --batch 1,4,8 --out engine.jsonl
+  vllm-sparq bench engine --model M --methods sparq,kivi,h2o --input-len 8192 --output-len 128
+  vllm-sparq bench engine --methods h2o --input-len 1000 --output-len 1500 --num-prompts 16 --kv-cache-mib 48
+"""
 
 
 class SkippedAttention:
@@ -194,7 +204,7 @@ def measure(
     with tempfile.TemporaryDirectory() as temporary:
         folder = model.folder or Path(temporary)
         if model.folder is None:
-            (folder / "config.json").write_text(json.dumps({**LLAMA_1B, "num_hidden_layers": model.n_layers}))
+            (folder / "config.json").write_text(json.dumps(model.config))
         pipes, about = start(chosen, model, folder, max_context, max_batch, report)
         records = []
         for case in cases:
@@ -247,6 +257,7 @@ def measure_case(case: Case, engines: dict[str, Connection], *, rounds: int, ste
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `vllm-sparq bench engine`."""
+    parser.epilog = EPILOG
     parser.add_argument("--context", type=comma_numbers, default=[32768], help="tokens of context, comma-separated")
     parser.add_argument("--batch", type=comma_numbers, default=[1, 4], help="requests at a time, comma-separated")
     parser.add_argument(
@@ -261,6 +272,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="JSON",
         help='sparq options; may be repeated, an engine each (default without --methods: {"r": 16, "k": 128})',
     )
+    whole = parser.add_argument_group("whole requests, by `vllm bench latency` and `vllm bench throughput`")
+    whole.add_argument("--input-len", type=int, metavar="TOKENS", help="of a prompt; measures requests, not steps")
+    whole.add_argument("--output-len", type=int, default=128, metavar="TOKENS", help="of an answer (default 128)")
+    whole.add_argument("--num-prompts", type=int, default=16, metavar="N", help="of the throughput (default 16)")
+    whole.add_argument("--kv-cache-mib", type=int, help="KV cache of each engine (default: what vLLM takes)")
     parser.add_argument("--rounds", type=int, default=5, help="turns of each engine per case (default 5)")
     parser.add_argument("--steps", type=int, default=8, help="decode steps per turn (default 8)")
     parser.add_argument("--out", type=Path, help="append one JSON line per case and method to this file")
@@ -271,8 +287,10 @@ def main(args: argparse.Namespace) -> int:
     """Measure, print the table, write the lines."""
     console = make_console()
     model = Model.of(args.model, args.layers)
-    model.check_length(max(args.context) + N_TAIL)
     chosen = engines(args.methods, args.options or ([] if args.methods else [DEFAULT_OPTIONS]))
+    if args.input_len is not None:
+        return requests_bench.main(args, [engine.method for engine in chosen if not engine.skip_attention], model)
+    model.check_length("--context", max(args.context), N_TAIL)
     cases = [Case(context=context, batch=batch) for context in args.context for batch in args.batch]
     keys = {case: [key_of(case, engine, model) for engine in chosen] for case in cases}
     known = recorded(args.out, [key for case in cases for key in keys[case]], again=args.again)

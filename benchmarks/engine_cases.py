@@ -98,16 +98,21 @@ class Model:
             return cls(name=f"Llama-3.2-1B shape, {n_layers} layers, dummy weights", n_layers=n_layers)
         return cls(name=folder.name, folder=check_model(folder))
 
-    def check_length(self, n_tokens: int) -> None:
-        """Raises UsageError if the model has no positions for so many tokens."""
-        config: dict[str, Any] = (
-            LLAMA_1B if self.folder is None else json.loads((self.folder / "config.json").read_text())
-        )
-        limit = config.get("max_position_embeddings", n_tokens)
-        if n_tokens > limit:
+    @property
+    def config(self) -> dict[str, Any]:
+        """What ``config.json`` says."""
+        if self.folder is None:
+            return {**LLAMA_1B, "num_hidden_layers": self.n_layers}
+        found: dict[str, Any] = json.loads((self.folder / "config.json").read_text())
+        return found
+
+    def check_length(self, option: str, n_tokens: int, n_answer: int) -> None:
+        """Raises UsageError if the model has no positions for a prompt, given by ``option``, and its answer."""
+        limit = self.config.get("max_position_embeddings", n_tokens + n_answer)
+        if n_tokens + n_answer > limit:
             raise UsageError(
-                f"--context {n_tokens - N_TAIL} and {N_TAIL} tokens of answers need {n_tokens} positions, and the "
-                f"model has {limit}: use a --context of {limit - N_TAIL} or less"
+                f"{option} {n_tokens} and {n_answer} tokens of answers need {n_tokens + n_answer} positions, and the "
+                f"model has {limit}: use {option} {limit - n_answer} or less"
             )
 
 

@@ -12,18 +12,25 @@ from typing import Any
 
 from vllm_sparq.benchmarks.engine_cases import SKIPPED
 from vllm_sparq.benchmarks.methods import DENSE
-from vllm_sparq.benchmarks.proof import speed_note
 from vllm_sparq.benchmarks.records import read_records
+from vllm_sparq.benchmarks.report_tables import (
+    Record,
+    Row,
+    Rows,
+    engine_table,
+    ops_table,
+    pressure_table,
+    quality_table,
+    ray_table,
+    requests_table,
+    serve_table,
+)
 from vllm_sparq.cli import UsageError
-
-Record = dict[str, Any]
-Row = Sequence[str]
-Rows = tuple[Row, Sequence[Row]]
 
 IDENTITY = (
     *("bench", "model", "method", "options", "context", "batch", "heads", "kv_heads", "head_dim", "dtype", "scoring"),
     *("r", "k", "rate", "num_prompts", "input_len", "output_len", "replicas", "runner", "rows", "task", "length"),
-    *("cpu", "threads", "clock"),
+    *("command", "num_prompts", "kv_cache_bytes", "prompt_len", "pool", "seed", "cpu", "threads", "clock"),
 )
 """Fields that tell two measurements apart; of lines that agree in all of them the newest counts."""
 
@@ -129,125 +136,6 @@ def newest(records: Sequence[Record]) -> list[Record]:
     return list(found.values())
 
 
-def ops_table(records: Sequence[Record]) -> Rows:
-    """A row per shape, batch, context and method."""
-    head = ("heads", "batch", "context", "method", "µs", "GB/s", "of memory", "times vLLM's op", "times our dense op")
-    rows = [
-        (
-            f"{r['heads']}/{r['kv_heads']}/{r['head_dim']}",
-            f"{r['batch']}",
-            f"{r['context']:,}",
-            r["method"],
-            f"{r['median_us']:,.1f}",
-            f"{r['gb_per_s']:.1f}",
-            f"{r['gb_per_s'] / r['bandwidth_gb_per_s']:.0%}",
-            "" if r.get("speedup_vs_vllm") is None else f"{r['speedup_vs_vllm']:.2f}x",
-            "" if r.get("speedup_vs_dense") is None else speed_note(r["speedup_vs_dense"]),
-        )
-        for r in records
-    ]
-    return head, rows
-
-
-def engine_table(records: Sequence[Record]) -> Rows:
-    """A row per context, batch and method, with the fitted line of each batch and method."""
-    from vllm_sparq.benchmarks.report_plots import break_even, fitted
-
-    head = ("model", "context", "batch", "method", "ms per token", "beside dense", "of the bound", "ms per 1k tokens")
-    rows = []
-    for r in sorted(records, key=lambda r: (r["model"], r["batch"], r["context"])):
-        alike = [o for o in records if (o["batch"], o["model"]) == (r["batch"], r["model"])]
-        mine = fitted([o for o in alike if o["method"] == r["method"]])
-        dense = fitted([o for o in alike if o["method"] == DENSE])
-        even = break_even(mine, dense) if mine and dense and r["method"] not in (DENSE, SKIPPED) else None
-        rows.append(
-            (
-                r["model"],
-                f"{r['context']:,}",
-                f"{r['batch']}",
-                r["method"],
-                f"{r['median_tpot_ms']:.1f}",
-                "" if r["method"] == SKIPPED else speed_note(r["speedup_vs_vllm"]),
-                f"{r['share_of_bound']:.0%}",
-                ("" if mine is None else f"{1024 * mine[0]:.2f}")
-                + ("" if even is None else f", breaks even at {even:,.0f}"),
-                f"{r['kv_capacity_tokens']:,}" if r.get("kv_capacity_tokens") else "",
-                r.get("attention", ""),
-            )
-        )
-    return (*head, "KV cache, tokens", "attention that ran"), rows
-
-
-def serve_table(records: Sequence[Record]) -> Rows:
-    """A row per rate and method."""
-    head = ("model", "requests/s", "method", "output tokens/s", "beside dense", "TTFT ms", "TPOT ms", "p99 ITL ms")
-    rows = []
-    for r in records:
-        same = [o for o in records if all(o.get(n) == r.get(n) for n in ("model", "rate", "input_len", "output_len"))]
-        dense = next((o["output_throughput"] for o in same if o["method"] == DENSE), None)
-        rows.append(
-            (
-                r["model"],
-                f"{r['rate']}",
-                r["method"],
-                f"{r['output_throughput']:,.1f}",
-                "" if dense is None else speed_note(r["output_throughput"] / dense),
-                f"{r['mean_ttft_ms']:,.0f}",
-                f"{r['mean_tpot_ms']:,.1f}",
-                f"{r['p99_itl_ms']:,.1f}",
-                f"{r['sparq']['kv_capacity_tokens']:,}",
-                f"{r['sparq']['max_concurrency']:.1f}",
-                f"{r['sparq']['preemptions']}",
-                r["sparq"]["attention"],
-            )
-        )
-    return (*head, "KV cache, tokens", "longest requests at a time", "preemptions", "attention that ran"), rows
-
-
-def ray_table(records: Sequence[Record]) -> Rows:
-    """A row per pool and method."""
-    head = ("model", "replicas", "runner", "method", "rows", "output tokens/s", "beside dense", "rows per replica")
-    rows = []
-    for r in records:
-        same = [o for o in records if all(o.get(n) == r.get(n) for n in ("model", "replicas", "runner", "rows"))]
-        dense = next((o["output_tokens_per_second"] for o in same if o["method"] == DENSE), None)
-        rows.append(
-            (
-                r["model"],
-                f"{r['replicas']}",
-                r["runner"],
-                r["method"],
-                f"{r['rows']:,}",
-                f"{r['output_tokens_per_second']:,.1f}",
-                "" if dense is None else speed_note(r["output_tokens_per_second"] / dense),
-                " + ".join(str(one["rows"]) for one in r["per_replica"].values()),
-                r["attention"],
-            )
-        )
-    return (*head, "attention that ran"), rows
-
-
-def quality_table(records: Sequence[Record]) -> Rows:
-    """A row per task, length and method."""
-    head = ("task", "tokens", "method", "prompts", "score", "bytes read per token", "bytes kept per token")
-    rows = []
-    for r in records:
-        length, score = r.get("length", r.get("context")), r.get("score")
-        scale = 1 if "metric" in r else 100  # lines of the first version hold shares
-        rows.append(
-            (
-                r["task"],
-                "" if length is None else f"{length:,}",
-                r["method"],
-                f"{r['n']}",
-                "" if score is None else f"{scale * score:.1f}",
-                f"{r['kv_bytes_moved']:,.0f}" if "kv_bytes_moved" in r else "",
-                f"{r['kv_bytes_held']:,.1f}" if "kv_bytes_held" in r else "",
-            )
-        )
-    return head, rows
-
-
 Table = Callable[[Sequence[Record]], Rows]
 Choose = Callable[[Mapping[str, Sequence[Record]]], Sequence[Record]]
 
@@ -265,6 +153,20 @@ SECTIONS: dict[str, tuple[str, str, Table, dict[str, Choose]]] = {
         "takes no time; at short contexts there is little to gain, since a step is mostly weights.",
         engine_table,
         {"engine-speed": lambda groups: _several_models_apart(groups["engine"])},
+    ),
+    "requests": (
+        "Whole requests",
+        "<code>vllm bench latency</code> and <code>vllm bench throughput</code>, an engine of each method after the "
+        "other. A method that stores tokens small, or fewer of them, answers more requests at a time.",
+        requests_table,
+        {},
+    ),
+    "pressure": (
+        "A pool that is too small",
+        "Answers that outgrow the KV cache, the same trace for all. vLLM preempts requests and computes them again; "
+        "evicting methods keep fewer tokens, or give up more of them under pressure.",
+        pressure_table,
+        {},
     ),
     "serve": (
         "Serving",

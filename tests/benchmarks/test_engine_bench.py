@@ -82,7 +82,9 @@ def test_layers_without_full_attention_may_stay_with_vllm() -> None:
     [
         (["--methods", "sparrow"], "unknown method 'sparrow'"),
         (["--model", "nowhere"], "--model nowhere: there is no config.json"),
-        (["--context", "200000"], "need 201024 positions, and the model has 131072: use a --context of 130048 or less"),
+        (["--context", "200000"], "need 201024 positions, and the model has 131072: use --context 130048 or less"),
+        (["--input-len", "140000"], "the model has 131072: use --input-len 130944 or less"),
+        (["--input-len", "0"], "--input-len 0 must be 1 or more"),
     ],
 )
 def test_bad_usage(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

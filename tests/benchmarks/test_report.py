@@ -29,6 +29,12 @@ def records() -> list[dict[str, Any]]:
         server = {"kv_capacity_tokens": 1000, "max_concurrency": 2.5, "preemptions": 3, "attention": "4 × Impl"}
         served = {"output_throughput": 100 / slope, "mean_ttft_ms": 1.0, "mean_tpot_ms": 2.0, "p99_itl_ms": 3.0}
         found.append({"bench": "serve", "model": "m", "method": method, "rate": "inf", **served, "sparq": server})
+        whole = {"input_len": 500, "output_len": 30, "num_prompts": 16, "command": "throughput", "elapsed_time": slope}
+        whole["tokens_per_second"] = 100 / slope
+        found.append({"bench": "requests", "model": "m", "method": method, **whole, "sparq": server})
+        trace = {"n": 8, "rate": 2.0, "prompt_len": 100, "output_len": 50, "pool": 4.0, "seed": 0}
+        rates = {"request_throughput": 1 / slope, "p99_ttft_ms": 5.0, "p99_tpot_ms": 6.0}
+        found.append({"bench": "pressure", "model": "m", "method": method, **trace, **rates, **server})
         for replicas in (1, 2):
             pool = {"replicas": replicas, "runner": "data", "rows": 8, "attention": "4 × Impl"}
             shared = {"output_tokens_per_second": replicas / slope, "per_replica": {"a": {"rows": 8}}}
@@ -63,8 +69,10 @@ def test_everything_is_on_the_page_and_loses_where_it_loses(tmp_path: Path) -> N
     assert not re.search(r"(src|href)=['\"](?!data:)", page)  # it needs no other file
     for section in report.SECTIONS:
         assert f"<h2 id='{section}'>" in page
-    rows = re.findall(r"<tr>(.*?)</tr>", page.split("<h2 id='engine'>")[1].split("<h2 id='serve'>")[0])
-    assert all(("slower than dense" in row) == ("int4" in row) for row in rows)
+    for section in ("engine", "requests", "pressure", "serve", "ray"):
+        rows = re.findall(r"<tr>(.*?)</tr>", page.split(f"<h2 id='{section}'>")[1].split("<h2 ")[0])
+        assert any("int4" in row for row in rows)
+        assert all(("slower than dense" in row) == ("int4" in row) for row in rows)
     assert "a &lt;fast&gt; processor" in page
     assert "uncommitted" in page
 
