@@ -71,7 +71,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--methods", type=comma_names, default=["sparq"], metavar="M,...", help="beside dense (default: sparq)")
     add("--replicas", type=int, default=2, help="engines that work at the same time (default: 2)")
     add("--address", help="of a Ray cluster: ray://HOST:10001, HOST:6379 or auto (default: this machine)")
-    add("--runner", choices=RUNNERS, help="Ray Data LLM or plain actors (default: data if it can be imported)")
+    add("--runner", choices=RUNNERS, help="Ray Data LLM or plain actors (default: data; actors through ray://)")
     add(
         "--data",
         type=Path,
@@ -110,6 +110,7 @@ def main(args: argparse.Namespace) -> int:
     for name in ("replicas", "n", "batch_size", "output_len"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise UsageError(f"--{name.replace('_', '-')} {getattr(args, name)} must be 1 or more")
+    args.runner = runner_of(args)
     check_pool(args)
     found = prompts.survey(source())
     args.batch_size = args.batch_size or max(1, min(MAX_BATCH, found.n_rows // (4 * args.replicas)))
@@ -205,7 +206,7 @@ def about(args: argparse.Namespace, pool: Pool, found: Survey) -> dict[str, Any]
         "model": pool.model.name,
         "method": pool.method.name,
         "options": pool.method.options,
-        "runner": args.runner or default_runner(),
+        "runner": args.runner,
         "replicas": pool.replicas,
         "cpus_per_replica": pool.cpus,
         "gpus_per_replica": pool.gpus,
@@ -214,14 +215,25 @@ def about(args: argparse.Namespace, pool: Pool, found: Survey) -> dict[str, Any]
     }
 
 
-def default_runner() -> str:
-    """Ray Data LLM where this Ray has it."""
-    return "data" if importlib.util.find_spec("ray.data") and importlib.util.find_spec("ray.data.llm") else "actors"
+def runner_of(args: argparse.Namespace) -> str:
+    """Ray Data LLM where this Ray has it; it does not work through a Ray client.
+
+    Raises:
+        UsageError: it was asked for through a client.
+    """
+    client = str(args.address).startswith("ray://")
+    if args.runner == "data" and client:
+        raise UsageError(
+            f"--runner data does not work with --address {args.address}: Ray Data needs a driver inside the cluster. "
+            "Run this on one of its nodes with --address HOST:6379 or auto, or use --runner actors"
+        )
+    has_data = importlib.util.find_spec("ray.data") and importlib.util.find_spec("ray.data.llm")
+    return args.runner or ("data" if has_data and not client else "actors")
 
 
-def stream(pool: Pool, runner: str | None, todo: Iterator[Prompt]) -> Iterator[list[dict[str, Any]]]:
+def stream(pool: Pool, runner: str, todo: Iterator[Prompt]) -> Iterator[list[dict[str, Any]]]:
     """Batches of answers from the chosen runner."""
-    if (runner or default_runner()) == "data":
+    if runner == "data":
         from vllm_sparq.benchmarks import ray_data
 
         return ray_data.answers(pool, todo)
@@ -230,7 +242,7 @@ def stream(pool: Pool, runner: str | None, todo: Iterator[Prompt]) -> Iterator[l
     return ray_actors.answers(pool, todo)
 
 
-def run(pool: Pool, runner: str | None, source: Source, found: Survey, answers: Answers, console: Any) -> float:
+def run(pool: Pool, runner: str, source: Source, found: Survey, answers: Answers, console: Any) -> float:
     """Answer all rows that have no answer yet; seconds that it took, with the start of the engines.
 
     Raises:

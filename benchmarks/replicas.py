@@ -164,7 +164,11 @@ def cluster(pool: Pool, address: str | None) -> Iterator[None]:
         ray_silence()
     except (ConnectionError, RuntimeError, TimeoutError) as error:
         first = str(error).strip().splitlines()[0]
-        raise UsageError(f"--address {address}: Ray cannot connect: {first}") from None
+        raise UsageError(
+            f"--address {address}: Ray cannot connect: {first}. It must be the head of a Ray {ray.__version__} "
+            "cluster. One started where there is a ~/.ray/auth_token asks for that token: bring the file and set "
+            "RAY_AUTH_MODE=token"
+        ) from None
     try:
         resources: Any = ray.cluster_resources()  # type: ignore[no-untyped-call]
         _check_resources(pool, resources)

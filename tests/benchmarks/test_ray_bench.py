@@ -19,10 +19,10 @@ from vllm_sparq.benchmarks import prompts, ray_bench, ray_summary
 from vllm_sparq.benchmarks.answers import Answers
 from vllm_sparq.benchmarks.methods import Method
 from vllm_sparq.benchmarks.proof import WrongAttentionError
-from vllm_sparq.benchmarks.replicas import REPLICA_ENVIRONMENT, Pool, engine_arguments, proven
+from vllm_sparq.benchmarks.replicas import REPLICA_ENVIRONMENT, Pool, cluster, engine_arguments, proven
 from vllm_sparq.benchmarks.server import WORKER_REPORT
 from vllm_sparq.benchmarks.tiny_model import WEIGHTS
-from vllm_sparq.cli import main
+from vllm_sparq.cli import UsageError, build_parser, main
 
 
 def row(i: int) -> dict[str, Any]:
@@ -54,6 +54,32 @@ def test_bad_usage(words: list[str], message: str, tmp_path: Path, capsys: pytes
     assert main(["bench", "ray", "--out", str(tmp_path / "out"), *words]) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_through_a_ray_client_plain_actors_run(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["bench", "ray", "--address", "ray://127.0.0.1:1", "--runner", "data"]
+    assert main(words) == 2
+    assert "--runner data does not work with --address ray://127.0.0.1:1" in capsys.readouterr().err
+    parser, _ = build_parser(words)
+    runners = {
+        address: ray_bench.runner_of(parser.parse_args(["bench", "ray", *given]))
+        for address, given in {"": [], "ray": words[2:4], "host": ["--address", "h:6379"]}.items()
+    }
+    assert runners == {"": "data", "ray": "actors", "host": "data"}
+
+
+def test_a_cluster_that_refuses_is_told_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    import ray
+
+    def refuse(**options: object) -> None:
+        raise ConnectionError("Failed to connect to Ray cluster at 10.0.0.1:6379")
+
+    monkeypatch.setattr(ray, "init", refuse)
+    with (
+        pytest.raises(UsageError, match=r"Failed to connect .* cluster\. One started where .* RAY_AUTH_MODE=token"),
+        cluster(POOL, "10.0.0.1:6379"),
+    ):
+        pass
 
 
 def test_an_address_that_nobody_listens_at_is_refused_at_once(capsys: pytest.CaptureFixture[str]) -> None:
