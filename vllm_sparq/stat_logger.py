@@ -8,6 +8,9 @@
 
 The first three follow from the lengths of a finished request, as `vllm_sparq.retention` has it. The last two are known
 to the scheduler alone (`pressure: evict`), which counts in a small file (`vllm_sparq.counters`).
+
+A stat logger of a plugin makes vLLM collect its statistics even under `--disable-log-stats` (it then logs none itself):
+vLLM looks for such loggers before it knows which backend it will run.
 """
 
 from __future__ import annotations
