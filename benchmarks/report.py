@@ -6,6 +6,7 @@ import argparse
 import base64
 import html
 import io
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -34,13 +35,16 @@ IDENTITY = (
 )
 """Fields that tell two measurements apart; of lines that agree in all of them the newest counts."""
 
+NUMBER = re.compile(r"[-+]?[\d.,]+(%|x|$| at once|, slower| \.\. |, breaks)")
+"""How the text of a figure begins."""
+
 STYLE = """
 :root { color-scheme: light dark; }
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 68rem; margin: 2rem auto; padding: 0 1rem; }
 h1 { line-height: 1.2; } h2 { margin-top: 2.5rem; border-bottom: 1px solid #8884; }
 table { border-collapse: collapse; font-size: .9rem; margin: 1rem 0; display: block; overflow-x: auto; }
 th, td { padding: .25rem .7rem; border-bottom: 1px solid #8883; text-align: left; vertical-align: top; }
-th { border-bottom-width: 2px; } td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; }
+th { border-bottom-width: 2px; } td { white-space: nowrap; } td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; }
 figure { margin: 1.5rem 0; } figure img { max-width: 100%; background: #fff; border-radius: 4px; }
 figcaption { font-size: .9rem; opacity: .8; } .slower { color: #b3261e; } code { font-size: .9em; }
 @media (prefers-color-scheme: dark) { .slower { color: #ff8a80; } }
@@ -58,6 +62,8 @@ GLOSSARY = {
     DENSE: "vLLM's own attention and cache; the baseline of every table",
     "sparq": "reads the tokens that a small copy of the keys ranks highest",
     "kivi": "stores keys per channel and values per token in 4 bits, reads all",
+    "h2o": "keeps the tokens that had the most attention, and the newest",
+    "streaming": "keeps the first four tokens and the newest",
     "flexgen": "stores keys and values per token in 4 bits, reads all",
     "int8, int4, kivi4, kivi2": "how full blocks are stored; with a plus, how they are read as well: sparq+int4",
     SKIPPED: "an engine whose output tokens attend to nothing: the limit of any speed-up, not a method",
@@ -226,7 +232,7 @@ def table_html(head: Row, rows: Sequence[Row]) -> str:
     above = "; ".join(f"{name}: {cell}" for name, cell in same.items() if cell)
     columns = {name: cells for name, cells in columns.items() if name not in same}
     kinds = {
-        name: " class='number'" if all(cell[:1] in "0123456789-." for cell in cells if cell) else ""
+        name: " class='number'" if all(NUMBER.match(cell) for cell in cells if cell) else ""
         for name, cells in columns.items()
     }
     out = [f"<p>{html.escape(above)}</p>\n" if above else "", "<table><thead><tr>"]

@@ -199,17 +199,22 @@ def needles(examples: Records) -> Figure:
 
 
 def quality_bytes(records: Records) -> Figure:
-    """Score over the bytes that an output token makes the engine read."""
-    figure, axis = plt.subplots(figsize=(6.5, 4.2))
+    """Score over the bytes that an output token makes the engine read, and over those that a token is kept in."""
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4.2), sharey=True)
     looks = style([record["method"] for record in records])
-    for method, mine in by_method(records).items():
-        moved = [record["kv_bytes_moved"] / 2**20 for record in mine]
-        axis.plot(moved, [record["score"] for record in mine], label=method, linestyle="", alpha=0.8, **looks[method])
-    axis.set_xscale("log", base=2)
-    axis.set_xlabel("KV cache read per output token (MiB)")
-    axis.set_ylabel("score (of 100)")
-    axis.grid(alpha=0.3)
-    axis.legend(fontsize=8)
+    dense = {(r["task"], r.get("length")): r for r in records if r["method"] == DENSE}
+    for axis, field, label in zip(axes, ("kv_bytes_moved", "kv_bytes_held"), ("read", "kept"), strict=True):
+        for method, mine in by_method(records).items():
+            known = [(r, dense[r["task"], r.get("length")]) for r in mine if (r["task"], r.get("length")) in dense]
+            shares = [one[field] / beside[field] for one, beside in known]
+            axis.plot(
+                shares, [one["score"] for one, _ in known], label=method, linestyle="", alpha=0.8, **looks[method]
+            )
+        axis.set_xscale("log", base=2)
+        axis.set_xlabel(f"bytes of KV cache {label} per token, dense = 1")
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel("score (of 100)")
+    axes[0].legend(fontsize=8)
     return figure
 
 
@@ -232,7 +237,10 @@ PICTURES: dict[str, tuple[Draw, str]] = {
     ),
     "scaling": (scaling, "Twice the replicas should give twice the rate, as long as each has cores of its own."),
     "needles": (needles, "Green: the fact hidden at that depth of a text of that length was found and repeated."),
-    "quality-bytes": (quality_bytes, "Up and to the left is better: good answers from few bytes read."),
+    "quality-bytes": (
+        quality_bytes,
+        "Up and to the left is better: good answers from few bytes. A mark is a task at a length.",
+    ),
 }
 """Name -> how it is drawn, and what to see in it."""
 

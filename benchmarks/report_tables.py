@@ -118,7 +118,7 @@ def ray_table(records: Sequence[Record]) -> Rows:
 
 def quality_table(records: Sequence[Record]) -> Rows:
     """A row per task, length and method."""
-    head = ("task", "tokens", "method", "prompts", "score", "bytes read per token", "bytes kept per token")
+    head = ("task", "tokens", "method", "prompts", "score", "95% interval", "beside dense", "its interval")
     rows = []
     for r in records:
         length, score = r.get("length", r.get("context")), r.get("score")
@@ -130,11 +130,15 @@ def quality_table(records: Sequence[Record]) -> Rows:
                 r["method"],
                 f"{r['n']}",
                 "" if score is None else f"{scale * score:.1f}",
+                f"{r['low']:.1f} .. {r['high']:.1f}" if "low" in r else "",
+                f"{r['difference']:+.1f}" if r.get("difference") is not None else "",
+                f"{r['difference_low']:+.1f} .. {r['difference_high']:+.1f}" if r.get("difference") is not None else "",
+                f"{r['output_tokens']:.1f}" if "output_tokens" in r else "",
                 f"{r['kv_bytes_moved']:,.0f}" if "kv_bytes_moved" in r else "",
                 f"{r['kv_bytes_held']:,.1f}" if "kv_bytes_held" in r else "",
             )
         )
-    return head, rows
+    return (*head, "tokens of an answer", "bytes read per token", "bytes kept per token"), rows
 
 
 def requests_table(records: Sequence[Record]) -> Rows:
