@@ -44,7 +44,8 @@ body { font: 16px/1.5 system-ui, sans-serif; max-width: 68rem; margin: 2rem auto
 h1 { line-height: 1.2; } h2 { margin-top: 2.5rem; border-bottom: 1px solid #8884; }
 table { border-collapse: collapse; font-size: .9rem; margin: 1rem 0; display: block; overflow-x: auto; }
 th, td { padding: .25rem .7rem; border-bottom: 1px solid #8883; text-align: left; vertical-align: top; }
-th { border-bottom-width: 2px; } td { white-space: nowrap; } td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; }
+th { border-bottom-width: 2px; } td { white-space: nowrap; }
+td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; }
 figure { margin: 1.5rem 0; } figure img { max-width: 100%; background: #fff; border-radius: 4px; }
 figcaption { font-size: .9rem; opacity: .8; } .slower { color: #b3261e; } code { font-size: .9em; }
 @media (prefers-color-scheme: dark) { .slower { color: #ff8a80; } }
