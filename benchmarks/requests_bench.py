@@ -138,9 +138,9 @@ def run_in_child(command: str, words: list[str], log: Path, pipe: Connection) ->
         engines.append(make(arguments))
         return engines[-1]
 
-    vllm.LLM.from_engine_args = remember
+    vllm.LLM.from_engine_args = remember  # type: ignore[method-assign, assignment]
     module = importlib.import_module(f"vllm.benchmarks.{command}")
-    parser = FlexibleArgumentParser()
+    parser: Any = FlexibleArgumentParser()  # type: ignore[no-untyped-call]
     module.add_cli_args(parser)
     module.main(parser.parse_args(words))
     config = engines[0].llm_engine.vllm_config
