@@ -9,7 +9,7 @@ from vllm_sparq.layout import Pages
 from vllm_sparq.ops import native
 
 SIGNATURE = "p pll pll ii plp f illlll di dl".replace(" ", "")
-"""pages | query | out | B, H | block_table, seq_lens | scale | r, min_k, k_per_token, local, dense_below | alpha_floor, probs | mass, least_k"""
+"""pages | query | out | B, H | block_table, seq_lens | scale | the fields of `SparqRead`"""
 
 
 def sparq_decode(
