@@ -23,7 +23,7 @@ from vllm_sparq.benchmarks.tasks import Example
 from vllm_sparq.cli import UsageError
 from vllm_sparq.config import parse_options
 
-READ_OPTIONS = ("compression", "r", "k", "local", "min_k", "group_reduce", "dense_layers", "dense_below")
+READ_OPTIONS = ("compression", "r", "k", "local", "min_k", "mass", "group_reduce", "dense_layers", "dense_below")
 """Options of a read that change no byte of the cache: a running engine can be given others."""
 
 
