@@ -185,7 +185,7 @@ def serve(method: Method, run: Run, log: Path, pipe: Connection) -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # an engine that waits must not burn the cores of another
     os.environ.setdefault("TQDM_DISABLE", "1")
     try:
-        worker = _Worker(method, run)
+        worker = Worker(method, run)
         pipe.send(("ready", worker.describe()))
         while (order := pipe.recv()) is not None:
             pipe.send(("done", getattr(worker, order[0])(order[1])))
@@ -198,8 +198,8 @@ def serve(method: Method, run: Run, log: Path, pipe: Connection) -> None:
         pipe.send(("error", f"{type(error).__name__}: {reason}"))
 
 
-class _Worker:
-    """Child's side. Its public methods are the orders it takes."""
+class Worker:
+    """Child's side: the engine, in the process that it is made in. Its public methods are the orders it takes."""
 
     def __init__(self, method: Method, run: Run) -> None:
         from vllm import LLM
