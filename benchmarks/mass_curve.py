@@ -67,7 +67,7 @@ def tokens_read(query: Any, pages: Any, table: Any, lens: Any, read: Any, scale:
     from vllm_sparq.ops.dense_decode.reference import cached_tokens
     from vllm_sparq.ops.sparq_decode import reference
 
-    found = []
+    found: list[int] = []
     for request, context_len in zip(query.float(), lens.tolist(), strict=False):
         blocks = table[len(found) // pages.data.shape[1]]
         for head, q in enumerate(request.unflatten(0, (pages.data.shape[1], -1))):
