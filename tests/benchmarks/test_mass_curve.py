@@ -24,9 +24,7 @@ def test_counts_are_what_the_op_reads(implementation: str, mass: float | None) -
     """Known by probing the op, on numbers with nothing near the cut."""
     world, read = build(CASE), SparqRead(r=8, min_k=30, local=3, mass=mass)
     shown = tokens_shown(load("sparq_decode", implementation), world, read)
-    want = [
-        len(shown[b, g]) if (b, g) in shown else s for b, s in enumerate(CASE.lens) for g in range(CASE.kv_heads)
-    ]
+    want = [len(shown[b, g]) if (b, g) in shown else s for b, s in enumerate(CASE.lens) for g in range(CASE.kv_heads)]
     query = world.query[: world.n_requests]
     found = mass_curve.tokens_read(query, world.pages, world.block_table, world.seq_lens, read, CASE.scale)
     assert found == want
