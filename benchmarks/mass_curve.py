@@ -221,19 +221,23 @@ def main() -> None:
     except UsageError as error:
         raise SystemExit(f"error: {error}") from None
     curve = Curve(run, {"r": args.r, "local": args.local, "min_k": args.min_k})
+    about = {"model": run.model.name, "dtype": run.dtype, "seed": args.seed, **provenance()}
     records: list[dict[str, Any]] = []
+
+    def keep(found: list[dict[str, Any]]) -> None:
+        records.extend(found)
+        if args.out:
+            append_records(args.out, [{**record, **about} for record in found])
+
     with Progress(console=console, transient=True) as progress:
         bar = progress.add_task("", total=len(examples) * (1 + 2 * len(args.mass)))
         for task in args.tasks:
             for length in args.lengths:
                 cell = [one for one in examples if (one.task, one.length) == (task, length)]
                 progress.update(bar, description=f"{task} at {length:,}")
-                records.append(curve.point("all", DENSE, cell, lambda n: progress.advance(bar, n)))
+                keep([curve.point("all", DENSE, cell, lambda n: progress.advance(bar, n))])
                 for mass in args.mass:
-                    records += pair(curve, mass, cell, lambda n: progress.advance(bar, n))
-    about = {"model": run.model.name, "dtype": run.dtype, "seed": args.seed, **provenance()}
-    if args.out:
-        append_records(args.out, [{**record, **about} for record in records])
+                    keep(pair(curve, mass, cell, lambda n: progress.advance(bar, n)))
     console.print(table(records))
 
 
