@@ -87,7 +87,8 @@ class Options(BaseModel):
     mass: float | None = Field(default=None, gt=0, lt=1)
     """Read only as many of the k as hold this share of the estimated probability, but no fewer than min_k.
 
-    Each step, layer and KV head reads its own number: between min_k, or the newest tokens if they are more, and k.
+    Each step, layer and KV head reads its own number: between min_k, or the newest tokens if they are more, and k. It
+    takes the scores of every query head, as the mean value does. Measure it: heads that look sure may be wrong.
     """
     scoring: Literal["int4", "int8", "model"] = "int4"
     """Type of the channel-major copy of K that ranks the tokens: +14%, +27% or +50% memory."""
