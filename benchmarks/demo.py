@@ -190,7 +190,7 @@ def make_questions(
 
 
 def tokens_read(options: Options, read: SparqRead, shape: Shape, context_len: int) -> int:
-    """Cached tokens that a decode step reads per KV head, on average over the layers."""
+    """Cached tokens that a decode step reads per KV head, on average over the layers; with a mass the most."""
     if options.read == "dense" or read.is_dense(context_len):
         return context_len
     n_dense = min(options.dense_layers, shape.n_layers)

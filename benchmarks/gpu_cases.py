@@ -28,6 +28,7 @@ class Case:
     alpha_floor: float = 0.5
     group_reduce: Literal["logits", "probs"] = "logits"
     local: int | None = None
+    mass: float | None = None
     noted: bool = False  # positions and scores, so that tokens can be evicted
     lens: tuple[int, ...] = (1, 127, 128, 0, 129, 1500, 4000, 4096)
 
@@ -45,9 +46,9 @@ class Case:
 
     @property
     def read(self) -> SparqRead:
-        options = Options(dense_below=1024, local=self.local, group_reduce=self.group_reduce)
+        options = Options(dense_below=1024, local=self.local, group_reduce=self.group_reduce, mass=self.mass)
         sizes = dict(head_size=self.head_size, n_heads=self.heads, n_kv_heads=self.kv_heads)
-        return replace(options.sparq_read(**sizes), alpha_floor=self.alpha_floor)
+        return replace(options.sparq_read(**sizes), alpha_floor=self.alpha_floor, least_k=16)
 
 
 CASES = (
@@ -57,6 +58,10 @@ CASES = (
     Case(heads=6, kv_heads=2, head_size=80, alpha_floor=1.0, dtype="float32", block_size=48),
     Case(heads=5, kv_heads=1, head_size=96, scoring="model", block_size=16, local=0),
     Case(heads=4, kv_heads=2, head_size=256, block_size=256, dtype="float16"),
+    Case(local=8, mass=0.5),
+    Case(
+        heads=16, kv_heads=2, head_size=64, group_reduce="probs", alpha_floor=1.0, mass=0.1, format="kivi4", noted=True
+    ),
     *(Case(format=name) for name in ("int8", "int4", "kivi4", "kivi2")),
     Case(heads=6, kv_heads=2, head_size=80, alpha_floor=1.0, dtype="float32", block_size=48, format="int4"),
     Case(heads=5, kv_heads=1, head_size=96, block_size=64, local=0, dtype="float16", format="kivi2"),

@@ -72,7 +72,10 @@ class CacheShape:
         return per_token * _kept(options, context) / context
 
     def moved(self, method: Method, context: int) -> int:
-        """Bytes of cache that one output token reads at a context of so many tokens, all layers."""
+        """Bytes of cache that one output token reads at a context of so many tokens, all layers.
+
+        With a mass they are the most that it may read.
+        """
         if method.backend is None:
             return self.dense_bytes * context
         options = _options(method)

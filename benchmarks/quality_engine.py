@@ -23,7 +23,7 @@ from vllm_sparq.benchmarks.tasks import Example
 from vllm_sparq.cli import UsageError
 from vllm_sparq.config import parse_options
 
-READ_OPTIONS = ("compression", "r", "k", "local", "min_k", "group_reduce", "dense_layers", "dense_below")
+READ_OPTIONS = ("compression", "r", "k", "local", "min_k", "mass", "group_reduce", "dense_layers", "dense_below")
 """Options of a read that change no byte of the cache: a running engine can be given others."""
 
 
@@ -185,7 +185,7 @@ def serve(method: Method, run: Run, log: Path, pipe: Connection) -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # an engine that waits must not burn the cores of another
     os.environ.setdefault("TQDM_DISABLE", "1")
     try:
-        worker = _Worker(method, run)
+        worker = Worker(method, run)
         pipe.send(("ready", worker.describe()))
         while (order := pipe.recv()) is not None:
             pipe.send(("done", getattr(worker, order[0])(order[1])))
@@ -198,8 +198,8 @@ def serve(method: Method, run: Run, log: Path, pipe: Connection) -> None:
         pipe.send(("error", f"{type(error).__name__}: {reason}"))
 
 
-class _Worker:
-    """Child's side. Its public methods are the orders it takes."""
+class Worker:
+    """Child's side: the engine, in the process that it is made in. Its public methods are the orders it takes."""
 
     def __init__(self, method: Method, run: Run) -> None:
         from vllm import LLM

@@ -68,6 +68,7 @@ SPACE = (
         when=_reads_sparsely,
     ),
     Dial(name="k", values=_tokens, when=_reads_sparsely),
+    Dial(name="mass", values=lambda w: [None, 0.9, 0.95, 0.99], when=_reads_sparsely),
     Dial(name="local_share", values=lambda w: [0.0, 0.125, 0.25, 0.5], when=_reads_sparsely),
     Dial(name="group_reduce", values=lambda w: ["logits", "probs"], when=_reads_sparsely),
     Dial(name="dense_layers", values=lambda w: [n for n in (0, 1, 2) if n < w.shape.n_layers], when=_reads_sparsely),
@@ -91,6 +92,8 @@ def options_of(chosen: Mapping[str, Any], workload: Workload) -> dict[str, Any]:
         options["local"] = round(options.pop("local_share") * options["k"])
         if options["local"] == options["k"] // 4:
             del options["local"]
+    if options.get("mass") is not None:
+        options["min_k"] = options["k"] // 4
     if options.get("read") == "sparq" and workload.context < 2048:
         options["dense_below"] = 0  # short contexts are read densely otherwise, whatever the dials say
     defaults = {"read": "sparq", "format": "model", "scoring": "int4", "group_reduce": "logits", "dense_layers": 0}
@@ -101,7 +104,9 @@ def starting_points(workload: Workload) -> list[dict[str, Any]]:
     """Dial values worth trying before any are drawn: the papers' middle, over the model's type and over int4; int4."""
     rank = max(1, workload.shape.head_size // 4)
     k = min(128, max(_tokens(workload)))
-    sparse = dict(read="sparq", scoring="int4", r=rank, k=k, local_share=0.25, group_reduce="logits", dense_layers=0)
+    sparse = dict(
+        read="sparq", scoring="int4", r=rank, k=k, mass=None, local_share=0.25, group_reduce="logits", dense_layers=0
+    )
     return [
         {**sparse, "format": "model"},
         {**sparse, "format": "int4"},

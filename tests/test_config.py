@@ -41,6 +41,7 @@ def test_defaults() -> None:
         "k": None,
         "local": None,
         "min_k": 128,
+        "mass": None,
         "scoring": "int4",
         "mean_value": "auto",
         "group_reduce": "logits",
@@ -93,6 +94,25 @@ def test_explicit_numbers_override_compression() -> None:
     assert (read.r, read.k(10), read.k(10**6)) == (7, 50, 50)
     assert parse(k=50).sparq_read(**LLAMA).r == 16
     assert parse(r=7).sparq_read(**LLAMA).k(10**6) == 62500
+
+
+def test_mass_by_hand() -> None:
+    # c = 8 and S = 16000: k = 1000, of which 250 are the newest; min_k is the least, unless the newest are more.
+    read = parse(mass=0.9).sparq_read(**LLAMA)
+    assert (read.mass, read.n_selected(16000), read.n_least(16000)) == (0.9, 1001, 251)
+    read = parse(mass=0.9, min_k=600).sparq_read(**LLAMA)
+    assert (read.n_selected(16000), read.n_least(16000)) == (1001, 601)
+    read = parse(mass=0.9, k=1000, min_k=64, local=10).sparq_read(**LLAMA)
+    assert (read.n_selected(16000), read.n_least(16000), read.n_least(40)) == (1001, 65, 40)
+    # The least is no more than the most, and without a mass it is the most.
+    assert parse(mass=0.9, min_k=600).sparq_read(**LLAMA).n_least(2000) == 601
+    assert parse(k=50).sparq_read(**LLAMA).n_least(2000) == 51
+
+
+def test_a_mass_with_nothing_to_choose_is_refused() -> None:
+    with pytest.raises(OptionsError, match=r"mass=0.9 means nothing with k=128 and min_k=128.*: set min_k below k"):
+        parse(mass=0.9, k=128)
+    assert parse(mass=0.9, k=129).mass == 0.9
 
 
 def test_local() -> None:
@@ -163,6 +183,8 @@ reads = st.builds(
     min_k=st.integers(1, 5000),
     k_per_token=st.one_of(st.just(Fraction(0)), slopes),
     local=st.one_of(st.none(), st.integers(0, 10_000)),
+    mass=st.one_of(st.none(), st.floats(0.01, 0.99)),
+    least_k=st.integers(1, 10_000),
     dense_below=st.integers(0, 5000),
 )
 
@@ -172,7 +194,8 @@ def test_numbers_of_a_read(read: SparqRead, s: int) -> None:
     k, selected, local = read.k(s), read.n_selected(s), read.n_local(s)
     assert k >= read.min_k
     assert k == max(read.min_k, int(s * read.k_per_token))  # int truncates, and all is positive
-    assert 1 <= local <= selected <= s
+    assert 1 <= local <= read.n_least(s) <= selected <= s
+    assert read.n_least(s) == selected or (read.mass and read.n_least(s) in (local, read.least_k + 1))
     assert selected == min(s, k + 1)
     wanted = k // 4 if read.local is None else read.local
     assert local == min(s, min(wanted, k) + 1)
@@ -203,6 +226,10 @@ REFUSED = [
     ({"k": True}, "k=True", "integer", "Cached tokens"),
     ({"local": -1}, "local=-1", "greater than or equal to 0", "newest tokens"),
     ({"min_k": 0}, "min_k=0", "greater than or equal to 1", "Floor"),
+    ({"mass": 1.0}, "mass=1.0", "less than 1", "share of the estimated probability"),
+    ({"mass": 0.0}, "mass=0.0", "greater than 0", "share of the estimated probability"),
+    ({"mass": float("nan")}, "mass=nan", "less than 1", "share of the estimated probability"),
+    ({"mass": "0.9"}, "mass='0.9'", "number", "share of the estimated probability"),
     ({"compression": 0.5}, "compression=0.5", "greater than or equal to 1", "Bytes of a dense read"),
     ({"compression": float("inf")}, "compression=inf", "finite", "Bytes of a dense read"),
     ({"compression": float("nan")}, "compression=nan", "finite|greater", "Bytes of a dense read"),

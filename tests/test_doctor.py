@@ -106,6 +106,14 @@ def test_what_options_mean_for_a_model(tmp_path: Path) -> None:
     assert "at   1,024 tokens a step reads all of them" in texts(section, "•")
 
 
+def test_what_a_mass_means_for_a_model(tmp_path: Path) -> None:
+    section = model_section(model_folder(tmp_path), Options(compression=4.0, mass=0.95, local=16, min_k=32))
+    # k = S / 8 is the most, min_k and the current token the least.
+    assert section.numbers["contexts"][1] == dict(context=4096, tokens_read=513, k=512, local=16, least_read=33)
+    assert "reads as few as hold 0.95 of the estimated probability" in texts(section, "✓")
+    assert "at   4,096 tokens a step reads 33 to 513: at least 1 in 124.1" in texts(section, "✓")
+
+
 def test_what_eviction_means_for_a_model(tmp_path: Path) -> None:
     options = Options(retention="heavy_hitter", budget=1024, prefill="bounded", read="dense")
     section = model_section(model_folder(tmp_path), options)

@@ -80,7 +80,16 @@ class Options(BaseModel):
     local: int | None = Field(default=None, ge=0)
     """How many of the k are the newest tokens, whatever their rank. Default: a quarter of k."""
     min_k: int = Field(default=128, ge=1)
-    """Floor of the k that compression sets: below about 64 the mean value and short contexts suffer."""
+    """Floor of the k that compression sets: below about 64 the mean value and short contexts suffer.
+
+    With mass it is the least that may be read, whatever sets k.
+    """
+    mass: float | None = Field(default=None, gt=0, lt=1)
+    """Read only as many of the k as hold this share of the estimated probability, but no fewer than min_k.
+
+    Each step, layer and KV head reads its own number: between min_k, or the newest tokens if they are more, and k. It
+    takes the scores of every query head, as the mean value does. Measure it: heads that look sure may be wrong.
+    """
     scoring: Literal["int4", "int8", "model"] = "int4"
     """Type of the channel-major copy of K that ranks the tokens: +14%, +27% or +50% memory."""
     mean_value: Literal["auto", "on", "off"] = "auto"
@@ -111,6 +120,8 @@ class Options(BaseModel):
             local=self.local,
             alpha_floor=0.0 if self.reallocates(grouped=n_heads != n_kv_heads) else 1.0,
             group_reduce=self.group_reduce,
+            mass=self.mass,
+            least_k=self.min_k,
             dense_below=MEASURED_BREAK_EVEN if self.dense_below == "auto" else self.dense_below,
         )
 
@@ -149,6 +160,8 @@ class SparqRead:
         alpha_floor: least weight of the exact part of the output; 0 is the paper's mean-value reallocation, 1 switches
             it off, anything between bounds what the mean value may take.
         group_reduce: ``logits | probs``.
+        mass: share of the approximate probability that what is read must hold; None reads all of k.
+        least_k: with ``mass``, cached tokens that are read at least.
         dense_below: contexts shorter than this are read densely (tokens).
     """
 
@@ -158,6 +171,8 @@ class SparqRead:
     local: int | None = None
     alpha_floor: float = 1.0
     group_reduce: Literal["logits", "probs"] = "logits"
+    mass: float | None = None
+    least_k: int = 1
     dense_below: int = 0
 
     def k(self, context_len: int) -> int:
@@ -166,8 +181,14 @@ class SparqRead:
         return max(self.min_k, context_len * slope.numerator // slope.denominator)
 
     def n_selected(self, context_len: int) -> int:
-        """Tokens read, the current one included."""
+        """Tokens read, the current one included; with ``mass``, tokens read at most."""
         return min(context_len, self.k(context_len) + 1)
+
+    def n_least(self, context_len: int) -> int:
+        """Tokens read at least, the current one included: `n_local`, and with ``mass`` ``least_k``, else all."""
+        if self.mass is None:
+            return self.n_selected(context_len)
+        return max(self.n_local(context_len), min(self.n_selected(context_len), self.least_k + 1))
 
     def n_local(self, context_len: int) -> int:
         """Newest tokens among them that need no rank, the current one included."""
@@ -206,8 +227,18 @@ def parse_options(additional_config: Mapping[str, Any] | None, backend: str = "s
         options = Options.model_validate({**PRESETS[backend], **given})
     except ValidationError as error:
         raise OptionsError("; ".join(_explain(e) for e in _distinct(error))) from None
+    _check_mass(options)
     _check_retention(options)
     return options
+
+
+def _check_mass(options: Options) -> None:
+    """A share of the probability has nothing to choose where the least is the most."""
+    if options.mass is not None and options.k is not None and options.min_k >= options.k:
+        raise OptionsError(
+            f"sparq option mass={options.mass} means nothing with k={options.k} and min_k={options.min_k}, the most "
+            "and the least tokens that it may read: set min_k below k, or leave mass out"
+        )
 
 
 def _check_retention(options: Options) -> None:

@@ -112,6 +112,11 @@ def _describe_read(section: Section, options: Options, shape: dict[str, int], ma
         )
         + f" (mean_value = {options.mean_value})"
     )
+    if read.mass is not None:
+        section.good(
+            f"of the tokens below, each step, layer and KV head reads as few as hold {read.mass:.4g} of the estimated "
+            f"probability (mass), but no fewer than min_k = {read.least_k} or the newest ones"
+        )
     if options.dense_layers:
         section.note(f"the first {min(options.dense_layers, shape['n_full'])} layers always read densely")
     if read.dense_below:
@@ -124,12 +129,17 @@ def _describe_context(section: Section, read: SparqRead, context: int) -> None:
     dense = read.is_dense(context)
     n_read = context if dense else read.n_selected(context)
     numbers = {"context": context, "tokens_read": n_read, "k": read.k(context), "local": read.n_local(context) - 1}
+    least = read.n_least(context)
+    if read.mass is not None:
+        numbers["least_read"] = context if dense else least
     section.numbers["contexts"].append(numbers)
     if dense:
         section.note(f"at {context:>7,} tokens a step reads all of them")
     else:
         section.good(
             f"at {context:>7,} tokens a step reads {n_read:,}: 1 in {context / n_read:.1f} "
+            if least == n_read
+            else f"at {context:>7,} tokens a step reads {least:,} to {n_read:,}: at least 1 in {context / least:.1f} "
             f"(k = {numbers['k']:,}, the newest {numbers['local']:,} among them, and the current token)"
         )
 

@@ -15,7 +15,7 @@ import torch
 from vllm_sparq.benchmarks import quality
 from vllm_sparq.benchmarks.forced import FORCED, ForcedTokens, prompts_measure
 from vllm_sparq.benchmarks.methods import Method
-from vllm_sparq.benchmarks.quality_engine import Engine, Run, _Worker
+from vllm_sparq.benchmarks.quality_engine import Engine, Run, Worker
 from vllm_sparq.benchmarks.quality_prompts import Wanted
 from vllm_sparq.benchmarks.tiny_model import WEIGHTS
 from vllm_sparq.cli import UsageError, main
@@ -45,8 +45,8 @@ def test_one_token_is_left_to_those_that_are_forced() -> None:
     assert torch.equal(processor.apply(before.clone()), before)
 
 
-def worker(method: Method, *impls: Any) -> _Worker:
-    found = object.__new__(_Worker)
+def worker(method: Method, *impls: Any) -> Worker:
+    found = object.__new__(Worker)
     found.method, found.impls = method, list(impls)
     return found
 

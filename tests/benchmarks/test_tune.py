@@ -72,6 +72,7 @@ def test_defaults_are_left_out_of_what_a_user_pastes() -> None:
         "local": 64,
         "format": "int4",
     }
+    assert options_of({**first, "mass": 0.9}, WORK) == {"r": 16, "k": 128, "mass": 0.9, "min_k": 32}
     assert options_of(first, replace(WORK, context=1024))["dense_below"] == 0
     assert options_of({"read": "dense", "format": "int8"}, WORK) == {"read": "dense", "format": "int8"}
 

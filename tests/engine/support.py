@@ -15,6 +15,8 @@ EXACT: dict[str, dict[str, Any]] = {
     "full": {"r": 64, "k": 4096, "scoring": "model", "dense_below": 0},
     # So little is read that a wrong token, channel, sum or scoring copy changes the answers.
     "sparse": {"r": 4, "k": 10, "local": 2, "mean_value": "on", "dense_below": 0},
+    # The same, but how much is read differs from step to step, layer to layer and head to head.
+    "mass": {"r": 4, "k": 200, "local": 2, "min_k": 2, "mass": 0.5, "mean_value": "on", "dense_below": 0},
 }
 N_ANSWER = 24
 

@@ -38,6 +38,22 @@ def test_same_answers(run: str, engine: Any, prompts: Prompts, sparse_alone: dic
     assert again == first
 
 
+def test_a_mass_is_the_same_share_however_it_runs(
+    engine: Any, prompts: Prompts, sparse_alone: dict[int, list[int]]
+) -> None:
+    """How many tokens a request reads depends on its own scores alone: in a batch, in chunks, from cached blocks."""
+    answers = {}
+    with engine("sparq", EXACT["mass"]) as llm:
+        alone = [prompts.answers(llm, [prompt])[0] for prompt in prompts.mixed]
+        answers["in one batch"] = prompts.answers(llm, prompts.mixed)
+    for run in ("chunks of 64", "prefix caching"):
+        with engine("sparq", EXACT["mass"], **RUNS[run]) as llm:
+            answers[run] = prompts.answers(llm, prompts.mixed)
+            answers[f"{run}, again"] = prompts.answers(llm, prompts.mixed)
+    assert answers == dict.fromkeys(answers, alone)
+    assert sum(a != b for a, b in zip(alone, sparse_alone.values(), strict=True)) >= 3
+
+
 def test_prefix_cache_is_hit(engine: Any, prompts: Prompts) -> None:
     """As many hits as dense attention gets on the same requests."""
     hits = {}

@@ -12,6 +12,8 @@ from ours by at most ``e_g = tolerances.SCORE * max_t sum_c |scale_g q_c| (|zero
   one left out by no more than both margins.
 * The log-odds of alpha are a difference of two log-sum-exps that move by e_g each: 2 e_g. The slope of a probability in
   its log-odds is at most 1/4, so alpha moves by e_g / 2, and the output by that times ``|exact - mean|``.
+* So does what a set of tokens holds of the probability: the mean over the group moves by ``mean_g e_g / 2``. With
+  ``read.mass`` the tokens read hold no less than the mass but for that, and without the last of them no more.
 """
 
 from __future__ import annotations
@@ -162,7 +164,8 @@ def assert_right(
         want = repository(query, keys, key, value, **given, chosen=chosen)
         error, chosen = score_error(case, query, want.channels, size), want.chosen
 
-        assert len(chosen) == given["n_selected"], f"{where}: {len(chosen)} tokens read"
+        least = given["n_selected"] if read.mass is None else given["n_least"]
+        assert least <= len(chosen) <= given["n_selected"], f"{where}: {len(chosen)} tokens read"
         assert set(range(s - given["n_local"], s)) <= set(chosen.tolist()), f"{where}: the newest are not all read"
         margin = np.full(s, error.sum())
         if read.group_reduce == "probs":
@@ -171,6 +174,13 @@ def assert_right(
         ranked = np.setdiff1d(chosen, np.arange(s - given["n_local"], s))
         worst = (want.rank_by + margin)[ranked].min(initial=np.inf)
         assert worst >= (want.rank_by - margin)[left].max(), f"{where}: a better token is left out"
+        if read.mass is not None:
+            held, slack = probabilities(want.scores).mean(0), error.mean() / 2 + tolerances.MASS
+            total, last = held[chosen].sum(), ranked[(want.rank_by - margin)[ranked] <= worst]
+            enough = len(chosen) == given["n_selected"] or total >= read.mass - slack
+            assert enough, f"{where}: what is read holds {total:.4f}"
+            least_held = total - held[last].max(initial=0.0)
+            assert len(chosen) == least or least_held <= read.mass + slack, f"{where}: {least_held:.4f} were enough"
 
         room = tolerance["atol"] + tolerance["rtol"] * np.abs(want.out)
         if read.alpha_floor < 1:

@@ -114,6 +114,7 @@ BAD = [
     ),
     *wrong(("sparq_decode",), "read", lambda r: replace(r, r=0), r"r=0 must be 1 to the head size 64", "zero"),
     *wrong(("sparq_decode",), "read", lambda r: replace(r, r=65), r"r=65 must be 1 to the head size 64", "large"),
+    *wrong(("sparq_decode",), "read", lambda r: replace(r, mass=1.0), r"mass=1.0 must be above 0 and below 1", "all"),
 ]
 
 

@@ -92,15 +92,25 @@ def repository(
     scale: float,
     floor: float = 0.0,
     reduce: str = "logits",
+    mass: float = 1.0,
+    n_least: int = 0,
     chosen: Array | None = None,
 ) -> Trace:
-    """Query [H', D] of one group, keys and values [S, D]; ``chosen`` overrides step 3."""
+    """Query [H', D] of one group, keys and values [S, D]; ``chosen`` overrides step 3.
+
+    Below a ``mass`` of 1 the tokens are taken one by one until they hold so much and are ``n_least``.
+    """
     channels, scores = approximate(query, rank_keys, r, scale)
     rank_by = (scores if reduce == "logits" else probabilities(scores)).sum(0)
     if chosen is None:
         forced = rank_by.copy()
         forced[len(forced) - n_local :] = np.inf
-        chosen = np.sort(largest(forced, n_selected))
+        taken: list[int] = []
+        for token in largest(forced, n_selected):
+            if mass < 1 and len(taken) >= n_least and probabilities(scores)[:, taken].sum() >= mass * len(query):
+                break
+            taken.append(token)
+        chosen = np.sort(taken)
     exact, alpha, mean = finish(query, keys, values, scores, chosen, scale, floor)
     return Trace(channels, scores, rank_by, chosen, exact, alpha, mean)
 
@@ -134,6 +144,8 @@ def numbers(read: SparqRead, context_len: int, head_size: int) -> dict[str, obje
         "r": read.r,
         "n_selected": min(context_len, k + 1),
         "n_local": min(context_len, local + 1),
+        "mass": 1.0 if read.mass is None else read.mass,
+        "n_least": min(context_len, max(local, min(read.least_k, k)) + 1),
         "scale": head_size**-0.5,
         "floor": read.alpha_floor,
         "reduce": read.group_reduce,
@@ -183,6 +195,15 @@ def test_random(
 ) -> None:
     case = Case(heads=heads, kv_heads=kv_heads, head_size=head_size, lens=(1, 2, 0, 16, 17, 47, 48, 100, 161))
     read = SparqRead(r=r, min_k=min_k, local=local, alpha_floor=floor, group_reduce=reduce)  # type: ignore[arg-type]
+    check(case, case.tokens(), read)
+
+
+@pytest.mark.parametrize("reduce", ["logits", "probs"])
+@pytest.mark.parametrize("floor", [0.0, 1.0])
+@pytest.mark.parametrize(("mass", "least_k"), [(0.05, 1), (0.3, 4), (0.6, 1), (0.9, 12), (0.999, 1), (0.01, 1000)])
+def test_as_few_as_hold_the_mass(mass: float, least_k: int, floor: float, reduce: str) -> None:
+    case = Case(heads=4, kv_heads=2, lens=(1, 0, 47, 48, 100, 161))
+    read = SparqRead(r=16, min_k=40, local=3, alpha_floor=floor, group_reduce=reduce, mass=mass, least_k=least_k)  # type: ignore[arg-type]
     check(case, case.tokens(), read)
 
 
@@ -325,3 +346,33 @@ def test_by_hand_logits_and_probs_choose_differently() -> None:
     out = by_hand(query, keys, values, replace(read, group_reduce="probs"))
     np.testing.assert_allclose(out[0], 100 / (1 + np.exp(-10)), rtol=1e-6)
     np.testing.assert_allclose(out[1], 100 / (1 + np.exp(10)), rtol=1e-4)
+
+
+def test_by_hand_mass() -> None:
+    # q = (2, 2, 2, 2, 0, ..) and r = 4, so the scores are the exact logits: 1/4 * 2 * K[0] = ln 4, ln 3, ln 2, ln 1,
+    # of which softmax makes 0.4, 0.3, 0.2, 0.1. The current token 3 comes first (0.1), then tokens 0 (0.5 together), 1
+    # (0.8) and 2. V is 10, 20, 30, 40: the exact parts of one to three tokens are 40, (0.4 * 10 + 0.1 * 40) / 0.5 = 16
+    # and (4 + 6 + 4) / 0.8 = 17.5. k = 2, so three tokens are the most.
+    query, keys = np.zeros((1, 16)), np.zeros((4, 16))
+    query[0, :4] = 2
+    keys[:, 0] = 2 * np.log([4, 3, 2, 1])
+    values = np.repeat([[10.0], [20.0], [30.0], [40.0]], 16, axis=1)
+    read = SparqRead(r=4, min_k=2, local=0, alpha_floor=1.0)
+    for mass, least_k, want in [
+        (None, 1, 17.5),
+        (0.05, 1, 16.0),  # the current token holds it, and one more is the least
+        (0.49, 1, 16.0),
+        (0.51, 1, 17.5),
+        (0.79, 1, 17.5),
+        (0.95, 1, 17.5),  # three are the most
+        (0.05, 2, 17.5),
+        (0.05, 9, 17.5),  # the least is no more than the most
+    ]:
+        out = by_hand(query, keys, values, replace(read, mass=mass, least_k=least_k))
+        np.testing.assert_allclose(out, want, rtol=1e-6)
+    # alpha is what is read: 0.5 of 16 and 0.5 of the mean, 25.
+    out = by_hand(query, keys, values, replace(read, mass=0.49, alpha_floor=0.0))
+    np.testing.assert_allclose(out, 20.5, rtol=1e-6)
+    # The newest are read whatever they hold: tokens 2 and 3, (0.2 * 30 + 0.1 * 40) / 0.3.
+    out = by_hand(query, keys, values, replace(read, mass=0.05, local=1))
+    np.testing.assert_allclose(out, 100 / 3, rtol=1e-6)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -91,6 +92,7 @@ READS = (
     SparqRead(r=16, min_k=8, dense_below=0, alpha_floor=0.0),
     SparqRead(r=16, min_k=8, dense_below=0, group_reduce="probs"),
     SparqRead(r=16, min_k=8, dense_below=40),
+    SparqRead(r=16, min_k=20, dense_below=0, mass=0.3),
 )
 SPARSE = [
     scored(case)
@@ -103,7 +105,7 @@ SPARSE = [
 ]
 
 
-@pytest.mark.parametrize("read", READS, ids=["logits", "mean", "probs", "dense-below"])
+@pytest.mark.parametrize("read", READS, ids=["logits", "mean", "probs", "dense-below", "mass"])
 @pytest.mark.parametrize(("implementation", "case"), each(SPARSE, tiny=SPARSE[:1], implementations=KERNELS))
 def test_sparq_decode_notes_approximate_probabilities(implementation: str, case: Case, read: SparqRead) -> None:
     if read.alpha_floor < 1 and not case.layout.value_sum:
@@ -139,9 +141,10 @@ LOCAL = scored(Case(heads=2, kv_heads=1, scoring="model", lens=(64,), value_sum=
 
 
 @pytest.mark.parametrize("implementation", ALL)
-def test_newest_tokens_are_found_by_position(implementation: str) -> None:
+@pytest.mark.parametrize("limit", [dict(min_k=7), dict(min_k=20, mass=1e-9)], ids=["k", "mass"])
+def test_newest_tokens_are_found_by_position(implementation: str, limit: dict[str, Any]) -> None:
     """After an eviction the newest tokens may lie in any slot: a read of local tokens alone must find them."""
-    read = SparqRead(r=1, min_k=7, local=7, dense_below=0)
+    read = SparqRead(r=1, local=7, dense_below=0, **limit)
     world = with_scores(LOCAL, device(implementation))
     generator = torch.Generator().manual_seed(3)
     page, place = slots_of(world, 0, 64)

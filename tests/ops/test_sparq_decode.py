@@ -319,18 +319,26 @@ def test_long_streams(implementation: str, order: str, reduce: str) -> None:
 
 @pytest.mark.parametrize("n_threads", [1, 2, 7])
 def test_threads_do_not_matter(n_threads: int) -> None:
-    case, read = LONG[0], SparqRead(r=32, min_k=64, alpha_floor=0.0)
+    case = LONG[0]
     run, world = load("sparq_decode", "cpu"), build(case)
     other = threaded(run.__wrapped__, n_threads)  # type: ignore[attr-defined]
     assert n_threads != THREADS
-    torch.testing.assert_close(
-        world.decode(other, read=read), world.decode(run, read=read), **tolerances.OUT[case.dtype]
-    )
+    for mass in (None, 0.7):
+        read = SparqRead(r=32, min_k=64, alpha_floor=0.0, mass=mass)
+        torch.testing.assert_close(
+            world.decode(other, read=read), world.decode(run, read=read), **tolerances.OUT[case.dtype]
+        )
 
 
 @pytest.mark.parametrize(
     ("wrong", "message"),
-    [({"min_k": 9}, "tokens read"), ({"r": 15}, "a better token|off by"), ({"alpha_floor": 0.9}, "off by")],
+    [
+        ({"min_k": 9}, "tokens read"),
+        ({"r": 15}, "a better token|off by"),
+        ({"alpha_floor": 0.9}, "off by"),
+        ({"mass": 0.3}, r"what is read holds 0\."),
+        ({"mass": 0.6}, r"0\.\d+ were enough"),
+    ],
 )
 def test_a_wrong_answer_is_refused(wrong: dict[str, float], message: str) -> None:
     """Guard of this file's own check."""
@@ -341,6 +349,8 @@ def test_a_wrong_answer_is_refused(wrong: dict[str, float], message: str) -> Non
         floor = max(asked.alpha_floor, wrong.get("alpha_floor", 0.0))  # type: ignore[attr-defined]
         reference(*args, **kwargs, read=replace(asked, **{**wrong, "alpha_floor": floor}))  # type: ignore[arg-type]
 
+    if "mass" in wrong:
+        read = replace(read, min_k=40, mass=0.45)
     assert_right(reference, case, case.tokens(), read)
     with pytest.raises(AssertionError, match=message):
         assert_right(run, case, case.tokens(), read)

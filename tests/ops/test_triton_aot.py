@@ -39,6 +39,7 @@ class Shape:
     block_size: int = 128
     alpha_floor: float = 0.5
     group_reduce: str = "logits"
+    mass: float | None = None
     n_requests: int = 2
     new_tokens: int = 4096
     noted: bool = False  # positions and scores
@@ -92,6 +93,18 @@ SHAPES = (
         block_size=32,
         new_tokens=2,
         ops=("write", "dense_decode"),
+    ),
+    Shape(head_size=128, dtype="bfloat16", scoring="int4", mass=0.9, ops=("sparq_decode",)),
+    Shape(
+        head_size=128,
+        dtype="bfloat16",
+        scoring=None,
+        format="kivi4",
+        heads=16,
+        group_reduce="probs",
+        mass=0.9,
+        noted=True,
+        ops=("sparq_decode",),
     ),
     Shape(head_size=128, dtype="bfloat16", scoring="int4", noted=True, ops=ALL),
     Shape(
@@ -151,6 +164,7 @@ KERNELS = {
     "count_kernel",
     "partition_kernel",
     "finish_kernel",
+    "cut_kernel",
     "blend_kernel",
     "prefill_kernel",
 }
@@ -229,6 +243,8 @@ def launch_all(shape: Shape) -> None:
         k_per_token=Fraction(1, 16),
         alpha_floor=shape.alpha_floor,
         group_reduce=shape.group_reduce,
+        mass=shape.mass,
+        least_k=64,
         dense_below=1024,
     )
     one = query[:b]

@@ -36,6 +36,12 @@ SCORE: dict[torch.dtype, float] = {
 }
 """Of an approximate score, as a fraction of ``sum_c |scale_g q_c| (|zero_c| + step_c code_c)``."""
 
+MASS = 2**-18
+"""Of a share of the probability, beside what follows from its scores.
+
+Sums of some thousand terms in fp32, in any order, and an exp that is good to a few ulp.
+"""
+
 
 def value_sum(n_tokens: int, absolute_sum: torch.Tensor) -> torch.Tensor:
     """Bound on the difference of two fp32 sums of ``n_tokens`` numbers in any two orders: n * 2^-24 * sum |v| each."""

@@ -33,6 +33,15 @@ int count_greater(const float* values, int n, float than) {
   return count;
 }
 
+// The sum of the shares whose values are greater. It never rises with `than`: lanes are added in the same order always.
+float share_greater(const float* values, const float* shares, int n, float than) {
+  const Vec bar = set1(than);
+  Vec sum = zero();
+  for (int i = 0; i < n; i += W)
+    sum = add(sum, select(greater(load(values + i), bar) & first_lanes(n - i), load(shares + i), zero()));
+  return reduce_add(sum);
+}
+
 SPARQ_INLINE void store_tokens(int32_t* to, int first, unsigned bits) {
 #ifdef __AVX512F__
   const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
@@ -122,6 +131,24 @@ void Candidates::keep_best() {
     kept += __builtin_popcount(bits);
   }
   n = kept;
+}
+
+// Bisection as in kth_largest, for the lowest score that is needed: those above it hold too little.
+int Candidates::n_holding(const float* shares, float mass) const {
+  int64_t low = ordered(-INFINITY), high = ordered(INFINITY);
+  while (low < high) {
+    const int64_t middle = low + (high - low) / 2;
+    if (share_greater(score, shares, n, unordered((int32_t)middle)) >= mass)
+      low = middle + 1;
+    else
+      high = middle;
+  }
+  const float last = unordered((int32_t)low);
+  int holding = count_greater(score, n, last);
+  float held = share_greater(score, shares, n, last);
+  for (int i = 0; i < n && held < mass; ++i)
+    if (score[i] == last) held += shares[i], ++holding;  // the oldest first
+  return holding;
 }
 
 size_t SoftmaxSums::n_bytes(int n_rows) {

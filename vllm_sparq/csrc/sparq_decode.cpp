@@ -18,14 +18,18 @@ struct Read {
   int64_t dense_below;
   float alpha_floor;
   bool probs;
+  float mass;  // 1: all of k
+  int64_t least_k;
 
   int64_t k(int len) const { return std::max(min_k, len * slope / slope_divisor); }
   int n_selected(int len) const { return (int)std::min<int64_t>(len, k(len) + 1); }
   int n_local(int len) const {
     return (int)std::min<int64_t>(len, (local < 0 ? k(len) / 4 : std::min(local, k(len))) + 1);
   }
+  int n_least(int len) const { return std::max(n_local(len), (int)std::min<int64_t>(n_selected(len), least_k + 1)); }
   bool is_dense(int len) const { return len < dense_below || len <= k(len) + 1; }
   bool has_mean() const { return alpha_floor < 1.0f; }
+  bool cuts() const { return mass < 1.0f; }
 };
 
 // What ranking one part of a context leaves behind.
@@ -40,10 +44,11 @@ struct Sparq {
 
   // Whether probabilities are wanted, which need the scores of all tokens.
   bool keeps_scores() const { return read.probs || call.pages.scored(); }
-  bool per_head() const { return read.has_mean() || keeps_scores(); }
+  bool per_head() const { return keeps_candidate_scores() || keeps_scores(); }
+  bool keeps_candidate_scores() const { return read.has_mean() || read.cuts(); }
   ScoreRows rows() const { return {call.group_size(), per_head(), !read.probs}; }
   int n_head_rows() const { return per_head() ? call.group_size() : 0; }
-  int n_kept_rows() const { return read.has_mean() ? call.group_size() : 0; }
+  int n_kept_rows() const { return keeps_candidate_scores() ? call.group_size() : 0; }
   int scores_stride() const { return call.pages.block_size + 32; }
   size_t ranked_bytes(int len) const {
     return Candidates::n_bytes(capacity(len), n_kept_rows()) + SoftmaxSums::n_bytes(n_head_rows());
@@ -192,6 +197,23 @@ void use_probs(const Sparq& op, const Sequence& sequence, Ranked& ranked, const 
   if (op.read.probs) ranked.candidates.keep_best();
 }
 
+// Step 3 with `mass`: drops the candidates beyond as many as hold it.
+void keep_mass(const Sparq& op, int len, Ranked& ranked) {
+  thread_local Scratch scratch;
+  Candidates& best = ranked.candidates;
+  const size_t room = round_up((size_t)best.n, 16);
+  float* const shares = scratch.arena(Arena::room<float>(room)).take<float>(room);
+  std::fill_n(shares, room, 0.0f);
+  for (int h = 0; h < op.call.group_size(); ++h) {
+    const float* scores = best.head_scores + (size_t)h * (best.capacity + 16);
+    const Vec factor = set1(1.0f / (ranked.sums.total_of(h) * (float)op.call.group_size()));
+    for (int i = 0; i < best.n; i += W)
+      store(shares + i, fma(exp_below(load(scores + i), ranked.sums.peak[h]), factor, load(shares + i)));
+  }
+  best.wanted = std::max(best.n_holding(shares, op.read.mass), op.read.n_least(len));
+  best.keep_best();
+}
+
 // sum += V of n records.
 template <class T>
 void add_values(const uint8_t* const* records, int n, int d, float* sum) {
@@ -226,7 +248,8 @@ void mean_value(const Sparq& op, const Sequence& sequence, int len, const Ranked
 }
 
 // Steps 4 and 5 for one KV head of one request.
-void finish_request(const Sparq& op, const Task& task, int len, const Ranked& ranked) {
+void finish_request(const Sparq& op, const Task& task, int len, Ranked& ranked) {
+  if (op.read.cuts()) keep_mass(op, len, ranked);
   thread_local Scratch scratch;
   const Decode& call = op.call;
   const size_t d = call.pages.head_size, n_heads = call.group_size();
@@ -344,9 +367,11 @@ SPARQ_API void sparq_sparq_decode(const sparq::Pages* pages, const void* query, 
                                   void* out, int64_t out_row, int64_t out_head, int32_t n_requests, int32_t n_heads,
                                   const int32_t* block_table, int64_t table_stride, const int32_t* seq_lens,
                                   float scale, int32_t r, int64_t min_k, int64_t slope, int64_t slope_divisor,
-                                  int64_t local, int64_t dense_below, double alpha_floor, int32_t probs) {
+                                  int64_t local, int64_t dense_below, double alpha_floor, int32_t probs, double mass,
+                                  int64_t least_k) {
   const sparq::Requests requests{block_table, table_stride, seq_lens, n_requests};
   sparq::sparq_decode({sparq::decode_call(*pages, requests, query, query_row, query_head, out, out_row, out_head,
                                           n_heads, scale),
-                       {r, min_k, slope, slope_divisor, local, dense_below, (float)alpha_floor, probs != 0}});
+                       {r, min_k, slope, slope_divisor, local, dense_below, (float)alpha_floor, probs != 0,
+                        (float)mass, least_k}});
 }

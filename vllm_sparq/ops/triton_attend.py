@@ -130,6 +130,7 @@ def attend_kernel(
     records,  # pages [P, G] in the model's type; the value of a record lies D elements behind its key
     tokens,  # LISTED: int32 cells [rows, capacity]; else the block table, int32 [B, M]
     seq_lens,  # int32 [B]
+    n_listed,  # COUNTED: int32 [rows], cells of a row; else it follows from its length
     partial,  # fp32 [B * H, N_SPLITS, D]
     weight,  # fp32 [B * H, N_SPLITS]; with one split written with NOTE alone
     logits,  # fp32 [B * H, logits_stride], written with NOTE: of rows that are read densely, to the base 2
@@ -154,6 +155,7 @@ def attend_kernel(
     LISTED: tl.constexpr,
     FORMAT: tl.constexpr,
     NOTE: tl.constexpr,
+    COUNTED: tl.constexpr,
     MIN_K: tl.constexpr,
     K_NUM: tl.constexpr,
     K_DEN: tl.constexpr,
@@ -170,6 +172,8 @@ def attend_kernel(
     if LISTED:
         is_dense, n_tokens, _ = read_counts(context_len, MIN_K, K_NUM, K_DEN, LOCAL, DENSE_BELOW)
         tokens += row.to(tl.int64) * tokens_stride
+        if COUNTED:
+            n_tokens = tl.load(n_listed + row)
     else:
         tokens += b * tokens_stride
     start, stop = split_tokens(n_tokens, split, N_SPLITS, TILE)
@@ -241,11 +245,13 @@ def attend(
     read: dict[str, object] | None = None,
     keep_splits: bool = False,
     logits: torch.Tensor | None = None,
+    n_listed: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Write ``out``, or return (partial, weight) for `merge` where rows are split or ``keep_splits``; else both empty.
 
     ``tokens`` is the block table, or with ``read`` the list of cells; ``max_tokens`` bounds the tokens of a row. With
     ``logits``, fp32 [B * H, max_tokens], those of densely read rows are kept there, and there is a weight always.
+    ``n_listed``, int32 [rows], counts the cells of each row, where that does not follow from its length.
     """
     (n_requests, n_heads, head_size), n_kv_heads = query.shape, pages.data.shape[1]
     records, group = pages_as_records(pages), n_heads // n_kv_heads
@@ -258,7 +264,8 @@ def attend(
     weight = torch.empty(n_requests * n_heads, n_weights, dtype=torch.float32, device=query.device)
     unused = dict(MIN_K=1, K_NUM=0, K_DEN=1, LOCAL=0, DENSE_BELOW=0)
     attend_kernel[(n_requests * n_kv_heads, n_splits)](
-        *(query, records, tokens, seq_lens, partial, weight, weight if logits is None else logits, out),
+        *(query, records, tokens, seq_lens, seq_lens if n_listed is None else n_listed),
+        *(partial, weight, weight if logits is None else logits, out),
         *(query.stride(0), query.stride(1), records.stride(0), records.stride(1), tokens.stride(0)),
         *(0 if logits is None else logits.stride(0), out.stride(0), out.stride(1), scale * LOG2_E),
         G=n_kv_heads,
@@ -272,6 +279,7 @@ def attend(
         LISTED=read is not None,
         FORMAT=codes_of(pages.layout),
         NOTE=logits is not None,
+        COUNTED=n_listed is not None,
         **(unused if read is None else read),
         num_warps=4 if pages.layout.quantized is None else 8,  # elements on their way from codes live in registers
         num_stages=3,

@@ -156,8 +156,13 @@ def count_kernel(
 
 @triton.jit
 def cell_of(table, t, mask, context_len, N: tl.constexpr, STAGED: tl.constexpr):
-    """Where the tokens ``t`` of a request are; STAGED places a page hold those of its newest block, unless 0."""
-    if STAGED == 0:
+    """Where the tokens ``t`` of a request are; STAGED places a page hold those of its newest block, unless 0.
+
+    With STAGED None, the tokens themselves: what `triton_mass` goes on with.
+    """
+    if STAGED is None:
+        return t
+    elif STAGED == 0:
         return tl.load(table + t // N, mask=mask, other=0) * N + t % N
     else:
         waits = mask & (t >= n_in_codes(context_len, N))

@@ -33,6 +33,8 @@ def sparq_decode(
        tokens as it is stored, and there is no copy.
     3. *Tokens*: the ``n_selected(S)`` with the largest summed score over the group (``group_reduce: logits``) or summed
        softmax of the scores (``probs``); the ``n_local(S)`` newest are always among them (ties: oldest token).
+       With ``read.mass`` only the first of them, the newest before all others: as few as hold this share of the mean
+       over the group of ``softmax(s_g)`` over all S tokens, but no fewer than ``n_least(S)``.
     4. *Exact part*: ``y_g``, softmax attention with ``scale`` and all D channels over those tokens.
     5. *Mean value*: ``alpha_g`` is the share of ``softmax(s_g)`` on those tokens, not less than ``read.alpha_floor``;
        ``out_g = alpha_g y_g + (1 - alpha_g) v`` with v the mean of V over all S tokens, from the page sums.
@@ -62,6 +64,7 @@ def sparq_decode(
         pages.layout.value_sum or read.alpha_floor >= 1.0,
         f"alpha_floor={read.alpha_floor} needs pages with value sums; this layout has none",
     )
+    require(read.mass is None or 0 < read.mass < 1, f"mass={read.mass} must be above 0 and below 1, or None")
     require(1 <= read.r <= pages.layout.head_size, f"r={read.r} must be 1 to the head size {pages.layout.head_size}")
     run = choose("sparq_decode", query.device.type).load()
     run(query, pages, block_table, seq_lens, read=read, scale=scale, out=out)

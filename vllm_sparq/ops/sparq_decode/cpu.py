@@ -8,8 +8,8 @@ from vllm_sparq.config import SparqRead
 from vllm_sparq.layout import Pages
 from vllm_sparq.ops import native
 
-SIGNATURE = "p pll pll ii plp f illlll di".replace(" ", "")
-"""pages | query | out | B, H | block_table, seq_lens | scale | r, min_k, k_per_token, local, dense_below | the rest"""
+SIGNATURE = "p pll pll ii plp f illlll di dl".replace(" ", "")
+"""pages | query | out | B, H | block_table, seq_lens | scale | the fields of `SparqRead`"""
 
 
 def sparq_decode(
@@ -38,4 +38,6 @@ def sparq_decode(
         read.dense_below,
         read.alpha_floor,
         read.group_reduce == "probs",
+        1.0 if read.mass is None else read.mass,
+        read.least_k,
     )

@@ -69,11 +69,16 @@ def positions_of(pages: Pages, blocks: torch.Tensor, context_len: int, head: int
 
 
 def pick_tokens(scores: torch.Tensor, read: SparqRead, positions: torch.Tensor) -> torch.Tensor:
-    """Step 3: int64 [n_selected] slots for the whole group, from its scores [H/G, S]; positions is int [S]."""
+    """Step 3: int64 slots for the whole group, best first, from its scores [H/G, S]; positions is int [S]."""
     context_len = scores.shape[1]
     group = scores.sum(0) if read.group_reduce == "logits" else torch.softmax(scores, -1).sum(0)
     group[positions > positions[-1] - read.n_local(context_len)] = torch.inf
-    return group.sort(descending=True, stable=True).indices[: read.n_selected(context_len)]
+    ranked = group.sort(descending=True, stable=True).indices[: read.n_selected(context_len)]
+    if read.mass is None:
+        return ranked
+    held = torch.softmax(scores, -1).mean(0)[ranked].cumsum(0)
+    n_short = int((held < read.mass).sum())  # so many tokens hold less than is wanted; with one more they do not
+    return ranked[: max(n_short + 1, read.n_least(context_len))]
 
 
 def mean_value(pages: Pages, blocks: torch.Tensor, values: torch.Tensor, head: int) -> torch.Tensor:

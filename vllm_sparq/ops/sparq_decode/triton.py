@@ -1,4 +1,4 @@
-"""`vllm_sparq.ops.sparq_decode.sparq_decode` on a GPU: six or seven launches, no sync, nothing sized by a length.
+"""`vllm_sparq.ops.sparq_decode.sparq_decode` on a GPU: six to eight launches, no sync, nothing sized by a length.
 
 Bytes per token and KV head for D = 128, bf16, four query heads, r = 16, int4, N = 128, k = S / 16 (a dense read: 512):
 
@@ -7,12 +7,14 @@ Bytes per token and KV head for D = 128, bf16, four query heads, r = 16, int4, N
     count       4 of group score, from L2 while a batch has below ten million tokens and KV heads   triton_select.py
     partition   4 of group score; with mean value the sectors of head scores that a picked token is in, at most 8
     finish      the candidates, about one token in a hundred
+    cut         only with a mass: of one token in sixteen, 4 of group score and 8 of head scores        triton_mass.py
     attend      512 for one token in sixteen: 32                                                    triton_attend.py
     blend       8 D per split and head, once per row
 
     note        only where pages have scores: 4 of each head's score, then fp32; adds to 4      triton_notes.py
 
-Scratch is that of the scores and 4 bytes for the candidates, for every token that the block table could hold. A batch
+Scratch is that of the scores and 4 bytes for the candidates (with a mass 12 more for its lists), for every token that
+the block table could hold. A batch
 whose scratch would exceed `SCRATCH_BYTES` runs in slices, one after the other.
 """
 
@@ -38,6 +40,7 @@ from vllm_sparq.ops.triton_common import (
     read_counts,
     split_count,
 )
+from vllm_sparq.ops.triton_mass import cut_kernel
 from vllm_sparq.ops.triton_notes import note_attention, note_parts
 from vllm_sparq.ops.triton_score import score_kernel
 from vllm_sparq.ops.triton_select import N_BINS, count_kernel, finish_kernel, head_statistics, partition_kernel
@@ -102,6 +105,8 @@ class Plan:
     slots: int  # of them, in one page
     runs: int  # tokens of a lane: those whose codes share a byte, or two
     with_mean: bool
+    mass: float | None
+    least_k: int
     probs: bool
     by_position: bool  # whether slots do not tell which tokens are newest
     with_scores: bool  # whether the attention that tokens get is noted
@@ -116,7 +121,7 @@ class Plan:
     @property
     def statistics(self) -> bool:
         """Whether the softmax of each head's scores is wanted."""
-        return self.with_mean or self.probs or self.with_scores
+        return self.with_mean or self.probs or self.with_scores or self.mass is not None
 
 
 class Scratch:
@@ -135,6 +140,11 @@ class Scratch:
         self.logits = empty(heads, plan.capacity).flatten(0, 1) if plan.with_scores else None
         self.counts, self.pending = empty(n_splits, N_BINS.value, dtype=torch.int32), empty(2, dtype=torch.int32)
         self.cells, self.candidates = empty(plan.capacity, dtype=torch.int32), empty(plan.max_tokens, dtype=torch.int32)
+        self.n_cells: torch.Tensor | None = None
+        self.tokens = self.cells  # what selection lists: cells, or tokens that have yet to be cut
+        if plan.mass is not None:
+            self.tokens, self.keys = empty(plan.capacity, dtype=torch.int32), empty(plan.capacity, dtype=torch.int32)
+            self.held, self.n_cells = empty(plan.capacity), empty(dtype=torch.int32)
 
 
 def sparq_decode(
@@ -153,7 +163,8 @@ def sparq_decode(
         dense_decode(query, pages, block_table, seq_lens, scale=scale, out=out)
         return
     per_head = 8 if pages.layout.scores else 4
-    per_slice = max(1, SCRATCH_BYTES // (max_tokens * (8 * n_kv_heads + per_head * n_heads)))
+    per_kv_head = 8 if read.mass is None else 20
+    per_slice = max(1, SCRATCH_BYTES // (max_tokens * (per_kv_head * n_kv_heads + per_head * n_heads)))
     for first in range(0, n_requests, per_slice):
         rows = slice(first, min(first + per_slice, n_requests))
         decode_slice(query[rows], pages, block_table[rows], seq_lens[rows], read, scale, out[rows])
@@ -181,6 +192,7 @@ def decode_slice(
         read=plan.constants,
         keep_splits=plan.with_mean,
         logits=work.logits,
+        n_listed=work.n_cells,
     )
     if plan.with_mean:
         blend(plan, work, partial, weight, seq_lens, read.alpha_floor, out)
@@ -197,7 +209,8 @@ def make_plan(query: torch.Tensor, pages: Pages, block_table: torch.Tensor, read
     n_rows, max_tokens = query.shape[0] * n_kv_heads, block_table.shape[1] * block_size
     with_mean, probs = read.alpha_floor < 1.0, read.group_reduce == "probs"
     with_scores = pages.layout.scores
-    n_heads = query.shape[1] // n_kv_heads if with_mean or probs or with_scores else 1
+    per_head = with_mean or probs or with_scores or read.mass is not None
+    n_heads = query.shape[1] // n_kv_heads if per_head else 1
     codes = codes_of(pages.layout)
     ranks_itself = codes is not None and codes.channel_keys
     runs = codes.keys.runs if ranks_itself else 2
@@ -213,6 +226,8 @@ def make_plan(query: torch.Tensor, pages: Pages, block_table: torch.Tensor, read
         slots=min(slots, 64),
         runs=runs,
         with_mean=with_mean,
+        mass=read.mass,
+        least_k=read.least_k,
         probs=probs,
         by_position=pages.layout.positions,
         with_scores=with_scores,
@@ -273,7 +288,7 @@ def select(plan: Plan, work: Scratch, pages: Pages, block_table: torch.Tensor, s
     sizes = dict(G=pages.data.shape[1], HEADS=plan.n_heads, N_SPLITS=plan.n_splits, TILE=TILE, **plan.constants)
     scores = work.scores, work.head_scores
     statistics = work.tops, work.sums
-    lists = work.cells, work.candidates, work.pending, work.shares
+    lists = work.tokens, work.candidates, work.pending, work.shares
     strides = block_table.stride(0), plan.max_tokens, plan.capacity
     sizes |= dict(N=pages.layout.block_size, POSITIONS=plan.by_position)
     positions, _, *notes_strides = note_parts(pages)
@@ -284,7 +299,8 @@ def select(plan: Plan, work: Scratch, pages: Pages, block_table: torch.Tensor, s
         **sizes,
     )
     codes = codes_of(pages.layout)
-    sizes |= dict(STAGED=codes.staged if codes else 0, STATISTICS=plan.with_mean)
+    cut = dict(STAGED=codes.staged if codes else 0, STATISTICS=plan.with_mean)
+    sizes |= cut if plan.mass is None else dict(STAGED=None, STATISTICS=False)
     partition_kernel[(plan.n_rows, plan.n_splits)](
         *(block_table, seq_lens, *scores, work.extent, *statistics, work.counts, *lists, *strides),
         PROBS=plan.probs,
@@ -294,6 +310,14 @@ def select(plan: Plan, work: Scratch, pages: Pages, block_table: torch.Tensor, s
     finish_kernel[(plan.n_rows,)](
         *(block_table, seq_lens, *scores, *statistics, *lists, *strides), **sizes, num_warps=8
     )
+    if plan.mass is not None:
+        cut_kernel[(plan.n_rows,)](
+            *(block_table, seq_lens, *scores, *statistics, work.tokens, work.keys, work.held),
+            *(work.cells, work.n_cells, work.shares, *strides, plan.mass),
+            LEAST_K=plan.least_k,
+            **{**sizes, **cut, "TILE": 256},
+            num_warps=8,
+        )
 
 
 def blend(

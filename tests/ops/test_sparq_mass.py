@@ -1,0 +1,79 @@
+"""`sparq_decode` with a mass: as few of the k tokens as hold it, and the output that follows from them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from ops import tolerances
+from ops.cases import ALL, Case, build, each, load
+from ops.cases import device_of as device
+from ops.shapes import FORMATS, SHAPES, TINY, TINY_FORMATS
+from ops.sparq_checks import assert_right, tokens_read
+from ops.test_sparq_decode import LONG, LONG_FORMATS, exact_tokens, ranked
+
+from vllm_sparq.config import SparqRead
+
+MASSES = (
+    dict(mass=0.5),
+    dict(mass=0.9, local=1, group_reduce="probs"),
+    dict(mass=0.97, least_k=9, alpha_floor=1.0),
+    dict(mass=0.2, local=0, alpha_floor=1.0, group_reduce="probs"),
+)
+MASS_CASES = (*SHAPES[:6], *LONG, replace(ranked(FORMATS[-1]), lens=(97, 300)), LONG_FORMATS[2])
+MASS_TINY = (TINY[0], replace(TINY[1], lens=(0, 40)), replace(TINY_FORMATS[0], lens=(16, 0, 33)))
+
+
+@pytest.mark.parametrize(("implementation", "case"), each(MASS_CASES, tiny=MASS_TINY))
+@pytest.mark.parametrize("turn", range(len(MASSES)))
+def test_as_few_as_hold_the_mass(implementation: str, case: Case, turn: int) -> None:
+    """The reference too."""
+    read = SparqRead(**dict(r=case.head_size // 2, min_k=max(case.lens) // 2, alpha_floor=0.0) | MASSES[turn])  # type: ignore[arg-type]
+    run, triton = load("sparq_decode", implementation), implementation == "triton"
+    assert_right(run, case, case.tokens(), read, device(implementation), rounds=triton and case.format != "model")
+
+
+@pytest.mark.parametrize(("implementation", "reduce"), each(["logits", "probs"], tiny=["logits"]))
+def test_a_cut_context_holds_the_mass(implementation: str, reduce: str) -> None:
+    """One row and more tokens than any implementation gives to one thread or program."""
+    case = Case(heads=2, kv_heads=1, head_size=256, block_size=128, lens=(1100,))
+    read = SparqRead(r=64, min_k=500, local=9, alpha_floor=0.1, group_reduce=reduce, mass=0.6)  # type: ignore[arg-type]
+    assert_right(load("sparq_decode", implementation), case, case.tokens(), read, device(implementation))
+
+
+@pytest.mark.parametrize("implementation", ALL)
+@pytest.mark.parametrize("reduce", ["logits", "probs"])
+def test_nearly_all_of_the_mass_is_all_of_k(implementation: str, reduce: str) -> None:
+    """What k tokens do not hold, no fewer do: the same tokens in the same order, so nearly the same answer."""
+    case, on = Case(heads=4, kv_heads=2, lens=(65, 40), dtype=torch.bfloat16), device(implementation)
+    read = SparqRead(r=16, min_k=8, alpha_floor=0.0, group_reduce=reduce)  # type: ignore[arg-type]
+    run, world = load("sparq_decode", implementation), build(case, device=on)
+    limit, plain = (world.decode(run, read=replace(read, mass=mass)) for mass in (1 - 2.0**-20, None))
+    torch.testing.assert_close(limit, plain, **tolerances.OUT[case.dtype])
+
+
+@pytest.mark.parametrize("implementation", ALL)
+def test_peaked_attention_reads_fewer(implementation: str) -> None:
+    """Exact numbers, with room: of 100 tokens, k = 40, two of which are the newest; equal keys hold 1/100 each.
+
+    One token along the query holds nearly all, so it and the newest are read, or as many as are the least; of equal
+    ones 25 hold 0.245, the oldest first, and 41 are the most.
+    """
+    case = Case(heads=2, kv_heads=1, scoring="model", lens=(100,))
+    on, run = device(implementation), load("sparq_decode", implementation)
+    read = SparqRead(r=16, min_k=40, local=1, alpha_floor=1.0)
+    signs = torch.tensor([1.0, -1.0]).repeat(32)
+    keys = torch.zeros(100, 1, 64)
+    keys[50, 0] = 8 * signs  # the temperature of 16 channels is 2, so its score is 2 / 8 * 16 * 8 = 32, the others' 0
+    flat, peaked = torch.zeros(100, 1, 64), keys
+    for key, mass, least_k, want in [
+        (peaked, 0.9, 1, [50, 98, 99]),
+        (peaked, 0.9, 6, [*range(4), 50, 98, 99]),
+        (flat, 0.245, 1, [*range(23), 98, 99]),
+        (flat, 0.9, 1, [*range(39), 98, 99]),
+        (flat, 0.015, 1, [98, 99]),
+    ]:
+        tokens = exact_tokens(case, 100, key, torch.zeros(100, 1, 64))
+        adaptive = replace(read, mass=mass, least_k=least_k)
+        assert tokens_read(run, build(case, tokens, device=on), adaptive)[0, 0].tolist() == want
