@@ -27,10 +27,10 @@ def test_pages_hold_what_the_options_need() -> None:
 
 
 def test_without_kernels_the_user_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert impl.slow_ops(impl._choose_ops("cpu")) is None
+    assert impl.slow_ops(impl._choose_ops("cpu", read)) is None
     missing = native.Found(None, None, "no compiled kernels: reinstall with g++")
     monkeypatch.setattr(native, "find", lambda: missing)
-    warning = impl.slow_ops(impl._choose_ops("cpu"))
+    warning = impl.slow_ops(impl._choose_ops("cpu", read))
     assert warning == "sparq attention will be slow: no compiled kernels: reinstall with g++"
 
 
