@@ -23,7 +23,7 @@ RUNNABLE = [isa for isa, (_, needs) in native.INSTRUCTION_SETS.items() if needs 
 def test_the_table_is_whole() -> None:
     assert list(IMPLEMENTATIONS) == ["write", "dense_decode", "sparq_decode", "pages_decode", "evict", "prefill"]
     for op, rows in IMPLEMENTATIONS.items():
-        assert list(rows) == ["reference"] if op == "pages_decode" else ["reference", "cpu", "triton"]
+        assert list(rows) == ["reference", "cpu", "triton"][: 2 if op == "pages_decode" else 3]
         for implementation, where in rows.items():
             assert where == f"vllm_sparq.ops.{op}.{implementation}:{op}"
 

@@ -25,6 +25,7 @@ IMPLEMENTATIONS = {
     },
     "pages_decode": {
         "reference": "vllm_sparq.ops.pages_decode.reference:pages_decode",
+        "cpu": "vllm_sparq.ops.pages_decode.cpu:pages_decode",
     },
     "evict": {
         "reference": "vllm_sparq.ops.evict.reference:evict",
