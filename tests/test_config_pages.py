@@ -22,7 +22,8 @@ def test_compression_by_hand() -> None:
     assert (read.min_k, read.k_per_token, read.dense_below) == (128, Fraction(1, 16), 0)
     assert [read.k(s) for s in (1, 2048, 2064, 16000)] == [128, 128, 129, 1000]
     # 16000 tokens are 1000 spans; 1000 tokens are 62 spans and a half, of which 62 are read.
-    assert (spans_of(16000), read.n_spans(16000)) == (1000, 62)
+    assert (spans_of(16000), read.n_spans(16000), read.n_selected(16000)) == (1000, 62, 992)
+    assert (read.n_spans(16001), read.n_selected(16001)) == (62, 977)  # the newest span holds one token
     # c = 4: S / 4 - S / 16 = 3 S / 16. c = 3: S (16 - 3) / 48. c = 2.5: S (2 / 5 - 1 / 16) = 27 S / 80.
     assert [resolved(compression=c).k_per_token for c in (4, 3, 2.5)] == [
         Fraction(3, 16),

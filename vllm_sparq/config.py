@@ -219,6 +219,10 @@ class PagesRead(SparseRead):
         """Spans read, the newest included: k // 16, but no fewer than `LEAST_SPANS` where there are so many."""
         return min(spans_of(context_len), max(LEAST_SPANS, self.k(context_len) // RETRIEVAL_TOKENS))
 
+    def n_selected(self, context_len: int) -> int:
+        """Tokens read, those of the newest span included, which may hold fewer than the others."""
+        return context_len - (spans_of(context_len) - self.n_spans(context_len)) * RETRIEVAL_TOKENS
+
     def is_dense(self, context_len: int) -> bool:
         """Whether this context is read in full: too short to gain, or with no more spans than would be picked."""
         return context_len < self.dense_below or self.n_spans(context_len) == spans_of(context_len)

@@ -171,7 +171,7 @@ def test_a_grid_is_dense_and_all_pairs() -> None:
     assert methods[-1].options["dense_layers"] == 1
     assert methods[-1].options["r"], methods[-1].options["k"] == (16, 64)
     assert all(tune.quality.same_cache(methods[1], other) for other in methods[2:])
-    with pytest.raises(UsageError, match="'int4' reads every token"):
+    with pytest.raises(UsageError, match="'int4' ranks no tokens"):
         sweep.grid("int4", [8], [32], {})
 
 
@@ -179,7 +179,7 @@ def test_a_grid_is_dense_and_all_pairs() -> None:
     ("words", "message"),
     [
         (["sweep", "--r", "65"], "--r 65 is more than the 64 channels of the model's heads"),
-        (["sweep", "--method", "int4"], "reads every token"),
+        (["sweep", "--method", "int4"], "ranks no tokens"),
         (["sweep", "--k", "0"], "k=0 is not usable"),
         (["tune", "--context", "4096"], "--context 4096"),
         (["tune", "--text", "nowhere"], "no text at nowhere"),

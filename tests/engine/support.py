@@ -14,7 +14,10 @@ EXACT: dict[str, dict[str, Any]] = {
     # With nothing left out SparQ is dense attention.
     "full": {"r": 64, "k": 4096, "scoring": "model", "dense_below": 0},
     # So little is read that a wrong token, channel, sum or scoring copy changes the answers.
+    "full pages": {"read": "pages", "k": 4096, "dense_below": 0},
     "sparse": {"r": 4, "k": 10, "local": 2, "mean_value": "on", "dense_below": 0},
+    # Three spans of 16 tokens.
+    "sparse pages": {"read": "pages", "k": 1, "dense_below": 0},
 }
 N_ANSWER = 24
 

@@ -14,6 +14,7 @@ pytestmark = pytest.mark.engine
 N_PROMPTS = 100
 READS = {
     "full sparq": EXACT["full"],
+    "full pages": EXACT["full pages"],
     "dense read": {"read": "dense"},
     # The scores never decide: every request is below its k, or every context below dense_below.
     "defaults below the break-even": {"dense_below": 5000},
