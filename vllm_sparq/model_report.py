@@ -106,9 +106,7 @@ def _describe_read(section: Section, options: Options, shape: dict[str, int], ma
         section.note("read = dense: a decode step reads every token")
         return
     if isinstance(read, PagesRead):
-        section.good(
-            f"spans of {RETRIEVAL_TOKENS} tokens, read as one, are ranked by the least and the largest K of each channel"
-        )
+        section.good(f"spans of {RETRIEVAL_TOKENS} tokens, read as one, are ranked by the bounds of K in each channel")
     else:
         _describe_ranking(section, options, read, shape)
     if options.dense_layers:

@@ -71,7 +71,7 @@ def test_preemption(engine: Any) -> None:
 
 
 def test_speculative_decoding_and_two_workers(prompts: Prompts, alone: list[list[int]]) -> None:
-    """Draft tokens are verified with the reads that decoding them one by one would have made, on each worker's heads."""
+    """Draft tokens are verified with the reads that decoding them one by one would have made."""
     ngram = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 4, "prompt_lookup_min": 2}
     options = {"sparq": {**SPARSE, "dense_layers": 0}}
     for arguments in (dict(speculative_config=ngram), dict(tensor_parallel_size=2)):

@@ -5,6 +5,7 @@
 #include "scoring_copy.h"
 #include "select.h"
 #include "simd.h"
+#include "tile.h"
 
 namespace sparq {
 namespace {
@@ -24,9 +25,52 @@ struct Read {
 
 constexpr int AT_ONCE = 16;  // spans that one call of the dot product takes
 
+// Step 2 for one element type and head size. The query is [2, D] for the least and the largest K; where K is multiplied
+// in bf16 it is the sum of two bf16, as good as 16 bits of mantissa, so that a score is one dot product of each.
+template <class T, int D>
+struct SpanDot {
+  using Query = typename Mac<T>::Query;
+  static constexpr int PARTS = sizeof(Query) == sizeof(float) ? 1 : 2;
+
+  static void split(const float* query, int n, void* to) {
+    for (int part = 0; part < PARTS; ++part)
+      for (int c = 0; c < n; c += W) {
+        Vec x = load(query + c);
+        for (int before = 0; before < part; ++before) x = sub(x, load((const Query*)to + before * n + c));
+        store((Query*)to + part * n + c, x);
+      }
+  }
+  static void upper(const void* query, int n, const uint8_t* const* rows, const uint8_t* const* ahead, float* scores) {
+    alignas(64) float sums[PARTS * AT_ONCE];
+    dot_tile<Mac<T>, T, PARTS, 2 * D>((const Query*)query, n, rows, AT_ONCE, ahead, sums, AT_ONCE);
+    for (int i = 0; i < AT_ONCE; i += W) {
+      Vec sum = load(sums + i);
+      for (int part = 1; part < PARTS; ++part) sum = add(sum, load(sums + part * AT_ONCE + i));
+      store(scores + i, sum);
+    }
+  }
+};
+
+struct SpanKernels {
+  void (*split)(const float* query, int n, void* to);  // [2 D] to at most as many bytes
+  void (*upper)(const void* query, int n, const uint8_t* const* rows, const uint8_t* const* ahead, float* scores);
+
+  static SpanKernels of(const Pages& pages) {
+    SpanKernels kernels{};
+    with_dtype(pages.dtype, [&](auto type) {
+      with_head_size(pages.head_size, [&](auto size) {
+        using Dot = SpanDot<decltype(type), decltype(size)::value>;
+        kernels = {Dot::split, Dot::upper};
+      });
+    });
+    return kernels;
+  }
+};
+
 struct PagesDecode {
   Decode call;
   Read read;
+  SpanKernels kernels;
 
   // The newest span is read whatever its bounds are.
   int n_ranked(int len) const { return spans_of(len) - 1; }
@@ -77,9 +121,12 @@ void bound_newest(const Sequence& sequence, int first, int last, uint8_t* to) {
   }
 }
 
-// [2, D] fp32: what step 2 multiplies the least and the largest K of a span with; `row` has room for D.
-void bound_query(const Decode& call, int request, int head, float* query, float* row) {
+// What step 2 multiplies the bounds of a span with, as the kernels want it: the negative and the positive elements of the
+// query group, summed over its heads.
+const void* bound_query(const PagesDecode& op, int request, int head, Arena& arena) {
+  const Decode& call = op.call;
   const int d = call.pages.head_size;
+  float *const query = arena.take<float>(2 * d), *const row = arena.take<float>(d), *const split = arena.take<float>(2 * d);
   std::fill_n(query, 2 * d, 0.0f);
   for (int h = 0; h < call.group_size(); ++h) {
     call.kernels.widen(call.query.at(request, head * call.group_size() + h), d, row);
@@ -89,6 +136,8 @@ void bound_query(const Decode& call, int request, int head, float* query, float*
       store(query + d + c, add(load(query + d + c), max(q, zero())));
     }
   }
+  op.kernels.split(query, 2 * d, split);
+  return split;
 }
 
 // Every TOUCH blocks, starts the page walks for the bounds of the next but one TOUCH of full blocks.
@@ -105,30 +154,28 @@ void rank_part(const PagesDecode& op, const Task& task, int len, Candidates& can
   const Pages& pages = op.call.pages;
   const size_t d = pages.head_size, bytes = pages.record_bytes();
   const int per_block = pages.block_size / RETRIEVAL_TOKENS;
-  Arena arena = scratch.arena(Arena::room<float>(3 * d) + Arena::room<uint8_t>(per_block * bytes));
-  float* const query = arena.take<float>(3 * d);
+  Arena arena = scratch.arena(5 * Arena::room<float>(d) + Arena::room<uint8_t>(per_block * bytes));
+  const void* const query = bound_query(op, task.request, task.head, arena);
   uint8_t* const own = arena.take<uint8_t>(per_block * bytes);
-  bound_query(op.call, task.request, task.head, query, query + 2 * d);
   const Sequence sequence = op.call.sequence(task.request, task.head);
   const int first = task.first / RETRIEVAL_TOKENS, last = std::min(spans_of(task.last), op.n_ranked(len));
   const Bounds bounds{sequence, per_block, Bounds::n_full_blocks(sequence), bytes, own};
   bound_newest(sequence, std::max(first, bounds.n_full * per_block), last, own);
 
+  // Two calls ahead is best (one or four take a tenth longer). What is left of the time is mostly prefetches that wait for
+  // each other: runs of a block's bounds are short, so the processor's own prefetcher hardly starts.
   const uint8_t* rows[3][AT_ONCE];
   alignas(64) float upper[AT_ONCE];
   for (int i = 0; i < 2; ++i)
     if (first + i * AT_ONCE < last) bounds.list(first + i * AT_ONCE, last, rows[i]);
-  int touched = task.first / pages.block_size;
+  const int first_block = task.first / pages.block_size;
+  int touched = first_block;
   for (int span = first, i = 0; span < last; span += AT_ONCE, ++i) {
+    const uint8_t** const ahead = span + 2 * AT_ONCE < last ? rows[(i + 2) % 3] : nullptr;
+    if (ahead != nullptr) bounds.list(span + 2 * AT_ONCE, last, ahead);
     for (const int block = span / per_block; touched <= block; ++touched)
-      touch_blocks(bounds, touched, task.first / pages.block_size, std::min(bounds.n_full, task.last / pages.block_size));
-    if (span + 2 * AT_ONCE < last) {
-      const uint8_t** const ahead = rows[(i + 2) % 3];
-      bounds.list(span + 2 * AT_ONCE, last, ahead);
-      for (int row = 0; row < AT_ONCE; ++row)
-        for (size_t byte = 0; byte < bytes; byte += 64) prefetch_l2(ahead[row] + byte);
-    }
-    op.call.kernels.dot(query, 1, (int)(2 * d), rows[i % 3], AT_ONCE, upper, AT_ONCE);
+      touch_blocks(bounds, touched, first_block, std::min(bounds.n_full, task.last / pages.block_size));
+    op.kernels.upper(query, (int)(2 * d), rows[i % 3], ahead, upper);
     candidates.push(upper, nullptr, 0, span, std::min(AT_ONCE, last - span));
   }
   candidates.keep_best();
@@ -242,5 +289,6 @@ SPARQ_API void sparq_pages_decode(const sparq::Pages* pages, const void* query, 
   const sparq::Requests requests{block_table, table_stride, seq_lens, n_requests};
   sparq::pages_decode({sparq::decode_call(*pages, requests, query, query_row, query_head, out, out_row, out_head,
                                           n_heads, scale),
-                       {min_k, slope, slope_divisor, dense_below}});
+                       {min_k, slope, slope_divisor, dense_below},
+                       sparq::SpanKernels::of(*pages)});
 }
