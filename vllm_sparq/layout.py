@@ -209,8 +209,8 @@ class PageLayout:
         n, d = self.block_size, self.head_size
         wanted = self._token_parts()
         if self.scoring in ("model", "bounds"):
-            shape = (d, n) if self.scoring == "model" else (n // RETRIEVAL_TOKENS, 2, d)
-            wanted.append(("scoring", shape, self.dtype))
+            bounds = (n // RETRIEVAL_TOKENS, 2, d)
+            wanted.append(("scoring", (d, n) if self.scoring == "model" else bounds, self.dtype))
         elif self.scoring is not None:
             wanted.append(("scoring", (d, n * SCORING_BITS[self.scoring] // 8), torch.uint8))
             wanted.append(("ranges", (d, 2), torch.float16))
@@ -304,7 +304,7 @@ class Pages:
 
     def _of_records(self, start: int, count: int, dtype: torch.dtype) -> torch.Tensor:
         """``count`` elements from byte ``start`` of every quantized record: [P, G, N, count]."""
-        return self.part("records")[..., start : start + count * dtype.itemsize].view(dtype)  # type: ignore[no-any-return]
+        return self.part("records")[..., start : start + count * dtype.itemsize].view(dtype)
 
     def _codes(self, name: str) -> torch.Tensor:
         layout = self.layout

@@ -76,7 +76,9 @@ struct PagesDecode {
   int n_ranked(int len) const { return spans_of(len) - 1; }
   int n_wanted(int len) const { return read.n_spans(len) - 1; }
   size_t candidates_bytes(int len) const { return Candidates::n_bytes(capacity(len), 0); }
-  Candidates new_candidates(int len, Arena& arena) const { return Candidates::in(arena, n_wanted(len), capacity(len), 0); }
+  Candidates new_candidates(int len, Arena& arena) const {
+    return Candidates::in(arena, n_wanted(len), capacity(len), 0);
+  }
 
  private:
   int capacity(int len) const { return Candidates::capacity_for(n_wanted(len), AT_ONCE); }
@@ -121,12 +123,13 @@ void bound_newest(const Sequence& sequence, int first, int last, uint8_t* to) {
   }
 }
 
-// What step 2 multiplies the bounds of a span with, as the kernels want it: the negative and the positive elements of the
-// query group, summed over its heads.
+// What step 2 multiplies the bounds of a span with, as the kernels want it: the negative and the positive elements of
+// the query group, summed over its heads.
 const void* bound_query(const PagesDecode& op, int request, int head, Arena& arena) {
   const Decode& call = op.call;
   const int d = call.pages.head_size;
-  float *const query = arena.take<float>(2 * d), *const row = arena.take<float>(d), *const split = arena.take<float>(2 * d);
+  float *const query = arena.take<float>(2 * d), *const row = arena.take<float>(d);
+  void* const split = arena.take<float>(2 * d);
   std::fill_n(query, 2 * d, 0.0f);
   for (int h = 0; h < call.group_size(); ++h) {
     call.kernels.widen(call.query.at(request, head * call.group_size() + h), d, row);
@@ -162,8 +165,8 @@ void rank_part(const PagesDecode& op, const Task& task, int len, Candidates& can
   const Bounds bounds{sequence, per_block, Bounds::n_full_blocks(sequence), bytes, own};
   bound_newest(sequence, std::max(first, bounds.n_full * per_block), last, own);
 
-  // Two calls ahead is best (one or four take a tenth longer). What is left of the time is mostly prefetches that wait for
-  // each other: runs of a block's bounds are short, so the processor's own prefetcher hardly starts.
+  // Two calls ahead is best (one or four take a tenth longer). What is left of the time is mostly prefetches that wait
+  // for each other: runs of a block's bounds are short, so the processor's own prefetcher hardly starts.
   const uint8_t* rows[3][AT_ONCE];
   alignas(64) float upper[AT_ONCE];
   for (int i = 0; i < 2; ++i)
