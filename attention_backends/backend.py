@@ -70,6 +70,14 @@ class SparqBackend(AttentionBackend):
         return page_spec(spec, layout, retention)
 
 
+class QuestBackend(SparqBackend):
+    """Spans of neighbouring tokens are picked by bounds of their keys, unless options say otherwise."""
+
+    @staticmethod
+    def get_name() -> str:
+        return "QUEST"
+
+
 class FlexgenBackend(SparqBackend):
     """int4 blocks, read densely, unless options say otherwise."""
 

@@ -67,7 +67,7 @@ class SparqImpl(AttentionImpl[SparqMetadata | RetainedMetadata]):
         self._layout = partial(page_layout, self.options, grouped=self.num_heads != self.num_kv_heads)
         self.head_size, self.scale = head_size, float(scale)
         self.kv_cache_dtype = kv_cache_dtype
-        self._choices = _choose_ops(vllm_config.device_config.device_type)
+        self._choices = _choose_ops(vllm_config.device_config.device_type, self.options.read)
         warning = slow_ops(self._choices)
         if warning:
             logger.warning_once(warning)
@@ -155,6 +155,8 @@ class SparqImpl(AttentionImpl[SparqMetadata | RetainedMetadata]):
         """What a decode row of this layer reads."""
         if self.options.read == "dense" or _layer_index(layer_name) < self.options.dense_layers:
             return self._dense
+        if self.options.read == "pages":
+            return partial(self._choices["pages_decode"].load(), read=self.options.pages_read())
         read = self.options.sparq_read(head_size=self.head_size, n_heads=self.num_heads, n_kv_heads=self.num_kv_heads)
         return partial(self._choices["sparq_decode"].load(), read=read)
 
@@ -166,8 +168,10 @@ class SparqImpl(AttentionImpl[SparqMetadata | RetainedMetadata]):
         }
 
 
-def _choose_ops(device_type: str) -> dict[str, Choice]:
-    return {name: choose(name, device_type) for name in ("write", "prefill", "dense_decode", "sparq_decode", "evict")}
+def _choose_ops(device_type: str, read: str) -> dict[str, Choice]:
+    """The implementation of every op that layers of one read may call."""
+    sparse = "pages_decode" if read == "pages" else "sparq_decode"
+    return {name: choose(name, device_type) for name in ("write", "prefill", "dense_decode", sparse, "evict")}
 
 
 def slow_ops(choices: dict[str, Choice]) -> str | None:

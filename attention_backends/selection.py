@@ -44,7 +44,6 @@ def page_layout(options: Options, head_size: int, block_size: int, dtype: torch.
     Raises:
         ValueError: pages that cannot be cut so.
     """
-    sparse = options.read == "sparq"
     layout = PageLayout(
         head_size=head_size,
         block_size=block_size,
@@ -52,10 +51,12 @@ def page_layout(options: Options, head_size: int, block_size: int, dtype: torch.
         format=options.format,
         group_size=options.group_size,
     )
+    ranks_tokens = options.read == "sparq"
+    scoring = options.scoring if ranks_tokens and not layout.channel_keys else None
     return replace(
         layout,
-        scoring=options.scoring if sparse and not layout.channel_keys else None,
-        value_sum=sparse and options.reallocates(grouped=grouped),
+        scoring="bounds" if options.read == "pages" else scoring,
+        value_sum=ranks_tokens and options.reallocates(grouped=grouped),
         positions=options.retention != "all",
         scores=options.retention == "heavy_hitter",
     )

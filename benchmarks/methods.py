@@ -1,7 +1,7 @@
 """Names of methods on every command line: ``dense``, a backend of ours, a block format, or several with a plus.
 
 dense                       vLLM's own attention, its own cache
-sparq, kivi, flexgen        what ``--attention-backend`` selects, with its defaults
+sparq, quest, kivi, ...     what ``--attention-backend`` selects, with its defaults
 int8, kivi2                 a block format, read densely
 sparq+int4                  the axes compose: read few tokens of int4 blocks
 """
@@ -17,6 +17,9 @@ from vllm_sparq.config import NAMESPACE, PRESETS, parse_options
 from vllm_sparq.layout import FORMATS
 
 DENSE = "dense"
+
+READS = {"sparq": "sparq", "quest": "pages"}
+"""Method -> how it reads, where that is sparsely."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +56,7 @@ class Method:
             meant: dict[str, Any] = {}
             backend = name.upper()
         else:
-            meant = {"read": "sparq" if "sparq" in parts else "dense"}
+            meant = {"read": next((READS[part] for part in parts if part in READS), "dense")}
             for part in parts:
                 meant |= {"format": part} if part in FORMATS else {**PRESETS[part], "read": meant["read"]}
             backend = "SPARQ"
@@ -62,8 +65,8 @@ class Method:
         return method
 
     @property
-    def reads_sparsely(self) -> bool:
-        """Whether ``compression`` means anything to it."""
+    def ranks_tokens(self) -> bool:
+        """Whether it ranks tokens by channels, so that r and k both mean something to it."""
         return self.backend is not None and parse_options(self.additional_config, self.backend.lower()).read == "sparq"
 
     @property

@@ -137,8 +137,9 @@ def cells(args: argparse.Namespace) -> list[Cell]:
         found += [Cell(context=s, batch=b, **sizes, **kind) for b in args.batch for s in args.context]
     free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     for cell in found:
-        formats = {name.removeprefix("sparq+") for name in args.methods} & FORMATS.keys()
-        # Ours, vLLM's, and the tokens that fill them; and other formats with their ranking copies.
+        formats = [name.split("+")[-1] for name in args.methods if name.split("+")[-1] in FORMATS]
+        formats += ["model"] * ("quest" in args.methods)
+        # Ours, vLLM's, and the tokens that fill them; and other formats with what ranks their tokens.
         need = 4 * cell.dense_bytes + sum(2 * cell.dense_bytes_as(name) for name in formats)
         if need > 0.8 * free:
             raise UsageError(

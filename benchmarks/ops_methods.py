@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from vllm_sparq.config import SparqRead
+from vllm_sparq.config import PagesRead, SparqRead
 from vllm_sparq.layout import FORMATS, SCORING_BITS, PageLayout, Pages
 from vllm_sparq.ops import native
 from vllm_sparq.ops.dispatch import choose
@@ -72,19 +72,30 @@ class Cell:
         scan = self.context * ranking * self.read.r / self.head_dim
         return int(self.batch * self.kv_heads * (scan + self.read.n_selected(self.context) * self.bytes_as(format)))
 
+    def pages_bytes_as(self, format: str, read: PagesRead) -> int:
+        """Bounds of all spans, and the tokens of those that are read; all blocks count as full."""
+        bounds = self.context * self.layout_as(format, bounds=True).parts["scoring"].nbytes / BLOCK_SIZE
+        return int(self.batch * self.kv_heads * (bounds + read.n_selected(self.context) * self.bytes_as(format)))
+
+    @property
+    def pages_read(self) -> PagesRead:
+        """As many tokens in whole spans as SparQ reads beside the current one."""
+        return PagesRead(min_k=self.read.min_k, k_per_token=self.read.k_per_token, dense_below=self.read.dense_below)
+
     @property
     def layout(self) -> PageLayout:
         return self.layout_as("model")
 
-    def layout_as(self, format: str) -> PageLayout:
-        """Pages of a format, with what SparQ needs."""
+    def layout_as(self, format: str, *, bounds: bool = False) -> PageLayout:
+        """Pages of a format, with what SparQ needs; or with bounds of spans."""
         quantized = FORMATS[format]
+        copy = None if quantized and quantized.channel_keys else self.scoring
         return PageLayout(
             head_size=self.head_dim,
             block_size=BLOCK_SIZE,
             dtype=self.dtype,
-            scoring=None if quantized and quantized.channel_keys else self.scoring,
-            value_sum=True,
+            scoring="bounds" if bounds else copy,
+            value_sum=not bounds,
             format=format,
         )
 
@@ -105,8 +116,7 @@ class Cache:
     block_table: torch.Tensor
 
     @classmethod
-    def zeros(cls, cell: Cell, format: str) -> Cache:
-        layout = cell.layout_as(format)
+    def zeros(cls, cell: Cell, layout: PageLayout) -> Cache:
         n_blocks = -(-cell.context // BLOCK_SIZE) + layout.n_staging_blocks
         pages = Pages.empty(cell.batch * n_blocks, cell.kv_heads, layout)
         native.advise_huge_pages(pages.data)
@@ -115,16 +125,25 @@ class Cache:
         return cls(pages, table.view(cell.batch, n_blocks))
 
     @classmethod
-    def random(cls, cell: Cell, format: str) -> Cache:
-        """Quantized pages of random codes, with ranges as normally distributed K and V have them."""
-        cache = cls.zeros(cell, format)
-        pages, table = cache.pages, cache.block_table
-        layout = pages.layout
-        fmt = layout.quantized
+    def random(cls, cell: Cell, layout: PageLayout) -> Cache:
+        """Pages as normally distributed K and V leave them: random tokens, or random codes and their ranges."""
+        cache = cls.zeros(cell, layout)
+        pages = cache.pages
+        if layout.scoring == "bounds":
+            pages.scoring[..., 0, :].uniform_(-2.5, -1)
+            pages.scoring[..., 1, :].uniform_(1, 2.5)
+        if layout.quantized is None:
+            pages.part("records").normal_()
+        else:
+            cache._fill_codes()
+        return cache
+
+    def _fill_codes(self) -> None:
+        pages, layout, fmt = self.pages, self.pages.layout, self.pages.layout.quantized
         assert fmt is not None
         codes = [pages.key_codes, pages.value_codes]
         ranges = [(view, fmt.bits) for view in (pages.key_ranges, pages.value_ranges)]
-        if layout.scoring is not None:
+        if layout.scoring in SCORING_BITS:
             codes.append(pages.scoring)
             ranges.append((pages.ranges, SCORING_BITS[layout.scoring]))
         for view in codes:
@@ -133,9 +152,8 @@ class Cache:
             spread = 5 + 0.5 * torch.randn(view.shape[:-1])
             view[..., 0] = spread / (2**bits - 1)
             view[..., 1:] = -spread[..., None] / 2
-        newest = table[:, -layout.n_staging_blocks :].flatten().long()
-        pages.staged[newest] = torch.randn(len(newest), *pages.staged.shape[1:], dtype=cell.dtype)
-        return cache
+        newest = self.block_table[:, -layout.n_staging_blocks :].flatten().long()
+        pages.staged[newest] = torch.randn(len(newest), *pages.staged.shape[1:], dtype=layout.dtype)
 
 
 @dataclass
@@ -149,19 +167,20 @@ class Tensors:
     value: torch.Tensor
     seq_lens: torch.Tensor
     query_start_loc: torch.Tensor
-    caches: dict[str, Cache]
+    caches: dict[PageLayout, Cache]
 
-    def cache(self, format: str) -> Cache:
+    def cache(self, format: str, *, bounds: bool = False) -> Cache:
         """Made when it is first asked for."""
-        if format not in self.caches:
-            self.caches[format] = Cache.random(self.cell, format)
-        return self.caches[format]
+        layout = self.cell.layout_as(format, bounds=bounds)
+        if layout not in self.caches:
+            self.caches[layout] = Cache.random(self.cell, layout)
+        return self.caches[layout]
 
     @classmethod
     def build(cls, cell: Cell) -> Tensors:
         torch.manual_seed(0)
         b, s, g, d = cell.batch, cell.context, cell.kv_heads, cell.head_dim
-        cache = Cache.zeros(cell, "model")
+        cache = Cache.zeros(cell, cell.layout)
         key, value = (torch.randn(s, g, d, dtype=cell.dtype) for _ in range(2))
         start, lens = torch.tensor([0, s], dtype=torch.int32), torch.tensor([s], dtype=torch.int32)
         for row in cache.block_table:
@@ -175,7 +194,7 @@ class Tensors:
             value=value[-1:].expand(b, g, d).contiguous(),
             seq_lens=torch.full((b,), s, dtype=torch.int32),
             query_start_loc=torch.arange(b + 1, dtype=torch.int32),
-            caches={"model": cache},
+            caches={cell.layout: cache},
         )
 
 
@@ -184,8 +203,8 @@ def our_impl(op: str) -> str:
     return f"{choice.implementation}: {choice.reason}"
 
 
-def decode_calls(t: Tensors, op: str, format: str, **options: object) -> Iterator[Call]:
-    run, cache = choose(op, "cpu").load(), t.cache(format)
+def decode_calls(t: Tensors, op: str, cache: Cache, **options: object) -> Iterator[Call]:
+    run = choose(op, "cpu").load()
     args = (t.query, cache.pages, cache.block_table, t.seq_lens)
     yield Call(our_impl(op), lambda: run(*args, scale=t.cell.scale, out=t.out, **options))
 
@@ -272,14 +291,24 @@ class Method:
 
 
 def dense_method(format: str, summary: str) -> Method:
-    return Method(summary, lambda t: decode_calls(t, "dense_decode", format), lambda c: c.dense_bytes_as(format))
+    return Method(
+        summary, lambda t: decode_calls(t, "dense_decode", t.cache(format)), lambda c: c.dense_bytes_as(format)
+    )
 
 
 def sparq_method(format: str, summary: str) -> Method:
     return Method(
         summary,
-        lambda t: decode_calls(t, "sparq_decode", format, read=t.cell.read),
+        lambda t: decode_calls(t, "sparq_decode", t.cache(format), read=t.cell.read),
         lambda c: c.sparq_bytes_as(format),
+    )
+
+
+def quest_method(format: str, summary: str) -> Method:
+    return Method(
+        summary,
+        lambda t: decode_calls(t, "pages_decode", t.cache(format, bounds=True), read=t.cell.pages_read),
+        lambda c: c.pages_bytes_as(format, c.pages_read),
     )
 
 
@@ -291,6 +320,8 @@ METHODS: dict[str, Method] = {
     **{name: dense_method(name, f"the same over {name} blocks") for name in QUANTIZED},
     "sparq": sparq_method("model", "SparQ"),
     **{f"sparq+{name}": sparq_method(name, f"SparQ over {name} blocks") for name in QUANTIZED},
+    "quest": quest_method("model", "spans of tokens chosen by their bounds"),
+    **{f"quest+{name}": quest_method(name, f"the same over {name} blocks") for name in QUANTIZED},
     "write": Method(
         "appending the step's tokens",
         lambda t: write_calls(t, BLOCK_SIZE // 2),

@@ -63,7 +63,7 @@ def compression_options(method: Method) -> Any:
     """
     assert method.backend is not None
     options: Options = parse_options(method.additional_config, method.backend.lower())
-    if options.read == "sparq":
+    if options.read != "dense":
         return lambda number: {"compression": number, "dense_below": 0}
     if options.retention != "all":
         return lambda number: {"budget": 1 / number}

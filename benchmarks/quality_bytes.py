@@ -15,7 +15,7 @@ import torch
 from vllm_sparq.attention_backends.selection import PREFERRED_BLOCK_SIZE, page_layout
 from vllm_sparq.benchmarks.methods import Method
 from vllm_sparq.benchmarks.ops_methods import Cell
-from vllm_sparq.config import Options, parse_options
+from vllm_sparq.config import Options, PagesRead, parse_options
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +79,8 @@ class CacheShape:
         if method.backend is None:
             return self.dense_bytes * context
         options = _options(method)
-        read = options.sparq_read(head_size=self.head_size, n_heads=self.n_heads, n_kv_heads=self.n_kv_heads)
+        sparq = options.sparq_read(head_size=self.head_size, n_heads=self.n_heads, n_kv_heads=self.n_kv_heads)
+        read = options.pages_read() if options.read == "pages" else sparq
         cell = Cell(
             context=_kept(options, context),
             batch=1,
@@ -88,13 +89,17 @@ class CacheShape:
             head_dim=self.head_size,
             dtype=self.dtype,
             scoring=options.scoring,
-            read=read,
+            read=sparq,
         )
         dense = cell.dense_bytes_as(options.format)
         if options.read == "dense" or read.is_dense(cell.context):
             return dense * self.n_layers
+        if isinstance(read, PagesRead):
+            sparse = cell.pages_bytes_as(options.format, read)
+        else:
+            sparse = cell.sparq_bytes_as(options.format)
         n_dense = min(options.dense_layers, self.n_layers)
-        return dense * n_dense + cell.sparq_bytes_as(options.format) * (self.n_layers - n_dense)
+        return dense * n_dense + sparse * (self.n_layers - n_dense)
 
 
 def _options(method: Method) -> Options:

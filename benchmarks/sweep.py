@@ -27,8 +27,8 @@ def grid(name: str, ranks: Sequence[int], tokens: Sequence[int], options: dict[s
     Raises:
         UsageError: a method that does not read sparsely, or numbers that it cannot take.
     """
-    if not Method.named(name, options).reads_sparsely:
-        raise UsageError(f"method {name!r} reads every token, so r and k mean nothing to it: name sparq or sparq+int4")
+    if not Method.named(name, options).ranks_tokens:
+        raise UsageError(f"method {name!r} ranks no tokens by r channels, so r means nothing: name sparq or sparq+int4")
     found = [Method.named(DENSE)]
     for r in ranks:
         for k in tokens:

@@ -45,12 +45,16 @@ class Dial:
 
 
 def _reads_sparsely(chosen: Mapping[str, Any]) -> bool:
+    return bool(chosen["read"] != "dense")
+
+
+def _ranks_tokens(chosen: Mapping[str, Any]) -> bool:
     return bool(chosen["read"] == "sparq")
 
 
 def _has_ranking_copy(chosen: Mapping[str, Any]) -> bool:
     stored = FORMATS[chosen["format"]]
-    return _reads_sparsely(chosen) and not (stored and stored.channel_keys)
+    return _ranks_tokens(chosen) and not (stored and stored.channel_keys)
 
 
 def _tokens(workload: Workload) -> list[int]:
@@ -59,18 +63,17 @@ def _tokens(workload: Workload) -> list[int]:
 
 
 SPACE = (
-    Dial(name="read", values=lambda w: ["sparq", "dense"]),
+    Dial(name="read", values=lambda w: ["sparq", "pages", "dense"]),
     Dial(name="format", values=lambda w: list(FORMATS)),
     Dial(name="scoring", values=lambda w: ["int4", "int8", "model"], when=_has_ranking_copy),
     Dial(
         name="r",
         values=lambda w: [max(1, w.shape.head_size // part) for part in (16, 8, 4, 2, 1)],
-        when=_reads_sparsely,
+        when=_ranks_tokens,
     ),
     Dial(name="k", values=_tokens, when=_reads_sparsely),
-    Dial(name="mass", values=lambda w: [None, 0.9, 0.95, 0.99], when=_reads_sparsely),
-    Dial(name="local_share", values=lambda w: [0.0, 0.125, 0.25, 0.5], when=_reads_sparsely),
-    Dial(name="group_reduce", values=lambda w: ["logits", "probs"], when=_reads_sparsely),
+    Dial(name="local_share", values=lambda w: [0.0, 0.125, 0.25, 0.5], when=_ranks_tokens),
+    Dial(name="group_reduce", values=lambda w: ["logits", "probs"], when=_ranks_tokens),
     Dial(name="dense_layers", values=lambda w: [n for n in (0, 1, 2) if n < w.shape.n_layers], when=_reads_sparsely),
 )
 """The search space, in the order in which it is drawn. A later axis is another row."""
@@ -92,9 +95,7 @@ def options_of(chosen: Mapping[str, Any], workload: Workload) -> dict[str, Any]:
         options["local"] = round(options.pop("local_share") * options["k"])
         if options["local"] == options["k"] // 4:
             del options["local"]
-    if options.get("mass") is not None:
-        options["min_k"] = options["k"] // 4
-    if options.get("read") == "sparq" and workload.context < 2048:
+    if options.get("read") != "dense" and workload.context < 2048:
         options["dense_below"] = 0  # short contexts are read densely otherwise, whatever the dials say
     defaults = {"read": "sparq", "format": "model", "scoring": "int4", "group_reduce": "logits", "dense_layers": 0}
     return {name: value for name, value in options.items() if value != defaults.get(name)}
@@ -105,7 +106,7 @@ def starting_points(workload: Workload) -> list[dict[str, Any]]:
     rank = max(1, workload.shape.head_size // 4)
     k = min(128, max(_tokens(workload)))
     sparse = dict(
-        read="sparq", scoring="int4", r=rank, k=k, mass=None, local_share=0.25, group_reduce="logits", dense_layers=0
+        read="sparq", scoring="int4", r=rank, k=k, local_share=0.25, group_reduce="logits", dense_layers=0
     )
     return [
         {**sparse, "format": "model"},

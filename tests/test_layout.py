@@ -14,7 +14,7 @@ from vllm_sparq.layout import ALIGNMENT, PageLayout, Pages
 HEAD_SIZES = (16, 64, 80, 96, 112, 128, 256)
 BLOCK_SIZES = (16, 32, 48, 64, 128, 256)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-SCORINGS = (None, "int4", "int8", "model")
+SCORINGS = (None, "int4", "int8", "model", "bounds")
 
 layouts = st.builds(
     PageLayout,
@@ -29,7 +29,8 @@ layouts = st.builds(
 def bytes_of_parts(layout: PageLayout) -> int:
     """What the parts hold, from the sizes alone."""
     n, d = layout.block_size, layout.head_size
-    per_code = {None: 0, "int4": 0.5, "int8": 1, "model": layout.dtype.itemsize}[layout.scoring]
+    size = layout.dtype.itemsize
+    per_code = {None: 0, "int4": 0.5, "int8": 1, "model": size, "bounds": size / 8}[layout.scoring]
     ranges = 4 * d if layout.scoring in ("int4", "int8") else 0
     return int(2 * n * d * layout.dtype.itemsize + n * d * per_code + ranges + 4 * d * layout.value_sum)
 
@@ -112,6 +113,17 @@ def test_memory_promise(head_size: int) -> None:
         layout = PageLayout(head_size=head_size, block_size=128, dtype=torch.bfloat16, scoring=scoring, value_sum=True)
         assert 0.125 < layout.overhead <= most
     assert PageLayout(head_size=head_size, block_size=128, dtype=torch.bfloat16).overhead == 0
+    assert PageLayout(head_size=head_size, block_size=128, dtype=torch.bfloat16, scoring="bounds").overhead == 1 / 16
+
+
+@pytest.mark.parametrize("fmt", ["model", "int4", "kivi2"])
+def test_bounds_of_spans(fmt: str) -> None:
+    """[N/16, 2, D] in the model's type, whatever the format; and they rank no tokens for SparQ."""
+    layout = PageLayout(head_size=64, block_size=32, dtype=torch.float16, scoring="bounds", format=fmt)
+    assert Pages.empty(3, 2, layout).scoring.shape == (3, 2, 2, 2, 64)
+    assert Pages.empty(1, 1, layout).scoring.dtype == torch.float16
+    assert layout.ranks_tokens == layout.channel_keys
+    assert "ranges" not in layout.parts
 
 
 @pytest.mark.parametrize("size", [0, -16, 1, 8, 17, 24, 100])
@@ -127,7 +139,7 @@ def test_refused_head_sizes(size: int) -> None:
 
 
 def test_refused_scoring() -> None:
-    with pytest.raises(ValueError, match=r"'int2' is not one of \['model', 'int4', 'int8'\]"):
+    with pytest.raises(ValueError, match=r"'int2' is not one of \['model', 'bounds', 'int4', 'int8'\]"):
         PageLayout(head_size=64, block_size=16, dtype=torch.bfloat16, scoring="int2")
 
 

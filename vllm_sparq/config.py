@@ -2,14 +2,14 @@
 
     vllm serve MODEL --attention-backend sparq --additional-config '{"sparq": {"compression": 4}}'
 
-`parse_options` checks what the user wrote, before a model is loaded; `Options.sparq_read` turns it into numbers for one
-model. Nothing here knows about vLLM or tensors.
+`parse_options` checks what the user wrote, before a model is loaded; `Options.sparq_read` and `Options.pages_read` turn
+it into numbers for one model. Nothing here knows about vLLM or tensors.
 """
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Annotated, Any, Literal
@@ -27,11 +27,18 @@ DEFAULT_SINKS = {"window": 4}
 NAMESPACE = "sparq"
 """Our key in vLLM's ``additional_config``."""
 
+RETRIEVAL_TOKENS = 16
+"""Tokens of a span: the neighbours that ``read: pages`` reads or leaves as one. No span crosses a block."""
+
+LEAST_SPANS = 3
+"""Spans of a context that are read at least, as by Quest's authors."""
+
 MEASURED_BREAK_EVEN = 1024
 """Tokens of context from which a SparQ read beats our own dense read (``vllm-sparq bench ops`` measures it)."""
 
 PRESETS: dict[str, dict[str, Any]] = {
     "sparq": {},
+    "quest": {"read": "pages", "dense_layers": 2},
     "flexgen": {"format": "int4", "read": "dense"},
     "kivi": {"format": "kivi4", "read": "dense"},
     "h2o": {"retention": "heavy_hitter", "read": "dense"},
@@ -69,10 +76,13 @@ class Options(BaseModel):
     """
     pressure: Literal["preempt", "evict"] = "preempt"
     """When the pool is full: preempt a request, as vLLM does, or evict more tokens of those that run."""
-    read: Literal["sparq", "dense"] = "sparq"
-    """What a decode step reads: the tokens SparQ picks, or all of them."""
+    read: Literal["sparq", "pages", "dense"] = "sparq"
+    """What a decode step reads: the tokens SparQ picks, the spans of 16 tokens Quest picks, or all tokens."""
     compression: float = Field(default=8.0, ge=1.0, allow_inf_nan=False)
-    """Bytes of a dense read per byte of a sparse one: sets r = D / compression and k = S / (2 * compression)."""
+    """Bytes of a dense read per byte of a sparse one: sets r = D / compression and k = S / (2 * compression).
+
+    With read pages, k = S / compression - S / 16, and compression must be below 16, since the bounds of spans are 1/16.
+    """
     r: int | None = Field(default=None, ge=1)
     """Query components that rank the tokens; at most the head size. Overrides compression."""
     k: int | None = Field(default=None, ge=1)
@@ -97,7 +107,7 @@ class Options(BaseModel):
     group_reduce: Literal["logits", "probs"] = "logits"
     """How the scores of a query group combine: summed logits (the authors' code) or probabilities (the paper)."""
     dense_layers: int = Field(default=0, ge=0)
-    """First layers of the model that always read densely."""
+    """First layers of the model that always read densely. quest: 2."""
     dense_below: Literal["auto"] | Annotated[int, Field(ge=0)] = "auto"
     """Contexts shorter than this many tokens are read densely. auto: below the measured break-even."""
 
@@ -122,8 +132,21 @@ class Options(BaseModel):
             group_reduce=self.group_reduce,
             mass=self.mass,
             least_k=self.min_k,
-            dense_below=MEASURED_BREAK_EVEN if self.dense_below == "auto" else self.dense_below,
+            dense_below=self._dense_below,
         )
+
+    def pages_read(self) -> PagesRead:
+        """The numbers of a read of spans, alike for every model."""
+        slope = Fraction(1 / self.compression).limit_denominator(4096) - Fraction(1, RETRIEVAL_TOKENS)
+        return PagesRead(
+            min_k=self.min_k if self.k is None else self.k,
+            k_per_token=slope if self.k is None else Fraction(0),
+            dense_below=self._dense_below,
+        )
+
+    @property
+    def _dense_below(self) -> int:
+        return MEASURED_BREAK_EVEN if self.dense_below == "auto" else self.dense_below
 
     def retained(self, block_size: int) -> Retention | None:
         """What stays of a request and when tokens go, in numbers; None where all stay."""
@@ -149,36 +172,45 @@ class Options(BaseModel):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SparqRead:
-    """A SparQ read, resolved for one model. S is the context length, the current token included.
+class SparseRead:
+    """How much of a context is read. S is the context length, the current token included.
+
+    Attributes:
+        min_k: floor of k (tokens).
+        k_per_token: slope of k over S; zero for a fixed k.
+        dense_below: contexts shorter than this are read densely (tokens).
+    """
+
+    min_k: int
+    k_per_token: Fraction = Fraction(0)
+    dense_below: int = 0
+
+    def k(self, context_len: int) -> int:
+        """Cached tokens to read: exact integer arithmetic, alike in every kernel."""
+        slope = self.k_per_token
+        return max(self.min_k, context_len * slope.numerator // slope.denominator)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SparqRead(SparseRead):
+    """A SparQ read, resolved for one model: k tokens beside the current one.
 
     Attributes:
         r: channels that rank the tokens.
-        min_k: floor of k (tokens).
-        k_per_token: slope of k over S; zero for a fixed k.
         local: newest cached tokens that are always read; None for a quarter of k.
         alpha_floor: least weight of the exact part of the output; 0 is the paper's mean-value reallocation, 1 switches
             it off, anything between bounds what the mean value may take.
         group_reduce: ``logits | probs``.
         mass: share of the approximate probability that what is read must hold; None reads all of k.
         least_k: with ``mass``, cached tokens that are read at least.
-        dense_below: contexts shorter than this are read densely (tokens).
     """
 
     r: int
-    min_k: int
-    k_per_token: Fraction = Fraction(0)
     local: int | None = None
     alpha_floor: float = 1.0
     group_reduce: Literal["logits", "probs"] = "logits"
     mass: float | None = None
     least_k: int = 1
-    dense_below: int = 0
-
-    def k(self, context_len: int) -> int:
-        """Cached tokens to read beside the current one: exact integer arithmetic, alike in every kernel."""
-        slope = self.k_per_token
-        return max(self.min_k, context_len * slope.numerator // slope.denominator)
 
     def n_selected(self, context_len: int) -> int:
         """Tokens read, the current one included; with ``mass``, tokens read at most."""
@@ -198,6 +230,28 @@ class SparqRead:
     def is_dense(self, context_len: int) -> bool:
         """Whether this context is read in full: too short to gain, or no longer than what would be picked."""
         return context_len < self.dense_below or context_len <= self.k(context_len) + 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class PagesRead(SparseRead):
+    """A read of whole spans of neighbouring tokens (Quest), resolved: k tokens, the current one among them."""
+
+    def n_spans(self, context_len: int) -> int:
+        """Spans read, the newest included: k // 16, but no fewer than `LEAST_SPANS` where there are so many."""
+        return min(spans_of(context_len), max(LEAST_SPANS, self.k(context_len) // RETRIEVAL_TOKENS))
+
+    def n_selected(self, context_len: int) -> int:
+        """Tokens read, those of the newest span included, which may hold fewer than the others."""
+        return context_len - (spans_of(context_len) - self.n_spans(context_len)) * RETRIEVAL_TOKENS
+
+    def is_dense(self, context_len: int) -> bool:
+        """Whether this context is read in full: too short to gain, or with no more spans than would be picked."""
+        return context_len < self.dense_below or self.n_spans(context_len) == spans_of(context_len)
+
+
+def spans_of(n_tokens: int) -> int:
+    """Spans that so many tokens fill or begin."""
+    return -(-n_tokens // RETRIEVAL_TOKENS)
 
 
 ALLOWED = {
@@ -228,6 +282,8 @@ def parse_options(additional_config: Mapping[str, Any] | None, backend: str = "s
     except ValidationError as error:
         raise OptionsError("; ".join(_explain(e) for e in _distinct(error))) from None
     _check_mass(options)
+    if options.read == "pages":
+        _check_pages(options)
     _check_retention(options)
     return options
 
@@ -241,16 +297,36 @@ def _check_mass(options: Options) -> None:
         )
 
 
+def _check_pages(options: Options) -> None:
+    """Options that mean nothing to a read of spans, or that it cannot keep."""
+    meaningless = ("r", "local", "mass", "scoring", "mean_value", "group_reduce")
+    _refuse(options, meaningless, "with read 'pages': set k or compression, set read 'sparq'")
+    if options.retention != "all":
+        raise OptionsError(
+            f"sparq option retention={options.retention!r} puts tokens from elsewhere into the slots of evicted ones, "
+            f"so that the {RETRIEVAL_TOKENS} tokens of a span are no neighbours and their bounds say nothing: with "
+            "read 'pages' use retention 'all', or set read 'sparq' or 'dense'"
+        )
+    if options.k is None and options.compression >= RETRIEVAL_TOKENS:
+        raise OptionsError(
+            f"sparq option compression={options.compression} leaves read 'pages' no token to read: the bounds of spans "
+            f"alone are 1/{RETRIEVAL_TOKENS} of a dense read, so use compression < {RETRIEVAL_TOKENS}, or set k"
+        )
+
+
+def _refuse(options: Options, names: Iterable[str], where: str) -> None:
+    """Options that the user has set although they mean nothing ``where``, which ends with one remedy."""
+    for name in names:
+        value = getattr(options, name)
+        if value != Options.model_fields[name].default:
+            raise OptionsError(f"sparq option {name}={value!r} means nothing {where}, or leave it out")
+
+
 def _check_retention(options: Options) -> None:
     """Options of eviction that mean nothing, or too much, together."""
     if options.retention == "all":
-        defaults = Options.model_fields
-        for name in ("budget", "recent", "sinks", "prefill", "pressure"):
-            if getattr(options, name) != defaults[name].default:
-                raise OptionsError(
-                    f"sparq option {name}={getattr(options, name)!r} means nothing while all tokens stay: add "
-                    "retention 'heavy_hitter' or 'window', or leave it out"
-                )
+        meaningless = ("budget", "recent", "sinks", "prefill", "pressure")
+        _refuse(options, meaningless, "while all tokens stay: add retention 'heavy_hitter' or 'window'")
         return
     if options.retention == "window" and options.recent is not None:
         raise OptionsError(

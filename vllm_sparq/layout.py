@@ -18,8 +18,9 @@ tokens are stored is the block *format*. ``model`` keeps them as the model made 
     key_codes [D, N * bits/8]   key_ranges [D, N/g, 2]   value_codes [N, D * bits/8]   value_ranges [N, D/g, 2]
 
 * ``records``: written when a token arrives (``model``), or when the block fills (``int8``, ``int4``).
-* ``scoring`` and ``ranges``: the low-bit copy of K that SparQ ranks tokens with. Written once, when the block fills;
-  the tokens of an unfinished block are ranked from K itself.
+* ``scoring`` and ``ranges``: the low-bit copy of K that SparQ ranks tokens with; or, to rank spans of
+  `RETRIEVAL_TOKENS` neighbours (Quest), ``scoring [N/16, 2, D]``: the least and the largest K of each span and channel.
+  Written once, when the block fills; the tokens of an unfinished block are ranked from K itself.
 * ``value_sum``: the sum of V over all tokens *before* this block. Written once, when the block gets its first token.
   It depends on the prefix alone, so it stays right under prefix caching, preemption and copy-on-write.
 * ``positions`` and ``scores``, in any format, where tokens may be evicted: which token a slot holds (each KV head keeps
@@ -31,7 +32,6 @@ do not exist yet. The block manager keeps that many blocks ahead of every reques
 (only full blocks are ever shared), so whatever vLLM does with blocks is right for staged tokens too.
 
 Nothing a method must remember lives outside the pages.
-
 Sizes: P pages, G KV heads, N tokens per block, D head size, g elements per quantization group.
 """
 
@@ -43,14 +43,16 @@ from functools import cached_property
 
 import torch
 
+from vllm_sparq.config import RETRIEVAL_TOKENS
+
 ALIGNMENT = 64
 """Every part and every page starts on a cache line (bytes)."""
 
 BLOCK_SIZE_MULTIPLE = 16
-"""The codes of one channel must fill whole 8-byte words, two tokens a byte."""
+"""The codes of one channel must fill whole 8-byte words, two tokens a byte; and spans must not cross blocks."""
 
 SCORING_BITS = {"int4": 4, "int8": 8}
-"""Bits of one scoring code; ``model`` keeps the model's own type and has no codes."""
+"""Bits of one scoring code; ``model`` and ``bounds`` are in the model's own type and have no codes."""
 
 
 @dataclass(frozen=True)
@@ -111,7 +113,7 @@ class PageLayout:
         dtype: element type of K and V, the model's own; of the ranges of quantized formats too.
         format: a key of `FORMATS`.
         group_size: g, elements of a quantization group; None for the format's default.
-        scoring: ``int4 | int8 | model``, the type of the channel-major copy of K, or None where nothing ranks tokens.
+        scoring: ``int4 | int8 | model``, the type of the channel-major copy of K; ``bounds`` of spans instead; or None.
         value_sum: whether the page carries the sum of V before the block.
         positions: whether it says which token each slot holds; needed where tokens are evicted.
         scores: whether it adds up the attention that each token gets (heavy hitters). Needs positions.
@@ -138,8 +140,8 @@ class PageLayout:
             )
         if self.head_size < 16 or self.head_size % 16:
             raise ValueError(f"head size {self.head_size} is not supported: it must be a multiple of 16 elements.")
-        if self.scoring not in (None, "model", *SCORING_BITS):
-            raise ValueError(f"scoring {self.scoring!r} is not one of {['model', *SCORING_BITS]}")
+        if self.scoring not in (None, "model", "bounds", *SCORING_BITS):
+            raise ValueError(f"scoring {self.scoring!r} is not one of {['model', 'bounds', *SCORING_BITS]}")
         if self.format not in FORMATS:
             raise ValueError(f"format {self.format!r} is not one of {list(FORMATS)}")
         self._check_group()
@@ -180,7 +182,7 @@ class PageLayout:
     @property
     def ranks_tokens(self) -> bool:
         """Whether SparQ can read these pages."""
-        return self.scoring is not None or self.channel_keys
+        return self.scoring not in (None, "bounds") or self.channel_keys
 
     @property
     def record_bytes(self) -> int:
@@ -206,8 +208,9 @@ class PageLayout:
         """The parts by name, in page order."""
         n, d = self.block_size, self.head_size
         wanted = self._token_parts()
-        if self.scoring == "model":
-            wanted.append(("scoring", (d, n), self.dtype))
+        if self.scoring in ("model", "bounds"):
+            bounds = (n // RETRIEVAL_TOKENS, 2, d)
+            wanted.append(("scoring", (d, n) if self.scoring == "model" else bounds, self.dtype))
         elif self.scoring is not None:
             wanted.append(("scoring", (d, n * SCORING_BITS[self.scoring] // 8), torch.uint8))
             wanted.append(("ranges", (d, 2), torch.float16))
@@ -286,8 +289,7 @@ class Pages:
     @classmethod
     def empty(cls, n_pages: int, n_kv_heads: int, layout: PageLayout, device: str = "cpu") -> Pages:
         """Uninitialised pages outside an engine: for tests and benchmarks."""
-        data = torch.empty(n_pages, n_kv_heads, layout.page_bytes, dtype=torch.uint8, device=device)
-        return cls(data, layout)
+        return cls(torch.empty(n_pages, n_kv_heads, layout.page_bytes, dtype=torch.uint8, device=device), layout)
 
     @classmethod
     def from_kv_cache(cls, kv_cache: torch.Tensor, layout: PageLayout) -> Pages:
@@ -302,8 +304,7 @@ class Pages:
 
     def _of_records(self, start: int, count: int, dtype: torch.dtype) -> torch.Tensor:
         """``count`` elements from byte ``start`` of every quantized record: [P, G, N, count]."""
-        view: torch.Tensor = self.part("records")[..., start : start + count * dtype.itemsize].view(dtype)
-        return view
+        return self.part("records")[..., start : start + count * dtype.itemsize].view(dtype)
 
     def _codes(self, name: str) -> torch.Tensor:
         layout = self.layout
@@ -322,8 +323,7 @@ class Pages:
         numbers, n_groups = layout.quantized.range_numbers, layout.head_size // layout.group
         start = codes + (n_groups * numbers * layout.dtype.itemsize if name == "value" else 0)
         ranges = self._of_records(start, n_groups * numbers, layout.dtype)
-        view: torch.Tensor = ranges.unflatten(-1, (n_groups, numbers))
-        return view
+        return ranges.unflatten(-1, (n_groups, numbers))  # type: ignore[no-any-return]
 
     @cached_property
     def key_codes(self) -> torch.Tensor:
@@ -374,7 +374,8 @@ class Pages:
     def scoring(self) -> torch.Tensor:
         """The channel-major copy of K: uint8 codes [P, G, D, N/2 | N], or [P, G, D, N] in the model's dtype.
 
-        int4 packs two tokens a byte: token n in the low nibble of byte n, token n + N/2 in the high nibble.
+        int4 packs two tokens a byte: token n in the low nibble of byte n, token n + N/2 in the high nibble. ``bounds``:
+        [P, G, N/16, 2, D] in the model's dtype, the least K and the largest K of each span and channel.
         """
         return self.part("scoring")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from vllm_sparq.config import Options, SparqRead, check_budget
+from vllm_sparq.config import RETRIEVAL_TOKENS, Options, PagesRead, SparqRead, check_budget
 from vllm_sparq.doctor import Section
 from vllm_sparq.layout import FORMATS, PageLayout
 
@@ -99,11 +99,25 @@ def _describe_retention(section: Section, options: Options, max_model_len: int) 
 
 
 def _describe_read(section: Section, options: Options, shape: dict[str, int], max_model_len: int) -> None:
-    read = options.sparq_read(head_size=shape["head_size"], n_heads=shape["n_heads"], n_kv_heads=shape["n_kv_heads"])
+    sizes = {name: shape[name] for name in ("head_size", "n_heads", "n_kv_heads")}
+    read = options.pages_read() if options.read == "pages" else options.sparq_read(**sizes)
     section.numbers["contexts"] = []
     if options.read == "dense":
         section.note("read = dense: a decode step reads every token")
         return
+    if isinstance(read, PagesRead):
+        section.good(f"spans of {RETRIEVAL_TOKENS} tokens, read as one, are ranked by the bounds of K in each channel")
+    else:
+        _describe_ranking(section, options, read, shape)
+    if options.dense_layers:
+        section.note(f"the first {min(options.dense_layers, shape['n_full'])} layers always read densely")
+    if read.dense_below:
+        section.good(f"contexts below {read.dense_below:,} tokens are read densely")
+    for context in sorted({*(c for c in CONTEXTS if c < max_model_len), max_model_len}):
+        _describe_context(section, read, context)
+
+
+def _describe_ranking(section: Section, options: Options, read: SparqRead, shape: dict[str, int]) -> None:
     section.good(f"r = {read.r} of {shape['head_size']} channels of the {options.scoring} copy of K rank the tokens")
     section.good(
         {0.0: "the mean of V stands in for all unread tokens", 1.0: "unread tokens count for nothing"}.get(
@@ -117,31 +131,27 @@ def _describe_read(section: Section, options: Options, shape: dict[str, int], ma
             f"of the tokens below, each step, layer and KV head reads as few as hold {read.mass:.4g} of the estimated "
             f"probability (mass), but no fewer than min_k = {read.least_k} or the newest ones"
         )
-    if options.dense_layers:
-        section.note(f"the first {min(options.dense_layers, shape['n_full'])} layers always read densely")
-    if read.dense_below:
-        section.good(f"contexts below {read.dense_below:,} tokens are read densely")
-    for context in sorted({*(c for c in CONTEXTS if c < max_model_len), max_model_len}):
-        _describe_context(section, read, context)
 
 
-def _describe_context(section: Section, read: SparqRead, context: int) -> None:
+def _describe_context(section: Section, read: SparqRead | PagesRead, context: int) -> None:
     dense = read.is_dense(context)
     n_read = context if dense else read.n_selected(context)
-    numbers = {"context": context, "tokens_read": n_read, "k": read.k(context), "local": read.n_local(context) - 1}
-    least = read.n_least(context)
-    if read.mass is not None:
-        numbers["least_read"] = context if dense else least
+    numbers = {"context": context, "tokens_read": n_read, "k": read.k(context)}
+    if isinstance(read, PagesRead):
+        numbers["spans"] = read.n_spans(context)
+        what = f"{numbers['spans']:,} spans, the newest among them"
+    else:
+        numbers["local"] = read.n_local(context) - 1
+        what = f"k = {numbers['k']:,}, the newest {numbers['local']:,} among them, and the current token"
+    least = n_read
+    if isinstance(read, SparqRead) and read.mass is not None:
+        least = numbers["least_read"] = context if dense else read.n_least(context)
     section.numbers["contexts"].append(numbers)
     if dense:
         section.note(f"at {context:>7,} tokens a step reads all of them")
-    else:
-        section.good(
-            f"at {context:>7,} tokens a step reads {n_read:,}: 1 in {context / n_read:.1f} "
-            if least == n_read
-            else f"at {context:>7,} tokens a step reads {least:,} to {n_read:,}: at least 1 in {context / least:.1f} "
-            f"(k = {numbers['k']:,}, the newest {numbers['local']:,} among them, and the current token)"
-        )
+        return
+    amount = f"{n_read:,}: 1" if least == n_read else f"{least:,} to {n_read:,}: at least 1"
+    section.good(f"at {context:>7,} tokens a step reads {amount} in {context / least:.1f} ({what})")
 
 
 def _describe_memory(section: Section, options: Options, shape: dict[str, int], dtype: Any) -> None:

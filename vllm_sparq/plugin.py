@@ -9,6 +9,7 @@ from vllm_sparq import compat
 
 BACKENDS = {
     "SPARQ": "vllm_sparq.attention_backends.backend.SparqBackend",
+    "QUEST": "vllm_sparq.attention_backends.backend.QuestBackend",
     "FLEXGEN": "vllm_sparq.attention_backends.backend.FlexgenBackend",
     "KIVI": "vllm_sparq.attention_backends.backend.KiviBackend",
     "H2O": "vllm_sparq.attention_backends.backend.H2oBackend",

@@ -24,14 +24,25 @@ def test_pages_hold_what_the_options_need() -> None:
     kivi = ["key_codes", "key_ranges", "value_codes", "value_ranges"]
     assert parts(read="dense", format="kivi2") == parts(format="kivi4", mean_value="off") == kivi
     assert parts(format="kivi4") == [*kivi, "value_sum"]
+    assert parts(read="pages") == parts(read="pages", format="int8") == ["records", "scoring"]
+    assert parts(read="pages", format="kivi4") == [*kivi, "scoring"]
 
 
-def test_without_kernels_the_user_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert impl.slow_ops(impl._choose_ops("cpu")) is None
+@pytest.mark.parametrize("read", ["sparq", "pages", "dense"])
+def test_without_kernels_the_user_is_told(read: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert impl.slow_ops(impl._choose_ops("cpu", read)) is None
     missing = native.Found(None, None, "no compiled kernels: reinstall with g++")
     monkeypatch.setattr(native, "find", lambda: missing)
-    warning = impl.slow_ops(impl._choose_ops("cpu"))
+    warning = impl.slow_ops(impl._choose_ops("cpu", read))
     assert warning == "sparq attention will be slow: no compiled kernels: reinstall with g++"
+
+
+def test_only_ops_that_a_read_calls_are_chosen() -> None:
+    """So that a device without kernels of one read still serves the others."""
+    assert set(impl._choose_ops("cpu", "pages")) == {"write", "prefill", "dense_decode", "pages_decode", "evict"}
+    assert set(impl._choose_ops("cpu", "dense")) == {"write", "prefill", "dense_decode", "sparq_decode", "evict"}
+    with pytest.raises(NotImplementedError, match="pages_decode has no kernels for CUDA"):
+        impl._choose_ops("cuda", "pages")
 
 
 def test_layer_index() -> None:

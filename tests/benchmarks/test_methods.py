@@ -15,9 +15,12 @@ def test_names_stand_for_backends_and_options() -> None:
     assert (int4.backend, int4.options) == ("SPARQ", {"format": "int4", "read": "dense"})
     both = Method.named("sparq+int4", {"compression": 4.0})
     assert both.options == {"format": "int4", "read": "sparq", "compression": 4.0}
-    assert both.reads_sparsely
-    assert not int4.reads_sparsely
-    assert not Method.named("dense").reads_sparsely
+    assert both.ranks_tokens
+    assert not int4.ranks_tokens
+    assert not Method.named("dense").ranks_tokens
+    quest, over = Method.named("quest"), Method.named("quest+kivi2", {"dense_layers": 0})
+    assert (quest.backend, quest.options, quest.ranks_tokens) == ("QUEST", {}, False)
+    assert (over.backend, over.options) == ("SPARQ", {"read": "pages", "dense_layers": 0, "format": "kivi2"})
 
 
 def test_what_means_nothing_is_refused() -> None:

@@ -19,6 +19,8 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "kivi2": ("kivi", {"format": "kivi2"}),
     "sparq over int8": ("sparq", {**EXACT["sparse"], "format": "int8"}),
     "sparq over kivi4": ("kivi", {**EXACT["sparse"], "read": "sparq"}),
+    "pages over int4": ("flexgen", EXACT["sparse pages"]),
+    "pages over kivi2": ("quest", {**EXACT["sparse pages"], "format": "kivi2", "dense_layers": 0}),
 }
 RUNS: dict[str, dict[str, Any]] = {
     "in one batch": dict(max_num_batched_tokens=2048),
@@ -77,7 +79,7 @@ def test_preemption(method: str, engine: Any) -> None:
     """A pool that cannot hold all requests: those thrown out come back with the K and V that they had."""
     rng = random.Random(1)
     batch = [[rng.randrange(3, 1000) for _ in range(n)] for n in (150, 180, 200, 220, 230, 250)]
-    block_format = {"flexgen": "int4", "kivi2": "kivi2", "sparq over int8": "int8", "sparq over kivi4": "kivi4"}[method]
+    block_format = {"flexgen": "int4", "kivi2": "kivi2"}.get(method, method.split()[-1])
     layout = PageLayout(head_size=64, block_size=64, dtype=torch.float32, format=block_format)
     n_blocks = 3 * (4 + layout.n_staging_blocks) + 2  # room for three to begin, not for three to end
     pool = dict(num_gpu_blocks_override=n_blocks, block_size=64, max_model_len=640, max_num_batched_tokens=640)

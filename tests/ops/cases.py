@@ -309,6 +309,11 @@ ALL = tuple(IMPLEMENTATIONS["write"])
 KERNELS = tuple(implementation for implementation in ALL if implementation != "reference")
 
 
+def has(op: str) -> tuple[str, ...]:
+    """The implementations of an op, where some are still to come."""
+    return tuple(IMPLEMENTATIONS[op])
+
+
 def each(
     values: Iterable[object], *, tiny: Iterable[object] = (), implementations: Iterable[str] = ALL
 ) -> list[object]:

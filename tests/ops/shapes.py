@@ -85,3 +85,45 @@ TINY_FORMATS: tuple[Case, ...] = (
     replace(_BASE, format="kivi2", heads=1, kv_heads=1, head_size=80, block_size=48, scoring=None, lens=(97,)),
 )
 """Quantized pages for the Triton interpreter."""
+
+_SPANS = replace(_BASE, scoring="bounds", value_sum=False, lens=(1, 48, 49, 64, 0, 65, 130))
+SPANS: tuple[Case, ...] = (
+    # Contexts from the first that leaves a span out (49 tokens) on, every head size, type and grouping.
+    _SPANS,
+    replace(_SPANS, dtype=torch.bfloat16, lens=(80, 81)),
+    replace(_SPANS, heads=1, kv_heads=1, head_size=16, lens=(50, 97)),
+    replace(_SPANS, heads=3, kv_heads=1, head_size=80, block_size=48, dtype=torch.float16, lens=(96, 97, 143)),
+    replace(_SPANS, heads=8, kv_heads=1, head_size=96, block_size=32, dtype=torch.bfloat16, lens=(64, 63, 95)),
+    replace(_SPANS, heads=6, kv_heads=2, head_size=128, block_size=64, dtype=torch.bfloat16, lens=(127, 128, 129)),
+    replace(_SPANS, heads=8, kv_heads=2, head_size=128, block_size=128, dtype=torch.bfloat16, lens=(900, 3, 0, 513)),
+    replace(_SPANS, heads=4, kv_heads=4, head_size=128, block_size=128, lens=(60, 257, 128)),
+    replace(_SPANS, heads=4, kv_heads=1, head_size=256, block_size=32, dtype=torch.float16, lens=(1, 100)),
+    replace(_SPANS, heads=5, kv_heads=1, head_size=112, block_size=32, dtype=torch.bfloat16, lens=(140, 70)),
+    replace(_SPANS, heads=23, kv_heads=1, block_size=256, dtype=torch.float16, lens=(255, 512, 700)),
+    replace(_SPANS, heads=2, kv_heads=1, block_size=256, lens=(1500,)),
+)
+"""Pages with bounds of spans."""
+
+_CODED_SPANS = replace(_SPANS, block_size=32)
+SPAN_FORMATS: tuple[Case, ...] = (
+    replace(_CODED_SPANS, format="int8", lens=(1, 64, 65, 96, 0, 97)),
+    replace(_CODED_SPANS, format="int8", heads=3, kv_heads=1, head_size=80, dtype=torch.float16, lens=(96, 130)),
+    replace(_CODED_SPANS, format="int4", heads=8, head_size=128, block_size=128, dtype=torch.bfloat16, lens=(128, 390)),
+    replace(_CODED_SPANS, format="int4", heads=4, head_size=96, group_size=32, lens=(80, 129)),
+    replace(_CODED_SPANS, format="kivi4", dtype=torch.bfloat16, lens=(64, 95, 96, 130)),
+    replace(_CODED_SPANS, format="kivi4", heads=3, kv_heads=1, head_size=96, group_size=16, block_size=48, lens=(145,)),
+    replace(_CODED_SPANS, format="kivi2", heads=8, head_size=128, block_size=128, dtype=torch.bfloat16, lens=(0, 513)),
+    replace(_CODED_SPANS, format="kivi2", heads=6, head_size=256, block_size=64, dtype=torch.float16, lens=(64, 140)),
+)
+"""The same over quantized blocks."""
+
+TINY_SPANS: tuple[Case, ...] = (
+    replace(_SPANS, heads=2, kv_heads=1, lens=(49, 0, 80)),
+    replace(_SPANS, heads=3, kv_heads=1, head_size=80, block_size=48, dtype=torch.bfloat16, lens=(97,)),
+    replace(_SPANS, heads=2, kv_heads=2, head_size=128, block_size=32, dtype=torch.float16, lens=(64, 20)),
+)
+TINY_SPAN_FORMATS: tuple[Case, ...] = (
+    replace(_SPANS, format="int4", heads=2, kv_heads=1, dtype=torch.bfloat16, lens=(70,)),
+    replace(_CODED_SPANS, format="kivi4", heads=2, kv_heads=1, dtype=torch.float16, lens=(64, 90)),
+)
+"""For the Triton interpreter."""

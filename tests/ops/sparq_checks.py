@@ -28,7 +28,7 @@ from ops.cases import Case, Tokens, World, build
 from ops.rounding import rounded_dense_decode
 from ops.test_oracle import Array, numbers, probabilities, repository
 
-from vllm_sparq.config import SparqRead
+from vllm_sparq.config import PagesRead, SparqRead
 from vllm_sparq.layout import Pages
 from vllm_sparq.ops.codec import unpack
 from vllm_sparq.ops.dense_decode.reference import cached_tokens
@@ -100,7 +100,7 @@ def show(world: World, b: int, first: int, width: int) -> None:
             pages.value_ranges[page] = torch.stack([torch.zeros_like(rows), rows], -1).to(case.dtype)
 
 
-def tokens_read(run: Callable[..., None], world: World, read: SparqRead) -> dict[tuple[int, int], Array]:
+def tokens_read(run: Callable[..., None], world: World, read: SparqRead | PagesRead) -> dict[tuple[int, int], Array]:
     """(request, KV head) -> ascending positions that ``run`` reads, for requests that are not read densely.
 
     V of some tokens at a time is made to show itself, each in channels of its own (whole groups of them where groups
@@ -108,6 +108,7 @@ def tokens_read(run: Callable[..., None], world: World, read: SparqRead) -> dict
     not zero just where its token has been read. V has no say in what is read.
     """
     case = world.case
+    exact = replace(read, alpha_floor=1.0) if isinstance(read, SparqRead) else read
     group, fmt = case.heads // case.kv_heads, case.layout.quantized
     width = 1 if fmt is None or fmt.range_numbers == 1 else case.layout.group
     seen: dict[tuple[int, int], list[int]] = {}
@@ -117,7 +118,7 @@ def tokens_read(run: Callable[..., None], world: World, read: SparqRead) -> dict
         probe.pages = Pages(probe.buffer.as_strided(world.pages.data.shape, strides, 128), case.layout)
         for b in range(len(case.lens)):
             show(probe, b, first, width)
-        out = probe.decode(run, read=replace(read, alpha_floor=1.0)).cpu()
+        out = probe.decode(run, read=exact).cpu()
         for b, s in enumerate(case.lens):
             for g in range(case.kv_heads if s and not read.is_dense(s) else 0):
                 hit = (out[b, g * group : (g + 1) * group, ::width] > 0).any(0)

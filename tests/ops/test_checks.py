@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 from ops.cases import Case, build
 
-from vllm_sparq.config import SparqRead
+from vllm_sparq.config import PagesRead, SparqRead
 from vllm_sparq.ops import dense_decode as dense_decode_contract
 from vllm_sparq.ops import dispatch
+from vllm_sparq.ops import pages_decode as pages_decode_contract
 from vllm_sparq.ops import prefill as prefill_contract
 from vllm_sparq.ops import sparq_decode as sparq_decode_contract
 from vllm_sparq.ops import write as write_contract
@@ -21,16 +22,20 @@ CONTRACTS = {
     "write": write_contract.write,
     "dense_decode": dense_decode_contract.dense_decode,
     "sparq_decode": sparq_decode_contract.sparq_decode,
+    "pages_decode": pages_decode_contract.pages_decode,
     "prefill": prefill_contract.prefill,
 }
-DECODES = ("dense_decode", "sparq_decode")
+DECODES = ("dense_decode", "sparq_decode", "pages_decode")
 TOKENS = ("write", "prefill")
 READ = SparqRead(r=8, min_k=4, alpha_floor=0.0)
+READS = {"sparq_decode": dict(read=READ), "pages_decode": dict(read=PagesRead(min_k=16))}
 CASE = Case(heads=4, kv_heads=2, head_size=64, lens=(20, 33), new=(5, 1))
 
 
 def arguments(op: str, case: Case = CASE) -> dict[str, Any]:
     """Valid arguments of the contract of ``op``, by name. T is 9 (3 rows of padding), B is 2."""
+    if op == "pages_decode" and case is CASE:
+        case = replace(case, scoring="bounds", value_sum=False)
     world = build(case, written="context") if op in TOKENS else build(replace(case, new=()))
     given: dict[str, Any] = dict(pages=world.pages, block_table=world.block_table)
     if op == "write":
@@ -41,7 +46,7 @@ def arguments(op: str, case: Case = CASE) -> dict[str, Any]:
         given |= dict(query=world.query, key=world.key, value=world.value, out=world.empty_out(len(world.query)))
         return given | dict(query_start_loc=world.query_start_loc, context_lens=world.context_lens)
     given |= dict(query=world.query[:2], seq_lens=world.seq_lens, out=world.empty_out())
-    return given | (dict(read=READ) if op == "sparq_decode" else {})
+    return given | READS.get(op, {})
 
 
 @pytest.fixture(autouse=True)
@@ -144,6 +149,27 @@ def test_prefill_wants_key_and_value_alike() -> None:
 def test_sparq_decode_wants_a_scoring_copy() -> None:
     with pytest.raises(ValueError, match="needs pages with a scoring copy of K; this layout has none"):
         CONTRACTS["sparq_decode"](**arguments("sparq_decode", replace(CASE, scoring=None)))
+
+
+@pytest.mark.parametrize(
+    ("case", "message"),
+    [
+        (replace(CASE, scoring=None), "needs pages with scoring 'bounds'; this layout has None"),
+        (replace(CASE, scoring="int4"), "needs pages with scoring 'bounds'; this layout has 'int4'"),
+        (
+            replace(CASE, scoring="bounds", positions=True),
+            "needs pages that keep all tokens; this layout has positions",
+        ),
+    ],
+)
+def test_pages_decode_wants_bounds_of_neighbours(case: Case, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        CONTRACTS["pages_decode"](**arguments("pages_decode", case))
+
+
+def test_sparq_decode_does_not_take_bounds_for_a_copy() -> None:
+    with pytest.raises(ValueError, match="needs pages with a scoring copy of K; this layout has none"):
+        CONTRACTS["sparq_decode"](**arguments("sparq_decode", replace(CASE, scoring="bounds")))
 
 
 @pytest.mark.parametrize("floor", [0.0, 0.5, 0.999])

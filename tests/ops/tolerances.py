@@ -42,6 +42,15 @@ MASS = 2**-18
 Sums of some thousand terms in fp32, in any order, and an exp that is good to a few ulp.
 """
 
+BOUND: dict[torch.dtype, float] = {
+    # Sums of at most 2 * 256 products in fp32, in any order.
+    torch.float32: 512 * 2**-24,
+    # The summed query rounded once to the model's type (half an ulp), as in `SCORE`; bounds are in that type already.
+    torch.float16: 1.1 * 2**-11,
+    torch.bfloat16: 1.1 * 2**-9,
+}
+"""Of the upper bound of a span, as a fraction of ``sum_c (|a_c high_pc| + |b_c low_pc|)``."""
+
 
 def value_sum(n_tokens: int, absolute_sum: torch.Tensor) -> torch.Tensor:
     """Bound on the difference of two fp32 sums of ``n_tokens`` numbers in any two orders: n * 2^-24 * sum |v| each."""

@@ -12,8 +12,12 @@
 namespace sparq {
 
 enum class DType : int32_t { bf16 = 0, fp16 = 1, fp32 = 2 };
-enum class Scoring : int32_t { none = 0, int4 = 1, int8 = 2, model = 3 };
+enum class Scoring : int32_t { none = 0, int4 = 1, int8 = 2, model = 3, bounds = 4 };
 enum class Format : int32_t { model = 0, int8 = 1, int4 = 2, kivi4 = 3, kivi2 = 4 };
+
+// Tokens of a span (vllm_sparq/config.py). Scoring `bounds`: [N/16, 2, D] of the model's type, the least K and the largest.
+constexpr int RETRIEVAL_TOKENS = 16;
+inline int spans_of(int n_tokens) { return (n_tokens + RETRIEVAL_TOKENS - 1) / RETRIEVAL_TOKENS; }
 
 // Element types of K, V, query and out. The 16-bit ones are storage only; simd.h converts them.
 struct bf16 {

@@ -97,9 +97,35 @@ void copy(const Pages& pages, const T* keys, int64_t stride, uint8_t* page) {
   transpose<bytes>((const uint8_t*)keys, stride * bytes, n, d, page + pages.scoring, n * bytes);
 }
 
+template <class T>
+void bound(const uint8_t* const* rows, int n, int d, T* bounds) {
+  for (int c = 0; c < d; c += W) {
+    Vec low = set1(INFINITY), high = set1(-INFINITY);
+    for (int t = 0; t < n; ++t) {
+      const Vec x = finite_or_zero(load((const T*)rows[t] + c));
+      low = min(low, x), high = max(high, x);
+    }
+    store(bounds + c, low), store(bounds + d + c, high);
+  }
+}
+
+void bound_spans(const Pages& pages, const uint8_t* keys, size_t row_bytes, uint8_t* page) {
+  for (int span = 0; span < pages.block_size / RETRIEVAL_TOKENS; ++span) {
+    const uint8_t* rows[RETRIEVAL_TOKENS];
+    for (auto& row : rows) row = keys, keys += row_bytes;
+    bound_span(pages, rows, RETRIEVAL_TOKENS, page + pages.scoring + span * pages.record_bytes());
+  }
+}
+
 }  // namespace
 
+void bound_span(const Pages& pages, const uint8_t* const* rows, int n, uint8_t* bounds) {
+  with_dtype(pages.dtype, [&](auto type) { bound(rows, n, pages.head_size, (decltype(type)*)bounds); });
+}
+
 void make_scoring_copy(const Pages& pages, const void* keys, int64_t stride, uint8_t* page) {
+  if (pages.scoring_type == Scoring::bounds)
+    return bound_spans(pages, (const uint8_t*)keys, stride * pages.element_bytes(), page);
   with_dtype(pages.dtype, [&](auto type) {
     using T = decltype(type);
     pages.scoring_type == Scoring::model ? copy(pages, (const T*)keys, stride, page)

@@ -1,4 +1,4 @@
-// The channel-major copy of K of a full page.
+// The channel-major copy of K of a full page, or the bounds of its spans.
 #pragma once
 
 #include "paged.h"
@@ -7,5 +7,8 @@ namespace sparq {
 
 // Makes `scoring` and `ranges` of a page from K [N, D] of its tokens, in the pages' type; rows `stride` elements apart.
 void make_scoring_copy(const Pages& pages, const void* keys, int64_t stride, uint8_t* page);
+
+// The bounds [2, D] of one span, in the pages' type, from its n <= 16 rows of K.
+void bound_span(const Pages& pages, const uint8_t* const* rows, int n, uint8_t* bounds);
 
 }  // namespace sparq

@@ -23,6 +23,10 @@ IMPLEMENTATIONS = {
         "cpu": "vllm_sparq.ops.sparq_decode.cpu:sparq_decode",
         "triton": "vllm_sparq.ops.sparq_decode.triton:sparq_decode",
     },
+    "pages_decode": {
+        "reference": "vllm_sparq.ops.pages_decode.reference:pages_decode",
+        "cpu": "vllm_sparq.ops.pages_decode.cpu:pages_decode",
+    },
     "evict": {
         "reference": "vllm_sparq.ops.evict.reference:evict",
         "cpu": "vllm_sparq.ops.evict.cpu:evict",
@@ -59,7 +63,7 @@ def choose(op: str, device_type: str) -> Choice:
 
     Raises:
         ValueError: the override names no implementation of this op.
-        NotImplementedError: a device that nothing here runs on.
+        NotImplementedError: a device that nothing here runs on, or for which this op has no kernels.
     """
     known = IMPLEMENTATIONS[op]
     forced = os.environ.get(OVERRIDE)
@@ -68,6 +72,10 @@ def choose(op: str, device_type: str) -> Choice:
             raise ValueError(f"{OVERRIDE}={forced!r} is not an implementation of {op}: use one of {list(known)}")
         return Choice(op, forced, f"forced by {OVERRIDE}")
     if device_type == "cuda":
+        if "triton" not in known:
+            raise NotImplementedError(
+                f"{op} has no kernels for CUDA: run on CPU, or choose another read (sparq, dense) or backend"
+            )
         return Choice(op, "triton", "CUDA device")
     if device_type == "cpu":
         from vllm_sparq.ops import native

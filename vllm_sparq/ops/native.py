@@ -37,7 +37,7 @@ _HUGE = 2 << 20
 _MADV_COLLAPSE = 25  # since Linux 6.1; not in Python's mmap module yet
 
 DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
-SCORINGS = {None: 0, "int4": 1, "int8": 2, "model": 3}
+SCORINGS = {None: 0, "int4": 1, "int8": 2, "model": 3, "bounds": 4}
 PARTS = ("records", "scoring", "ranges", "value_sum", "positions", "scores")
 FORMATS = {"model": 0, "int8": 1, "int4": 2, "kivi4": 3, "kivi2": 4}
 

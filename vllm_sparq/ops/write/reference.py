@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from vllm_sparq.config import RETRIEVAL_TOKENS
 from vllm_sparq.layout import SCORING_BITS, Pages
 from vllm_sparq.ops.codec import decode_page, encode_page, pack
 
@@ -74,7 +75,7 @@ def open_page(pages: Pages, page: int, before: int | None, head: int) -> None:
 
 
 def _fill_page(pages: Pages, blocks: torch.Tensor, block: int, head: int) -> None:
-    """The page got its last token: quantize it, and make the channel-major copy of K."""
+    """The page got its last token: quantize it, and make what ranks its tokens or spans."""
     keys, values = block_tokens(pages, blocks, block, head)
     if pages.layout.quantized is not None:
         encode_page(pages, int(blocks[block]), head, keys, values)
@@ -83,8 +84,11 @@ def _fill_page(pages: Pages, blocks: torch.Tensor, block: int, head: int) -> Non
 
 
 def close_page(pages: Pages, page: int, head: int, keys: torch.Tensor) -> None:
-    """Make the channel-major copy of the page's K, which is ``keys`` [N, D] in the model's dtype."""
+    """Make the channel-major copy, or the bounds, of the page's K, which is ``keys`` [N, D] in the model's dtype."""
     scoring = pages.layout.scoring
+    if scoring == "bounds":
+        pages.scoring[page, head] = span_bounds(keys)
+        return
     keys = keys.T  # [D, N]
     if scoring == "model":
         pages.scoring[page, head] = keys
@@ -92,6 +96,12 @@ def close_page(pages: Pages, page: int, head: int, keys: torch.Tensor) -> None:
     codes, ranges = quantize(keys.float(), SCORING_BITS[str(scoring)])
     pages.scoring[page, head] = pack(codes, SCORING_BITS[str(scoring)])
     pages.ranges[page, head] = ranges
+
+
+def span_bounds(keys: torch.Tensor) -> torch.Tensor:
+    """[ceil(n / 16), 2, D]: least and largest element of each span and channel of keys [n, D], in their dtype."""
+    finite = torch.where(keys.isfinite(), keys, 0.0)
+    return torch.stack([torch.stack([span.amin(0), span.amax(0)]) for span in finite.split(RETRIEVAL_TOKENS)])
 
 
 def quantize(x: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,0 +1,84 @@
+"""Reads of spans (Quest) in real engines: three spans of 16 tokens, and the same answers however a request is run."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import pytest
+
+from tests.engine.support import EXACT, Prompts
+from tests.engine.test_processes import run_engine
+from tests.engine.test_sameness import RUNS
+
+pytestmark = pytest.mark.engine
+
+SPARSE = EXACT["sparse pages"]
+
+
+@pytest.fixture(scope="module")
+def alone(prompts: Prompts, engine: Any) -> list[list[int]]:
+    """What each prompt of `prompts.mixed` answers when it is alone in the engine: the yardstick."""
+    with engine("sparq", SPARSE) as llm:
+        return [prompts.answers(llm, [prompt])[0] for prompt in prompts.mixed]
+
+
+def test_the_yardstick_is_sparse(engine: Any, prompts: Prompts, alone: list[list[int]]) -> None:
+    """Dense answers differ from it where there is something to leave out, and there alone."""
+    with engine("CPU_ATTN") as llm:
+        dense = prompts.answers(llm, prompts.mixed)
+    assert dense[:2] == alone[:2]
+    assert sum(a != b for a, b in zip(dense, alone, strict=True)) >= 3
+
+
+@pytest.mark.parametrize("run", [run for run in RUNS if run != "blocks of 32"])
+def test_same_answers(run: str, engine: Any, prompts: Prompts, alone: list[list[int]]) -> None:
+    with engine("sparq", SPARSE, **RUNS[run]) as llm:
+        first = prompts.answers(llm, prompts.mixed)
+        again = prompts.answers(llm, prompts.mixed)  # with prefix caching: from cached blocks
+    assert first == alone
+    assert again == first
+
+
+def test_block_sizes_do_not_matter(engine: Any, prompts: Prompts, alone: list[list[int]]) -> None:
+    """Spans are the same tokens in any blocks, and their bounds are exact."""
+    with engine("sparq", SPARSE, **RUNS["blocks of 32"]) as llm:
+        assert prompts.answers(llm, prompts.mixed) == alone
+
+
+def test_equal_beginnings_in_one_step(engine: Any, prompts: Prompts) -> None:
+    """Requests that come together share the blocks they begin with before any of those is computed."""
+    long, other = prompts.of_length(900), prompts.of_length(200)
+    family = [long, long, long[:600] + other, long[:700], long[:130] + other]
+    with engine("sparq", SPARSE, enable_prefix_caching=True) as llm:
+        together = prompts.answers(llm, family)
+        for prompt, answer in zip(family, together, strict=True):
+            assert llm.reset_prefix_cache()
+            assert prompts.answers(llm, [prompt]) == [answer]
+
+
+def test_preemption(engine: Any) -> None:
+    """Requests thrown out in the middle of an answer come back: their output tokens are computed again, by spans."""
+    rng = random.Random(1)
+    batch = [[rng.randrange(3, 1000) for _ in range(n)] for n in (150, 180, 200, 220, 230, 250)]
+    pool = dict(num_gpu_blocks_override=20, max_model_len=640, max_num_batched_tokens=640)
+    with engine("sparq", SPARSE, **pool, disable_log_stats=False) as llm:
+        answers = Prompts.answers(llm, batch, n_tokens=380)
+        preemptions = {m.name: m.value for m in llm.get_metrics() if hasattr(m, "value")}["vllm:num_preemptions"]
+        alone = [Prompts.answers(llm, [prompt], n_tokens=380)[0] for prompt in batch]
+    assert preemptions > 0
+    assert answers == alone
+
+
+def test_speculative_decoding_and_two_workers(prompts: Prompts, alone: list[list[int]]) -> None:
+    """Draft tokens are verified with the reads that decoding them one by one would have made."""
+    ngram = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 4, "prompt_lookup_min": 2}
+    options = {"sparq": {**SPARSE, "dense_layers": 0}}
+    for arguments in (dict(speculative_config=ngram), dict(tensor_parallel_size=2)):
+        result = run_engine(prompts.mixed, attention_backend="quest", additional_config=options, **arguments)
+        assert result["tokens"] == alone
+        if "speculative_config" in arguments:
+            assert result["metrics"]["vllm:spec_decode_num_accepted_tokens"] > 0
+        for report in result["reports"]:
+            assert {layer["backend"] for layer in report.values()} == {"QUEST"}
+            assert all("pages_decode" in layer["ops"] for layer in report.values())

@@ -1,0 +1,112 @@
+"""`config`: what `read: pages` resolves to, and what it refuses."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vllm_sparq.config import MEASURED_BREAK_EVEN, OptionsError, PagesRead, parse_options, spans_of
+
+
+def resolved(**options: Any) -> PagesRead:
+    return parse_options({"sparq": options}, "quest").pages_read()
+
+
+def test_compression_by_hand() -> None:
+    # c = 8: a dense read moves 2 S D elements, the bounds S D / 8 and k tokens 2 k D, so k = S / 8 - S / 16 = S / 16.
+    read = resolved(dense_below=0)
+    assert (read.min_k, read.k_per_token, read.dense_below) == (128, Fraction(1, 16), 0)
+    assert [read.k(s) for s in (1, 2048, 2064, 16000)] == [128, 128, 129, 1000]
+    # 16000 tokens are 1000 spans; 1000 tokens are 62 spans and a half, of which 62 are read.
+    assert (spans_of(16000), read.n_spans(16000), read.n_selected(16000)) == (1000, 62, 992)
+    assert (read.n_spans(16001), read.n_selected(16001)) == (62, 977)  # the newest span holds one token
+    # c = 4: S / 4 - S / 16 = 3 S / 16. c = 3: S (16 - 3) / 48. c = 2.5: S (2 / 5 - 1 / 16) = 27 S / 80.
+    assert [resolved(compression=c).k_per_token for c in (4, 3, 2.5)] == [
+        Fraction(3, 16),
+        Fraction(13, 48),
+        Fraction(27, 80),
+    ]
+    assert resolved(compression=1).k_per_token == Fraction(15, 16)
+
+
+@pytest.mark.parametrize("compression", [1, 2, 3, 4, 8, 15.5])
+def test_bytes_are_those_of_the_compression(compression: float) -> None:
+    """At a length where everything divides: S D / 8 + 2 k D = 2 S D / c, in elements per D."""
+    s = 16 * 31 * 5040
+    read = resolved(compression=compression, min_k=1)
+    assert abs(s / 8 + 2 * read.n_spans(s) * 16 - 2 * s / compression) < 32
+
+
+def test_k_overrides_compression() -> None:
+    read = resolved(k=50, compression=2, min_k=4000)
+    assert [read.k(s) for s in (10, 10**6)] == [50, 50]
+    assert read.n_spans(10**6) == 3
+    assert resolved(k=50, compression=100) == read, "compression decides nothing beside k"
+
+
+@pytest.mark.parametrize(("k", "spans"), [(1, 3), (47, 3), (63, 3), (64, 4), (10**6, 7)])
+def test_spans_by_hand(k: int, spans: int) -> None:
+    """100 tokens are 7 spans, the last of 4 tokens; no fewer than 3 are read."""
+    assert PagesRead(min_k=k).n_spans(100) == spans
+
+
+def test_dense_contexts() -> None:
+    read = PagesRead(min_k=64, dense_below=40)
+    assert [s for s in (1, 39, 48, 64, 65, 100) if read.is_dense(s)] == [1, 39, 48, 64]
+    assert PagesRead(min_k=1, dense_below=100).is_dense(99)
+    assert resolved().dense_below == MEASURED_BREAK_EVEN
+
+
+@given(
+    st.builds(
+        PagesRead,
+        min_k=st.integers(1, 10**5),
+        k_per_token=st.fractions(0, 1),
+        dense_below=st.integers(0, 10**4),
+    ),
+    st.integers(1, 10**7),
+)
+def test_numbers_of_a_read(read: PagesRead, s: int) -> None:
+    assert 1 <= read.n_spans(s) <= spans_of(s)
+    assert read.n_spans(s) <= read.n_spans(s + 16)
+    assert 16 * (spans_of(s) - 1) < s <= 16 * spans_of(s)
+    assert read.is_dense(s) or (3 <= read.n_spans(s) < spans_of(s) and s >= read.dense_below)
+
+
+def test_the_preset_is_the_authors() -> None:
+    options = parse_options({}, "quest")
+    assert (options.read, options.dense_layers, options.format, options.retention) == ("pages", 2, "model", "all")
+    assert parse_options({"sparq": {"dense_layers": 0, "format": "kivi2"}}, "quest").dense_layers == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"r": 16}, "r=16 means nothing with read 'pages': set k or compression, set read 'sparq', or leave it out"),
+        ({"local": 0}, "local=0 means nothing with read 'pages'"),
+        ({"scoring": "int8"}, "scoring='int8' means nothing with read 'pages'"),
+        ({"mean_value": "on"}, "mean_value='on' means nothing with read 'pages'"),
+        ({"group_reduce": "probs"}, "group_reduce='probs' means nothing with read 'pages'"),
+        (
+            {"retention": "heavy_hitter"},
+            "retention='heavy_hitter' puts tokens from elsewhere .* bounds say nothing: .* 'all'",
+        ),
+        ({"retention": "window"}, "retention='window' puts tokens from elsewhere"),
+        ({"compression": 16}, "compression=16.0 leaves .* no token to read: .* use compression < 16, or set k"),
+        ({"compression": 100}, "compression=100.0 leaves"),
+        ({"budget": 5}, "budget=5 means nothing while all tokens stay"),
+    ],
+)
+def test_refusals(options: dict[str, Any], message: str) -> None:
+    for backend, read in (("quest", {}), ("sparq", {"read": "pages"}), ("kivi", {"read": "pages"})):
+        with pytest.raises(OptionsError, match=f"sparq option {message}"):
+            parse_options({"sparq": {**read, **options}}, backend)
+
+
+def test_h2o_with_pages_is_refused() -> None:
+    with pytest.raises(OptionsError, match="retention='heavy_hitter'"):
+        parse_options({"sparq": {"read": "pages"}}, "h2o")

@@ -1,0 +1,61 @@
+"""Quest attention of one new token per request: rank spans of neighbouring tokens by bounds, read few of them."""
+
+from __future__ import annotations
+
+import torch
+
+from vllm_sparq.config import PagesRead
+from vllm_sparq.layout import Pages
+from vllm_sparq.ops.checks import require
+from vllm_sparq.ops.dense_decode import check_decode
+from vllm_sparq.ops.dispatch import choose
+
+
+def pages_decode(
+    query: torch.Tensor,
+    pages: Pages,
+    block_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    *,
+    read: PagesRead,
+    scale: float,
+    out: torch.Tensor,
+) -> None:
+    """Quest (Tang et al. 2024, arXiv 2406.10774), per request b and KV head, q the heads of its query group.
+
+    A *span* is `RETRIEVAL_TOKENS` = 16 neighbouring tokens, ``16 p .. 16 p + 15``; the last one of a context may hold
+    fewer. It is what Quest calls a page; a page here is one block of one KV head, and holds N / 16 spans.
+
+    A request that ``read.is_dense`` is attended to densely, exactly as `dense_decode` does. Otherwise:
+
+    1. *Bounds*: the least ``low_pc`` and the largest ``high_pc`` element of K in span p and channel c: the page's
+       ``scoring`` part in full pages, K itself in the unfinished one (elements that are not finite count as 0). In
+       quantized formats the newest block, staged, counts as unfinished; its bounds are from K in the model's type too.
+    2. *Upper bounds of the logits*: ``u_p = sum_g sum_c max(q_gc low_pc, q_gc high_pc)``, which no token of the span
+       exceeds in its summed ``q_g . K``. That is ``a . high_p + b . low_p`` with ``a = sum_g max(q_g, 0)`` and
+       ``b = sum_g min(q_g, 0)``: one dot product of 2 D elements per span for the whole group.
+    3. *Spans*: the newest one, and of the others those with the largest ``u_p`` (ties: oldest), ``read.n_spans(S)`` in
+       all. Quest chooses for each query head; like everything here, this chooses once per KV head.
+    4. ``out_g``: softmax attention with ``scale`` over all tokens of those spans.
+
+    Args:
+        query: [B, H, D], one row per request; its own K and V are already in the pages.
+        pages: the cache, with ``scoring`` of the kind ``bounds``, and no ``positions`` (a span must hold neighbours).
+        block_table: int32 [>= B, M]; entries past a request's last block, and its staging blocks, are never read.
+        seq_lens: int32 [>= B], context lengths S, the current token included. A row with S = 0 (padding) is zero.
+        read: what to read.
+        scale: of the logits, normally 1 / sqrt(D).
+        out: [B, H, D], written. Sums are fp32, rounded once at the end.
+
+    Raises:
+        ValueError: a shape, type or stride that does not fit, or pages without bounds or with positions.
+    """
+    check_decode(query, pages, block_table, seq_lens, out)
+    layout = pages.layout
+    require(
+        layout.scoring == "bounds",
+        f"pages_decode needs pages with scoring 'bounds'; this layout has {layout.scoring!r}",
+    )
+    require(not layout.positions, "pages_decode needs pages that keep all tokens; this layout has positions")
+    run = choose("pages_decode", query.device.type).load()
+    run(query, pages, block_table, seq_lens, read=read, scale=scale, out=out)

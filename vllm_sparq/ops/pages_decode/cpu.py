@@ -1,0 +1,37 @@
+"""`vllm_sparq.ops.pages_decode.pages_decode` in C++: csrc/pages_decode.cpp."""
+
+from __future__ import annotations
+
+import torch
+
+from vllm_sparq.config import PagesRead
+from vllm_sparq.layout import Pages
+from vllm_sparq.ops import native
+
+SIGNATURE = "p pll pll ii plp f llll".replace(" ", "")
+"""pages | query | out | B, H | block_table, seq_lens | scale | min_k, k_per_token, dense_below"""
+
+
+def pages_decode(
+    query: torch.Tensor,
+    pages: Pages,
+    block_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    *,
+    read: PagesRead,
+    scale: float,
+    out: torch.Tensor,
+) -> None:
+    native.function("sparq_pages_decode", SIGNATURE)(
+        native.pages_address(pages),
+        *native.heads(query),
+        *native.heads(out),
+        *query.shape[:2],
+        block_table.data_ptr(),
+        block_table.stride(0),
+        seq_lens.data_ptr(),
+        scale,
+        read.min_k,
+        *read.k_per_token.as_integer_ratio(),
+        read.dense_below,
+    )
