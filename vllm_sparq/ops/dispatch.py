@@ -25,6 +25,7 @@ IMPLEMENTATIONS = {
     },
     "pages_decode": {
         "reference": "vllm_sparq.ops.pages_decode.reference:pages_decode",
+        "triton": "vllm_sparq.ops.pages_decode.triton:pages_decode",
     },
     "evict": {
         "reference": "vllm_sparq.ops.evict.reference:evict",
