@@ -167,9 +167,7 @@ def count_kernel(
 
 
 @triton.jit
-def append_cells(
-    cells, n, table, t, chosen, context_len, N: tl.constexpr, STAGED: tl.constexpr, SPAN: tl.constexpr
-):
+def append_cells(cells, n, table, t, chosen, context_len, N: tl.constexpr, STAGED: tl.constexpr, SPAN: tl.constexpr):
     """Append the cells of the chosen items of a tile to a list of ``n`` items; returns its new length."""
     place = n + tl.cumsum(chosen.to(tl.int32), 0) - 1
     n += tl.sum(chosen.to(tl.int32), 0)

@@ -1,4 +1,4 @@
-"""What ranks the tokens or spans of a full block: a channel-major copy of its K, or bounds; part of `write` on a GPU."""
+"""What ranks the tokens or spans of a full block: a channel-major copy of K, or bounds; part of `write` on a GPU."""
 
 from __future__ import annotations
 
