@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import torch
 
-from vllm_sparq.config import Options, SparqRead
+from vllm_sparq.config import Options, PagesRead, SparqRead
 from vllm_sparq.layout import PageLayout, Pages
 from vllm_sparq.ops.dispatch import Choice
 
@@ -35,7 +35,7 @@ class Case:
     @property
     def layout(self) -> PageLayout:
         sizes = dict(head_size=self.head_size, block_size=self.block_size, dtype=getattr(torch, self.dtype))
-        ranks_itself = self.format.startswith("kivi")
+        ranks_itself = self.format.startswith("kivi") and self.sparse == "sparq_decode"
         scoring = None if ranks_itself else self.scoring
         sizes |= dict(positions=self.noted, scores=self.noted)
         return PageLayout(**sizes, scoring=scoring, value_sum=True, format=self.format)
@@ -45,8 +45,15 @@ class Case:
         return -(-context // self.block_size) + self.layout.n_staging_blocks
 
     @property
-    def read(self) -> SparqRead:
+    def sparse(self) -> str:
+        """The op that reads few of the tokens of such pages."""
+        return "pages_decode" if self.scoring == "bounds" else "sparq_decode"
+
+    @property
+    def read(self) -> SparqRead | PagesRead:
         options = Options(dense_below=1024, local=self.local, group_reduce=self.group_reduce, mass=self.mass)
+        if self.sparse == "pages_decode":
+            return options.pages_read()
         sizes = dict(head_size=self.head_size, n_heads=self.heads, n_kv_heads=self.kv_heads)
         return replace(options.sparq_read(**sizes), alpha_floor=self.alpha_floor, least_k=16)
 
@@ -70,6 +77,10 @@ CASES = (
     *(Case(format=name, noted=True) for name in ("model", "int8", "int4", "kivi4", "kivi2")),
     Case(heads=8, kv_heads=8, alpha_floor=0.0, dtype="float16", block_size=48, scoring="int8", noted=True),
     Case(heads=16, kv_heads=2, head_size=64, group_reduce="probs", dtype="float16", block_size=64, noted=True),
+    *(Case(format=name, scoring="bounds") for name in ("model", "int8", "int4", "kivi4", "kivi2")),
+    Case(heads=6, kv_heads=2, head_size=80, dtype="float32", block_size=48, scoring="bounds"),
+    Case(heads=16, kv_heads=2, head_size=64, dtype="float16", block_size=16, scoring="bounds"),
+    Case(heads=5, kv_heads=1, head_size=96, dtype="float16", block_size=64, format="kivi2", scoring="bounds"),
 )
 
 TOLERANCE = {"float32": 2e-5, "float16": 2e-3, "bfloat16": 1e-2}
@@ -120,11 +131,11 @@ class World:
         rows, key_rows = self.rows(context, lens), self.rows(whole, lens)
         starts, key_starts = ([0, *(s - c for s, c in zip(lens, firsts, strict=True))] for firsts in (context, whole))
         new = q.repeat(len(rows) // len(q) + 1, 1, 1)[: len(rows)], self.key[key_rows], self.value[key_rows]
-        out = {op: torch.full_like(q, torch.nan) for op in ("dense_decode", "sparq_decode")}
+        out = {op: torch.full_like(q, torch.nan) for op in ("dense_decode", case.sparse)}
         out["prefill"] = torch.full_like(new[0], torch.nan)
         runs, shared = {op: load(op, implementation) for op in out}, (self.pages, self.table)
         runs["dense_decode"](q, *shared, self.seq_lens, **options, out=out["dense_decode"])
-        runs["sparq_decode"](q, *shared, self.seq_lens, read=case.read, **options, out=out["sparq_decode"])
+        runs[case.sparse](q, *shared, self.seq_lens, read=case.read, **options, out=out[case.sparse])
         starts_loc, key_starts_loc = (self.int32(numbers).cumsum(0).int() for numbers in (starts, key_starts))
         if n > 1:
             options["key_start_loc"] = key_starts_loc
@@ -174,6 +185,8 @@ def wrong_bytes(got: World, want: World) -> float:
         return math.inf
     for pages in (ours, theirs) if "ranges" in ours.layout.parts else ():
         pages.ranges[pages.ranges == 0] = 0.0  # zeros may differ in sign
+    for pages in (ours, theirs) if got.case.scoring == "bounds" else ():
+        pages.scoring[pages.scoring == 0] = 0.0
     ours.value_sum.copy_(sums)
     return float((ours.data != theirs.data).sum())
 

@@ -2,6 +2,7 @@
 """Are the Triton kernels right on this GPU, and how fast are they? Needs torch, triton and this checkout; no vLLM.
 
     python benchmarks/gpu_check.py --out gpu.jsonl
+    python benchmarks/gpu_check.py --out gpu.jsonl --only times --scoring bounds    # pages_decode instead of sparq
 
 First every op is compared with its reference, on pages whose unowned bytes are NaN; then a decode step of one layer is
 timed beside PyTorch's SDPA (and flash-attn and flashinfer where they are installed). A time is the median of replays
@@ -26,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout is
 import torch
 from gpu_cases import CASES, Case, World, load, run_checks, written
 
+from vllm_sparq.config import RETRIEVAL_TOKENS, PagesRead
 from vllm_sparq.layout import FORMATS, Pages
 
 N_SAMPLES = 20
@@ -34,17 +36,17 @@ COPY_BYTES = 4 << 30
 MEMORY_SHARE = 0.8  # of the free memory that a cell may take
 
 
-def check_graph(device: str) -> dict[str, Any]:
+def check_graph(device: str, case: Case) -> dict[str, Any]:
     """A captured decode step follows tensors that change after the capture."""
-    world = written(CASES[0], device, "triton")
+    world = written(case, device, "triton")
     out, lens = torch.empty_like(world.query), world.seq_lens.clone().fill_(1)
-    run, arguments = load("sparq_decode", "triton"), (world.query, world.pages, world.table, lens)
-    graph = capture(lambda: run(*arguments, read=world.case.read, scale=0.1, out=out))
+    run, arguments = load(case.sparse, "triton"), (world.query, world.pages, world.table, lens)
+    graph = capture(lambda: run(*arguments, read=case.read, scale=0.1, out=out))
     lens.copy_(world.seq_lens)
     graph.replay()
     want = torch.empty_like(out)
-    run(*arguments, read=world.case.read, scale=0.1, out=want)
-    return dict(check="CUDA graph", case=asdict(world.case), error=float((out != want).sum()), limit=0)
+    run(*arguments, read=case.read, scale=0.1, out=want)
+    return dict(check="CUDA graph", case=asdict(case), error=float((out != want).sum()), limit=0)
 
 
 def capture(step: Callable[[], object]) -> torch.cuda.CUDAGraph:
@@ -126,14 +128,14 @@ def measure_cell(case: Case, n_requests: int, context: int, flush: torch.Tensor)
     query, pages, table, lens = world.query, world.pages, world.table, world.seq_lens
     g, layout, read, scale = case.kv_heads, case.layout, case.read, case.head_size**-0.5
     starts, out = torch.arange(n_requests + 1, dtype=torch.int32, device=lens.device), torch.empty_like(query)
-    write, dense, sparq = (load(op, "triton") for op in ("write", "dense_decode", "sparq_decode"))
+    write, dense, sparse = (load(op, "triton") for op in ("write", "dense_decode", case.sparse))
     new, fewer = (world.key[:n_requests], world.value[:n_requests]), lens - 1
     contiguous = (t.view(n_requests, context, g, case.head_size) for t in (world.key, world.value))
     steps: dict[str, Callable[[], object]] = {
         "write": lambda: write(*new, pages, table, starts, fewer),
         "write+close": lambda: write(*new, pages, table, starts, lens),
         "dense": lambda: dense(query, pages, table, lens, scale=scale, out=out),
-        "sparq": lambda: sparq(query, pages, table, lens, read=read, scale=scale, out=out),
+        case.sparse.removesuffix("_decode"): lambda: sparse(query, pages, table, lens, read=read, scale=scale, out=out),
         **rivals(query, *contiguous),
     }
     runs = {}
@@ -141,7 +143,7 @@ def measure_cell(case: Case, n_requests: int, context: int, flush: torch.Tensor)
         try:
             runs[name] = capture(step).replay
         except Exception as error:
-            if name.startswith(("write", "dense", "sparq")):
+            if name.startswith(("write", "dense", "sparq", "pages")):
                 raise
             yield dict(method=name, **where, error=f"{type(error).__name__}: {error}")
 
@@ -151,12 +153,15 @@ def measure_cell(case: Case, n_requests: int, context: int, flush: torch.Tensor)
 
     # The newest block counts as one in the format; ranges of a scoring copy do not count.
     token = per_token("records", "key_codes", "key_ranges", "value_codes", "value_ranges")
-    ranks = per_token("key_codes", "key_ranges") if layout.channel_keys else per_token("scoring")
     full, brought = context * token, layout.record_bytes
-    picked = (
-        full if read.is_dense(context) else read.n_selected(context) * token + context * read.r * ranks / case.head_size
-    )
-    moved = {"write": 2 * brought, "write+close": case.block_size * brought, "sparq": picked, "dense": full}
+    moved = {"write": 2 * brought, "write+close": case.block_size * brought, "dense": full}
+    if isinstance(read, PagesRead):
+        picked = RETRIEVAL_TOKENS * read.n_spans(context) * token + context * per_token("scoring")
+        moved["pages"] = full if read.is_dense(context) else picked
+    else:
+        ranks = per_token("key_codes", "key_ranges") if layout.channel_keys else per_token("scoring")
+        picked = read.n_selected(context) * token + context * read.r * ranks / case.head_size
+        moved["sparq"] = full if read.is_dense(context) else picked
     for name, times in samples_us(runs, flush).items():
         deciles, median = statistics.quantiles(times, n=10), statistics.median(times)
         n_bytes = int(n_requests * g * moved.get(name, context * brought))
@@ -166,9 +171,9 @@ def measure_cell(case: Case, n_requests: int, context: int, flush: torch.Tensor)
 
 
 def stages(case: Case, n_requests: int, context: int) -> dict[str, float]:
-    """Microseconds of each kernel of a SparQ step, warm, from the profiler; empty where it sees no kernels."""
+    """Microseconds of each kernel of a sparse decode step, warm, from the profiler; empty where it sees no kernels."""
     world = filled(case, n_requests, context)
-    run, out = load("sparq_decode", "triton"), torch.empty_like(world.query)
+    run, out = load(case.sparse, "triton"), torch.empty_like(world.query)
     arguments = world.query, world.pages, world.table, world.seq_lens
     run(*arguments, read=case.read, scale=0.1, out=out)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
@@ -209,8 +214,8 @@ def measure(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
         yield from (dict(shape=arguments.shape, scoring=case.scoring, format=case.format, **r) for r in records)
     for n_requests in (1, 16):
         kernels = stages(case, n_requests, 32768)
-        print(f"kernels of a SparQ step, B={n_requests} S=32768, us: {kernels}")
-        yield dict(method="sparq stages", requests=n_requests, context=32768, kernels_us=kernels)
+        print(f"kernels of {case.sparse}, B={n_requests} S=32768, us: {kernels}")
+        yield dict(method=f"{case.sparse} stages", requests=n_requests, context=32768, kernels_us=kernels)
 
 
 def print_cell(records: list[dict[str, Any]], copy: float) -> None:
@@ -232,7 +237,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, help="append JSON lines to this file")
     parser.add_argument("--only", choices=["checks", "times"], help="half of the work")
     parser.add_argument("--shape", default="32/8/128", help="query heads / KV heads / head size of the timed layer")
-    parser.add_argument("--scoring", default="int4", choices=["int4", "int8", "model"])
+    parser.add_argument("--scoring", default="int4", choices=["int4", "int8", "model", "bounds"])
     parser.add_argument("--format", default="model", choices=list(FORMATS), help="of the timed pages")
     parser.add_argument("--minutes", type=float, default=5.0, help="start no further timing after this")
     arguments = parser.parse_args()
@@ -245,7 +250,7 @@ def main() -> int:
     print(machine)
     failed, records = 0, []
     if arguments.only != "times":
-        for record in (*run_checks("cuda"), check_graph("cuda")):
+        for record in (*run_checks("cuda"), *(check_graph("cuda", case) for case in (CASES[0], CASES[-1]))):
             ok = record["error"] <= record["limit"]
             failed += not ok
             print(

@@ -105,9 +105,7 @@ def starting_points(workload: Workload) -> list[dict[str, Any]]:
     """Dial values worth trying before any are drawn: the papers' middle, over the model's type and over int4; int4."""
     rank = max(1, workload.shape.head_size // 4)
     k = min(128, max(_tokens(workload)))
-    sparse = dict(
-        read="sparq", scoring="int4", r=rank, k=k, local_share=0.25, group_reduce="logits", dense_layers=0
-    )
+    sparse = dict(read="sparq", scoring="int4", r=rank, k=k, local_share=0.25, group_reduce="logits", dense_layers=0)
     return [
         {**sparse, "format": "model"},
         {**sparse, "format": "int4"},

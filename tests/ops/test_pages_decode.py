@@ -210,3 +210,44 @@ def test_a_wrong_answer_is_refused(wrong: dict[str, int], message: str) -> None:
     assert_right(reference, case, case.tokens(), read)
     with pytest.raises(AssertionError, match=message):
         assert_right(run, case, case.tokens(), read)
+
+
+LONG = replace(BASE, heads=1, kv_heads=1, head_size=256, block_size=256, lens=(2500,))
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("order", ["random", "rising", "tied"])
+def test_a_row_whose_spans_are_shared_out(implementation: str, order: str) -> None:
+    """157 spans, which Triton ranks and picks in two parts; the best ones in both, in the last alone, all alike."""
+    tokens, on = LONG.tokens(), device(implementation)
+    if order != "random":
+        tokens.query[0][:] = 1
+        tokens.key[0][:] = torch.arange(2500.0)[:, None, None] // 256 if order == "rising" else 1
+    run, read = load("pages_decode", implementation), PagesRead(min_k=400)
+    assert_right(run, LONG, tokens, read, on)
+    if order == "tied":
+        chosen = tokens_read(run, build(LONG, tokens, device=on), read)[0, 0]
+        assert chosen.tolist() == [*range(24 * 16), *range(2496, 2500)]
+
+
+OVERFLOWS = [(name, kind) for name in IMPLEMENTATIONS for kind in ("infinite", "nan") if (name, kind) != ("cpu", "nan")]
+"""A sum that is NaN is the greatest to torch and Triton. The kernels of the CPU, where NaN is no number, may differ."""
+
+
+@pytest.mark.parametrize(("implementation", "kind"), OVERFLOWS)
+def test_bounds_may_overflow(implementation: str, kind: str) -> None:
+    """Sums beyond fp32: spans 5 and 8 before all, span 0 behind all, and nothing else is disturbed."""
+    case, big = replace(BASE, heads=2, kv_heads=1, block_size=32, lens=(156,)), 3e19
+    tokens, on = case.tokens(), device(implementation)
+    tokens.query[0][:], tokens.key[0][:] = 0, 0
+    tokens.query[0][..., :2] = 1e19  # 2e19 * 3e19 is infinite; 1e19 * 3e19, the logit of a head, is not
+    for span, first, second in ((0, -big, 0), (5, big, -big * (kind == "nan")), (8, big, -big * (kind == "nan"))):
+        tokens.key[0][span * 16 : span * 16 + 16, 0, :2] = torch.tensor([first, second])
+    run, world = load("pages_decode", implementation), build(case, tokens, device=on)
+
+    def flat(*args: object, scale: float, **options: object) -> None:
+        run(*args, scale=2e-38, **options)  # so that logits are 6 or 0, and every token read leaves its mark
+
+    for n, want in ((3, [5, 8, 9]), (9, [1, 2, 3, 4, 5, 6, 7, 8, 9])):
+        chosen = tokens_read(flat, world, PagesRead(min_k=16 * n))[0, 0]
+        assert np.unique(chosen // 16).tolist() == want

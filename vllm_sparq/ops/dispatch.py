@@ -26,6 +26,7 @@ IMPLEMENTATIONS = {
     "pages_decode": {
         "reference": "vllm_sparq.ops.pages_decode.reference:pages_decode",
         "cpu": "vllm_sparq.ops.pages_decode.cpu:pages_decode",
+        "triton": "vllm_sparq.ops.pages_decode.triton:pages_decode",
     },
     "evict": {
         "reference": "vllm_sparq.ops.evict.reference:evict",
@@ -63,7 +64,7 @@ def choose(op: str, device_type: str) -> Choice:
 
     Raises:
         ValueError: the override names no implementation of this op.
-        NotImplementedError: a device that nothing here runs on, or for which this op has no kernels.
+        NotImplementedError: a device that nothing here runs on.
     """
     known = IMPLEMENTATIONS[op]
     forced = os.environ.get(OVERRIDE)
@@ -72,10 +73,6 @@ def choose(op: str, device_type: str) -> Choice:
             raise ValueError(f"{OVERRIDE}={forced!r} is not an implementation of {op}: use one of {list(known)}")
         return Choice(op, forced, f"forced by {OVERRIDE}")
     if device_type == "cuda":
-        if "triton" not in known:
-            raise NotImplementedError(
-                f"{op} has no kernels for CUDA: run on CPU, or choose another read (sparq, dense) or backend"
-            )
         return Choice(op, "triton", "CUDA device")
     if device_type == "cpu":
         from vllm_sparq.ops import native

@@ -1,7 +1,8 @@
 """Attention of one query group over tokens, split over them: the exact part of every decode op.
 
 The tokens of a row are either all of a request, found through its block table, or a list of cells that `sparq_decode`
-picked (a cell is ``page * N + slot``). One load leads from a token to its K and V, so the pipeliner can run ahead.
+or `pages_decode` picked (a cell is ``page * N + slot``). One load leads from a token to its K and V, so the pipeliner
+can run ahead.
 
 Quantized pages take two loops, one over tokens in codes and one over those of the newest block, which are staged; the
 cell of a staged token is the complement of ``page * N + place``.
@@ -161,6 +162,7 @@ def attend_kernel(
     K_DEN: tl.constexpr,
     LOCAL: tl.constexpr,
     DENSE_BELOW: tl.constexpr,
+    SPAN: tl.constexpr,
 ):
     """Grid (B * G, N_SPLITS). Reads 2 D elements per token, or their codes, once for the whole query group."""
     row = tl.program_id(0)
@@ -170,7 +172,7 @@ def attend_kernel(
     context_len = tl.load(seq_lens + b)
     n_tokens, is_dense = context_len, context_len >= 0
     if LISTED:
-        is_dense, n_tokens, _ = read_counts(context_len, MIN_K, K_NUM, K_DEN, LOCAL, DENSE_BELOW)
+        is_dense, n_tokens, _ = read_counts(context_len, MIN_K, K_NUM, K_DEN, LOCAL, DENSE_BELOW, SPAN)
         tokens += row.to(tl.int64) * tokens_stride
         if COUNTED:
             n_tokens = tl.load(n_listed + row)
@@ -262,7 +264,7 @@ def attend(
     partial = torch.empty(n_requests * n_heads, scratch, head_size, dtype=torch.float32, device=query.device)
     n_weights = scratch if logits is None else n_splits
     weight = torch.empty(n_requests * n_heads, n_weights, dtype=torch.float32, device=query.device)
-    unused = dict(MIN_K=1, K_NUM=0, K_DEN=1, LOCAL=0, DENSE_BELOW=0)
+    sizes = dict(MIN_K=1, K_NUM=0, K_DEN=1, LOCAL=0, DENSE_BELOW=0, SPAN=1)
     attend_kernel[(n_requests * n_kv_heads, n_splits)](
         *(query, records, tokens, seq_lens, seq_lens if n_listed is None else n_listed),
         *(partial, weight, weight if logits is None else logits, out),
@@ -280,7 +282,7 @@ def attend(
         FORMAT=codes_of(pages.layout),
         NOTE=logits is not None,
         COUNTED=n_listed is not None,
-        **(unused if read is None else read),
+        **(sizes | (read or {})),
         num_warps=4 if pages.layout.quantized is None else 8,  # elements on their way from codes live in registers
         num_stages=3,
     )

@@ -362,3 +362,20 @@ def staged_at(table, t, live, N: tl.constexpr, STAGED: tl.constexpr):
     """(page, place) of tokens ``t`` of a request's newest block, which wait in the blocks behind it."""
     slot = t % N
     return tl.load(table + t // N + 1 + slot // STAGED, mask=live, other=0), slot % STAGED
+
+
+@triton.jit
+def cell_of(table, t, mask, context_len, N: tl.constexpr, STAGED: tl.constexpr):
+    """Where the tokens ``t`` of a request are; STAGED places a page hold those of its newest block, unless 0.
+
+    With STAGED None, the tokens themselves: what `triton_mass` goes on with.
+    """
+    if STAGED is None:
+        return t
+    elif STAGED == 0:
+        return tl.load(table + t // N, mask=mask, other=0) * N + t % N
+    else:
+        waits = mask & (t >= n_in_codes(context_len, N))
+        page = tl.load(table + t // N, mask=mask & ~waits, other=0)
+        ahead, place = staged_at(table, t, waits, N, STAGED)
+        return tl.where(waits, ~(ahead * N + place), page * N + t % N)

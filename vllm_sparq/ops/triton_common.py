@@ -86,12 +86,17 @@ def read_counts(
     K_DEN: tl.constexpr,
     LOCAL: tl.constexpr,
     DENSE_BELOW: tl.constexpr,
+    SPAN: tl.constexpr = 1,
 ):
-    """(is_dense, tokens read, newest tokens among them) of `SparqRead`, in its integer arithmetic."""
+    """(is_dense, tokens read, newest tokens among them) of `SparqRead`, in its integer arithmetic.
+
+    With SPAN those of `PagesRead`: whole spans of so many tokens, but for the newest.
+    """
     s = context_len.to(tl.int64)
     k = tl.maximum(s * K_NUM // K_DEN, MIN_K)
-    is_dense = (s < DENSE_BELOW) | (s <= k + 1)
-    n_read = tl.where(is_dense, s, k + 1)
+    n_left = s - (k + 1) if SPAN == 1 else (tl.cdiv(s, SPAN) - k // SPAN) * SPAN
+    is_dense = (s < DENSE_BELOW) | (n_left <= 0)
+    n_read = tl.where(is_dense, s, s - n_left)
     local = k // 4 if LOCAL is None else tl.minimum(k, LOCAL)
     return is_dense, n_read.to(tl.int32), tl.minimum(s, local + 1).to(tl.int32)
 

@@ -1,4 +1,4 @@
-"""Step 3 of `sparq_decode` on a GPU: the exact top k of each row, without a sort, in three launches.
+"""Step 3 of `sparq_decode` and of `pages_decode` on a GPU: the exact top k of each row, no sort, three launches.
 
 1. `count_kernel` sorts the scores of each split into 256 bins that rise with the score.
 2. `partition_kernel` finds the bin in which the k-th score lies. Everything above is picked; the bin itself, about one
@@ -8,6 +8,9 @@
 A picked token is written as its cell, ``page * N + slot``; where it is staged, as ``~(page * N + place)``.
 The order of the list is fixed but has no meaning.
 Rows that are read densely list all their tokens.
+
+With SPAN what is ranked and picked are spans of so many tokens, and all tokens of a picked one are written. The newest
+span may be short: it is not ranked, but listed behind all others.
 """
 
 # ruff: noqa: RUF005  Triton knows no starred element of a tuple
@@ -17,7 +20,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from vllm_sparq.ops.triton_codes import n_in_codes, staged_at
+from vllm_sparq.ops.triton_codes import cell_of
 from vllm_sparq.ops.triton_common import read_counts, split_tokens
 
 N_BINS = tl.constexpr(256)
@@ -25,6 +28,13 @@ N_BINS = tl.constexpr(256)
 
 LEAST_EXPONENT = tl.constexpr(100)
 """Exponent field of the probability (2^-27) that the lowest bin of ``probs`` starts at; 8 bins to the octave."""
+
+
+@triton.jit
+def items_of(context_len, n_read, SPAN: tl.constexpr):
+    """(items, how many of them to read): tokens, or spans but for the newest."""
+    n_items = context_len if SPAN == 1 else tl.cdiv(context_len, SPAN) - 1
+    return n_items, n_items - (context_len - n_read) // SPAN
 
 
 @triton.jit
@@ -119,22 +129,24 @@ def count_kernel(
     K_DEN: tl.constexpr,
     LOCAL: tl.constexpr,
     DENSE_BELOW: tl.constexpr,
+    SPAN: tl.constexpr,
 ):
     """Grid (B * G, N_SPLITS). Reads 4 bytes per token, from L2 mostly; PROBS 4 per head, and writes 4."""
     row = tl.program_id(0).to(tl.int64)
     split = tl.program_id(1)
     context_len = tl.load(seq_lens + row // G)
-    is_dense, _, n_local = read_counts(context_len, MIN_K, K_NUM, K_DEN, LOCAL, DENSE_BELOW)
+    is_dense, n_read, n_local = read_counts(context_len, MIN_K, K_NUM, K_DEN, LOCAL, DENSE_BELOW, SPAN)
     if is_dense:
         return
     scores += row * max_tokens
     head_scores += row * HEADS * max_tokens
-    n_ranked = context_len - n_local
+    n_items, _ = items_of(context_len, n_read, SPAN)
+    n_ranked = n_items - n_local
     low, per_unit = bin_scale(extent, row, N_SPLITS, PROBS)
     if PROBS:
         row_tops, row_sums = row_statistics(tops, sums, row, N_SPLITS, HEADS)
     histogram = tl.zeros([N_BINS], tl.int32)
-    start, stop = split_tokens(context_len, split, N_SPLITS, TILE)
+    start, stop = split_tokens(n_items, split, N_SPLITS, TILE)
     for first in range(start, stop, TILE):
         t = first + tl.arange(0, TILE)
         live = t < stop
@@ -155,28 +167,17 @@ def count_kernel(
 
 
 @triton.jit
-def cell_of(table, t, mask, context_len, N: tl.constexpr, STAGED: tl.constexpr):
-    """Where the tokens ``t`` of a request are; STAGED places a page hold those of its newest block, unless 0.
-
-    With STAGED None, the tokens themselves: what `triton_mass` goes on with.
-    """
-    if STAGED is None:
-        return t
-    elif STAGED == 0:
-        return tl.load(table + t // N, mask=mask, other=0) * N + t % N
-    else:
-        waits = mask & (t >= n_in_codes(context_len, N))
-        page = tl.load(table + t // N, mask=mask & ~waits, other=0)
-        ahead, place = staged_at(table, t, waits, N, STAGED)
-        return tl.where(waits, ~(ahead * N + place), page * N + t % N)
-
-
-@triton.jit
-def append_cells(cells, n, table, t, chosen, context_len, N: tl.constexpr, STAGED: tl.constexpr):
-    """Append the cells of the chosen tokens of a tile to a list of ``n``; returns its new length."""
+def append_cells(cells, n, table, t, chosen, context_len, N: tl.constexpr, STAGED: tl.constexpr, SPAN: tl.constexpr):
+    """Append the cells of the chosen items of a tile to a list of ``n`` items; returns its new length."""
     place = n + tl.cumsum(chosen.to(tl.int32), 0) - 1
+    n += tl.sum(chosen.to(tl.int32), 0)
+    if SPAN > 1:
+        within = tl.arange(0, SPAN)[None, :]
+        t = t[:, None] * SPAN + within
+        place = place[:, None] * SPAN + within
+        chosen = chosen[:, None] & (t < context_len)
     tl.store(cells + place, cell_of(table, t, chosen, context_len, N, STAGED), mask=chosen)
-    return n + tl.sum(chosen.to(tl.int32), 0)
+    return n
 
 
 @triton.jit
@@ -248,26 +249,29 @@ def partition_kernel(
     K_DEN: tl.constexpr,
     LOCAL: tl.constexpr,
     DENSE_BELOW: tl.constexpr,
+    SPAN: tl.constexpr,
 ):
     """Grid (B * G, N_SPLITS). Reads 4 bytes per token; STATISTICS at most 32 more per query head and token picked."""
     row = tl.program_id(0).to(tl.int64)
     split = tl.program_id(1)
     context_len = tl.load(seq_lens + row // G)
-    is_dense, n_read, n_local = read_counts(context_len, MIN_K, K_NUM, K_DEN, LOCAL, DENSE_BELOW)
+    is_dense, n_read, n_local = read_counts(context_len, MIN_K, K_NUM, K_DEN, LOCAL, DENSE_BELOW, SPAN)
     table = block_table + row // G * table_stride
     cells += row * capacity
-    start, stop = split_tokens(context_len, split, N_SPLITS, TILE)
     if is_dense:
+        start, stop = split_tokens(context_len, split, N_SPLITS, TILE)
         for first in range(start, stop, TILE):
             t = first + tl.arange(0, TILE)
             tl.store(cells + t, cell_of(table, t, t < stop, context_len, N, STAGED), mask=t < stop)
         return
 
+    n_items, n_wanted = items_of(context_len, n_read, SPAN)
+    start, stop = split_tokens(n_items, split, N_SPLITS, TILE)
     scores += row * max_tokens
     head_scores += row * HEADS * max_tokens
     candidates += row * max_tokens
     low, per_unit = bin_scale(extent, row, N_SPLITS, PROBS)
-    last, n_above, n_in, n_cells, n_candidates = find_bin(counts, row, split, n_read, N_SPLITS, min(N_SPLITS, 8))
+    last, n_above, n_in, n_cells, n_candidates = find_bin(counts, row, split, n_wanted, N_SPLITS, min(N_SPLITS, 8))
     if split == 0:
         tl.store(pending + row * 2, n_above)
         tl.store(pending + row * 2 + 1, n_in)
@@ -278,9 +282,9 @@ def partition_kernel(
         t = first + tl.arange(0, TILE)
         live = t < stop
         s = tl.load(scores + t, mask=live, other=0.0)
-        index = bin_of(s, t, context_len - n_local, low, per_unit, PROBS, POSITIONS)
+        index = bin_of(s, t, n_items - n_local, low, per_unit, PROBS, POSITIONS)
         chosen = live & (index > last)
-        n_cells = append_cells(cells, n_cells, table, t, chosen, context_len, N, STAGED)
+        n_cells = append_cells(cells, n_cells, table, t, chosen, context_len, N, STAGED, SPAN)
         if STATISTICS:
             lane_shares = add_shares(lane_shares, head_scores, t, chosen, row_tops, max_tokens, HEADS)
         waiting = (live & (index == last)).to(tl.int32)
@@ -348,11 +352,12 @@ def finish_kernel(
     K_DEN: tl.constexpr,
     LOCAL: tl.constexpr,
     DENSE_BELOW: tl.constexpr,
+    SPAN: tl.constexpr,
 ):
     """Grid (B * G). Touches the candidates only: five passes over 8 bytes each, all but the first from L1."""
     row = tl.program_id(0).to(tl.int64)
     context_len = tl.load(seq_lens + row // G)
-    is_dense, n_read, n_local = read_counts(context_len, MIN_K, K_NUM, K_DEN, LOCAL, DENSE_BELOW)
+    is_dense, n_read, n_local = read_counts(context_len, MIN_K, K_NUM, K_DEN, LOCAL, DENSE_BELOW, SPAN)
     if is_dense:
         return
     table = block_table + row // G * table_stride
@@ -360,10 +365,11 @@ def finish_kernel(
     scores += row * max_tokens
     head_scores += row * HEADS * max_tokens
     candidates += row * max_tokens
-    n_ranked = context_len - n_local
+    n_items, n_wanted = items_of(context_len, n_read, SPAN)
+    n_ranked = n_items - n_local
     n_cells = tl.load(pending + row * 2)
     n_candidates = tl.load(pending + row * 2 + 1)
-    threshold, n_equal = find_threshold(candidates, scores, n_candidates, n_read - n_cells, n_ranked, TILE, POSITIONS)
+    threshold, n_equal = find_threshold(candidates, scores, n_candidates, n_wanted - n_cells, n_ranked, TILE, POSITIONS)
     seen = n_cells * 0
     if STATISTICS:
         row_tops, _ = row_statistics(tops, sums, row, N_SPLITS, HEADS)
@@ -377,8 +383,11 @@ def finish_kernel(
         oldest = seen + tl.cumsum(equal.to(tl.int32), 0) <= n_equal  # candidates ascend
         chosen = (live & (key > threshold)) | (equal & oldest)
         seen += tl.sum(equal.to(tl.int32), 0)
-        n_cells = append_cells(cells, n_cells, table, t, chosen, context_len, N, STAGED)
+        n_cells = append_cells(cells, n_cells, table, t, chosen, context_len, N, STAGED, SPAN)
         if STATISTICS:
             lane_shares = add_shares(lane_shares, head_scores, t, chosen, row_tops, max_tokens, HEADS)
     if STATISTICS:
         store_shares(shares + (row * (N_SPLITS + 1) + N_SPLITS) * HEADS, lane_shares, HEADS)
+    if SPAN > 1:
+        newest = n_items + tl.zeros([1], tl.int32)
+        append_cells(cells, n_cells, table, newest, newest == newest, context_len, N, STAGED, SPAN)

@@ -61,9 +61,9 @@ def upper_bounds(q: torch.Tensor, bounds: torch.Tensor) -> torch.Tensor:
 
 def pick_spans(upper: torch.Tensor, n_spans: int) -> torch.Tensor:
     """Step 3: int64 [n_spans] ascending, from what no logit of each span exceeds [spans]."""
-    upper = upper.clone()
-    upper[-1] = torch.inf
-    return upper.sort(descending=True, stable=True).indices[:n_spans].sort().values
+    best = upper[:-1].sort(descending=True, stable=True).indices[: n_spans - 1]
+    newest = torch.tensor([len(upper) - 1], device=upper.device)
+    return torch.cat([best.sort().values, newest])
 
 
 def tokens_of(spans: torch.Tensor, context_len: int) -> torch.Tensor:

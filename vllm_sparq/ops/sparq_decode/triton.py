@@ -285,7 +285,7 @@ def score(
 
 def select(plan: Plan, work: Scratch, pages: Pages, block_table: torch.Tensor, seq_lens: torch.Tensor) -> None:
     """Step 3: the list of cells, and the share of each head's probability that is on them."""
-    sizes = dict(G=pages.data.shape[1], HEADS=plan.n_heads, N_SPLITS=plan.n_splits, TILE=TILE, **plan.constants)
+    sizes = dict(G=pages.data.shape[1], HEADS=plan.n_heads, N_SPLITS=plan.n_splits, TILE=TILE, SPAN=1, **plan.constants)
     scores = work.scores, work.head_scores
     statistics = work.tops, work.sums
     lists = work.tokens, work.candidates, work.pending, work.shares

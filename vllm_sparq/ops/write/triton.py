@@ -1,8 +1,8 @@
 """`vllm_sparq.ops.write.write` on a GPU: pages in the model's type (the others: `triton_quantized`).
 
 One launch, and one more for the sums of V (`triton_sums`). A program copies the new tokens of one page and KV head, and
-makes the scoring copy if that completes the page; old tokens come from the page, new ones from ``key``. Moves ``4 D``
-elements per new token; a completed page its K twice, the second time from L1, and D / 2 bytes per token.
+makes the scoring copy or the bounds if that completes the page; old tokens come from the page, new ones from ``key``.
+Moves ``4 D`` elements per new token; a completed page its K twice, the second time from L1, and D / 2 bytes per token.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def write_kernel(
     key,  # [T, G, D]
     value,
     records,  # keys of the pages [P, G, N, D]; V lies D elements behind
-    scoring,  # [P, G, D, N / 2 | N]
+    scoring,  # [P, G, D, N / 2 | N], or bounds [P, G, N / 16, 2, D]
     ranges,  # fp16 [P, G, D, 2]
     positions,  # int32 [P, G, N]
     scores,  # fp32 [P, G, N]

@@ -120,7 +120,7 @@ def encode_kernel(
     key,  # [T, G, D]
     value,
     staged,  # pages [P, G] of the model's type
-    scoring,  # [P, G, D, N / 2 | N]
+    scoring,  # [P, G, D, N / 2 | N], or bounds [P, G, N / 16, 2, D]
     ranges,  # fp16 [P, G, D, 2]
     positions,  # int32 [P, G, N]
     scores,  # fp32 [P, G, N]

@@ -1,12 +1,15 @@
-"""The channel-major copy of a full block's K that SparQ ranks tokens with; part of `write` on a GPU."""
+"""What ranks the tokens or spans of a full block: a channel-major copy of K, or bounds; part of `write` on a GPU."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
+from vllm_sparq.config import RETRIEVAL_TOKENS
 from vllm_sparq.ops.triton_codes import gather
 from vllm_sparq.ops.triton_common import cast, widen
+
+SPAN = tl.constexpr(RETRIEVAL_TOKENS)
 
 
 @triton.jit
@@ -90,7 +93,53 @@ def finite(x):
 
 
 @triton.jit
+def extremes(keys):
+    """fp32 (least, largest) element of each channel of keys [tokens, D]; those that are not finite count as 0."""
+    x = finite(keys)
+    return tl.min(x, 0), tl.max(x, 0)
+
+
+@triton.jit
 def close_page(
+    key,  # this and the next two as in `page_keys`
+    records,
+    ahead,
+    scoring,  # pointers to this page and head
+    ranges,
+    n_old,
+    key_stride_t,
+    page_stride,
+    SCORING: tl.constexpr,
+    N: tl.constexpr,
+    D: tl.constexpr,
+    D_PAD: tl.constexpr,
+    TILE: tl.constexpr,
+    STAGED: tl.constexpr,
+    FORMAT: tl.constexpr,
+):
+    """The channel-major copy of a page's K, or the bounds of its spans."""
+    if SCORING == "bounds":
+        d = tl.arange(0, D_PAD)
+        dtype: tl.constexpr = scoring.dtype.element_ty
+        for first in range(0, N, SPAN):
+            slot = first + tl.arange(0, SPAN)
+            low, high = extremes(
+                page_keys(
+                    key, records, ahead, slot, n_old, key_stride_t, page_stride, slot < N, D, D_PAD, STAGED, FORMAT
+                )
+            )
+            to = scoring + first // SPAN * (2 * D) + d
+            tl.store(to, cast(low, dtype), mask=d < D)
+            tl.store(to + D, cast(high, dtype), mask=d < D)
+    else:
+        copy_keys(
+            *(key, records, ahead, scoring, ranges, n_old, key_stride_t, page_stride),
+            *(SCORING, N, D, D_PAD, TILE, STAGED, FORMAT),
+        )
+
+
+@triton.jit
+def copy_keys(
     key,  # this and the next two as in `page_keys`
     records,
     ahead,
@@ -156,5 +205,5 @@ def close_page(
 
 
 def scoring_tile(block_size: int, d_pad: int) -> int:
-    """Tokens of one step of `close_page`."""
+    """Tokens of one step of `copy_keys`."""
     return int(min(triton.next_power_of_2(block_size // 2), max(16, 4096 // d_pad)))
