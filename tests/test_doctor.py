@@ -36,7 +36,7 @@ def test_quick_check_of_this_machine(capsys: pytest.CaptureFixture[str]) -> None
     assert (code, report["is_well"], wrong) == (0, True, [])
     device, operations = report["sections"][2:]
     assert device["numbers"]["platform"].startswith("vllm_sparq.platform.Sparq")
-    assert set(operations["numbers"]) == {"write", "prefill", "dense_decode", "sparq_decode", "evict"}
+    assert set(operations["numbers"]) == {"write", "prefill", "dense_decode", "sparq_decode", "pages_decode", "evict"}
 
 
 def test_for_people_it_ends_with_a_verdict(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -112,6 +112,23 @@ def test_what_a_mass_means_for_a_model(tmp_path: Path) -> None:
     assert section.numbers["contexts"][1] == dict(context=4096, tokens_read=513, k=512, local=16, least_read=33)
     assert "reads as few as hold 0.95 of the estimated probability" in texts(section, "✓")
     assert "at   4,096 tokens a step reads 33 to 513: at least 1 in 124.1" in texts(section, "✓")
+
+
+def test_what_reading_spans_means_for_a_model(tmp_path: Path) -> None:
+    options = Options(read="pages", compression=4.0, dense_below=2048, dense_layers=2)
+    section = model_section(model_folder(tmp_path), options)
+    assert section.is_well
+    # k = 3 S / 16: 768 of 4096 tokens are 48 spans, 1536 of 8192 are 96
+    assert section.numbers["contexts"] == [
+        dict(context=1024, tokens_read=1024, k=192, spans=12),
+        dict(context=4096, tokens_read=768, k=768, spans=48),
+        dict(context=8192, tokens_read=1536, k=1536, spans=96),
+    ]
+    # bf16 K and V, and a sixteenth of that
+    assert section.numbers["memory"]["bytes_per_token_and_kv_head"] == dict(sparq=256 + 16, dense=256)
+    assert "spans of 16 tokens, read as one" in texts(section, "✓")
+    assert "48 spans, the newest among them" in texts(section, "✓")
+    assert "first 2 layers always read densely" in texts(section, "•")
 
 
 def test_what_eviction_means_for_a_model(tmp_path: Path) -> None:

@@ -103,6 +103,18 @@ def test_bytes_by_hand() -> None:
     assert METHODS["kivi2"].bytes_moved(cell) == 3 * 2 * 1024 * 2 * (16 + 8)
     assert METHODS["sparq+kivi2"].bytes_moved(cell) == 3 * 2 * (1024 * 16 // 4 + 32 * 16 * 4 + 64 * 48)
     assert METHODS["sparq+int4"].bytes_moved(cell) == 3 * 2 * (1024 * 16 // 2 + 8 * 16 * 4 + 64 * 72)
+    # 64 spans with two rows of 64 channels in bf16, and of these the tokens of 63 // 16 = 3.
+    assert METHODS["quest"].bytes_moved(cell) == 3 * 2 * (64 * 256 + 48 * 256)
+    assert METHODS["quest+kivi2"].bytes_moved(cell) == 3 * 2 * (64 * 256 + 48 * 48)
+
+
+def test_spans_are_read(tmp_path: Path) -> None:
+    out = tmp_path / "ops.jsonl"
+    words = ("--shape", "4/2/64", "--context", "300", "--k", "48", "--repeats", "2", "--methods", "quest,quest+int4")
+    assert ops_bench.main(parse(*words, "--out", str(out))) == 0
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    # 300 tokens are 19 spans; 3 are read, of which the newest holds 12 tokens.
+    assert [row["bytes_moved"] for row in rows] == [2 * (300 * 16 + 44 * 256), 2 * (300 * 16 + 44 * 72)]
 
 
 def test_requests_own_pages_and_hold_tokens() -> None:
