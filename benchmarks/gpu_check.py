@@ -28,7 +28,8 @@ import torch
 from gpu_cases import CASES, Case, World, load, run_checks, written
 
 from vllm_sparq.config import RETRIEVAL_TOKENS, PagesRead
-from vllm_sparq.layout import FORMATS, Pages
+from vllm_sparq.formats import FORMATS
+from vllm_sparq.layout import Pages
 
 N_SAMPLES = 20
 FLUSH_BYTES = 256 << 20  # several times the L2 of an H200

@@ -14,7 +14,7 @@ from typing import Any
 
 from vllm_sparq.cli import UsageError
 from vllm_sparq.config import NAMESPACE, PRESETS, parse_options
-from vllm_sparq.layout import FORMATS
+from vllm_sparq.formats import FORMATS
 
 DENSE = "dense"
 

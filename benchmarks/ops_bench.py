@@ -21,7 +21,7 @@ from vllm_sparq.benchmarks.ops_methods import METHODS, Call, Cell, Tensors
 from vllm_sparq.benchmarks.records import append_records, case_key, provenance, recorded, skipped_note
 from vllm_sparq.cli import UsageError
 from vllm_sparq.config import Options
-from vllm_sparq.layout import FORMATS
+from vllm_sparq.formats import FORMATS
 from vllm_sparq.ops import native
 
 FLUSH_BYTES = 128 << 20

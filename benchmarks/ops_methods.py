@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import torch
 
 from vllm_sparq.config import PagesRead, SparqRead
-from vllm_sparq.layout import FORMATS, SCORING_BITS, PageLayout, Pages
+from vllm_sparq.formats import FORMATS
+from vllm_sparq.layout import SCORING_BITS, PageLayout, Pages
 from vllm_sparq.ops import native
 from vllm_sparq.ops.dispatch import choose
 

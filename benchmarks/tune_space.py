@@ -8,7 +8,7 @@ from typing import Any
 
 from vllm_sparq.benchmarks.methods import Method
 from vllm_sparq.benchmarks.quality_bytes import CacheShape
-from vllm_sparq.layout import FORMATS
+from vllm_sparq.formats import FORMATS
 
 DEFAULT: dict[str, Any] = {}
 """Options of `--attention-backend sparq` as it comes: what every other setting is compared with."""

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from vllm_sparq.config import MEASURED_BREAK_EVEN, PRESETS, Options, OptionsError, SparqRead, parse_options
-from vllm_sparq.layout import FORMATS
+from vllm_sparq.formats import FORMATS
 from vllm_sparq.plugin import BACKENDS
 
 LLAMA = {"head_size": 128, "n_heads": 32, "n_kv_heads": 8}

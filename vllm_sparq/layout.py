@@ -32,6 +32,7 @@ do not exist yet. The block manager keeps that many blocks ahead of every reques
 (only full blocks are ever shared), so whatever vLLM does with blocks is right for staged tokens too.
 
 Nothing a method must remember lives outside the pages.
+
 Sizes: P pages, G KV heads, N tokens per block, D head size, g elements per quantization group.
 """
 
@@ -44,6 +45,7 @@ from functools import cached_property
 import torch
 
 from vllm_sparq.config import RETRIEVAL_TOKENS
+from vllm_sparq.formats import FORMATS, Format
 
 ALIGNMENT = 64
 """Every part and every page starts on a cache line (bytes)."""
@@ -53,40 +55,6 @@ BLOCK_SIZE_MULTIPLE = 16
 
 SCORING_BITS = {"int4": 4, "int8": 8}
 """Bits of one scoring code; ``model`` and ``bounds`` are in the model's own type and have no codes."""
-
-
-@dataclass(frozen=True)
-class Format:
-    """How a full block stores its tokens.
-
-    Attributes:
-        bits: of a code.
-        channel_keys: whether a group of K is neighbouring tokens of one channel (KIVI) instead of neighbouring channels
-            of one token. Groups of V are always neighbouring channels of one token.
-        group: default elements of a group, where they divide the head size; 0 is the whole head.
-        range_numbers: 2 for step and zero; 1 for a step alone, codes being signed.
-    """
-
-    bits: int
-    channel_keys: bool
-    group: int
-    range_numbers: int = 2
-
-    def default_group(self, head_size: int) -> int:
-        """The largest sensible group for a head size: ``group``, or the largest part of the head that is below it."""
-        if not self.group:
-            return head_size
-        return next(g for n in range(1, head_size) if (g := head_size // n) <= self.group and head_size % (8 * n) == 0)
-
-
-FORMATS: dict[str, Format | None] = {
-    "model": None,
-    "int8": Format(bits=8, channel_keys=False, group=0, range_numbers=1),
-    "int4": Format(bits=4, channel_keys=False, group=64),
-    "kivi4": Format(bits=4, channel_keys=True, group=32),
-    "kivi2": Format(bits=2, channel_keys=True, group=32),
-}
-"""Block format -> how it stores. ``int4``: FlexGen (arXiv 2303.06865, section 5); ``kivi``: arXiv 2402.02750."""
 
 
 @dataclass(frozen=True)
@@ -111,7 +79,7 @@ class PageLayout:
         head_size: D, elements of one key and of one value.
         block_size: N, tokens of a block.
         dtype: element type of K and V, the model's own; of the ranges of quantized formats too.
-        format: a key of `FORMATS`.
+        format: a key of `vllm_sparq.formats.FORMATS`.
         group_size: g, elements of a quantization group; None for the format's default.
         scoring: ``int4 | int8 | model``, the type of the channel-major copy of K; ``bounds`` of spans instead; or None.
         value_sum: whether the page carries the sum of V before the block.
@@ -289,7 +257,8 @@ class Pages:
     @classmethod
     def empty(cls, n_pages: int, n_kv_heads: int, layout: PageLayout, device: str = "cpu") -> Pages:
         """Uninitialised pages outside an engine: for tests and benchmarks."""
-        return cls(torch.empty(n_pages, n_kv_heads, layout.page_bytes, dtype=torch.uint8, device=device), layout)
+        data = torch.empty(n_pages, n_kv_heads, layout.page_bytes, dtype=torch.uint8, device=device)
+        return cls(data, layout)
 
     @classmethod
     def from_kv_cache(cls, kv_cache: torch.Tensor, layout: PageLayout) -> Pages:
@@ -323,7 +292,8 @@ class Pages:
         numbers, n_groups = layout.quantized.range_numbers, layout.head_size // layout.group
         start = codes + (n_groups * numbers * layout.dtype.itemsize if name == "value" else 0)
         ranges = self._of_records(start, n_groups * numbers, layout.dtype)
-        return ranges.unflatten(-1, (n_groups, numbers))  # type: ignore[no-any-return]
+        view: torch.Tensor = ranges.unflatten(-1, (n_groups, numbers))
+        return view
 
     @cached_property
     def key_codes(self) -> torch.Tensor:

@@ -7,7 +7,8 @@ from typing import Any
 
 from vllm_sparq.config import RETRIEVAL_TOKENS, Options, PagesRead, SparqRead, check_budget
 from vllm_sparq.doctor import Section
-from vllm_sparq.layout import FORMATS, PageLayout
+from vllm_sparq.formats import FORMATS
+from vllm_sparq.layout import PageLayout
 
 CONTEXTS = (1024, 4096, 16384, 65536, 131072)
 

@@ -11,7 +11,7 @@ import pytest
 from vllm_sparq.benchmarks import ops_bench
 from vllm_sparq.benchmarks.ops_methods import BLOCK_SIZE, METHODS, Tensors
 from vllm_sparq.cli import UsageError
-from vllm_sparq.layout import FORMATS
+from vllm_sparq.formats import FORMATS
 from vllm_sparq.ops.dense_decode.reference import cached_tokens
 
 

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from ops.cases import Case
 
-from vllm_sparq.layout import FORMATS, PageLayout, Pages
+from vllm_sparq.formats import FORMATS
+from vllm_sparq.layout import PageLayout, Pages
 from vllm_sparq.ops.codec import decode_page, encode_page, not_below, quantize, unpack
 
 QUANTIZED = [name for name in FORMATS if name != "model"]

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import torch
 
-from vllm_sparq.layout import Format, PageLayout, Pages
+from vllm_sparq.formats import Format
+from vllm_sparq.layout import PageLayout, Pages
 
 
 def encode_page(pages: Pages, page: int, head: int, keys: torch.Tensor, values: torch.Tensor) -> None:

@@ -1,0 +1,39 @@
+"""Block formats: in how many bits, and in which groups, a full block stores its tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Format:
+    """How a full block stores its tokens.
+
+    Attributes:
+        bits: of a code.
+        channel_keys: whether a group of K is neighbouring tokens of one channel (KIVI) instead of neighbouring channels
+            of one token. Groups of V are always neighbouring channels of one token.
+        group: default elements of a group, where they divide the head size; 0 is the whole head.
+        range_numbers: 2 for step and zero; 1 for a step alone, codes being signed.
+    """
+
+    bits: int
+    channel_keys: bool
+    group: int
+    range_numbers: int = 2
+
+    def default_group(self, head_size: int) -> int:
+        """The largest sensible group for a head size: ``group``, or the largest part of the head that is below it."""
+        if not self.group:
+            return head_size
+        return next(g for n in range(1, head_size) if (g := head_size // n) <= self.group and head_size % (8 * n) == 0)
+
+
+FORMATS: dict[str, Format | None] = {
+    "model": None,
+    "int8": Format(bits=8, channel_keys=False, group=0, range_numbers=1),
+    "int4": Format(bits=4, channel_keys=False, group=64),
+    "kivi4": Format(bits=4, channel_keys=True, group=32),
+    "kivi2": Format(bits=2, channel_keys=True, group=32),
+}
+"""Block format -> how it stores. ``int4``: FlexGen (arXiv 2303.06865, section 5); ``kivi``: arXiv 2402.02750."""
