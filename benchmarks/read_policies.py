@@ -145,7 +145,9 @@ class Sparq:
         counted = step.exist & ~chosen if self.unread else step.exist.expand_as(chosen)
         sums = by_span((step.v * counted[..., None]).transpose(2, 3), self.block, 0.0).sum(-1).transpose(2, 3)
         counts = by_span(counted.float(), self.block, 0.0).sum(-1).clamp(min=1)
-        return by_span(others, self.block, 0.0).sum(-1) @ (sums / counts[..., None])
+        mass = by_span(others, self.block, 0.0).sum(-1)
+        found: torch.Tensor = mass @ (sums / counts[..., None])
+        return found
 
     def share(self, context: int) -> float:
         n_read = self.read.n_selected(context)
@@ -281,7 +283,9 @@ class Window:
             keys = step.k[:, :, : self.n_first]
             if capped:
                 keys = rotated(keys, -step.positions[: self.n_first], step.theta)
-            logits[..., : self.n_first] = step.scale * q @ keys.transpose(-1, -2)
+            moved = step.scale * q @ keys.transpose(-1, -2)
+            within = newest[:, None, None, : self.n_first]  # of the window too, and seen there as any other token
+            logits[..., : self.n_first] = torch.where(within, logits[..., : self.n_first], moved)
         return weighted(step, logits, (first | newest)[:, None] & step.exist)
 
     def n_kept(self, context: int) -> int:

@@ -116,8 +116,7 @@ def records_of(lines: Sequence[dict[str, Any]], policies: dict[str, Policy]) -> 
         record["answers"] = [
             {name: line[name] for name in ("prompt_sha", "seed", "output", "score")}
             for line in lines
-            if (line["task"], line["length"], line["method"])
-            == (record["task"], record["length"], record["method"])
+            if (line["task"], line["length"], line["method"]) == (record["task"], record["length"], record["method"])
         ]
     return found
 

@@ -29,6 +29,7 @@ from vllm_sparq.benchmarks.tasks import TASKS, score
 from vllm_sparq.benchmarks.tiny_model import WEIGHTS
 from vllm_sparq.cli import comma_names
 
+
 @dataclass
 class Simulation:
     """One request.

@@ -132,10 +132,10 @@ class _Dense:
     def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
         if self.with_heat:
             self.heat[layer] = local_attention(q[0], k[0], scale)
-        out = torch.nn.functional.scaled_dot_product_attention(
+        out: torch.Tensor = torch.nn.functional.scaled_dot_product_attention(
             q.flatten(1, 2), k, v, is_causal=True, scale=scale, enable_gqa=True
         )
-        return out.unflatten(1, q.shape[1:3])
+        return out.reshape(q.shape)
 
 
 def local_attention(q: torch.Tensor, k: torch.Tensor, scale: float, window: int = WINDOW) -> torch.Tensor:
@@ -172,14 +172,13 @@ def read_prompts(model: Any, tokenizer: Any, examples: Sequence[Example], *, wit
             logits = model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
         first.append(int(logits[0, -1].argmax()))
         for layer in layers:
-            keys[layer][b, :, : ids.shape[1]] = cache.layers[layer].keys[0]
-            values[layer][b, :, : ids.shape[1]] = cache.layers[layer].values[0]
+            found: Any = cache.layers[layer]
+            keys[layer][b, :, : ids.shape[1]] = found.keys[0]
+            values[layer][b, :, : ids.shape[1]] = found.values[0]
             if with_heat:
                 heat[layer][b, :, :, : ids.shape[1]] = dense.heat[layer]
     lengths = torch.tensor([ids.shape[1] for ids in prompts])
-    return Contexts(
-        examples=examples, lengths=lengths, first=torch.tensor(first), keys=keys, values=values, heat=heat
-    )
+    return Contexts(examples=examples, lengths=lengths, first=torch.tensor(first), keys=keys, values=values, heat=heat)
 
 
 @dataclass(kw_only=True)
