@@ -146,8 +146,7 @@ class Sparq:
         sums = by_span((step.v * counted[..., None]).transpose(2, 3), self.block, 0.0).sum(-1).transpose(2, 3)
         counts = by_span(counted.float(), self.block, 0.0).sum(-1).clamp(min=1)
         mass = by_span(others, self.block, 0.0).sum(-1)
-        found: torch.Tensor = mass @ (sums / counts[..., None])
-        return found
+        return mass @ (sums / counts[..., None])
 
     def share(self, context: int) -> float:
         n_read = self.read.n_selected(context)
@@ -162,7 +161,8 @@ class Sparq:
 
 def by_span(x: torch.Tensor, span: int, fill: float) -> torch.Tensor:
     """x [..., S] as [..., S / span, span], filled up."""
-    return torch.nn.functional.pad(x, (0, -x.shape[-1] % span), value=fill).unflatten(-1, (-1, span))
+    padded = torch.nn.functional.pad(x, (0, -x.shape[-1] % span), value=fill)
+    return padded.reshape(*x.shape[:-1], -1, span)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,10 +9,14 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, DynamicCache
 
+from vllm_sparq.benchmarks.quality_prompts import Wanted as Prompts
 from vllm_sparq.benchmarks.read_policies import POLICIES, Dense, InfLLM, Quest, Shape, Sparq, Wanted, Window, rotated
 from vllm_sparq.benchmarks.read_simulation import main, policies_at
-from vllm_sparq.benchmarks.simulation import Step, local_attention
+from vllm_sparq.benchmarks.simulation import Step, answer, decode, load, local_attention, read_prompts
+from vllm_sparq.benchmarks.tasks import score
+from vllm_sparq.benchmarks.tiny_model import WEIGHTS
 from vllm_sparq.cli import UsageError
 from vllm_sparq.config import Options, SparqRead
 
@@ -229,15 +233,27 @@ def test_local_attention_by_hand() -> None:
     torch.testing.assert_close(found[0, 0], torch.tensor([1.5, 1.0, 1.0, 1.0, 0.5]))
 
 
+def test_prompts_answered_together_answer_as_the_model_does_alone() -> None:
+    """Of different lengths, through another attention of another library's, one request at a time."""
+    prompts = Prompts(model=WEIGHTS, tasks=["needle", "map"], lengths=[120, 170], n=1)
+    examples = prompts.examples(4096)
+    model, tokenizer = load(WEIGHTS)
+    together = decode(model, tokenizer, read_prompts(model, tokenizer, examples, with_heat=True), Dense())
+    plain = AutoModelForCausalLM.from_pretrained(WEIGHTS, dtype=torch.float32).eval()
+    alone = [answer(plain, tokenizer, example, DynamicCache()) for example in examples]
+    assert [one.text for one in together] == alone
+    assert all(score(example, text) == 1 for example, text in zip(examples, alone, strict=True))
+
+
 def test_command_scores_the_prompts_of_eval(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "found.jsonl"
-    arguments = ["--policies", "sparq,streaming", "--tasks", "needle", "--lengths", "200", "--n", "3"]
+    arguments = ["--policies", "sparq,infllm", "--tasks", "needle", "--lengths", "200", "--n", "3"]
     main([*arguments, "--compression", "1", "--out", str(out)])
-    dense, sparq, streaming = map(json.loads, out.read_text().splitlines())
-    assert [dense["method"], sparq["method"], streaming["method"]] == ["dense", "sparq 1/1", "streaming 1/1"]
+    dense, sparq, infllm = map(json.loads, out.read_text().splitlines())
+    assert [dense["method"], sparq["method"], infllm["method"]] == ["dense", "sparq 1/1", "infllm 1/1"]
     assert dense["score"] == 100
     assert [one["output"] for one in sparq["answers"]] == [one["output"] for one in dense["answers"]]
-    assert sparq["difference"] == streaming["difference"] == 0
+    assert sparq["difference"] == infllm["difference"] == 0
     assert "100.0" in capsys.readouterr().out
 
 
