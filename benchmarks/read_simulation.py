@@ -5,8 +5,8 @@
 
 Every prompt is attended to densely, in float32; each decoded token then reads what the policy says (`read_policies`).
 The prompts are those of `vllm-sparq eval`, and so are the scores: points of 100, differences from dense prompt by
-prompt, 95% bootstrap intervals. Use it to find out what a method is worth before there are kernels for it. With `--options '{"scoring": "model"}'` SparQ
-answers token by token what `vllm-sparq eval --dtype float32` does with the same options.
+prompt, 95% bootstrap intervals. Use it to find out what a method is worth before there are kernels for it. SparQ ranks with K itself unless told
+otherwise, and then answers as `vllm-sparq eval --dtype float32 --options '{"scoring": "model"}'` does.
 """
 
 from __future__ import annotations
