@@ -5,8 +5,8 @@
 
 Every prompt is attended to densely, in float32; each decoded token then reads what the policy says (`read_policies`).
 The prompts are those of `vllm-sparq eval`, and so are the scores: points of 100, differences from dense prompt by
-prompt, 95% bootstrap intervals. Use it to find out what a method is worth before there are kernels for it. SparQ ranks with K itself unless told
-otherwise, and then answers as `vllm-sparq eval --dtype float32 --options '{"scoring": "model"}'` does.
+prompt, 95% bootstrap intervals. Use it to find out what a method is worth before there are kernels for it. SparQ ranks
+with K itself unless told otherwise; it then answers as `vllm-sparq eval --dtype float32` does with scoring "model".
 """
 
 from __future__ import annotations
@@ -191,6 +191,11 @@ def main(given: Sequence[str] | None = None) -> None:
         console = Console(width=130)
     model, tokenizer = load(args.model)
     config = model.config
+    if config.rope_parameters["rope_type"] != "default":
+        raise UsageError(
+            f"--model {args.model} has rotary embeddings of type {config.rope_parameters['rope_type']!r}, and these "
+            "policies rotate as plain Llama does: give a model with type 'default'"
+        )
     shape = Shape(config.num_attention_heads // config.num_key_value_heads, config.head_dim)
     policies = policies_at(args.policies, args.compression, args.options, shape)
     records: list[dict[str, Any]] = []

@@ -268,3 +268,14 @@ def test_command_scores_the_prompts_of_eval(tmp_path: Path, capsys: pytest.Captu
 def test_refuses_what_means_nothing(names: list[str], compression: str, options: dict[str, Any], said: str) -> None:
     with pytest.raises(UsageError, match=said):
         policies_at(names, [compression], options, Shape(4, 64))
+
+
+def test_refuses_embeddings_that_it_cannot_rotate(tmp_path: Path) -> None:
+    for file in WEIGHTS.iterdir():
+        (tmp_path / file.name).symlink_to(file)
+    config = json.loads((WEIGHTS / "config.json").read_text())
+    config["rope_parameters"] = {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e6}
+    (tmp_path / "config.json").unlink()
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UsageError, match="type 'linear'"):
+        main(["--model", str(tmp_path), "--n", "1"])
