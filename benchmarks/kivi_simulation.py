@@ -21,7 +21,8 @@ from rich.progress import track
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 from vllm_sparq.benchmarks.quality_prompts import Wanted
-from vllm_sparq.benchmarks.tasks import TASKS, Example, score
+from vllm_sparq.benchmarks.simulation import answer
+from vllm_sparq.benchmarks.tasks import TASKS, score
 from vllm_sparq.benchmarks.tiny_model import WEIGHTS
 from vllm_sparq.cli import comma_names, comma_numbers
 
@@ -56,26 +57,6 @@ class SimulatedCache(DynamicCache):
             torch.cat([old_values, values[:, :, n_values:]], 2),
         )
         return keys, values
-
-
-@torch.inference_mode()
-def answer(model: Any, tokenizer: Any, example: Example, cache: DynamicCache) -> str:
-    """The greedy answer, cut at the first stop string."""
-    ids = tokenizer(example.prompt, return_tensors="pt").input_ids
-    logits = model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
-    found: list[int] = []
-    text: str = ""
-    for _ in range(example.max_tokens):
-        token = int(logits[0, -1].argmax())
-        if token == tokenizer.eos_token_id:
-            break
-        found.append(token)
-        text = str(tokenizer.decode(found, skip_special_tokens=True))
-        ends = [text.index(stop) for stop in example.stop if stop in text]
-        if ends:
-            return text[: min(ends)]
-        logits = model(torch.tensor([[token]]), past_key_values=cache, use_cache=True).logits
-    return text
 
 
 def main() -> None:

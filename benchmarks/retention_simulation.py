@@ -21,15 +21,13 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.progress import track
-from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer, DynamicCache
+from transformers import DynamicCache
 
-from vllm_sparq.benchmarks.kivi_simulation import answer
 from vllm_sparq.benchmarks.quality_prompts import Wanted
+from vllm_sparq.benchmarks.simulation import answer, load, running
 from vllm_sparq.benchmarks.tasks import TASKS, score
 from vllm_sparq.benchmarks.tiny_model import WEIGHTS
 from vllm_sparq.cli import comma_names
-
-ATTENTION = "sparq_retention_simulation"
 
 
 @dataclass
@@ -51,7 +49,8 @@ class Simulation:
     scores: dict[int, torch.Tensor] = field(default_factory=dict)
 
     def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
-        """q [T, G, H/G, D], k and v [S, G, D]; returns [T, G, H/G, D]."""
+        """q [1, G, H/G, T, D], k and v [1, G, S, D]; returns [1, G, H/G, T, D]."""
+        q, k, v = q[0].permute(2, 0, 1, 3), k[0].transpose(0, 1), v[0].transpose(0, 1)
         n_new, n_tokens = q.shape[0], k.shape[0]
         visible = (
             torch.ones(n_new, n_tokens, dtype=torch.bool).tril(n_tokens - n_new)[:, None].expand(-1, k.shape[1], -1)
@@ -71,7 +70,7 @@ class Simulation:
         logits = scale * torch.einsum("tghd,sgd->tghs", q, k)
         weights = logits.masked_fill(~visible[:, :, None], -torch.inf).softmax(-1)
         self.scores[layer] = self.scores[layer] + weights.mean(2).sum(0)
-        return torch.einsum("tghs,sgd->tghd", weights, v)
+        return torch.einsum("tghs,sgd->ghtd", weights, v)[None]
 
     def bury(self, layer: int) -> None:
         """Leave the budget alive, the newest token included."""
@@ -86,31 +85,10 @@ class Simulation:
         alive &= torch.zeros_like(alive).scatter(1, best, True)
 
 
-_running: Simulation | None = None
-
-
-def simulated_attention(
-    module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any, scaling: float, **kwargs: Any
-) -> tuple[torch.Tensor, None]:
-    """Signature of transformers: query [1, H, T, D], key and value [1, G, S, D]; returns [1, T, H, D]."""
-    assert _running is not None
-    q, k, v = (x[0].transpose(0, 1).float() for x in (query, key, value))
-    out = _running.attend(module.layer_idx, q.unflatten(1, (k.shape[1], -1)), k, v, scaling)
-    return out.flatten(1, 2)[None].to(query.dtype), None
-
-
-def load(folder: Path) -> tuple[Any, Any]:
-    """Model and tokenizer, attending as `_running` says."""
-    AttentionInterface.register(ATTENTION, simulated_attention)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation=ATTENTION).eval()
-    return model, AutoTokenizer.from_pretrained(folder)
-
-
 def simulate(model: Any, tokenizer: Any, example: Any, simulation: Simulation) -> str:
     """The greedy answer to one example."""
-    global _running
-    _running = simulation
-    return answer(model, tokenizer, example, DynamicCache())
+    with running(simulation):
+        return answer(model, tokenizer, example, DynamicCache())
 
 
 def main() -> None:
