@@ -136,6 +136,13 @@ def test_mean_value(mean_value: str, shape: dict[str, int], floor: float) -> Non
     assert parse(mean_value=mean_value).sparq_read(**shape).alpha_floor == floor
 
 
+def test_mean_value_follows_how_a_group_is_reduced() -> None:
+    grouped = dict(head_size=64, n_heads=8, n_kv_heads=2)
+    assert parse(group_reduce="probs").sparq_read(**grouped).alpha_floor == 0.0
+    assert parse(group_reduce="logits").sparq_read(**grouped).alpha_floor == 1.0
+    assert parse(group_reduce="probs", mean_value="off").sparq_read(**grouped).alpha_floor == 1.0
+
+
 @pytest.mark.parametrize(
     ("backend", "given", "format_and_read"),
     [
