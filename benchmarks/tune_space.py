@@ -62,8 +62,18 @@ def _tokens(workload: Workload) -> list[int]:
     return [k for k in (32, 64, 128, 256, 512, 1024, 2048) if 2 * k <= workload.context] or [32]
 
 
+def _keeps_neighbours(chosen: Mapping[str, Any]) -> bool:
+    return bool(chosen["read"] != "pages")
+
+
+def _evicts(chosen: Mapping[str, Any]) -> bool:
+    return bool(chosen.get("retention", "all") != "all")
+
+
 SPACE = (
     Dial(name="read", values=lambda w: ["sparq", "pages", "dense"]),
+    Dial(name="retention", values=lambda w: ["all", "heavy_hitter", "window"], when=_keeps_neighbours),
+    Dial(name="budget", values=lambda w: [0.25, 0.5, 0.75], when=_evicts),
     Dial(name="format", values=lambda w: list(FORMATS)),
     Dial(name="scoring", values=lambda w: ["int4", "int8", "model"], when=_has_ranking_copy),
     Dial(
@@ -98,20 +108,25 @@ def options_of(chosen: Mapping[str, Any], workload: Workload) -> dict[str, Any]:
     if options.get("read") != "dense" and workload.context < 2048:
         options["dense_below"] = 0  # short contexts are read densely otherwise, whatever the dials say
     defaults = {"read": "sparq", "format": "model", "scoring": "int4", "group_reduce": "logits", "dense_layers": 0}
+    defaults["retention"] = "all"
     return {name: value for name, value in options.items() if value != defaults.get(name)}
 
 
 def starting_points(workload: Workload) -> list[dict[str, Any]]:
-    """Dial values worth trying before any are drawn: the papers' middle, over the model's type and over int4; int4."""
+    """Dial values worth trying before any are drawn: the papers' middle in variants, 4 and 8 bits, half the tokens."""
     rank = max(1, workload.shape.head_size // 4)
     k = min(128, max(_tokens(workload)))
     sparse = dict(read="sparq", scoring="int4", r=rank, k=k, local_share=0.25, group_reduce="logits", dense_layers=0)
+    sparse |= dict(retention="all", format="model")
+    dense = dict(read="dense", retention="all")
     return [
-        {**sparse, "format": "model"},
+        sparse,
         {**sparse, "format": "int4"},
-        {"read": "dense", "format": "int4"},
-        {**sparse, "format": "model", "r": max(1, rank // 2)},
-        {"read": "dense", "format": "int8"},
+        {**dense, "format": "int4"},
+        {**sparse, "group_reduce": "probs"},
+        {**sparse, "r": max(1, rank // 2)},
+        {**dense, "format": "int8"},
+        {**dense, "format": "model", "retention": "heavy_hitter", "budget": 0.5},
     ]
 
 
