@@ -131,10 +131,10 @@ TABLES: dict[str, Callable[[Sequence[Record]], list[str]]] = {
 def filled(text: str, records: Sequence[Record]) -> str:
     """The README with its tables made anew."""
     for name, make in TABLES.items():
-        block = re.compile(rf"(<!-- {name} -->\n).*?(\n<!-- /{name} -->)", re.DOTALL)
+        block = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
         if not block.search(text):
             raise ValueError(f"the README has no place for the table {name!r}: <!-- {name} --> .. <!-- /{name} -->")
-        rows = "\n".join(make(records))
+        rows = "\n".join(make(records)) + "\n"
         text = block.sub(lambda found, rows=rows: found[1] + rows + found[2], text)  # type: ignore[misc]
     return text
 
