@@ -1,10 +1,10 @@
 // vllm_sparq/ops/pages_decode: rank spans of neighbouring tokens by bounds of their keys, attend to the best.
 #include <algorithm>
 
-#include "decode.h"
 #include "scoring_copy.h"
 #include "select.h"
 #include "simd.h"
+#include "sparse_tasks.h"
 #include "tile.h"
 
 namespace sparq {
@@ -250,37 +250,6 @@ void place_parts(const PagesDecode& op, const std::vector<Task>& tasks, Scratch&
     if (part.n_bytes > 0) part.memory = arena.take<uint8_t>(part.n_bytes);
 }
 
-void pages_decode(const PagesDecode& op) {
-  thread_local std::vector<Task> tasks;
-  thread_local std::vector<Part> kept;
-  thread_local Scratch scratch;
-  const Decode& call = op.call;
-  plan_tasks(call.requests, call.pages.n_kv_heads, call.pages.block_size, omp_get_max_threads(), tasks);
-  place_parts(op, tasks, scratch, kept);
-  const Task* const task = tasks.data();
-  Part* const parts = kept.data();
-  const int n_tasks = (int)tasks.size();
-#pragma omp parallel num_threads(team_size(tasks.size()))
-  {
-#pragma omp for schedule(dynamic, 1)
-    for (int i = 0; i < n_tasks; ++i) {
-      const int len = call.requests.lens[task[i].request];
-      if (op.read.is_dense(len)) attend_part(call, task[i], (float*)parts[i].memory);
-      else if (task[i].n_parts == 1) run_whole(op, task[i], len);
-      else run_part(op, task[i], len, parts[i]);
-    }
-#pragma omp for schedule(dynamic, 1)
-    for (int i = 0; i < n_tasks; ++i) {
-      const int len = call.requests.lens[task[i].request];
-      if (task[i].n_parts == 1) continue;
-      if (op.read.is_dense(len)) finish_part(call, task[i], (float*)parts[i].memory);
-      else if (task[i].part == 0) merge_parts(op, task[i], len, parts + i);
-    }
-  }
-  for (int b = 0; b < call.requests.n; ++b)
-    if (call.requests.lens[b] == 0) call.zero_out(b);
-}
-
 }  // namespace
 }  // namespace sparq
 
@@ -290,8 +259,8 @@ SPARQ_API void sparq_pages_decode(const sparq::Pages* pages, const void* query, 
                                   float scale, int64_t min_k, int64_t slope, int64_t slope_divisor,
                                   int64_t dense_below) {
   const sparq::Requests requests{block_table, table_stride, seq_lens, n_requests};
-  sparq::pages_decode({sparq::decode_call(*pages, requests, query, query_row, query_head, out, out_row, out_head,
-                                          n_heads, scale),
-                       {min_k, slope, slope_divisor, dense_below},
-                       sparq::SpanKernels::of(*pages)});
+  const sparq::Decode call =
+      sparq::decode_call(*pages, requests, query, query_row, query_head, out, out_row, out_head, n_heads, scale);
+  const sparq::Read read{min_k, slope, slope_divisor, dense_below};
+  sparq::run_tasks<sparq::Part>(sparq::PagesDecode{call, read, sparq::SpanKernels::of(*pages)});
 }

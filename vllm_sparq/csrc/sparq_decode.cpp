@@ -2,10 +2,10 @@
 #include <algorithm>
 #include <cmath>
 
-#include "decode.h"
 #include "ranking.h"
 #include "select.h"
 #include "simd.h"
+#include "sparse_tasks.h"
 
 namespace sparq {
 namespace {
@@ -292,7 +292,7 @@ void run_part(const Sparq& op, const Task& task, int len, Part& part) {
 }
 
 // What the parts of a context found, as if one had found it; candidates stay in the order of the tokens.
-void merge_ranked(const Sparq& op, const Task& first, int len, const Part* parts) {
+void merge_parts(const Sparq& op, const Task& first, int len, const Part* parts) {
   thread_local Scratch scratch;
   const int wanted = op.read.n_selected(len), capacity = std::max(first.n_parts, 2) * wanted + 128;
   Arena arena = scratch.arena(Candidates::n_bytes(capacity, op.n_kept_rows()));
@@ -329,37 +329,6 @@ void place_parts(const Sparq& op, const std::vector<Task>& tasks, Scratch& scrat
   });
 }
 
-void sparq_decode(const Sparq& op) {
-  thread_local std::vector<Task> tasks;
-  thread_local std::vector<Part> kept;
-  thread_local Scratch scratch;
-  const Decode& call = op.call;
-  plan_tasks(call.requests, call.pages.n_kv_heads, call.pages.block_size, omp_get_max_threads(), tasks);
-  place_parts(op, tasks, scratch, kept);
-  const Task* const task = tasks.data();
-  Part* const parts = kept.data();
-  const int n_tasks = (int)tasks.size();
-#pragma omp parallel num_threads(team_size(tasks.size()))
-  {
-#pragma omp for schedule(dynamic, 1)
-    for (int i = 0; i < n_tasks; ++i) {
-      const int len = call.requests.lens[task[i].request];
-      if (op.read.is_dense(len)) attend_part(call, task[i], (float*)parts[i].memory);
-      else if (task[i].n_parts == 1) run_whole(op, task[i], len);
-      else run_part(op, task[i], len, parts[i]);
-    }
-#pragma omp for schedule(dynamic, 1)
-    for (int i = 0; i < n_tasks; ++i) {
-      const int len = call.requests.lens[task[i].request];
-      if (task[i].n_parts == 1) continue;
-      if (op.read.is_dense(len)) finish_part(call, task[i], (float*)parts[i].memory);
-      else if (task[i].part == 0) merge_ranked(op, task[i], len, parts + i);
-    }
-  }
-  for (int b = 0; b < call.requests.n; ++b)
-    if (call.requests.lens[b] == 0) call.zero_out(b);
-}
-
 }  // namespace
 }  // namespace sparq
 
@@ -370,8 +339,9 @@ SPARQ_API void sparq_sparq_decode(const sparq::Pages* pages, const void* query, 
                                   int64_t local, int64_t dense_below, double alpha_floor, int32_t probs, double mass,
                                   int64_t least_k) {
   const sparq::Requests requests{block_table, table_stride, seq_lens, n_requests};
-  sparq::sparq_decode({sparq::decode_call(*pages, requests, query, query_row, query_head, out, out_row, out_head,
-                                          n_heads, scale),
-                       {r, min_k, slope, slope_divisor, local, dense_below, (float)alpha_floor, probs != 0,
-                        (float)mass, least_k}});
+  const sparq::Decode call =
+      sparq::decode_call(*pages, requests, query, query_row, query_head, out, out_row, out_head, n_heads, scale);
+  const sparq::Read read{r, min_k, slope, slope_divisor, local, dense_below, (float)alpha_floor, probs != 0,
+                         (float)mass, least_k};
+  sparq::run_tasks<sparq::Part>(sparq::Sparq{call, read});
 }
