@@ -31,7 +31,7 @@ def test_the_yardstick_is_sparse(engine: Any, prompts: Prompts, alone: list[list
     assert sum(a != b for a, b in zip(dense, alone, strict=True)) >= 3
 
 
-@pytest.mark.parametrize("run", [run for run in RUNS if run != "blocks of 32"])
+@pytest.mark.parametrize("run", ["chunks of 64", "prefix caching"])
 def test_same_answers(run: str, engine: Any, prompts: Prompts, alone: list[list[int]]) -> None:
     with engine("sparq", SPARSE, **RUNS[run]) as llm:
         first = prompts.answers(llm, prompts.mixed)
