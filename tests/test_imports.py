@@ -24,11 +24,12 @@ FOLDERS = {
 
 MAX_LINES = 400
 
-CORE = ("vllm_sparq.config", "vllm_sparq.layout", "vllm_sparq.retention")
+CORE = ("vllm_sparq.config", "vllm_sparq.formats", "vllm_sparq.layout", "vllm_sparq.retention")
 MAY_IMPORT_OF_OURS = {
     "vllm_sparq": (),
     "vllm_sparq.config": CORE,
     "vllm_sparq.layout": CORE,
+    "vllm_sparq.formats": (),
     "vllm_sparq.retention": (),
     "vllm_sparq.ops": (*CORE, "vllm_sparq.ops"),
 }
