@@ -6,7 +6,6 @@ Each stands between two comments, ``<!-- engine -->`` and ``<!-- /engine -->``; 
 from __future__ import annotations
 
 import argparse
-import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
@@ -131,11 +130,11 @@ TABLES: dict[str, Callable[[Sequence[Record]], list[str]]] = {
 def filled(text: str, records: Sequence[Record]) -> str:
     """The README with its tables made anew."""
     for name, make in TABLES.items():
-        block = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
-        if not block.search(text):
+        begin, end = f"<!-- {name} -->\n", f"<!-- /{name} -->"
+        if begin not in text or end not in text:
             raise ValueError(f"the README has no place for the table {name!r}: <!-- {name} --> .. <!-- /{name} -->")
-        rows = "\n".join(make(records)) + "\n"
-        text = block.sub(lambda found, rows=rows: found[1] + rows + found[2], text)  # type: ignore[misc]
+        before, after = text.split(begin)[0], text.split(end)[1]
+        text = before + begin + "\n".join(make(records)) + "\n" + end + after
     return text
 
 

@@ -15,7 +15,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -55,11 +55,8 @@ def plan(
     input_len: int, output_len: int, batches: list[int], num_prompts: int, kv_cache_bytes: int | None
 ) -> list[Requests]:
     """A latency for each batch, and a throughput."""
-    shape = {"input_len": input_len, "output_len": output_len, "kv_cache_bytes": kv_cache_bytes}
-    return [
-        *(Requests(**shape, batch=batch) for batch in batches),  # type: ignore[arg-type]
-        Requests(**shape, num_prompts=num_prompts),  # type: ignore[arg-type]
-    ]
+    whole = Requests(input_len=input_len, output_len=output_len, num_prompts=num_prompts, kv_cache_bytes=kv_cache_bytes)
+    return [*(replace(whole, num_prompts=None, batch=batch) for batch in batches), whole]
 
 
 def why_not(requests: Requests, model: Model) -> str | None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass
+
 import torch
 
 from vllm_sparq.layout import Pages
@@ -18,18 +21,39 @@ def dense_decode(
     scale: float,
     out: torch.Tensor,
 ) -> None:
+    for row in decode_rows(query, pages, block_table, seq_lens, out):
+        weights = torch.softmax(scale * row.q @ row.keys.T, dim=-1)
+        row.out[:] = weights @ row.values
+        add_scores(pages, row.blocks, row.head, weights)
+
+
+@dataclass(frozen=True)
+class DecodeRow:
+    """One request and one KV head of a decode step: q fp32 [H/G, D], keys and values fp32 [S, D], out [H/G, D]."""
+
+    blocks: torch.Tensor  # int32 [M]
+    context_len: int
+    head: int
+    q: torch.Tensor
+    keys: torch.Tensor
+    values: torch.Tensor
+    out: torch.Tensor
+
+
+def decode_rows(
+    query: torch.Tensor, pages: Pages, block_table: torch.Tensor, seq_lens: torch.Tensor, out: torch.Tensor
+) -> Iterator[DecodeRow]:
+    """What a decode op works on, for every request and KV head; the outputs of padding rows become zero."""
     n_kv_heads = pages.data.shape[1]
     for b in range(query.shape[0]):
-        context_len = int(seq_lens[b])
+        context_len, blocks = int(seq_lens[b]), block_table[b]
         if context_len == 0:
             out[b] = 0
             continue
         heads, heads_out = query[b].unflatten(0, (n_kv_heads, -1)), out[b].unflatten(0, (n_kv_heads, -1))
         for head in range(n_kv_heads):
-            keys, values = cached_tokens(pages, block_table[b], context_len, head)
-            weights = torch.softmax(scale * heads[head].float() @ keys.T, dim=-1)
-            heads_out[head] = weights @ values
-            add_scores(pages, block_table[b], head, weights)
+            keys, values = cached_tokens(pages, blocks, context_len, head)
+            yield DecodeRow(blocks, context_len, head, heads[head].float(), keys, values, heads_out[head])
 
 
 def cached_tokens(pages: Pages, blocks: torch.Tensor, context_len: int, head: int) -> tuple[torch.Tensor, torch.Tensor]:

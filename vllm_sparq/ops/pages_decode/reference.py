@@ -6,7 +6,7 @@ import torch
 
 from vllm_sparq.config import RETRIEVAL_TOKENS, PagesRead
 from vllm_sparq.layout import Pages
-from vllm_sparq.ops.dense_decode.reference import attend, cached_tokens
+from vllm_sparq.ops.dense_decode.reference import attend, decode_rows
 from vllm_sparq.ops.write.reference import block_tokens, span_bounds
 
 
@@ -20,23 +20,13 @@ def pages_decode(
     scale: float,
     out: torch.Tensor,
 ) -> None:
-    n_kv_heads = pages.data.shape[1]
-    for b in range(query.shape[0]):
-        context_len = int(seq_lens[b])
-        if context_len == 0:
-            out[b] = 0
-            continue
-        heads, heads_out = query[b].unflatten(0, (n_kv_heads, -1)), out[b].unflatten(0, (n_kv_heads, -1))
-        for head in range(n_kv_heads):
-            q = heads[head].float()  # [H/G, D]
-            keys, values = cached_tokens(pages, block_table[b], context_len, head)
-            if read.is_dense(context_len):
-                heads_out[head] = attend(q, keys, values, scale)
-                continue
-            bounds = bounds_of(pages, block_table[b], context_len, head)
-            spans = pick_spans(upper_bounds(q, bounds), read.n_spans(context_len))
-            tokens = tokens_of(spans, context_len)
-            heads_out[head] = attend(q, keys[tokens], values[tokens], scale)
+    for row in decode_rows(query, pages, block_table, seq_lens, out):
+        q, keys, values = row.q, row.keys, row.values
+        if not read.is_dense(row.context_len):
+            bounds = bounds_of(pages, row.blocks, row.context_len, row.head)
+            tokens = tokens_of(pick_spans(upper_bounds(q, bounds), read.n_spans(row.context_len)), row.context_len)
+            keys, values = keys[tokens], values[tokens]
+        row.out[:] = attend(q, keys, values, scale)
 
 
 def bounds_of(pages: Pages, blocks: torch.Tensor, context_len: int, head: int) -> torch.Tensor:

@@ -7,7 +7,7 @@ import torch
 from vllm_sparq.config import SparqRead
 from vllm_sparq.layout import SCORING_BITS, Pages
 from vllm_sparq.ops.codec import unpack
-from vllm_sparq.ops.dense_decode.reference import add_scores, attend, cached_tokens
+from vllm_sparq.ops.dense_decode.reference import add_scores, attend, decode_rows
 from vllm_sparq.ops.write.reference import dequantize
 
 
@@ -21,30 +21,21 @@ def sparq_decode(
     scale: float,
     out: torch.Tensor,
 ) -> None:
-    n_kv_heads = pages.data.shape[1]
-    for b in range(query.shape[0]):
-        context_len = int(seq_lens[b])
-        if context_len == 0:
-            out[b] = 0
+    for row in decode_rows(query, pages, block_table, seq_lens, out):
+        q, keys, values = row.q, row.keys, row.values
+        if read.is_dense(row.context_len):
+            row.out[:] = attend(q, keys, values, scale)
+            add_scores(pages, row.blocks, row.head, torch.softmax(scale * q @ keys.T, -1))
             continue
-        heads, heads_out = query[b].unflatten(0, (n_kv_heads, -1)), out[b].unflatten(0, (n_kv_heads, -1))
-        for head in range(n_kv_heads):
-            q = heads[head].float()  # [H/G, D]
-            keys, values = cached_tokens(pages, block_table[b], context_len, head)
-            if read.is_dense(context_len):
-                heads_out[head] = attend(q, keys, values, scale)
-                add_scores(pages, block_table[b], head, torch.softmax(scale * q @ keys.T, -1))
-                continue
-            channels = pick_channels(q, read.r)
-            scores = approximate_scores(q, ranking_keys(pages, block_table[b], keys, head), channels, scale)
-            add_scores(pages, block_table[b], head, torch.softmax(scores, -1))
-            tokens = pick_tokens(scores, read, positions_of(pages, block_table[b], context_len, head))
-            exact = attend(q, keys[tokens], values[tokens], scale)
-            if read.alpha_floor < 1.0:
-                alpha = torch.softmax(scores, -1)[:, tokens].sum(-1, keepdim=True).clamp(read.alpha_floor, 1.0)
-                mean = mean_value(pages, block_table[b], values, head)
-                exact = alpha * exact + (1 - alpha) * mean
-            heads_out[head] = exact
+        channels = pick_channels(q, read.r)
+        scores = approximate_scores(q, ranking_keys(pages, row.blocks, keys, row.head), channels, scale)
+        add_scores(pages, row.blocks, row.head, torch.softmax(scores, -1))
+        tokens = pick_tokens(scores, read, positions_of(pages, row.blocks, row.context_len, row.head))
+        exact = attend(q, keys[tokens], values[tokens], scale)
+        if read.alpha_floor < 1.0:
+            alpha = torch.softmax(scores, -1)[:, tokens].sum(-1, keepdim=True).clamp(read.alpha_floor, 1.0)
+            exact = alpha * exact + (1 - alpha) * mean_value(pages, row.blocks, values, row.head)
+        row.out[:] = exact
 
 
 def pick_channels(q: torch.Tensor, r: int) -> torch.Tensor:
