@@ -1,4 +1,4 @@
-"""Who may import whom (DESIGN.md, section 2), by reading the source of every file and by asking fresh processes."""
+"""Who may import whom, by reading the source of every file and by asking fresh processes."""
 
 from __future__ import annotations
 

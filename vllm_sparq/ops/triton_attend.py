@@ -25,7 +25,7 @@ from vllm_sparq.ops.triton_codes import (
     staged_at,
     tile_slots,
 )
-from vllm_sparq.ops.triton_common import cast, dot, read_counts, split_count, split_tokens
+from vllm_sparq.ops.triton_common import Counts, cast, dot, read_counts, split_count, split_tokens
 
 LOG2_E = 1.4426950408889634
 
@@ -157,12 +157,7 @@ def attend_kernel(
     FORMAT: tl.constexpr,
     NOTE: tl.constexpr,
     COUNTED: tl.constexpr,
-    MIN_K: tl.constexpr,
-    K_NUM: tl.constexpr,
-    K_DEN: tl.constexpr,
-    LOCAL: tl.constexpr,
-    DENSE_BELOW: tl.constexpr,
-    SPAN: tl.constexpr,
+    READ: tl.constexpr,
 ):
     """Grid (B * G, N_SPLITS). Reads 2 D elements per token, or their codes, once for the whole query group."""
     row = tl.program_id(0)
@@ -172,7 +167,7 @@ def attend_kernel(
     context_len = tl.load(seq_lens + b)
     n_tokens, is_dense = context_len, context_len >= 0
     if LISTED:
-        is_dense, n_tokens, _ = read_counts(context_len, MIN_K, K_NUM, K_DEN, LOCAL, DENSE_BELOW, SPAN)
+        is_dense, n_tokens, _ = read_counts(context_len, READ)
         tokens += row.to(tl.int64) * tokens_stride
         if COUNTED:
             n_tokens = tl.load(n_listed + row)
@@ -244,7 +239,7 @@ def attend(
     scale: float,
     out: torch.Tensor,
     max_tokens: int,
-    read: dict[str, object] | None = None,
+    read: Counts | None = None,
     keep_splits: bool = False,
     logits: torch.Tensor | None = None,
     n_listed: torch.Tensor | None = None,
@@ -264,7 +259,6 @@ def attend(
     partial = torch.empty(n_requests * n_heads, scratch, head_size, dtype=torch.float32, device=query.device)
     n_weights = scratch if logits is None else n_splits
     weight = torch.empty(n_requests * n_heads, n_weights, dtype=torch.float32, device=query.device)
-    sizes = dict(MIN_K=1, K_NUM=0, K_DEN=1, LOCAL=0, DENSE_BELOW=0, SPAN=1)
     attend_kernel[(n_requests * n_kv_heads, n_splits)](
         *(query, records, tokens, seq_lens, seq_lens if n_listed is None else n_listed),
         *(partial, weight, weight if logits is None else logits, out),
@@ -282,7 +276,7 @@ def attend(
         FORMAT=codes_of(pages.layout),
         NOTE=logits is not None,
         COUNTED=n_listed is not None,
-        **(sizes | (read or {})),
+        READ=read,
         num_warps=4 if pages.layout.quantized is None else 8,  # elements on their way from codes live in registers
         num_stages=3,
     )

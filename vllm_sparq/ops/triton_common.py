@@ -1,4 +1,4 @@
-"""What the Triton kernels share: launch sizes, the numbers of a SparQ read on the device, and the merge of split rows.
+"""What the Triton kernels share: launch sizes, how much a sparse read takes of a context, and the merge of split rows.
 
 A *row* is one request and one KV head; `split` programs share a row's tokens. All addresses are int64.
 """
@@ -6,10 +6,13 @@ A *row* is one request and one KV head; `split` programs share a row's tokens. A
 from __future__ import annotations
 
 import functools
+from dataclasses import dataclass
 
 import torch
 import triton
 import triton.language as tl
+
+from vllm_sparq.config import LEAST_SPANS, RETRIEVAL_TOKENS, PagesRead, SparqRead
 
 PROGRAMS_PER_SM = 4
 """Programs of a decode kernel per multiprocessor: enough to even out the tail, few enough to merge cheaply."""
@@ -40,16 +43,33 @@ def split_count(n_rows: int, max_tokens: int, device: torch.device, *, min_token
     return triton.next_power_of_2(max(1, min(wanted, useful, limit)))
 
 
-def read_constants(read) -> dict[str, object]:  # type: ignore[no-untyped-def]
-    """The numbers of a `vllm_sparq.config.SparqRead` as the compile-time arguments of `read_counts`."""
+@dataclass(frozen=True, kw_only=True)
+class Counts:
+    """How much of a context is read, as the compile-time argument ``READ``; None stands for all of it.
+
+    Attributes:
+        min_k, slope, per_tokens: k is ``max(min_k, S * slope // per_tokens)``, in whole numbers.
+        local: see `vllm_sparq.config.SparqRead`; -1 where the newest tokens are not among those that are ranked.
+        dense_below: contexts shorter than this are read in full (tokens).
+        span: neighbouring tokens that are read together.
+    """
+
+    min_k: int
+    slope: int
+    per_tokens: int
+    local: int | None
+    dense_below: int
+    span: int
+
+
+@functools.cache
+def counts_of(read: SparqRead | PagesRead) -> Counts:
+    """The ``READ`` of a decode op."""
     slope = read.k_per_token
-    return dict(
-        MIN_K=read.min_k,
-        K_NUM=slope.numerator,
-        K_DEN=slope.denominator,
-        LOCAL=read.local,
-        DENSE_BELOW=read.dense_below,
-    )
+    shared = dict(slope=slope.numerator, per_tokens=slope.denominator, dense_below=read.dense_below)
+    if isinstance(read, SparqRead):
+        return Counts(min_k=read.min_k, local=read.local, span=1, **shared)
+    return Counts(min_k=max(read.min_k, LEAST_SPANS * RETRIEVAL_TOKENS), local=-1, span=RETRIEVAL_TOKENS, **shared)
 
 
 @triton.jit
@@ -79,25 +99,14 @@ def dot(a, b, acc):
 
 
 @triton.jit
-def read_counts(
-    context_len,
-    MIN_K: tl.constexpr,
-    K_NUM: tl.constexpr,
-    K_DEN: tl.constexpr,
-    LOCAL: tl.constexpr,
-    DENSE_BELOW: tl.constexpr,
-    SPAN: tl.constexpr = 1,
-):
-    """(is_dense, tokens read, newest tokens among them) of `SparqRead`, in its integer arithmetic.
-
-    With SPAN those of `PagesRead`: whole spans of so many tokens, but for the newest.
-    """
+def read_counts(context_len, READ: tl.constexpr):
+    """(is_dense, tokens read, newest tokens among them) of a `SparseRead`, in its integer arithmetic."""
     s = context_len.to(tl.int64)
-    k = tl.maximum(s * K_NUM // K_DEN, MIN_K)
-    n_left = s - (k + 1) if SPAN == 1 else (tl.cdiv(s, SPAN) - k // SPAN) * SPAN
-    is_dense = (s < DENSE_BELOW) | (n_left <= 0)
+    k = tl.maximum(s * READ.slope // READ.per_tokens, READ.min_k)
+    n_left = s - (k + 1) if READ.span == 1 else (tl.cdiv(s, READ.span) - k // READ.span) * READ.span
+    is_dense = (s < READ.dense_below) | (n_left <= 0)
     n_read = tl.where(is_dense, s, s - n_left)
-    local = k // 4 if LOCAL is None else tl.minimum(k, LOCAL)
+    local = k // 4 if READ.local is None else tl.minimum(k, READ.local)
     return is_dense, n_read.to(tl.int32), tl.minimum(s, local + 1).to(tl.int32)
 
 

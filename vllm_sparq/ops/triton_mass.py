@@ -84,18 +84,13 @@ def cut_kernel(
     N_SPLITS: tl.constexpr,
     TILE: tl.constexpr,
     LEAST_K: tl.constexpr,
-    MIN_K: tl.constexpr,
-    K_NUM: tl.constexpr,
-    K_DEN: tl.constexpr,
-    LOCAL: tl.constexpr,
-    DENSE_BELOW: tl.constexpr,
-    SPAN: tl.constexpr,
+    READ: tl.constexpr,
 ):
     """Grid (B * G). Gathers 4 bytes of group score and those of the head scores per picked token, then ten passes over
     8 bytes, from L1 mostly. Rows that are read densely keep all their tokens."""
     row = tl.program_id(0).to(tl.int64)
     context_len = tl.load(seq_lens + row // G)
-    is_dense, n_read, n_local = read_counts(context_len, MIN_K, K_NUM, K_DEN, LOCAL, DENSE_BELOW)
+    is_dense, n_read, n_local = read_counts(context_len, READ)
     table = block_table + row // G * table_stride
     tokens += row * capacity
     cells += row * capacity
@@ -104,7 +99,7 @@ def cut_kernel(
         for first in range(0, n_read, TILE):
             i = first + tl.arange(0, TILE)
             t = tl.load(tokens + i, mask=i < n_read, other=0)
-            n = append_cells(cells, n, table, t, i < n_read, context_len, N, STAGED, SPAN)
+            n = append_cells(cells, n, table, t, i < n_read, context_len, N, STAGED, READ)
         tl.store(n_cells + row, n)
         return
 
@@ -140,7 +135,7 @@ def cut_kernel(
         chosen = (live & (key > threshold)) | (equal & ((n_before < n_missing) | (held_before < mass_missing)))
         n_equal += tl.sum(equal.to(tl.int32), 0)
         equal_held += tl.sum(share, 0)
-        n = append_cells(cells, n, table, t, chosen, context_len, N, STAGED, SPAN)
+        n = append_cells(cells, n, table, t, chosen, context_len, N, STAGED, READ)
         if STATISTICS:
             lane_shares = add_shares(lane_shares, head_scores, t, chosen, row_tops, max_tokens, HEADS)
     tl.store(n_cells + row, n)

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from vllm_sparq.layout import Pages
-from vllm_sparq.ops.triton_common import read_counts, split_count
+from vllm_sparq.ops.triton_common import Counts, read_counts, split_count
 from vllm_sparq.ops.triton_select import row_statistics
 
 
@@ -105,14 +105,9 @@ def note_kernel(
     GROUP: tl.constexpr,
     N: tl.constexpr,
     TILE: tl.constexpr,
-    SPARSE: tl.constexpr,  # whether there may be rows that are not read densely
     N_ATTEND_SPLITS: tl.constexpr,
     N_SPLITS: tl.constexpr,
-    MIN_K: tl.constexpr,
-    K_NUM: tl.constexpr,
-    K_DEN: tl.constexpr,
-    LOCAL: tl.constexpr,
-    DENSE_BELOW: tl.constexpr,
+    READ: tl.constexpr,  # None: all rows are read densely
 ):
     """Grid (B * G, programs of a row). Reads 4 bytes per token and query head, and adds to 4 per token."""
     row = tl.program_id(0).to(tl.int64)
@@ -123,8 +118,8 @@ def note_kernel(
     table = block_table + b * table_stride
     scores += g * scores_stride_g
     is_dense = context_len > 0
-    if SPARSE:
-        is_dense, _, _ = read_counts(context_len, MIN_K, K_NUM, K_DEN, LOCAL, DENSE_BELOW)
+    if READ is not None:
+        is_dense, _, _ = read_counts(context_len, READ)
         if not is_dense:
             weights = approximate_weights(tops, sums, row, GROUP, N_SPLITS)
             head_scores += row * GROUP * max_tokens
@@ -147,7 +142,7 @@ def note_attention(
     logits: torch.Tensor,
     weight: torch.Tensor,
     approximate: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None,
-    read: dict[str, object] | None = None,
+    read: Counts | None = None,
 ) -> None:
     """Add to `Pages.scores` what a decode op paid: ``logits`` [B * H, max_tokens] and ``weight`` of `triton_attend`.
 
@@ -157,7 +152,6 @@ def note_attention(
     n_rows, tile = block_table.shape[0] * pages.data.shape[1], 256
     max_tokens = block_table.shape[1] * pages.layout.block_size
     head_scores, tops, sums = approximate or (logits, logits, logits)
-    unused = dict(MIN_K=1, K_NUM=0, K_DEN=1, LOCAL=0, DENSE_BELOW=0)
     note_kernel[(n_rows, split_count(n_rows, max_tokens, logits.device, min_tokens=tile))](
         *(pages.scores, block_table, seq_lens, logits, weight, head_scores, tops, sums),
         *(pages.scores.stride(0), pages.scores.stride(1), block_table.stride(0), logits.stride(0), max_tokens),
@@ -165,9 +159,8 @@ def note_attention(
         GROUP=logits.shape[0] // n_rows,
         N=pages.layout.block_size,
         TILE=tile,
-        SPARSE=read is not None,
         N_ATTEND_SPLITS=weight.shape[1],
         N_SPLITS=tops.shape[1] if read is not None else 1,
-        **(unused if read is None else read),
+        READ=read,
         num_warps=4,
     )

@@ -193,11 +193,7 @@ def score_kernel(
     PAGES: tl.constexpr,
     SLOTS: tl.constexpr,
     CHANNELS: tl.constexpr,
-    MIN_K: tl.constexpr,
-    K_NUM: tl.constexpr,
-    K_DEN: tl.constexpr,
-    LOCAL: tl.constexpr,
-    DENSE_BELOW: tl.constexpr,
+    READ: tl.constexpr,
 ):
     """Grid (B * G, N_SPLITS, and one more with MEAN).
 
@@ -207,7 +203,7 @@ def score_kernel(
     split = tl.program_id(1)
     b, g = row // G, row % G
     context_len = tl.load(seq_lens + b)
-    is_dense, _, n_local = read_counts(context_len, MIN_K, K_NUM, K_DEN, LOCAL, DENSE_BELOW)
+    is_dense, _, n_local = read_counts(context_len, READ)
     if is_dense:
         return
     records += g * head_stride

@@ -9,8 +9,8 @@ A picked token is written as its cell, ``page * N + slot``; where it is staged, 
 The order of the list is fixed but has no meaning.
 Rows that are read densely list all their tokens.
 
-With SPAN what is ranked and picked are spans of so many tokens, and all tokens of a picked one are written. The newest
-span may be short: it is not ranked, but listed behind all others.
+With a ``READ.span`` what is ranked and picked are spans of so many tokens, and all tokens of a picked one are written.
+The newest span may be short: it is not ranked, but listed behind all others.
 """
 
 # ruff: noqa: RUF005  Triton knows no starred element of a tuple
@@ -31,10 +31,10 @@ LEAST_EXPONENT = tl.constexpr(100)
 
 
 @triton.jit
-def items_of(context_len, n_read, SPAN: tl.constexpr):
+def items_of(context_len, n_read, READ: tl.constexpr):
     """(items, how many of them to read): tokens, or spans but for the newest."""
-    n_items = context_len if SPAN == 1 else tl.cdiv(context_len, SPAN) - 1
-    return n_items, n_items - (context_len - n_read) // SPAN
+    n_items = context_len if READ.span == 1 else tl.cdiv(context_len, READ.span) - 1
+    return n_items, n_items - (context_len - n_read) // READ.span
 
 
 @triton.jit
@@ -124,23 +124,18 @@ def count_kernel(
     POSITIONS: tl.constexpr,
     N_SPLITS: tl.constexpr,
     TILE: tl.constexpr,
-    MIN_K: tl.constexpr,
-    K_NUM: tl.constexpr,
-    K_DEN: tl.constexpr,
-    LOCAL: tl.constexpr,
-    DENSE_BELOW: tl.constexpr,
-    SPAN: tl.constexpr,
+    READ: tl.constexpr,
 ):
     """Grid (B * G, N_SPLITS). Reads 4 bytes per token, from L2 mostly; PROBS 4 per head, and writes 4."""
     row = tl.program_id(0).to(tl.int64)
     split = tl.program_id(1)
     context_len = tl.load(seq_lens + row // G)
-    is_dense, n_read, n_local = read_counts(context_len, MIN_K, K_NUM, K_DEN, LOCAL, DENSE_BELOW, SPAN)
+    is_dense, n_read, n_local = read_counts(context_len, READ)
     if is_dense:
         return
     scores += row * max_tokens
     head_scores += row * HEADS * max_tokens
-    n_items, _ = items_of(context_len, n_read, SPAN)
+    n_items, _ = items_of(context_len, n_read, READ)
     n_ranked = n_items - n_local
     low, per_unit = bin_scale(extent, row, N_SPLITS, PROBS)
     if PROBS:
@@ -167,14 +162,14 @@ def count_kernel(
 
 
 @triton.jit
-def append_cells(cells, n, table, t, chosen, context_len, N: tl.constexpr, STAGED: tl.constexpr, SPAN: tl.constexpr):
+def append_cells(cells, n, table, t, chosen, context_len, N: tl.constexpr, STAGED: tl.constexpr, READ: tl.constexpr):
     """Append the cells of the chosen items of a tile to a list of ``n`` items; returns its new length."""
     place = n + tl.cumsum(chosen.to(tl.int32), 0) - 1
     n += tl.sum(chosen.to(tl.int32), 0)
-    if SPAN > 1:
-        within = tl.arange(0, SPAN)[None, :]
-        t = t[:, None] * SPAN + within
-        place = place[:, None] * SPAN + within
+    if READ.span > 1:
+        within = tl.arange(0, READ.span)[None, :]
+        t = t[:, None] * READ.span + within
+        place = place[:, None] * READ.span + within
         chosen = chosen[:, None] & (t < context_len)
     tl.store(cells + place, cell_of(table, t, chosen, context_len, N, STAGED), mask=chosen)
     return n
@@ -244,18 +239,13 @@ def partition_kernel(
     POSITIONS: tl.constexpr,
     N_SPLITS: tl.constexpr,
     TILE: tl.constexpr,
-    MIN_K: tl.constexpr,
-    K_NUM: tl.constexpr,
-    K_DEN: tl.constexpr,
-    LOCAL: tl.constexpr,
-    DENSE_BELOW: tl.constexpr,
-    SPAN: tl.constexpr,
+    READ: tl.constexpr,
 ):
     """Grid (B * G, N_SPLITS). Reads 4 bytes per token; STATISTICS at most 32 more per query head and token picked."""
     row = tl.program_id(0).to(tl.int64)
     split = tl.program_id(1)
     context_len = tl.load(seq_lens + row // G)
-    is_dense, n_read, n_local = read_counts(context_len, MIN_K, K_NUM, K_DEN, LOCAL, DENSE_BELOW, SPAN)
+    is_dense, n_read, n_local = read_counts(context_len, READ)
     table = block_table + row // G * table_stride
     cells += row * capacity
     if is_dense:
@@ -265,7 +255,7 @@ def partition_kernel(
             tl.store(cells + t, cell_of(table, t, t < stop, context_len, N, STAGED), mask=t < stop)
         return
 
-    n_items, n_wanted = items_of(context_len, n_read, SPAN)
+    n_items, n_wanted = items_of(context_len, n_read, READ)
     start, stop = split_tokens(n_items, split, N_SPLITS, TILE)
     scores += row * max_tokens
     head_scores += row * HEADS * max_tokens
@@ -284,7 +274,7 @@ def partition_kernel(
         s = tl.load(scores + t, mask=live, other=0.0)
         index = bin_of(s, t, n_items - n_local, low, per_unit, PROBS, POSITIONS)
         chosen = live & (index > last)
-        n_cells = append_cells(cells, n_cells, table, t, chosen, context_len, N, STAGED, SPAN)
+        n_cells = append_cells(cells, n_cells, table, t, chosen, context_len, N, STAGED, READ)
         if STATISTICS:
             lane_shares = add_shares(lane_shares, head_scores, t, chosen, row_tops, max_tokens, HEADS)
         waiting = (live & (index == last)).to(tl.int32)
@@ -347,17 +337,12 @@ def finish_kernel(
     POSITIONS: tl.constexpr,
     N_SPLITS: tl.constexpr,
     TILE: tl.constexpr,
-    MIN_K: tl.constexpr,
-    K_NUM: tl.constexpr,
-    K_DEN: tl.constexpr,
-    LOCAL: tl.constexpr,
-    DENSE_BELOW: tl.constexpr,
-    SPAN: tl.constexpr,
+    READ: tl.constexpr,
 ):
     """Grid (B * G). Touches the candidates only: five passes over 8 bytes each, all but the first from L1."""
     row = tl.program_id(0).to(tl.int64)
     context_len = tl.load(seq_lens + row // G)
-    is_dense, n_read, n_local = read_counts(context_len, MIN_K, K_NUM, K_DEN, LOCAL, DENSE_BELOW, SPAN)
+    is_dense, n_read, n_local = read_counts(context_len, READ)
     if is_dense:
         return
     table = block_table + row // G * table_stride
@@ -365,7 +350,7 @@ def finish_kernel(
     scores += row * max_tokens
     head_scores += row * HEADS * max_tokens
     candidates += row * max_tokens
-    n_items, n_wanted = items_of(context_len, n_read, SPAN)
+    n_items, n_wanted = items_of(context_len, n_read, READ)
     n_ranked = n_items - n_local
     n_cells = tl.load(pending + row * 2)
     n_candidates = tl.load(pending + row * 2 + 1)
@@ -383,11 +368,11 @@ def finish_kernel(
         oldest = seen + tl.cumsum(equal.to(tl.int32), 0) <= n_equal  # candidates ascend
         chosen = (live & (key > threshold)) | (equal & oldest)
         seen += tl.sum(equal.to(tl.int32), 0)
-        n_cells = append_cells(cells, n_cells, table, t, chosen, context_len, N, STAGED, SPAN)
+        n_cells = append_cells(cells, n_cells, table, t, chosen, context_len, N, STAGED, READ)
         if STATISTICS:
             lane_shares = add_shares(lane_shares, head_scores, t, chosen, row_tops, max_tokens, HEADS)
     if STATISTICS:
         store_shares(shares + (row * (N_SPLITS + 1) + N_SPLITS) * HEADS, lane_shares, HEADS)
-    if SPAN > 1:
+    if READ.span > 1:
         newest = n_items + tl.zeros([1], tl.int32)
-        append_cells(cells, n_cells, table, newest, newest == newest, context_len, N, STAGED, SPAN)
+        append_cells(cells, n_cells, table, newest, newest == newest, context_len, N, STAGED, READ)

@@ -17,12 +17,21 @@ import torch
 import triton
 import triton.language as tl
 
-from vllm_sparq.config import LEAST_SPANS, RETRIEVAL_TOKENS, PagesRead
+from vllm_sparq.config import RETRIEVAL_TOKENS, PagesRead
 from vllm_sparq.layout import Pages
 from vllm_sparq.ops.dense_decode.triton import dense_decode
 from vllm_sparq.ops.triton_attend import attend, pages_as_records
 from vllm_sparq.ops.triton_codes import codes_of, n_in_codes, staged_at
-from vllm_sparq.ops.triton_common import SCRATCH_BYTES, merge, read_counts, split_count, split_tokens, widen
+from vllm_sparq.ops.triton_common import (
+    SCRATCH_BYTES,
+    Counts,
+    counts_of,
+    merge,
+    read_counts,
+    split_count,
+    split_tokens,
+    widen,
+)
 from vllm_sparq.ops.triton_notes import note_parts
 from vllm_sparq.ops.triton_select import N_BINS, count_kernel, finish_kernel, items_of, partition_kernel
 from vllm_sparq.ops.write.triton_scoring import extremes
@@ -59,7 +68,7 @@ def note_score(score, live, least, most):
 def rank_kernel(
     query,  # [B, H, D]
     records,  # pages [P, G] of the model's type
-    bounds,  # [P, G, N / SPAN, 2, D]
+    bounds,  # [P, G, N / span, 2, D]
     block_table,  # int32 [B, M]
     seq_lens,  # int32 [B]
     scores,  # fp32 [rows, max_spans], written: what no summed logit of a span exceeds, of all but the newest
@@ -80,22 +89,17 @@ def rank_kernel(
     STAGED: tl.constexpr,  # places of a page for the tokens of the newest block; 0 where nothing is staged
     SPANS: tl.constexpr,  # of a tile
     N_SPLITS: tl.constexpr,
-    MIN_K: tl.constexpr,
-    K_NUM: tl.constexpr,
-    K_DEN: tl.constexpr,
-    LOCAL: tl.constexpr,
-    DENSE_BELOW: tl.constexpr,
-    SPAN: tl.constexpr,
+    READ: tl.constexpr,
 ):
-    """Grid (B * G, N_SPLITS). Steps 1 and 2: 2 D elements per span, or SPAN D where its block has no bounds yet."""
+    """Grid (B * G, N_SPLITS). Steps 1 and 2: 2 D elements per span, or of its keys where it has no bounds yet."""
     row = tl.program_id(0).to(tl.int64)
     split = tl.program_id(1)
     b, g = row // G, row % G
     context_len = tl.load(seq_lens + b)
-    is_dense, n_read, _ = read_counts(context_len, MIN_K, K_NUM, K_DEN, LOCAL, DENSE_BELOW, SPAN)
+    is_dense, n_read, _ = read_counts(context_len, READ)
     if is_dense:
         return
-    n_ranked, _ = items_of(context_len, n_read, SPAN)
+    n_ranked, _ = items_of(context_len, n_read, READ)
     query += b * query_stride_b + g * GROUP * query_stride_h
     above, below = split_signs(query, query_stride_h, GROUP, D, D_PAD)
     records += g * head_stride
@@ -104,6 +108,7 @@ def rank_kernel(
     scores += row * max_spans
     d = tl.arange(0, D_PAD)
 
+    SPAN: tl.constexpr = READ.span
     n_bounded = (context_len // N * N if STAGED == 0 else n_in_codes(context_len, N)) // SPAN
     least = tl.full([SPANS], float("inf"), tl.float32)
     most = tl.full([SPANS], float("-inf"), tl.float32)
@@ -178,19 +183,6 @@ def list_capacity(read: PagesRead, max_tokens: int) -> int:
     return max(RETRIEVAL_TOKENS * read.n_spans(max_tokens), min(read.dense_below, max_tokens))
 
 
-def read_sizes(read: PagesRead) -> dict[str, object]:
-    """The numbers of ``read`` as the compile-time arguments of `read_counts`."""
-    slope = read.k_per_token
-    return dict(
-        MIN_K=max(read.min_k, LEAST_SPANS * RETRIEVAL_TOKENS),
-        K_NUM=slope.numerator,
-        K_DEN=slope.denominator,
-        LOCAL=-1,  # the newest span is not among those that are ranked
-        DENSE_BELOW=read.dense_below,
-        SPAN=RETRIEVAL_TOKENS,
-    )
-
-
 def decode_slice(
     query: torch.Tensor,
     pages: Pages,
@@ -203,13 +195,13 @@ def decode_slice(
     """The requests whose scratch fits at once."""
     max_tokens = block_table.shape[1] * pages.layout.block_size
     n_rows, max_spans = query.shape[0] * pages.data.shape[1], max_tokens // RETRIEVAL_TOKENS
-    capacity, sizes = list_capacity(read, max_tokens), read_sizes(read)
+    capacity, counts = list_capacity(read, max_tokens), counts_of(read)
     n_splits = split_count(n_rows, max_spans, query.device, min_tokens=TILE, limit=64)
     work = Scratch(n_rows, n_splits, max_spans, capacity, query.device)
-    rank(work, query, pages, block_table, seq_lens, sizes)
-    select(work, pages, block_table, seq_lens, sizes)
+    rank(work, query, pages, block_table, seq_lens, counts)
+    select(work, pages, block_table, seq_lens, counts)
     listed = query, pages, work.cells, seq_lens
-    partial, weight = attend(*listed, scale=scale, out=out, max_tokens=capacity, read=sizes)
+    partial, weight = attend(*listed, scale=scale, out=out, max_tokens=capacity, read=counts)
     if partial.shape[1]:
         merge(partial, weight, out)
 
@@ -220,7 +212,7 @@ def rank(
     pages: Pages,
     block_table: torch.Tensor,
     seq_lens: torch.Tensor,
-    sizes: dict[str, object],
+    read: Counts,
 ) -> None:
     """Steps 1 and 2."""
     records, bounds, head_size, codes = pages_as_records(pages), pages.scoring, query.shape[2], codes_of(pages.layout)
@@ -237,22 +229,20 @@ def rank(
         STAGED=0 if codes is None else codes.staged,
         SPANS=max(8, 16384 // (2 * d_pad * bounds.dtype.itemsize)),  # 16 KiB of bounds on their way
         N_SPLITS=work.extent.shape[1],
-        **sizes,
+        READ=read,
         num_warps=4,
     )
 
 
-def select(
-    work: Scratch, pages: Pages, block_table: torch.Tensor, seq_lens: torch.Tensor, sizes: dict[str, object]
-) -> None:
+def select(work: Scratch, pages: Pages, block_table: torch.Tensor, seq_lens: torch.Tensor, read: Counts) -> None:
     """Step 3: the list of cells. What only `sparq_decode` has is never touched: any pointer does."""
     (n_rows, n_splits), codes = work.extent.shape[:2], codes_of(pages.layout)
     none, max_spans = work.extent, work.scores.stride(0)
     positions, _, *notes_strides = note_parts(pages)
     lists = work.cells, work.candidates, work.pending, none
     strides = block_table.stride(0), max_spans, work.cells.stride(0)
-    sizes = sizes | dict(G=pages.data.shape[1], HEADS=1, N=pages.layout.block_size, POSITIONS=False)
-    sizes |= dict(N_SPLITS=n_splits, TILE=TILE)
+    sizes = dict(G=pages.data.shape[1], HEADS=1, N=pages.layout.block_size, N_SPLITS=n_splits, TILE=TILE)
+    sizes |= dict(POSITIONS=False, READ=read)
     count_kernel[(n_rows, n_splits)](
         *(positions, block_table, seq_lens, work.scores, work.scores, work.extent, none, none, work.counts),
         *(*notes_strides, block_table.stride(0), max_spans),

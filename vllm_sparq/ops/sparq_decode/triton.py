@@ -33,10 +33,11 @@ from vllm_sparq.ops.triton_attend import attend, pages_as_records
 from vllm_sparq.ops.triton_codes import codes_of
 from vllm_sparq.ops.triton_common import (
     SCRATCH_BYTES,
+    Counts,
     cast,
+    counts_of,
     merge,
     merge_splits,
-    read_constants,
     read_counts,
     split_count,
 )
@@ -69,18 +70,14 @@ def blend_kernel(
     STEP: tl.constexpr,
     N_ATTEND_SPLITS: tl.constexpr,
     N_SPLITS: tl.constexpr,
-    MIN_K: tl.constexpr,
-    K_NUM: tl.constexpr,
-    K_DEN: tl.constexpr,
-    LOCAL: tl.constexpr,
-    DENSE_BELOW: tl.constexpr,
+    READ: tl.constexpr,
 ):
     """Grid (B * H). Step 5: ``alpha y + (1 - alpha) mean``, y merged from its splits."""
     head_row = tl.program_id(0).to(tl.int64)
     b, h = head_row // H, head_row % H
     y = merge_splits(partial, weight, head_row, N_ATTEND_SPLITS, D, D_PAD, STEP)
     d = tl.arange(0, D_PAD)
-    is_dense, _n_read, _n_local = read_counts(tl.load(seq_lens + b), MIN_K, K_NUM, K_DEN, LOCAL, DENSE_BELOW)
+    is_dense, _n_read, _n_local = read_counts(tl.load(seq_lens + b), READ)
     if not is_dense:
         row = head_row // HEADS  # HEADS query heads share a KV head
         _top, size = head_statistics(tops, sums, row, h % HEADS, N_SPLITS, HEADS)
@@ -111,7 +108,7 @@ class Plan:
     by_position: bool  # whether slots do not tell which tokens are newest
     with_scores: bool  # whether the attention that tokens get is noted
     head_dtype: torch.dtype
-    constants: dict[str, object]
+    counts: Counts
 
     @property
     def keep(self) -> bool:
@@ -189,7 +186,7 @@ def decode_slice(
         scale=scale,
         out=out,
         max_tokens=plan.capacity,
-        read=plan.constants,
+        read=plan.counts,
         keep_splits=plan.with_mean,
         logits=work.logits,
         n_listed=work.n_cells,
@@ -200,7 +197,7 @@ def decode_slice(
         merge(partial, weight, out)
     if work.logits is not None:
         paid = work.head_scores, work.tops, work.sums
-        note_attention(pages, block_table, seq_lens, work.logits, weight, paid, plan.constants)
+        note_attention(pages, block_table, seq_lens, work.logits, weight, paid, plan.counts)
 
 
 def make_plan(query: torch.Tensor, pages: Pages, block_table: torch.Tensor, read: SparqRead) -> Plan:
@@ -232,7 +229,7 @@ def make_plan(query: torch.Tensor, pages: Pages, block_table: torch.Tensor, read
         by_position=pages.layout.positions,
         with_scores=with_scores,
         head_dtype=torch.float32 if probs or with_scores else query.dtype,
-        constants=read_constants(read),
+        counts=counts_of(read),
     )
 
 
@@ -278,14 +275,14 @@ def score(
         PAGES=max(1, plan.lanes // plan.slots),
         SLOTS=plan.slots,
         CHANNELS=min(triton.next_power_of_2(r), 16 if scheme == "int4" and plan.n_heads <= 4 else 16 // plan.runs),
-        **plan.constants,
+        READ=plan.counts,
         num_warps=4,
     )
 
 
 def select(plan: Plan, work: Scratch, pages: Pages, block_table: torch.Tensor, seq_lens: torch.Tensor) -> None:
     """Step 3: the list of cells, and the share of each head's probability that is on them."""
-    sizes = dict(G=pages.data.shape[1], HEADS=plan.n_heads, N_SPLITS=plan.n_splits, TILE=TILE, SPAN=1, **plan.constants)
+    sizes = dict(G=pages.data.shape[1], HEADS=plan.n_heads, N_SPLITS=plan.n_splits, TILE=TILE, READ=plan.counts)
     scores = work.scores, work.head_scores
     statistics = work.tops, work.sums
     lists = work.tokens, work.candidates, work.pending, work.shares
@@ -341,6 +338,6 @@ def blend(
         STEP=min(weight.shape[-1], 16),
         N_ATTEND_SPLITS=weight.shape[-1],
         N_SPLITS=plan.n_splits,
-        **plan.constants,
+        READ=plan.counts,
         num_warps=4,
     )
