@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 import torch
+from vllm.config import get_current_vllm_config
 from vllm.v1.attention.backend import AttentionBackend, MultipleOf
 from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec, KVCacheSpec
 from vllm.v1.kv_cache_layout import KVCacheLayout
@@ -12,7 +13,7 @@ from vllm.v1.kv_cache_layout import KVCacheLayout
 from vllm_sparq.attention_backends import refusals
 from vllm_sparq.attention_backends.impl import SparqImpl, active_pages
 from vllm_sparq.attention_backends.metadata import SparqMetadataBuilder
-from vllm_sparq.attention_backends.selection import PREFERRED_BLOCK_SIZE
+from vllm_sparq.attention_backends.selection import engine_options, preferred_block_size
 from vllm_sparq.layout import BLOCK_SIZE_MULTIPLE
 from vllm_sparq.scheduler.spec import page_spec
 
@@ -51,7 +52,9 @@ class SparqBackend(AttentionBackend):
 
     @classmethod
     def get_preferred_block_size(cls, default_block_size: int) -> int:
-        return max(default_block_size, PREFERRED_BLOCK_SIZE)
+        vllm_config = get_current_vllm_config()
+        preferred = preferred_block_size(engine_options(vllm_config), vllm_config.model_config.max_model_len)
+        return max(default_block_size, preferred)
 
     @classmethod
     def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:

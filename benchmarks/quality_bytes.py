@@ -1,7 +1,7 @@
 """KV bytes of a method for a model: what an output token makes it read, and what a cached token keeps.
 
 Counted from the layout of our pages, as `vllm-sparq bench ops` counts them. SparQ's authors count elements of a second
-copy of K in the model's type; ours is int4 unless told otherwise. All blocks count as full.
+copy of K in the model's type; ours is int4 unless told otherwise. Blocks count as full, and as 128 tokens.
 """
 
 from __future__ import annotations

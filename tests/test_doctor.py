@@ -103,6 +103,7 @@ def test_what_options_mean_for_a_model(tmp_path: Path) -> None:
     assert section.numbers["formats"]["int4"] == 2 * (32 + 4) + 64 // 2 + 64 * 2 * 2 // 128
     assert section.numbers["formats"]["kivi2"] == 2 * (16 + 8)
     assert "r = 16 of 64 channels" in texts(section, "✓")
+    assert "blocks of 128 tokens" in texts(section, "✓")
     assert "at   1,024 tokens a step reads all of them" in texts(section, "•")
 
 

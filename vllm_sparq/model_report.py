@@ -18,6 +18,7 @@ def model_section(model: str, options: Options) -> Section:
     from vllm.config import ModelConfig
 
     from vllm_sparq.attention_backends.refusals import model_refusals
+    from vllm_sparq.attention_backends.selection import preferred_block_size
 
     section = Section(f"model {model}")
     try:
@@ -46,7 +47,7 @@ def model_section(model: str, options: Options) -> Section:
     try:
         kept = _describe_retention(section, options, config.max_model_len)
         _describe_read(section, options, shape, kept)
-        _describe_memory(section, options, shape, config.dtype)
+        _describe_memory(section, options, shape, config.dtype, preferred_block_size(options, config.max_model_len))
     except ValueError as error:  # r beyond the head size, a page that cannot be cut
         section.bad(f"refused: {error}")
     return section
@@ -155,13 +156,13 @@ def _describe_context(section: Section, read: SparqRead | PagesRead, context: in
     section.good(f"at {context:>7,} tokens a step reads {amount} in {context / least:.1f} ({what})")
 
 
-def _describe_memory(section: Section, options: Options, shape: dict[str, int], dtype: Any) -> None:
-    from vllm_sparq.attention_backends.selection import PREFERRED_BLOCK_SIZE, page_layout
+def _describe_memory(section: Section, options: Options, shape: dict[str, int], dtype: Any, block_size: int) -> None:
+    from vllm_sparq.attention_backends.selection import page_layout
 
     grouped = shape["n_heads"] != shape["n_kv_heads"]
 
     def layout_of(options: Options) -> PageLayout:
-        return page_layout(options, shape["head_size"], PREFERRED_BLOCK_SIZE, dtype, grouped=grouped)
+        return page_layout(options, shape["head_size"], block_size, dtype, grouped=grouped)
 
     layout, n_vectors = layout_of(options), shape["n_kv_heads"] * shape["n_full"]
     per_head = {"sparq": layout.bytes_per_token, "dense": layout.record_bytes}
@@ -173,6 +174,7 @@ def _describe_memory(section: Section, options: Options, shape: dict[str, int], 
         "bytes_per_token": per_token,
         "overhead": layout.overhead,
         "tokens_per_gib": pool,
+        "block_size": block_size,
         "staging_blocks_per_request": layout.n_staging_blocks,
     }
     section.good(
@@ -180,11 +182,12 @@ def _describe_memory(section: Section, options: Options, shape: dict[str, int], 
         f"{per_head['dense']}) and {per_token['sparq']:,} in all layers (dense: {per_token['dense']:,}): "
         f"{layout.overhead:+.1%}"
     )
+    section.good(f"blocks of {block_size} tokens, unless --block-size says otherwise")
     section.good(f"a GiB of KV cache holds {pool['sparq']:,} tokens (dense: {pool['dense']:,})")
     if layout.quantized is not None:
         section.note(
             f"the newest block of a request waits in full precision in {layout.n_staging_blocks} blocks of "
-            f"{PREFERRED_BLOCK_SIZE} tokens ahead of it, which count as its own"
+            f"{block_size} tokens ahead of it, which count as its own"
         )
     others = {name: layout_of(options.model_copy(update={"format": name, "group_size": None})) for name in FORMATS}
     section.numbers["formats"] = {name: other.bytes_per_token for name, other in others.items()}

@@ -59,7 +59,7 @@ class SparqPlatformMixin:
         """
         super().check_and_update_config(vllm_config)  # type: ignore[misc]
         from vllm_sparq.attention_backends.refusals import engine_refusals
-        from vllm_sparq.attention_backends.selection import selected_backends
+        from vllm_sparq.attention_backends.selection import engine_options, preferred_block_size, selected_backends
 
         if not selected_backends(vllm_config):
             return
@@ -67,6 +67,10 @@ class SparqPlatformMixin:
         if refusals:
             raise ValueError("vllm-sparq cannot start: " + "; ".join(refusals))
         cls._arrange_eviction(vllm_config)
+        model, cache = vllm_config.model_config, vllm_config.cache_config
+        if model is not None and not cache.user_specified_block_size:
+            # vLLM asks backends for the block size that they prefer, but not on CPU.
+            cache.block_size = preferred_block_size(engine_options(vllm_config), model.max_model_len)
         parallel = vllm_config.parallel_config
         parallel.worker_cls = cls.sparq_workers.get(parallel.worker_cls, parallel.worker_cls)
 

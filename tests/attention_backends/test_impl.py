@@ -28,6 +28,22 @@ def test_pages_hold_what_the_options_need() -> None:
     assert parts(read="pages", format="kivi4") == [*kivi, "scoring"]
 
 
+@pytest.mark.parametrize(
+    ("options", "max_model_len", "tokens"),
+    [
+        ({}, 32768, 256),
+        ({}, 32767, 128),
+        ({"scoring": "int8"}, 65536, 128),
+        ({"read": "dense"}, 65536, 128),
+        ({"read": "pages"}, 65536, 128),
+        ({"format": "int4"}, 65536, 128),
+        ({"retention": "window"}, 65536, 128),
+    ],
+)
+def test_blocks_are_longer_where_that_pays(options: dict[str, Any], max_model_len: int, tokens: int) -> None:
+    assert selection.preferred_block_size(Options(**options), max_model_len) == tokens
+
+
 @pytest.mark.parametrize("read", ["sparq", "pages", "dense"])
 def test_without_kernels_the_user_is_told(read: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert impl.slow_ops(impl._choose_ops("cpu", read)) is None

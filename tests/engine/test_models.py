@@ -24,7 +24,7 @@ def model_of(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """A two-layer Llama with random weights wide enough that its answers are not all alike."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    def build(head_size: int) -> Path:
+    def build(head_size: int, n_positions: int = 1024) -> Path:
         n_heads, n_kv_heads = SHAPES[head_size]
         config = LlamaConfig(
             hidden_size=256,
@@ -34,7 +34,7 @@ def model_of(tmp_path_factory: pytest.TempPathFactory) -> Any:
             num_key_value_heads=n_kv_heads,
             head_dim=head_size,
             vocab_size=512,
-            max_position_embeddings=1024,
+            max_position_embeddings=n_positions,
             initializer_range=0.1,
             tie_word_embeddings=True,
         )
@@ -64,6 +64,17 @@ def test_head_sizes(head_size: int, model_of: Any, token_prompts: list[list[int]
     with engine("sparq", {**FULL, "scoring": "int4"}, **small(model)) as llm:
         assert Prompts.answers(llm, token_prompts) == dense
     assert len({tuple(answer) for answer in dense}) > 1
+
+
+def test_blocks_are_longer_where_contexts_may_be(model_of: Any, token_prompts: list[list[int]], engine: Any) -> None:
+    model = dict(small(model_of(96, 32768)), max_model_len=32768, kv_cache_memory_bytes=256 << 20)
+    found, sizes = [], []
+    for backend, more in (("CPU_ATTN", {}), ("sparq", {}), ("sparq", {"block_size": 64}), ("kivi", {})):
+        with engine(backend, FULL if backend == "sparq" else {}, **model, **more) as llm:
+            sizes.append(llm.llm_engine.vllm_config.cache_config.block_size)
+            found.append(Prompts.answers(llm, token_prompts))
+    assert sizes[1:] == [256, 64, 128]
+    assert found[0] == found[1] == found[2]
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
