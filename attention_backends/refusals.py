@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from vllm_sparq.attention_backends.selection import PREFERRED_BLOCK_SIZE, engine_options, page_layout
+from vllm_sparq.attention_backends.selection import engine_options, page_layout
 from vllm_sparq.config import Options, OptionsError, check_budget
 from vllm_sparq.layout import BLOCK_SIZE_MULTIPLE
 
@@ -58,7 +58,7 @@ def _option_refusals(vllm_config: Any) -> list[str]:
 
 def _format_refusals(vllm_config: Any, options: Options) -> list[str]:
     """Pages that cannot be cut, and what quantized blocks rule out."""
-    model, block_size = vllm_config.model_config, vllm_config.cache_config.block_size or PREFERRED_BLOCK_SIZE
+    model, block_size = vllm_config.model_config, vllm_config.cache_config.block_size
     if model.get_head_size() not in HEAD_SIZES or model.dtype not in DTYPES or block_size % BLOCK_SIZE_MULTIPLE:
         return []  # refused on its own account
     reasons = []

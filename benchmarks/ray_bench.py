@@ -27,6 +27,7 @@ from vllm_sparq.benchmarks.replicas import (
     engine_arguments,
     json_object,
     stderr_to,
+    unpacked,
 )
 from vllm_sparq.benchmarks.tiny_model import WEIGHTS
 from vllm_sparq.cli import UsageError, comma_names
@@ -165,7 +166,7 @@ def pool_of(args: argparse.Namespace, method: Method, model: Path) -> Pool:
     if args.ship is not None:
         if args.ship.suffix != ".whl" or not args.ship.is_file():
             raise UsageError(f"--ship {args.ship}: there is no such wheel; `pip wheel --no-deps .` makes one")
-        runtime_env["py_modules"] = [*runtime_env.get("py_modules", []), str(args.ship.resolve())]
+        runtime_env["py_modules"] = [*runtime_env.get("py_modules", []), *unpacked(args.ship)]
     arguments = engine_arguments(method, gpus=args.gpus, kv_cache_mib=args.kv_cache_mib, more=args.engine_args)
     return Pool(
         method=method,

@@ -44,7 +44,6 @@ def answers(pool: Pool, prompts: Iterable[Prompt]) -> Iterator[list[dict[str, An
         detokenize_stage=False,
         log_engine_metrics=False,
         should_continue_on_error=True,
-        runtime_env=pool.environment,
     )
     processor = build_processor(
         config,

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
+import functools
 import importlib.util
 import json
 import logging
 import os
+import shutil
 import socket
 import sys
+import tempfile
+import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -172,9 +177,25 @@ def cluster(pool: Pool, address: str | None) -> Iterator[None]:
     try:
         resources: Any = ray.cluster_resources()  # type: ignore[no-untyped-call]
         _check_resources(pool, resources)
+        if address is not None:
+            _check_plugin(address)
         yield
     finally:
         ray.shutdown()
+
+
+def _check_plugin(address: str) -> None:
+    """Refuse a cluster whose nodes lack this plugin, which every replica would tell much later."""
+    import ray
+
+    def found() -> bool:
+        return importlib.util.find_spec("vllm_sparq") is not None
+
+    if not ray.get(ray.remote(num_cpus=0)(found).remote()):
+        raise UsageError(
+            f"--address {address}: its nodes lack vllm-sparq: install it there, or bring it with --ship WHEEL "
+            "(`pip wheel --no-deps .` makes one)"
+        )
 
 
 def ray_silence() -> None:
@@ -182,6 +203,25 @@ def ray_silence() -> None:
     for name in list(logging.root.manager.loggerDict):
         if name.partition(".")[0] == "ray":
             logging.getLogger(name).setLevel(logging.ERROR)
+
+
+@functools.cache
+def unpacked(wheel: Path) -> tuple[str, ...]:
+    """The folders in a wheel of this plugin, for Ray's ``py_modules``: the package, and what names its entry points.
+
+    Not the wheel itself: Ray would install it with all that it requires, and a vLLM and a torch from the package index
+    would take the place of the node's own.
+    """
+    folder = Path(tempfile.mkdtemp(prefix="vllm-sparq-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(folder)
+    names = sorted(path.name for path in folder.iterdir())
+    if "vllm_sparq" not in names:
+        raise UsageError(
+            f"--ship {wheel}: it holds {', '.join(names)}, not vllm_sparq; `pip wheel --no-deps .` makes one"
+        )
+    return tuple(str(folder / name) for name in names)
 
 
 @contextlib.contextmanager

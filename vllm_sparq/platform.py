@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from vllm.logger import init_logger
@@ -59,20 +60,31 @@ class SparqPlatformMixin:
         """
         super().check_and_update_config(vllm_config)  # type: ignore[misc]
         from vllm_sparq.attention_backends.refusals import engine_refusals
-        from vllm_sparq.attention_backends.selection import engine_options, preferred_block_size, selected_backends
+        from vllm_sparq.attention_backends.selection import selected_backends
 
         if not selected_backends(vllm_config):
             return
+        cls._choose_block_size(vllm_config)
         refusals = engine_refusals(vllm_config)
         if refusals:
             raise ValueError("vllm-sparq cannot start: " + "; ".join(refusals))
         cls._arrange_eviction(vllm_config)
-        model, cache = vllm_config.model_config, vllm_config.cache_config
-        if model is not None and not cache.user_specified_block_size:
-            # vLLM asks backends for the block size that they prefer, but not on CPU.
-            cache.block_size = preferred_block_size(engine_options(vllm_config), model.max_model_len)
         parallel = vllm_config.parallel_config
         parallel.worker_cls = cls.sparq_workers.get(parallel.worker_cls, parallel.worker_cls)
+
+    @classmethod
+    def _choose_block_size(cls, vllm_config: VllmConfig) -> None:
+        """The block size where the user sets none.
+
+        vLLM asks backends for the size that they prefer only after this check, or (0.32 on CPU) not at all; until then
+        it may be one that the options rule out.
+        """
+        from vllm_sparq.attention_backends.selection import engine_options, preferred_block_size
+
+        model, cache = vllm_config.model_config, vllm_config.cache_config
+        if model is not None and not cache.user_specified_block_size:
+            with contextlib.suppress(ValueError):  # options that cannot be used are refused in a moment
+                cache.block_size = preferred_block_size(engine_options(vllm_config), model.max_model_len)
 
     @classmethod
     def _arrange_eviction(cls, vllm_config: VllmConfig) -> None:

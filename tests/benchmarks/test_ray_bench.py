@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+import zipfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from vllm_sparq.benchmarks import prompts, ray_bench, ray_summary
 from vllm_sparq.benchmarks.answers import Answers
 from vllm_sparq.benchmarks.methods import Method
 from vllm_sparq.benchmarks.proof import WrongAttentionError
-from vllm_sparq.benchmarks.replicas import REPLICA_ENVIRONMENT, Pool, cluster, engine_arguments, proven
+from vllm_sparq.benchmarks.replicas import REPLICA_ENVIRONMENT, Pool, cluster, engine_arguments, proven, unpacked
 from vllm_sparq.benchmarks.server import WORKER_REPORT
 from vllm_sparq.benchmarks.tiny_model import WEIGHTS
 from vllm_sparq.cli import UsageError, build_parser, main
@@ -151,6 +152,22 @@ def test_what_a_replica_is_given() -> None:
     warm = Pool(method=POOL.method, model=WEIGHTS, replicas=1, temperature=0.7, runtime_env={"env_vars": {"A": "1"}})
     assert warm.sampling(prompt)["seed"] == 0
     assert warm.environment["env_vars"] == REPLICA_ENVIRONMENT | {"A": "1"}
+
+
+def test_a_shipped_wheel_goes_as_folders(tmp_path: Path) -> None:
+    """Ray would install a wheel together with another vLLM and torch."""
+    wheel = tmp_path / "vllm_sparq-9-py3-none-any.whl"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        for name in ("vllm_sparq/__init__.py", "vllm_sparq/lib/libsparq.so", "vllm_sparq-9.dist-info/entry_points.txt"):
+            archive.writestr(name, name)
+    package, information = map(Path, unpacked(wheel))
+    assert (package.name, information.name) == ("vllm_sparq", "vllm_sparq-9.dist-info")
+    assert (information / "entry_points.txt").is_file()
+    assert (package / "lib" / "libsparq.so").is_file()
+    with zipfile.ZipFile(tmp_path / "other.whl", "w") as archive:
+        archive.writestr("other/__init__.py", "")
+    with pytest.raises(UsageError, match="it holds other, not vllm_sparq"):
+        unpacked(tmp_path / "other.whl")
 
 
 def test_rates_count_the_time_in_which_a_replica_worked(tmp_path: Path) -> None:
