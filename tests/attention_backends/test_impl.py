@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from vllm_sparq.attention_backends import impl, selection
 from vllm_sparq.config import Options
 from vllm_sparq.ops import native
+from vllm_sparq.platform import SparqCpuPlatform
 
 
 def test_pages_hold_what_the_options_need() -> None:
@@ -42,6 +44,23 @@ def test_pages_hold_what_the_options_need() -> None:
 )
 def test_blocks_are_longer_where_that_pays(options: dict[str, Any], max_model_len: int, tokens: int) -> None:
     assert selection.preferred_block_size(Options(**options), max_model_len) == tokens
+
+
+@pytest.mark.parametrize(
+    ("given", "options", "tokens"),
+    [(False, {}, 128), (True, {}, 16), (False, {"format": "kivi3"}, 16)],
+    ids=["chosen", "the user's", "left to the refusal"],
+)
+def test_the_block_size_is_chosen_before_options_are_checked(given: bool, options: dict[str, Any], tokens: int) -> None:
+    """Until backends are asked, vLLM's default of 16 tokens stands, which hold no group of KIVI's."""
+    config: Any = SimpleNamespace(
+        attention_config=SimpleNamespace(backend=SimpleNamespace(name="KIVI"), backend_per_kind={}),
+        additional_config={"sparq": options},
+        model_config=SimpleNamespace(max_model_len=65536),
+        cache_config=SimpleNamespace(block_size=16, user_specified_block_size=given),
+    )
+    SparqCpuPlatform._choose_block_size(config)
+    assert config.cache_config.block_size == tokens
 
 
 @pytest.mark.parametrize("read", ["sparq", "pages", "dense"])
