@@ -36,8 +36,9 @@ types: $(READY)  ## mypy, over the packages as they install
 	ln -s $(CURDIR)/vllm_sparq/* $(CURDIR)/attention_backends $(CURDIR)/scheduler $(CURDIR)/benchmarks build/types/vllm_sparq/
 	cd build/types && $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml -p vllm_sparq
 
+# In the order of the files: xdist would leave those with few tests to the end, and they are the slow ones.
 unit: $(READY)
-	$(BIN)/pytest -n 2 --dist loadfile
+	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 bench: $(READY)  ## a small run of ops, engine and Ray on the bundled model, and a page of it: build/bench.html
 	mkdir -p build/bench
