@@ -15,8 +15,8 @@ PREFERRED_BLOCK_SIZE = 128
 """Tokens per block where the user sets none: rows of int4 codes are whole cache lines then."""
 
 LONG_BLOCK_SIZE = 256
-"""The same where contexts may be long and int4 codes rank them: rows are pairs of lines then, which CPUs fetch at once,
-and SparQ reads 65,536 tokens 1.1 to 1.3 times as fast."""
+"""The same where contexts may be long and int4 codes rank them: half as many pages, and rows of two neighbouring lines.
+SparQ reads 65,536 tokens 1.1 to 1.3 times as fast."""
 
 LONG_CONTEXT = 32768
 """Tokens from which a context is long: sharing and allocating whole blocks of 256 tokens costs next to nothing then."""
