@@ -13,7 +13,6 @@ from vllm.v1.kv_cache_layout import KVCacheLayout
 from vllm_sparq.attention_backends import refusals
 from vllm_sparq.attention_backends.impl import SparqImpl, active_pages
 from vllm_sparq.attention_backends.metadata import SparqMetadataBuilder
-from vllm_sparq.attention_backends.selection import engine_options, preferred_block_size
 from vllm_sparq.layout import BLOCK_SIZE_MULTIPLE
 from vllm_sparq.scheduler.spec import page_spec
 
@@ -52,9 +51,7 @@ class SparqBackend(AttentionBackend):
 
     @classmethod
     def get_preferred_block_size(cls, default_block_size: int) -> int:
-        vllm_config = get_current_vllm_config()
-        preferred = preferred_block_size(engine_options(vllm_config), vllm_config.model_config.max_model_len)
-        return max(default_block_size, preferred)
+        return int(get_current_vllm_config().cache_config.block_size)  # our platform has chosen it
 
     @classmethod
     def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:

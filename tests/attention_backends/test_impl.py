@@ -51,8 +51,7 @@ def test_blocks_are_longer_where_that_pays(options: dict[str, Any], max_model_le
     [(False, {}, 128), (True, {}, 16), (False, {"format": "kivi3"}, 16)],
     ids=["chosen", "the user's", "left to the refusal"],
 )
-def test_the_block_size_is_chosen_before_options_are_checked(given: bool, options: dict[str, Any], tokens: int) -> None:
-    """Until backends are asked, vLLM's default of 16 tokens stands, which hold no group of KIVI's."""
+def test_a_block_size_is_chosen_where_the_user_sets_none(given: bool, options: dict[str, Any], tokens: int) -> None:
     config: Any = SimpleNamespace(
         attention_config=SimpleNamespace(backend=SimpleNamespace(name="KIVI"), backend_per_kind={}),
         additional_config={"sparq": options},

@@ -118,3 +118,22 @@ def test_capacity(engine: Any) -> None:
     dense = tokens("CPU_ATTN", {})
     for name, ratio in promised.items():
         assert tokens("sparq", {"format": name, "read": "dense"}) >= ratio * dense, name
+
+
+def test_a_default_block_size_that_backends_may_change_is_not_refused(
+    engine: Any, some: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Blocks of 16 hold no group of KIVI's; where vLLM asks backends later, that is its default until then."""
+    from vllm.platforms.cpu import CpuPlatform
+
+    check = CpuPlatform.check_and_update_config.__func__
+
+    def with_blocks_of_16(cls: type, vllm_config: Any) -> None:
+        check(cls, vllm_config)
+        if not vllm_config.cache_config.user_specified_block_size:
+            vllm_config.cache_config.block_size = 16
+
+    monkeypatch.setattr(CpuPlatform, "check_and_update_config", classmethod(with_blocks_of_16))
+    with engine("kivi", {}) as llm:
+        assert llm.llm_engine.vllm_config.cache_config.block_size == 128
+        Prompts.answers(llm, some[:1])

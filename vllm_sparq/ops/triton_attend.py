@@ -129,7 +129,7 @@ def fold_quantized(
 def attend_kernel(
     query,  # [B, H, D]
     records,  # pages [P, G] in the model's type; the value of a record lies D elements behind its key
-    tokens,  # LISTED: int32 cells [rows, capacity]; else the block table, int32 [B, M]
+    tokens,  # with READ int32 cells [rows, capacity]; else the block table, int32 [B, M]
     seq_lens,  # int32 [B]
     n_listed,  # COUNTED: int32 [rows], cells of a row; else it follows from its length
     partial,  # fp32 [B * H, N_SPLITS, D]
@@ -153,11 +153,10 @@ def attend_kernel(
     D_PAD: tl.constexpr,
     TILE: tl.constexpr,
     N_SPLITS: tl.constexpr,
-    LISTED: tl.constexpr,
     FORMAT: tl.constexpr,
     NOTE: tl.constexpr,
     COUNTED: tl.constexpr,
-    READ: tl.constexpr,
+    READ: tl.constexpr,  # None: all tokens of a row; else those that it lists
 ):
     """Grid (B * G, N_SPLITS). Reads 2 D elements per token, or their codes, once for the whole query group."""
     row = tl.program_id(0)
@@ -166,6 +165,7 @@ def attend_kernel(
     g = (row % G).to(tl.int64)
     context_len = tl.load(seq_lens + b)
     n_tokens, is_dense = context_len, context_len >= 0
+    LISTED: tl.constexpr = READ is not None
     if LISTED:
         is_dense, n_tokens, _ = read_counts(context_len, READ)
         tokens += row.to(tl.int64) * tokens_stride
@@ -272,7 +272,6 @@ def attend(
         D_PAD=triton.next_power_of_2(head_size),
         TILE=tile_tokens(head_size, query.dtype),
         N_SPLITS=n_splits,
-        LISTED=read is not None,
         FORMAT=codes_of(pages.layout),
         NOTE=logits is not None,
         COUNTED=n_listed is not None,
