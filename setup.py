@@ -17,6 +17,14 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).parent
 SOURCES = ROOT / "vllm_sparq" / "csrc"
 
+# The top level holds four folders that install as one package.
+PACKAGE_FOLDERS = {
+    "vllm_sparq": "vllm_sparq",
+    "vllm_sparq.attention_backends": "attention_backends",
+    "vllm_sparq.scheduler": "scheduler",
+    "vllm_sparq.benchmarks": "benchmarks",
+}
+
 # One library per instruction set; vllm_sparq/ops/native.py picks one at import. gcc 12 does not know -march=znver4, so
 # the sets are spelled out. Never -ffast-math: linking with it would switch denormals off for the whole process.
 COMMON_FLAGS = [
@@ -78,13 +86,18 @@ def kernel_libraries() -> list[Extension]:
     return [Extension(name, sources, depends=headers, optional=True) for name in names]
 
 
+def packages() -> list[str]:
+    """Every folder with an ``__init__.py``, by the name that it installs under."""
+    found = []
+    for package, folder in PACKAGE_FOLDERS.items():
+        for path in (ROOT / folder).rglob("__init__.py"):
+            found.append(".".join([package, *path.parent.relative_to(ROOT / folder).parts]))
+    return sorted(found)
+
+
 setup(
-    package_dir={
-        "vllm_sparq": "vllm_sparq",
-        "vllm_sparq.attention_backends": "attention_backends",
-        "vllm_sparq.scheduler": "scheduler",
-        "vllm_sparq.benchmarks": "benchmarks",
-    },
+    packages=packages(),
+    package_dir=PACKAGE_FOLDERS,
     ext_modules=kernel_libraries(),
     cmdclass={"build_ext": BuildKernels, "bdist_wheel": AnyPythonWheel},
 )

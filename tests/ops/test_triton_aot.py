@@ -203,7 +203,7 @@ def main(arch: int) -> None:
     triton.runtime.jit.JITFunction.run = lambda kernel, *args, grid, warmup, **options: launches.append(
         (shape, kernel, args, options)
     )
-    from vllm_sparq.ops import triton_common
+    from vllm_sparq.ops.triton_common import launch as triton_common
 
     triton_common.INTERPRETED_SMS = SM_COUNT[arch]
     for shape in SHAPES:

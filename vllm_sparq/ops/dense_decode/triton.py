@@ -10,9 +10,9 @@ from __future__ import annotations
 import torch
 
 from vllm_sparq.layout import Pages
-from vllm_sparq.ops.triton_attend import attend
-from vllm_sparq.ops.triton_common import SCRATCH_BYTES, merge
-from vllm_sparq.ops.triton_notes import note_attention
+from vllm_sparq.ops.triton_common.attend import attend
+from vllm_sparq.ops.triton_common.launch import SCRATCH_BYTES, merge
+from vllm_sparq.ops.triton_common.attention_scores import note_attention
 
 
 def dense_decode(

@@ -13,9 +13,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from vllm_sparq.ops.triton_codes import as_bytes, gather, staged_at
-from vllm_sparq.ops.triton_common import cast, widen
-from vllm_sparq.ops.triton_encode import renew_rows
+from vllm_sparq.ops.triton_common.codes import as_bytes, gather, staged_at
+from vllm_sparq.ops.triton_common.launch import cast, widen
+from vllm_sparq.ops.triton_common.encode import renew_rows
 from vllm_sparq.ops.write.triton_scoring import close_page
 
 

@@ -20,9 +20,9 @@ import triton.language as tl
 from vllm_sparq.config import RETRIEVAL_TOKENS, PagesRead
 from vllm_sparq.layout import Pages
 from vllm_sparq.ops.dense_decode.triton import dense_decode
-from vllm_sparq.ops.triton_attend import attend, pages_as_records
-from vllm_sparq.ops.triton_codes import codes_of, n_in_codes, staged_at
-from vllm_sparq.ops.triton_common import (
+from vllm_sparq.ops.triton_common.attend import attend, pages_as_records
+from vllm_sparq.ops.triton_common.codes import codes_of, n_in_codes, staged_at
+from vllm_sparq.ops.triton_common.launch import (
     SCRATCH_BYTES,
     Counts,
     counts_of,
@@ -32,8 +32,8 @@ from vllm_sparq.ops.triton_common import (
     split_tokens,
     widen,
 )
-from vllm_sparq.ops.triton_notes import note_parts
-from vllm_sparq.ops.triton_select import N_BINS, count_kernel, finish_kernel, items_of, partition_kernel
+from vllm_sparq.ops.triton_common.attention_scores import note_parts
+from vllm_sparq.ops.triton_common.select import N_BINS, count_kernel, finish_kernel, items_of, partition_kernel
 from vllm_sparq.ops.write.triton_scoring import extremes
 
 TILE = 128

@@ -11,9 +11,9 @@ import triton
 import triton.language as tl
 
 from vllm_sparq.layout import Pages
-from vllm_sparq.ops.triton_attend import logits_of, pages_as_records
-from vllm_sparq.ops.triton_codes import channel_order, codes_of, load_block_tile, load_records, tile_slots
-from vllm_sparq.ops.triton_common import split_count
+from vllm_sparq.ops.triton_common.attend import logits_of, pages_as_records
+from vllm_sparq.ops.triton_common.codes import channel_order, codes_of, load_block_tile, load_records, tile_slots
+from vllm_sparq.ops.triton_common.launch import split_count
 
 
 @triton.jit

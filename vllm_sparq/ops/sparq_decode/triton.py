@@ -1,17 +1,18 @@
 """`vllm_sparq.ops.sparq_decode.sparq_decode` on a GPU: six to eight launches, no sync, nothing sized by a length.
 
-Bytes per token and KV head for D = 128, bf16, four query heads, r = 16, int4, N = 128, k = S / 16 (a dense read: 512):
+Bytes per token and KV head for D = 128, bf16, four query heads, r = 16, int4, N = 128, k = S / 16 (a dense read: 512;
+files of `triton_common`):
 
-    score       8 of codes, 0.5 of ranges (4 where a sector is fetched for each);                   triton_score.py
+    score       8 of codes, 0.5 of ranges (4 where a sector is fetched for each);                   score.py
                 writes 4 of group score, and with mean value 8 of head scores
-    count       4 of group score, from L2 while a batch has below ten million tokens and KV heads   triton_select.py
+    count       4 of group score, from L2 while a batch has below ten million tokens and KV heads   select.py
     partition   4 of group score; with mean value the sectors of head scores that a picked token is in, at most 8
     finish      the candidates, about one token in a hundred
-    cut         only with a mass: of one token in sixteen, 4 of group score and 8 of head scores        triton_mass.py
-    attend      512 for one token in sixteen: 32                                                    triton_attend.py
+    cut         only with a mass: of one token in sixteen, 4 of group score and 8 of head scores        mass.py
+    attend      512 for one token in sixteen: 32                                                    attend.py
     blend       8 D per split and head, once per row
 
-    note        only where pages have scores: 4 of each head's score, then fp32; adds to 4      triton_notes.py
+    note        only where pages have scores: 4 of each head's score, then fp32; adds to 4      attention_scores.py
 
 Scratch is that of the scores and 4 bytes for the candidates (with a mass 12 more for its lists), for every token that
 the block table could hold. A batch
@@ -29,9 +30,9 @@ import triton.language as tl
 from vllm_sparq.config import SparqRead
 from vllm_sparq.layout import SCORING_BITS, Pages
 from vllm_sparq.ops.dense_decode.triton import dense_decode
-from vllm_sparq.ops.triton_attend import attend, pages_as_records
-from vllm_sparq.ops.triton_codes import codes_of
-from vllm_sparq.ops.triton_common import (
+from vllm_sparq.ops.triton_common.attend import attend, pages_as_records
+from vllm_sparq.ops.triton_common.codes import codes_of
+from vllm_sparq.ops.triton_common.launch import (
     SCRATCH_BYTES,
     Counts,
     cast,
@@ -41,10 +42,10 @@ from vllm_sparq.ops.triton_common import (
     read_counts,
     split_count,
 )
-from vllm_sparq.ops.triton_mass import cut_kernel
-from vllm_sparq.ops.triton_notes import note_attention, note_parts
-from vllm_sparq.ops.triton_score import score_kernel
-from vllm_sparq.ops.triton_select import N_BINS, count_kernel, finish_kernel, head_statistics, partition_kernel
+from vllm_sparq.ops.triton_common.mass import cut_kernel
+from vllm_sparq.ops.triton_common.attention_scores import note_attention, note_parts
+from vllm_sparq.ops.triton_common.score import score_kernel
+from vllm_sparq.ops.triton_common.select import N_BINS, count_kernel, finish_kernel, head_statistics, partition_kernel
 
 TILE = 1024
 """Tokens of one step of the selection kernels."""

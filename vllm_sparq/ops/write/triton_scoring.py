@@ -6,8 +6,8 @@ import triton
 import triton.language as tl
 
 from vllm_sparq.config import RETRIEVAL_TOKENS
-from vllm_sparq.ops.triton_codes import gather
-from vllm_sparq.ops.triton_common import cast, widen
+from vllm_sparq.ops.triton_common.codes import gather
+from vllm_sparq.ops.triton_common.launch import cast, widen
 
 SPAN = tl.constexpr(RETRIEVAL_TOKENS)
 

@@ -13,9 +13,9 @@ import triton
 import triton.language as tl
 
 from vllm_sparq.layout import Pages
-from vllm_sparq.ops.triton_attend import pages_as_records
-from vllm_sparq.ops.triton_codes import codes_of
-from vllm_sparq.ops.triton_sums import SUM_CHANNELS, SUM_TILE, chain_sums
+from vllm_sparq.ops.triton_common.attend import pages_as_records
+from vllm_sparq.ops.triton_common.codes import codes_of
+from vllm_sparq.ops.triton_common.value_sums import SUM_CHANNELS, SUM_TILE, chain_sums
 
 
 @triton.jit

@@ -14,7 +14,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from vllm_sparq.ops.triton_codes import as_bytes, dequantize, load_ranges, n_in_codes
+from vllm_sparq.ops.triton_common.codes import as_bytes, dequantize, load_ranges, n_in_codes
 
 
 @triton.jit

@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 
 from vllm_sparq.layout import PageLayout
-from vllm_sparq.ops.triton_common import cast, widen
+from vllm_sparq.ops.triton_common.launch import cast, widen
 
 
 @dataclass(frozen=True, kw_only=True)

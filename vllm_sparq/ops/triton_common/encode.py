@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from vllm_sparq.ops.triton_common import cast, widen
+from vllm_sparq.ops.triton_common.launch import cast, widen
 
 
 @triton.jit

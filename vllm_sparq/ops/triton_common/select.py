@@ -20,8 +20,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from vllm_sparq.ops.triton_codes import cell_of
-from vllm_sparq.ops.triton_common import read_counts, split_tokens
+from vllm_sparq.ops.triton_common.codes import cell_of
+from vllm_sparq.ops.triton_common.launch import read_counts, split_tokens
 
 N_BINS = tl.constexpr(256)
 """More would narrow the candidates, but each split stores its counts, and each split of the row reads all of them."""

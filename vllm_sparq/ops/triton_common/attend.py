@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from vllm_sparq.layout import Pages
-from vllm_sparq.ops.triton_codes import (
+from vllm_sparq.ops.triton_common.codes import (
     channel_order,
     codes_of,
     load_block_tile,
@@ -25,7 +25,7 @@ from vllm_sparq.ops.triton_codes import (
     staged_at,
     tile_slots,
 )
-from vllm_sparq.ops.triton_common import Counts, cast, dot, read_counts, split_count, split_tokens
+from vllm_sparq.ops.triton_common.launch import Counts, cast, dot, read_counts, split_count, split_tokens
 
 LOG2_E = 1.4426950408889634
 

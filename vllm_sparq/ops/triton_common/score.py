@@ -10,9 +10,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from vllm_sparq.ops.triton_common import cast, read_counts, split_tokens
-from vllm_sparq.ops.triton_score_tile import score_tile
-from vllm_sparq.ops.triton_select import is_ranked, mark_newest
+from vllm_sparq.ops.triton_common.launch import cast, read_counts, split_tokens
+from vllm_sparq.ops.triton_common.score_tile import score_tile
+from vllm_sparq.ops.triton_common.select import is_ranked, mark_newest
 
 
 @triton.jit
