@@ -12,7 +12,7 @@ from vllm.v1.kv_cache_layout import KVCacheLayout
 
 from vllm_sparq.attention_backends import refusals
 from vllm_sparq.attention_backends.impl import SparqImpl, active_pages
-from vllm_sparq.attention_backends.metadata import SparqMetadataBuilder
+from vllm_sparq.attention_backends.steps.builder import SparqMetadataBuilder
 from vllm_sparq.layout import BLOCK_SIZE_MULTIPLE
 from vllm_sparq.scheduler.spec import page_spec
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
-from vllm_sparq.attention_backends import metadata
+from vllm_sparq.attention_backends.steps import builder
 from vllm_sparq.retention import PHASES, Phase
 
 
@@ -40,9 +40,9 @@ class SparqWorkerMixin(AttentionReport):
         super().init_device()  # type: ignore[misc]
         runner = self.model_runner  # type: ignore[attr-defined]
         if hasattr(runner, "req_states"):  # model runner V2: requests keep their row in a table, steps name the rows
-            metadata.prompt_lengths = lambda step: runner.req_states.prompt_len.cpu[step.req_idx]
+            builder.prompt_lengths = lambda step: runner.req_states.prompt_len.cpu[step.req_idx]
         else:
-            metadata.prompt_lengths = lambda step: runner.input_batch.num_prompt_tokens_cpu_tensor[: step.num_reqs]
+            builder.prompt_lengths = lambda step: runner.input_batch.num_prompt_tokens_cpu_tensor[: step.num_reqs]
 
         def phases(step: Any) -> list[Phase | None]:
             if not self._phases:
@@ -53,7 +53,7 @@ class SparqWorkerMixin(AttentionReport):
                 ids = runner.input_batch.req_ids[: step.num_reqs]
             return [self._phases.get(request_id) for request_id in ids]
 
-        metadata.shrunk_phases = phases
+        builder.shrunk_phases = phases
 
     def execute_model(self, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
         """Take along what our scheduler says about budgets; vLLM's own says nothing."""

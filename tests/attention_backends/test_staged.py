@@ -9,10 +9,10 @@ import pytest
 import torch
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
-from tests.attention_backends.test_metadata import step
-from vllm_sparq.attention_backends import metadata
-from vllm_sparq.attention_backends.metadata import SparqMetadataBuilder
-from vllm_sparq.attention_backends.staged import Piece, cut_pieces
+from tests.attention_backends.test_builder import step
+from vllm_sparq.attention_backends.steps import builder
+from vllm_sparq.attention_backends.steps.builder import SparqMetadataBuilder
+from vllm_sparq.attention_backends.steps.staged import Piece, cut_pieces
 from vllm_sparq.config import Options
 from vllm_sparq.layout import PageLayout, Pages
 from vllm_sparq.ops.dense_decode.reference import dense_decode
@@ -86,7 +86,7 @@ def alone(batch: Batch) -> torch.Tensor:
     return torch.cat(rows)
 
 
-def run(batch: Batch, **options: Any) -> tuple[torch.Tensor, metadata.SparqMetadata]:
+def run(batch: Batch, **options: Any) -> tuple[torch.Tensor, builder.SparqMetadata]:
     """[T, H, D] of the step, as `SparqImpl.forward` computes it."""
     builder = object.__new__(SparqMetadataBuilder)
     builder.options = Options(**options)
@@ -116,7 +116,7 @@ def run(batch: Batch, **options: Any) -> tuple[torch.Tensor, metadata.SparqMetad
 
 @pytest.fixture(autouse=True)
 def known_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(metadata, "prompt_lengths", lambda common: common.prompt_lens)
+    monkeypatch.setattr(builder, "prompt_lengths", lambda common: common.prompt_lens)
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 from vllm.v1.request import Request, RequestStatus
 
 from vllm_sparq import retention as retention_module
-from vllm_sparq.attention_backends.retained import plan_turns
+from vllm_sparq.attention_backends.steps.evicting import plan_turns
 from vllm_sparq.layout import PageLayout, Pages
 from vllm_sparq.ops.dense_decode.reference import cached_tokens
 from vllm_sparq.ops.evict.reference import evict

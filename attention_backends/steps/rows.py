@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from vllm.v1.attention.backend import AttentionMetadata
 
-from vllm_sparq.attention_backends.staged import BegunBlocks, StagedReplay
+from vllm_sparq.attention_backends.steps.staged import BegunBlocks, StagedReplay
 from vllm_sparq.layout import Pages
 
 

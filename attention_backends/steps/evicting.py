@@ -16,9 +16,9 @@ from dataclasses import dataclass
 import torch
 from vllm.v1.attention.backend import AttentionMetadata
 
-from vllm_sparq.attention_backends.rows import PrefillRows, SparqMetadata
-from vllm_sparq.attention_backends.staged import int64
-from vllm_sparq.attention_backends.staged_rows import staged_rows
+from vllm_sparq.attention_backends.steps.rows import PrefillRows, SparqMetadata
+from vllm_sparq.attention_backends.steps.staged import int64
+from vllm_sparq.attention_backends.steps.staged_rows import staged_rows
 from vllm_sparq.config import Options
 from vllm_sparq.retention import Arrival, Phase, Retention
 from vllm_sparq.scheduler.spec import RetainedSpec

@@ -9,8 +9,8 @@ import pytest
 import torch
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
-from vllm_sparq.attention_backends import metadata
-from vllm_sparq.attention_backends.metadata import SparqMetadataBuilder
+from vllm_sparq.attention_backends.steps import builder
+from vllm_sparq.attention_backends.steps.builder import SparqMetadataBuilder
 from vllm_sparq.config import Options
 
 
@@ -35,7 +35,7 @@ def step(*requests: tuple[int, int, int]) -> Any:
     )
 
 
-def build(common: Any) -> metadata.SparqMetadata:
+def build(common: Any) -> builder.SparqMetadata:
     builder = object.__new__(SparqMetadataBuilder)
     builder.options = Options()
     builder.kv_cache_spec = FullAttentionSpec(block_size=16, num_kv_heads=1, head_size=16, dtype=torch.float32)
@@ -44,7 +44,7 @@ def build(common: Any) -> metadata.SparqMetadata:
 
 @pytest.fixture(autouse=True)
 def known_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(metadata, "prompt_lengths", lambda common: common.prompt_lens)
+    monkeypatch.setattr(builder, "prompt_lengths", lambda common: common.prompt_lens)
 
 
 def test_all_decodes() -> None:
@@ -91,7 +91,7 @@ def test_a_chunk_behind_the_prompt_is_replayed_whole() -> None:
 
 
 def test_without_prompt_lengths_only_whole_chunks_are_replayed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(metadata, "prompt_lengths", None)
+    monkeypatch.setattr(builder, "prompt_lengths", None)
     result = build(step((7, 7, 4), (3, 13, 4)))
     assert result.replayed is not None
     assert result.replayed.rows.tolist() == [7, 8, 9]

@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import torch
 
-from vllm_sparq.attention_backends.rows import PrefillRows, ReplayedRows
-from vllm_sparq.attention_backends.staged import begun_blocks, cut_pieces, int64, staged_replay
+from vllm_sparq.attention_backends.steps.rows import PrefillRows, ReplayedRows
+from vllm_sparq.attention_backends.steps.staged import begun_blocks, cut_pieces, int64, staged_replay
 from vllm_sparq.config import Options
 from vllm_sparq.scheduler.spec import StagedSpec
 
