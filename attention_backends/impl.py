@@ -12,9 +12,9 @@ from vllm.logger import init_logger
 from vllm.v1.attention.backend import AttentionImpl, AttentionType
 
 from vllm_sparq.attention_backends.refusals import impl_refusals
+from vllm_sparq.attention_backends.selection import engine_options, page_layout
 from vllm_sparq.attention_backends.steps.evicting import RetainedMetadata
 from vllm_sparq.attention_backends.steps.rows import SparqMetadata
-from vllm_sparq.attention_backends.selection import engine_options, page_layout
 from vllm_sparq.layout import PageLayout, Pages
 from vllm_sparq.ops.dispatch import Choice, choose
 from vllm_sparq.retention import Retention

@@ -82,7 +82,7 @@ def test_options_may_be_wrapped_as_vllm_wants_them() -> None:
 def test_usage_errors_and_signals_become_exit_codes(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    demo = importlib.import_module("vllm_sparq.benchmarks.demo")
+    demo = importlib.import_module("vllm_sparq.benchmarks.serving.demo")
 
     def fail(error: BaseException) -> None:
         def main(args: argparse.Namespace) -> int:

@@ -186,7 +186,7 @@ def test_a_broken_rule_is_found(module: str, source: str) -> None:
         ("vllm_sparq.ops.write.cpu", "from vllm_sparq.ops import native\nfrom vllm_sparq.layout import Pages"),
         ("vllm_sparq.cli", "def main():\n    import vllm\n    from vllm_sparq.benchmarks import tasks"),
         ("vllm_sparq.plugin", "from vllm_sparq import compat\ndef register():\n    import vllm"),
-        ("vllm_sparq.benchmarks.tasks", "from vllm_sparq.benchmarks import report\nimport vllm"),
+        ("vllm_sparq.benchmarks.tasks.generated", "from vllm_sparq.benchmarks import report\nimport vllm"),
         ("vllm_sparq.attention_backends.impl", "from vllm_sparq.ops import dispatch\nimport vllm"),
     ],
 )

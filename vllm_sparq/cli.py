@@ -15,18 +15,26 @@ from vllm_sparq import __version__
 if TYPE_CHECKING:
     from vllm_sparq.config import Options
 
+BENCHMARKS = "vllm_sparq.benchmarks"
+
 COMMANDS = {
     "doctor": ("vllm_sparq.doctor", "say whether everything works here, and what options mean for a model"),
-    "demo": ("vllm_sparq.benchmarks.demo", "two real `vllm serve`, SparQ and dense, answer the same questions"),
-    "bench ops": ("vllm_sparq.benchmarks.ops_bench", "time the attention ops against dense ones on this machine"),
-    "eval": ("vllm_sparq.benchmarks.quality", "what compression costs in answers, on generated tasks and the papers'"),
-    "sweep": ("vllm_sparq.benchmarks.sweep", "how few channels and tokens are enough: a grid of r and k"),
-    "tune": ("vllm_sparq.benchmarks.tune", "find the setting for a model, a text and a machine"),
-    "bench engine": ("vllm_sparq.benchmarks.engine_bench", "time per output token through the engine, beside dense"),
-    "bench serve": ("vllm_sparq.benchmarks.serve_bench", "`vllm bench serve` against a `vllm serve` of each method"),
-    "bench pressure": ("vllm_sparq.benchmarks.pressure_bench", "answers that outgrow the KV cache: evict or preempt"),
-    "bench ray": ("vllm_sparq.benchmarks.ray_bench", "offline generation on a pool of replicas, here or on a cluster"),
-    "report": ("vllm_sparq.benchmarks.report", "one page with the tables and pictures of a folder of results"),
+    "demo": (f"{BENCHMARKS}.serving.demo", "two real `vllm serve`, SparQ and dense, answer the same questions"),
+    "bench ops": (f"{BENCHMARKS}.ops.bench", "time the attention ops against dense ones on this machine"),
+    "eval": (
+        f"{BENCHMARKS}.quality.evaluate",
+        "what compression costs in answers, on generated tasks and the papers'",
+    ),
+    "sweep": (f"{BENCHMARKS}.quality.sweep", "how few channels and tokens are enough: a grid of r and k"),
+    "tune": (f"{BENCHMARKS}.tuning.tune", "find the setting for a model, a text and a machine"),
+    "bench engine": (f"{BENCHMARKS}.engine.bench", "time per output token through the engine, beside dense"),
+    "bench serve": (f"{BENCHMARKS}.serving.bench", "`vllm bench serve` against a `vllm serve` of each method"),
+    "bench pressure": (f"{BENCHMARKS}.engine.pressure", "answers that outgrow the KV cache: evict or preempt"),
+    "bench ray": (
+        f"{BENCHMARKS}.cluster.bench",
+        "offline generation on a pool of replicas, here or on a cluster",
+    ),
+    "report": (f"{BENCHMARKS}.reporting.page", "one page with the tables and pictures of a folder of results"),
 }
 """Words of the command -> module, one line of help. Only the module of the command in use is imported."""
 

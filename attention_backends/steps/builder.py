@@ -21,9 +21,9 @@ from vllm.config import VllmConfig
 from vllm.v1.attention.backend import AttentionCGSupport, AttentionMetadataBuilder, CommonAttentionMetadata
 from vllm.v1.kv_cache_interface import AttentionSpec
 
+from vllm_sparq.attention_backends.selection import engine_options
 from vllm_sparq.attention_backends.steps.evicting import RetainedMetadata, plan_turns, take_turns
 from vllm_sparq.attention_backends.steps.rows import PrefillRows, ReplayedRows, SparqMetadata
-from vllm_sparq.attention_backends.selection import engine_options
 from vllm_sparq.attention_backends.steps.staged_rows import staged_rows
 from vllm_sparq.retention import Phase
 from vllm_sparq.scheduler.spec import RetainedSpec, StagedSpec

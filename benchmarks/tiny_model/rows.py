@@ -19,7 +19,7 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from vllm_sparq.benchmarks import tasks
+from vllm_sparq.benchmarks.tasks import generated as tasks
 from vllm_sparq.benchmarks.tiny_model.tokenizer import SPECIAL
 
 BOS_ID = SPECIAL.index("<bos>")

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from vllm_sparq.benchmarks import tasks
+from vllm_sparq.benchmarks.tasks import generated as tasks
 from vllm_sparq.benchmarks.tiny_model import WEIGHTS
 from vllm_sparq.benchmarks.tiny_model.corpus import documents
 

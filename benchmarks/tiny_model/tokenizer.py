@@ -9,7 +9,7 @@ from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-from vllm_sparq.benchmarks import tasks
+from vllm_sparq.benchmarks.tasks import generated as tasks
 
 VOCABULARY = 1024
 BOS, EOS, PAD = "<bos>", "<eos>", "<pad>"

@@ -41,7 +41,7 @@ class Prompts:
 
     def of_length(self, n_tokens: int) -> list[int]:
         """A task of about n_tokens, cut from the left to exactly that many."""
-        from vllm_sparq.benchmarks import tasks
+        from vllm_sparq.benchmarks.tasks import generated as tasks
 
         task = self.rng.choice(["repetition", "recall", "needle"])
         room = max(n_tokens + 64, 640)

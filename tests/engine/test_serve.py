@@ -12,7 +12,7 @@ import httpx
 import pytest
 
 from tests.engine.support import EXACT, MODEL, Prompts
-from vllm_sparq.benchmarks.server import HOST, Server, wait_until_healthy
+from vllm_sparq.benchmarks.common.server import HOST, Server, wait_until_healthy
 
 pytestmark = pytest.mark.engine
 

@@ -11,7 +11,7 @@ import pytest
 
 from tests.engine.support import MODEL, Prompts
 from tests.engine.test_serve import N_CLIENTS, N_TOKENS, crowd, metric
-from vllm_sparq.benchmarks.server import Server, wait_until_healthy
+from vllm_sparq.benchmarks.common.server import Server, wait_until_healthy
 
 pytestmark = pytest.mark.engine
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
-from ops.cases import Case
+
+from tests.ops.cases import Case
 
 _BASE = Case()
 SHAPES: tuple[Case, ...] = (

@@ -23,11 +23,11 @@ from dataclasses import replace
 
 import numpy as np
 import torch
-from ops import tolerances
-from ops.cases import Case, Tokens, World, build
-from ops.rounding import rounded_dense_decode
-from ops.test_oracle import Array, numbers, probabilities, repository
 
+from tests.ops import tolerances
+from tests.ops.cases import Case, Tokens, World, build
+from tests.ops.rounding import rounded_dense_decode
+from tests.ops.test_oracle import Array, numbers, probabilities, repository
 from vllm_sparq.config import PagesRead, SparqRead
 from vllm_sparq.layout import Pages
 from vllm_sparq.ops.codec import unpack

@@ -8,8 +8,8 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from ops.cases import Case, build
 
+from tests.ops.cases import Case, build
 from vllm_sparq.config import PagesRead, SparqRead
 from vllm_sparq.ops import dense_decode as dense_decode_contract
 from vllm_sparq.ops import dispatch

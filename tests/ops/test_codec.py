@@ -8,8 +8,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from ops.cases import Case
 
+from tests.ops.cases import Case
 from vllm_sparq.formats import FORMATS
 from vllm_sparq.layout import PageLayout, Pages
 from vllm_sparq.ops.codec import decode_page, encode_page, not_below, quantize, unpack

@@ -6,12 +6,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from ops import tolerances
-from ops.cases import ALL, HUGE_BYTE, KERNELS, Case, Tokens, build, each, load
-from ops.cases import device_of as device
-from ops.rounding import rounded_dense_decode
-from ops.shapes import FORMATS, SHAPES, TINY, TINY_FORMATS
 
+from tests.ops import tolerances
+from tests.ops.cases import ALL, HUGE_BYTE, KERNELS, Case, Tokens, build, each, load
+from tests.ops.cases import device_of as device
+from tests.ops.rounding import rounded_dense_decode
+from tests.ops.shapes import FORMATS, SHAPES, TINY, TINY_FORMATS
 from vllm_sparq.config import SparqRead
 from vllm_sparq.layout import Pages
 from vllm_sparq.ops.dense_decode.reference import dense_decode as reference

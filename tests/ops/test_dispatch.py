@@ -98,7 +98,7 @@ def test_other_devices_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_contracts_run_what_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each contract asks for its own op on the device of its tensors."""
-    from ops.test_checks import CONTRACTS, arguments
+    from tests.ops.test_checks import CONTRACTS, arguments
 
     for op, contract in CONTRACTS.items():
         asked: list[tuple[str, str]] = []

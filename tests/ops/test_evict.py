@@ -7,11 +7,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from ops import tolerances
-from ops.cases import HUGE_BYTE, KERNELS, Case, World, build, each, int32, load
-from ops.cases import device_of as device
-from ops.shapes import FORMATS, SHAPES, TINY, TINY_FORMATS
 
+from tests.ops import tolerances
+from tests.ops.cases import HUGE_BYTE, KERNELS, Case, World, build, each, int32, load
+from tests.ops.cases import device_of as device
+from tests.ops.shapes import FORMATS, SHAPES, TINY, TINY_FORMATS
 from vllm_sparq.ops.dense_decode.reference import cached_tokens
 from vllm_sparq.ops.evict.reference import evict as reference
 from vllm_sparq.ops.write.reference import write as reference_write

@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 import numpy as np
 import pytest
 import torch
-from ops.cases import ALL, device_of, int32, load
 
+from tests.ops.cases import ALL, device_of, int32, load
 from vllm_sparq.layout import PageLayout, Pages
 from vllm_sparq.retention import Retention
 

@@ -12,8 +12,8 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
-from ops.cases import Case, Tokens, build
 
+from tests.ops.cases import Case, Tokens, build
 from vllm_sparq.config import SparqRead
 from vllm_sparq.ops.sparq_decode.reference import sparq_decode as reference
 

@@ -8,13 +8,13 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
-from ops import tolerances
-from ops.cases import HUGE_BYTE, THREADS, Case, Tokens, build, each, has, load, threaded
-from ops.cases import device_of as device
-from ops.pages_checks import assert_right, attend, choose, upper_bounds
-from ops.shapes import SPAN_FORMATS, SPANS, TINY_SPAN_FORMATS, TINY_SPANS
-from ops.sparq_checks import tokens_read
 
+from tests.ops import tolerances
+from tests.ops.cases import HUGE_BYTE, THREADS, Case, Tokens, build, each, has, load, threaded
+from tests.ops.cases import device_of as device
+from tests.ops.shapes import SPAN_FORMATS, SPANS, TINY_SPAN_FORMATS, TINY_SPANS
+from tests.ops.spans_checks import assert_right, attend, choose, upper_bounds
+from tests.ops.sparq_checks import tokens_read
 from vllm_sparq.config import PagesRead, spans_of
 from vllm_sparq.ops.dense_decode.reference import dense_decode as dense_reference
 from vllm_sparq.ops.pages_decode.reference import pages_decode as reference

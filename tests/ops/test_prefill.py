@@ -6,11 +6,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from ops import tolerances
-from ops.cases import ALL, HUGE_BYTE, KERNELS, Case, Tokens, build, each, load
-from ops.cases import device_of as device
-from ops.shapes import FORMATS, SHAPES, TINY, TINY_FORMATS
 
+from tests.ops import tolerances
+from tests.ops.cases import ALL, HUGE_BYTE, KERNELS, Case, Tokens, build, each, load
+from tests.ops.cases import device_of as device
+from tests.ops.shapes import FORMATS, SHAPES, TINY, TINY_FORMATS
 from vllm_sparq.ops.codec import decode_page
 from vllm_sparq.ops.prefill.reference import prefill as reference
 

@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from ops.cases import ALL, KERNELS, Case, World, build, each, load
-from ops.cases import device_of as device
-from ops.rounding import rounded_dense_decode
-from ops.shapes import FORMATS, SHAPES, TINY, TINY_FORMATS
-from ops.test_evict import slots_of
 
+from tests.ops.cases import ALL, KERNELS, Case, World, build, each, load
+from tests.ops.cases import device_of as device
+from tests.ops.rounding import rounded_dense_decode
+from tests.ops.shapes import FORMATS, SHAPES, TINY, TINY_FORMATS
+from tests.ops.test_evict import slots_of
 from vllm_sparq.config import SparqRead
 from vllm_sparq.ops.dense_decode.reference import dense_decode
 from vllm_sparq.ops.prefill.reference import prefill

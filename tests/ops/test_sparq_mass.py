@@ -6,13 +6,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from ops import tolerances
-from ops.cases import ALL, Case, build, each, load
-from ops.cases import device_of as device
-from ops.shapes import FORMATS, SHAPES, TINY, TINY_FORMATS
-from ops.sparq_checks import assert_right, tokens_read
-from ops.test_sparq_decode import LONG, LONG_FORMATS, exact_tokens, ranked
 
+from tests.ops import tolerances
+from tests.ops.cases import ALL, Case, build, each, load
+from tests.ops.cases import device_of as device
+from tests.ops.shapes import FORMATS, SHAPES, TINY, TINY_FORMATS
+from tests.ops.sparq_checks import assert_right, tokens_read
+from tests.ops.test_sparq_decode import LONG, LONG_FORMATS, exact_tokens, ranked
 from vllm_sparq.config import SparqRead
 
 MASSES = (

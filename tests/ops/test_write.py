@@ -7,11 +7,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from ops import tolerances
-from ops.cases import ALL, KERNELS, NAN_BYTE, Case, Tokens, World, build, each, int32, load, write_in_chunks
-from ops.cases import device_of as device
-from ops.shapes import SHAPES, TINY
 
+from tests.ops import tolerances
+from tests.ops.cases import ALL, KERNELS, NAN_BYTE, Case, Tokens, World, build, each, int32, load, write_in_chunks
+from tests.ops.cases import device_of as device
+from tests.ops.shapes import SHAPES, TINY
 from vllm_sparq.layout import SCORING_BITS, Pages
 from vllm_sparq.ops.write.reference import write as reference
 

@@ -7,11 +7,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from ops.cases import Case, Tokens, World, build, each, has, load, write_in_chunks
-from ops.cases import device_of as device
-from ops.shapes import SPAN_FORMATS, SPANS, TINY_SPAN_FORMATS, TINY_SPANS
-from ops.test_write import assert_same_bytes, hostile
 
+from tests.ops.cases import Case, Tokens, World, build, each, has, load, write_in_chunks
+from tests.ops.cases import device_of as device
+from tests.ops.shapes import SPAN_FORMATS, SPANS, TINY_SPAN_FORMATS, TINY_SPANS
+from tests.ops.test_write import assert_same_bytes, hostile
 from vllm_sparq.ops.write.reference import write as reference
 
 IMPLEMENTATIONS = has("pages_decode")

@@ -6,8 +6,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from ops.cases import ALL, Case, build, int32, load
-from ops.cases import device_of as device
+
+from tests.ops.cases import ALL, Case, build, int32, load
+from tests.ops.cases import device_of as device
 
 CASES = (
     Case(positions=True, lens=(33, 0, 17, 70), new=(33, 0, 1, 40)),

@@ -11,8 +11,8 @@ import torch
 
 from vllm_sparq.layout import Pages
 from vllm_sparq.ops.triton_common.attend import attend
-from vllm_sparq.ops.triton_common.launch import SCRATCH_BYTES, merge
 from vllm_sparq.ops.triton_common.attention_scores import note_attention
+from vllm_sparq.ops.triton_common.launch import SCRATCH_BYTES, merge
 
 
 def dense_decode(

@@ -17,9 +17,9 @@ import triton.language as tl
 from vllm_sparq.layout import SCORING_BITS, Pages
 from vllm_sparq.ops.evict.triton_move import move_kernel
 from vllm_sparq.ops.triton_common.attend import pages_as_records
+from vllm_sparq.ops.triton_common.attention_scores import note_parts
 from vllm_sparq.ops.triton_common.codes import codes_of
 from vllm_sparq.ops.triton_common.launch import SCRATCH_BYTES, split_count
-from vllm_sparq.ops.triton_common.attention_scores import note_parts
 from vllm_sparq.ops.triton_common.value_sums import SUM_CHANNELS, SUM_TILE, chain_sums
 from vllm_sparq.ops.write.triton_scoring import scoring_tile
 

@@ -14,8 +14,8 @@ import triton
 import triton.language as tl
 
 from vllm_sparq.ops.triton_common.codes import as_bytes, gather, staged_at
-from vllm_sparq.ops.triton_common.launch import cast, widen
 from vllm_sparq.ops.triton_common.encode import renew_rows
+from vllm_sparq.ops.triton_common.launch import cast, widen
 from vllm_sparq.ops.write.triton_scoring import close_page
 
 

@@ -21,6 +21,7 @@ from vllm_sparq.config import RETRIEVAL_TOKENS, PagesRead
 from vllm_sparq.layout import Pages
 from vllm_sparq.ops.dense_decode.triton import dense_decode
 from vllm_sparq.ops.triton_common.attend import attend, pages_as_records
+from vllm_sparq.ops.triton_common.attention_scores import note_parts
 from vllm_sparq.ops.triton_common.codes import codes_of, n_in_codes, staged_at
 from vllm_sparq.ops.triton_common.launch import (
     SCRATCH_BYTES,
@@ -32,7 +33,6 @@ from vllm_sparq.ops.triton_common.launch import (
     split_tokens,
     widen,
 )
-from vllm_sparq.ops.triton_common.attention_scores import note_parts
 from vllm_sparq.ops.triton_common.select import N_BINS, count_kernel, finish_kernel, items_of, partition_kernel
 from vllm_sparq.ops.write.triton_scoring import extremes
 

@@ -31,6 +31,7 @@ from vllm_sparq.config import SparqRead
 from vllm_sparq.layout import SCORING_BITS, Pages
 from vllm_sparq.ops.dense_decode.triton import dense_decode
 from vllm_sparq.ops.triton_common.attend import attend, pages_as_records
+from vllm_sparq.ops.triton_common.attention_scores import note_attention, note_parts
 from vllm_sparq.ops.triton_common.codes import codes_of
 from vllm_sparq.ops.triton_common.launch import (
     SCRATCH_BYTES,
@@ -43,7 +44,6 @@ from vllm_sparq.ops.triton_common.launch import (
     split_count,
 )
 from vllm_sparq.ops.triton_common.mass import cut_kernel
-from vllm_sparq.ops.triton_common.attention_scores import note_attention, note_parts
 from vllm_sparq.ops.triton_common.score import score_kernel
 from vllm_sparq.ops.triton_common.select import N_BINS, count_kernel, finish_kernel, head_statistics, partition_kernel
 

@@ -12,8 +12,8 @@ import triton
 import triton.language as tl
 
 from vllm_sparq.layout import SCORING_BITS, Pages
-from vllm_sparq.ops.triton_common.launch import find_request
 from vllm_sparq.ops.triton_common.attention_scores import note_arrivals, note_parts
+from vllm_sparq.ops.triton_common.launch import find_request
 from vllm_sparq.ops.write.triton_quantized import write_quantized
 from vllm_sparq.ops.write.triton_scoring import close_page, scoring_tile
 from vllm_sparq.ops.write.triton_sums import write_sums

@@ -16,10 +16,10 @@ import triton
 import triton.language as tl
 
 from vllm_sparq.layout import SCORING_BITS, Pages
-from vllm_sparq.ops.triton_common.codes import Rows, as_bytes, codes_of, load_ranges
-from vllm_sparq.ops.triton_common.launch import find_request, widen
-from vllm_sparq.ops.triton_common.encode import encode, store_ranges
 from vllm_sparq.ops.triton_common.attention_scores import note_arrivals, note_parts
+from vllm_sparq.ops.triton_common.codes import Rows, as_bytes, codes_of, load_ranges
+from vllm_sparq.ops.triton_common.encode import encode, store_ranges
+from vllm_sparq.ops.triton_common.launch import find_request, widen
 from vllm_sparq.ops.write.triton_scoring import close_page, load_block, scoring_tile
 from vllm_sparq.ops.write.triton_sums import write_sums
 

@@ -1,0 +1,344 @@
+"""`vllm-sparq bench ray`: offline generation on a fixed pool of replicas, dense and compressed, with proofs."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib.util
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vllm_sparq.benchmarks.cluster import prompts
+from vllm_sparq.benchmarks.cluster.answers import Answers, make_folder
+from vllm_sparq.benchmarks.cluster.prompts import Prompt, Source, Survey
+from vllm_sparq.benchmarks.cluster.replicas import (
+    Pool,
+    check_address,
+    check_cores,
+    cluster,
+    engine_arguments,
+    json_object,
+    stderr_to,
+    unpacked,
+)
+from vllm_sparq.benchmarks.cluster.summary import summary, table
+from vllm_sparq.benchmarks.common.methods import Method
+from vllm_sparq.benchmarks.common.proof import WrongAttentionError, check_model, with_dense
+from vllm_sparq.benchmarks.common.records import append_records, case_key, provenance, recorded, skipped_note
+from vllm_sparq.benchmarks.serving.demo import make_console
+from vllm_sparq.benchmarks.tiny_model import WEIGHTS
+from vllm_sparq.cli import UsageError, comma_names
+
+RUNNERS = ("data", "actors")
+
+MAX_BATCH = 32
+
+EPILOG = """\
+Answers are Parquet shards in OUT/METHOD: id, text, token_ids, lengths, times, and the replica and the attention class
+that made each row. Run the same command again after a kill: rows on disk are kept, the rest is done, none twice. A
+replica that dies is started again and its batches are repeated. If a replica runs another attention than its method's,
+the run fails.
+
+One machine is enough: without --address, Ray is started for the run and stopped after it. Nodes of a cluster need the
+model at the same path, and vLLM; where they lack this plugin, --ship brings a wheel of it.
+
+examples:
+  vllm-sparq bench ray --methods dense,sparq --replicas 2
+  vllm-sparq bench ray --model M --data prompts.jsonl --methods sparq --replicas 8 --address ray://head:10001
+  vllm-sparq bench ray --runner actors --methods int4 --replicas 2 --record ray.jsonl
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Failure:
+    """A row that has no answer after all retries."""
+
+    id: str
+    error: str
+
+
+class Incomplete(RuntimeError):
+    """Rows without an answer are left."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `vllm-sparq bench ray`."""
+    parser.epilog = EPILOG
+    add = parser.add_argument
+    add("--model", type=Path, default=WEIGHTS, help="a model folder (default: the bundled model)")
+    add("--methods", type=comma_names, default=["sparq"], metavar="M,...", help="beside dense (default: sparq)")
+    add("--replicas", type=int, default=2, help="engines that work at the same time (default: 2)")
+    add("--address", help="of a Ray cluster: ray://HOST:10001, HOST:6379 or auto (default: this machine)")
+    add("--runner", choices=RUNNERS, help="Ray Data LLM or plain actors (default: data; actors through ray://)")
+    add(
+        "--data",
+        type=Path,
+        metavar="FILE",
+        help=".jsonl or .parquet with a column prompt; id, max_tokens, seed if wanted",
+    )
+    add("--n", type=int, default=64, help="prompts to generate without --data (default: 64)")
+    add("--input-len", type=int, default=512, metavar="TOKENS", help="of a generated prompt (default: 512)")
+    add("--output-len", type=int, default=32, metavar="TOKENS", help="at most, of an answer (default: 32)")
+    add("--ignore-eos", action="store_true", help="answers have exactly that length")
+    add("--temperature", type=float, default=0.0, help="of sampling (default: 0, greedy)")
+    add("--seed", type=int, default=0, help="of generated prompts and of sampling; row i gets SEED + i")
+    add("--out", type=Path, default=Path("ray-answers"), metavar="FOLDER", help="answers (default: ray-answers)")
+    add("--record", type=Path, metavar="FILE", help="append one JSON line per method")
+    add("--again", action="store_true", help="run methods that --record holds already")
+    add("--cpus", type=float, default=1, help="logical CPUs that a replica reserves (default: 1)")
+    add("--gpus", type=float, default=0, help="GPUs that a replica reserves (default: 0)")
+    add("--kv-cache-mib", type=int, help="KV cache of a replica (default: 512 on a CPU, vLLM's own choice on a GPU)")
+    add("--engine-args", type=json_object, default={}, metavar="JSON", help="more engine arguments of vLLM's")
+    add(
+        "--batch-size",
+        type=int,
+        help="rows that a replica is handed at a time (default: a quarter of its share, to 32)",
+    )
+    add("--retries", type=int, default=2, help="of rows that failed and of replicas that died (default: 2)")
+    add("--ship", type=Path, metavar="WHEEL", help="a wheel of this plugin for nodes that lack it")
+    add("--runtime-env", type=json_object, default={}, metavar="JSON", help="more of Ray's runtime_env")
+
+
+def main(args: argparse.Namespace) -> int:
+    """Run every method over all prompts, print the table, write the lines."""
+    console = make_console()
+    model = check_model(args.model)
+    methods = with_dense(args.methods)
+    source = source_of(args, model)
+    for name in ("replicas", "n", "batch_size", "output_len"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            raise UsageError(f"--{name.replace('_', '-')} {getattr(args, name)} must be 1 or more")
+    args.runner = runner_of(args)
+    check_pool(args)
+    found = prompts.survey(source())
+    args.batch_size = args.batch_size or max(1, min(MAX_BATCH, found.n_rows // (4 * args.replicas)))
+    pools = [pool_of(args, method, model) for method in methods]
+    cases = {pool.method.name: case_of(args, pool, found) for pool in pools}
+    keys = {name: case_key("ray", case | measured_with(args)) for name, case in cases.items()}
+    known = recorded(args.record, keys.values(), again=args.again)
+    todo = [pool for pool in pools if keys[pool.method.name] not in known]
+    records = list(known.values())
+    if known:
+        console.print(f"{', '.join(r['method'] for r in records)}: {skipped_note(records)}", highlight=False)
+    try:
+        with contextlib.ExitStack() as stack:
+            if todo:
+                make_folder(args.out)
+                stack.enter_context(stderr_to(args.out / "ray.log"))
+                stack.enter_context(cluster(todo[0], args.address))
+            for pool in todo:
+                name = pool.method.name
+                with Answers(args.out / name, cases[name]) as answers:
+                    took = run(pool, args.runner, source, found, answers, console)
+                    answers.flush()
+                    records.append(about(args, pool, found) | summary(pool, answers, took) | {"key": keys[name]})
+                if args.record:
+                    append_records(args.record, [records[-1] | provenance()])
+    except (WrongAttentionError, Incomplete) as error:
+        console.print(f"✗ {error}", style="red", highlight=False, markup=False, soft_wrap=True)
+        return 1
+    console.print(table(records))
+    console.print(f"answers: {args.out}", highlight=False, soft_wrap=True)
+    return 0
+
+
+def source_of(args: argparse.Namespace, model: Path) -> Source:
+    """The prompts that were asked for."""
+    if args.data is not None:
+        return prompts.from_file(args.data, max_tokens=args.output_len, seed=args.seed)
+    return prompts.generated(model, n=args.n, n_tokens=args.input_len, max_tokens=args.output_len, seed=args.seed)
+
+
+def check_pool(args: argparse.Namespace) -> None:
+    """Refuse at once what the cluster would refuse later."""
+    if args.address is not None:
+        check_address(args.address)
+    else:
+        check_cores(args.replicas, args.cpus)
+
+
+def pool_of(args: argparse.Namespace, method: Method, model: Path) -> Pool:
+    """The replicas of one method."""
+    runtime_env = dict(args.runtime_env)
+    if args.ship is not None:
+        if args.ship.suffix != ".whl" or not args.ship.is_file():
+            raise UsageError(f"--ship {args.ship}: there is no such wheel; `pip wheel --no-deps .` makes one")
+        runtime_env["py_modules"] = [*runtime_env.get("py_modules", []), *unpacked(args.ship)]
+    arguments = engine_arguments(method, gpus=args.gpus, kv_cache_mib=args.kv_cache_mib, more=args.engine_args)
+    return Pool(
+        method=method,
+        model=model,
+        replicas=args.replicas,
+        cpus=args.cpus,
+        gpus=args.gpus,
+        engine_arguments=arguments,
+        temperature=args.temperature,
+        ignore_eos=args.ignore_eos,
+        batch_size=args.batch_size,
+        retries=args.retries,
+        runtime_env=runtime_env,
+    )
+
+
+def case_of(args: argparse.Namespace, pool: Pool, found: Survey) -> dict[str, Any]:
+    """What decides the answers: a folder of answers belongs to one of these."""
+    return {
+        "model": str(pool.model.name),
+        "method": pool.method.name,
+        "engine arguments": pool.engine_arguments,
+        "data": found.digest,
+        "temperature": pool.temperature,
+        "ignore_eos": pool.ignore_eos,
+    }
+
+
+def measured_with(args: argparse.Namespace) -> dict[str, Any]:
+    """What decides the speed beside that."""
+    return {name: getattr(args, name) for name in ("replicas", "cpus", "gpus", "batch_size", "runner", "address")}
+
+
+def about(args: argparse.Namespace, pool: Pool, found: Survey) -> dict[str, Any]:
+    """The fields of a record that say what was run."""
+    return {
+        "bench": "ray",
+        "model": pool.model.name,
+        "method": pool.method.name,
+        "options": pool.method.options,
+        "runner": args.runner,
+        "replicas": pool.replicas,
+        "cpus_per_replica": pool.cpus,
+        "gpus_per_replica": pool.gpus,
+        "rows": found.n_rows,
+        "temperature": pool.temperature,
+    }
+
+
+def runner_of(args: argparse.Namespace) -> str:
+    """Ray Data LLM where this Ray has it; it does not work through a Ray client.
+
+    Raises:
+        UsageError: it was asked for through a client.
+    """
+    client = str(args.address).startswith("ray://")
+    if args.runner == "data" and client:
+        raise UsageError(
+            f"--runner data does not work with --address {args.address}: Ray Data needs a driver inside the cluster. "
+            "Run this on one of its nodes with --address HOST:6379 or auto, or use --runner actors"
+        )
+    has_data = importlib.util.find_spec("ray.data") and importlib.util.find_spec("ray.data.llm")
+    return args.runner or ("data" if has_data and not client else "actors")
+
+
+def stream(pool: Pool, runner: str, todo: Iterator[Prompt]) -> Iterator[list[dict[str, Any]]]:
+    """Batches of answers from the chosen runner."""
+    if runner == "data":
+        from vllm_sparq.benchmarks.cluster import data as ray_data
+
+        return ray_data.answers(pool, todo)
+    from vllm_sparq.benchmarks.cluster import actors as ray_actors
+
+    return ray_actors.answers(pool, todo)
+
+
+def run(pool: Pool, runner: str, source: Source, found: Survey, answers: Answers, console: Any) -> float:
+    """Answer all rows that have no answer yet; seconds that it took, with the start of the engines.
+
+    Raises:
+        WrongAttentionError: a replica runs another attention than it should.
+        Incomplete: rows have failed as often as they may.
+    """
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    begin = time.monotonic()
+    done = answers.ids()
+    if done:
+        console.print(f"{pool.method.name}: {len(done):,} of {found.n_rows:,} rows are done already", highlight=False)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, TimeRemainingColumn(), console=console, transient=True) as bar:
+        task = bar.add_task(
+            f"{pool.method.name}: {pool.replicas} replicas start", total=found.n_rows, completed=len(done)
+        )
+
+        def tell(n_done: int) -> None:
+            bar.update(task, completed=n_done, description=f"{pool.method.name} on {pool.replicas} replicas")
+
+        answer_all(pool, lambda todo: stream(pool, runner, todo), source, done, answers, tell)
+    return time.monotonic() - begin
+
+
+def answer_all(
+    pool: Pool,
+    ask: Callable[[Iterator[Prompt]], Iterator[list[dict[str, Any]]]],
+    source: Source,
+    done: set[str],
+    answers: Answers,
+    tell: Callable[[int], None],
+) -> None:
+    """Ask for rows until all are done, those that failed again and again up to the pool's retries.
+
+    Args:
+        ask: makes batches of answers of prompts.
+        done: ids of rows on disk; grows.
+
+    Raises:
+        WrongAttentionError, Incomplete: as `run`.
+    """
+    failures: list[Failure] = []
+    for _ in range(1 + pool.retries):
+        todo = (prompt for prompt in source() if prompt.id not in done)
+        first = next(todo, None)
+        if first is None:
+            return
+        failures = []
+        try:
+            for batch in ask(_chain(first, todo)):
+                answered = {row["id"]: row for row in batch if not row.get("error") and row["id"] not in done}
+                failures += [Failure(id=row["id"], error=row["error"]) for row in batch if row.get("error")]
+                answers.add(list(answered.values()))
+                done.update(answered)
+                tell(len(done))
+        except UsageError:
+            raise
+        except Exception as error:
+            raise plain(error, pool) from error
+        finally:
+            answers.flush()
+    if failures:
+        raise Incomplete(
+            f"{len(failures)} rows of {pool.method.name} failed {1 + pool.retries} times; the first is row "
+            f"{failures[0].id!r}: {failures[0].error.splitlines()[0][:300]}. The other answers are kept"
+        )
+
+
+def plain(error: BaseException, pool: Pool) -> RuntimeError:
+    """The reason below what Ray wraps around it."""
+    chain: list[BaseException] = []
+    todo: list[Any] = [error]
+    while todo:
+        one = todo.pop(0)
+        if isinstance(one, BaseException) and one not in chain:
+            chain.append(one)
+            todo += [getattr(one, "cause", None), one.__cause__, one.__context__]
+    for one in chain:
+        if isinstance(one, WrongAttentionError):
+            return WrongAttentionError(str(getattr(one, "cause", one)))
+    deepest = chain[-1]
+    lines = [line for line in str(deepest).splitlines() if line.strip()]
+    telling = [line.strip() for line in lines if "Error" in line.partition(":")[0]]
+    reason = (telling or lines or [type(deepest).__name__])[-1]
+    return Incomplete(f"the replicas of {pool.method.name} failed: {reason[:400]}. Answers so far are kept")
+
+
+def _chain(first: Prompt, rest: Iterator[Prompt]) -> Iterator[Prompt]:
+    yield first
+    yield from rest

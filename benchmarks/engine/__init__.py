@@ -1,0 +1,1 @@
+"""Speed through the engine: `vllm-sparq bench engine` and `bench pressure`."""

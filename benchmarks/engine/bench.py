@@ -1,0 +1,347 @@
+"""Time per output token through the engine: each method against vLLM's own attention and against none at all.
+
+    vllm-sparq bench engine --methods sparq,kivi,sparq+int4 --context 32768 --batch 1,4,8
+
+The engines, on one dummy-weight model of a real model's shape or on a model of yours, each in a process of its own,
+decode in turns: one decodes while the others wait, round after round, so that all see the same machine. One engine
+skips the attention op of its decode steps; its time is what no attention kernel can beat, and dense time over its time
+is the Amdahl bound of any speed-up. Every engine says which attention classes it runs, or nothing is measured.
+
+All requests of a batch share one prompt through prefix caching, so the context is prefilled once. The attention of that
+prefill is skipped too, everywhere alike: K and V are written, and what they hold does not change how long a read takes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import multiprocessing
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+from vllm_sparq.benchmarks.common.methods import DENSE
+from vllm_sparq.benchmarks.common.proof import WrongAttentionError, check_attention, engine_report, speed_note
+from vllm_sparq.benchmarks.common.records import append_records, provenance, recorded, skipped_note
+from vllm_sparq.benchmarks.engine import requests as requests_bench
+from vllm_sparq.benchmarks.engine.cases import (
+    DEFAULT_OPTIONS,
+    N_TAIL,
+    SKIPPED,
+    Case,
+    Engine,
+    Model,
+    engines,
+    key_of,
+)
+from vllm_sparq.benchmarks.serving.demo import make_console
+from vllm_sparq.cli import UsageError, comma_names, comma_numbers
+
+EPILOG = """\
+With --context, decode steps of all engines in turns, dense and "no attention" always among them. With --input-len,
+whole requests, one engine after the other: a latency for each --batch, and the throughput of --num-prompts.
+
+examples:
+  vllm-sparq bench engine --methods sparq,kivi,sparq+int4 --context 8192,32768 --batch 1,4,8 --out engine.jsonl
+  vllm-sparq bench engine --model M --methods sparq,kivi,h2o --input-len 8192 --output-len 128
+  vllm-sparq bench engine --methods h2o --input-len 1000 --output-len 1500 --num-prompts 16 --kv-cache-mib 48
+"""
+
+
+class SkippedAttention:
+    """Replaces `forward` of an attention implementation: writes K and V, and attends only where asked to."""
+
+    def __init__(self, impl: Any, *, decode: bool) -> None:
+        self.attend, self.decode = impl.forward, decode
+        self.write = getattr(impl, "_write", None)
+
+    def __call__(
+        self, layer: Any, query: Any, key: Any, value: Any, kv_cache: Any, meta: Any, output: Any, **kw: Any
+    ) -> Any:
+        turns = getattr(meta, "turns", None)  # of a step that may evict
+        step = turns[0].step if turns else meta
+        if meta is None or (self.decode and int(step.query_start_loc.diff().max()) == 1):
+            return self.attend(layer, query, key, value, kv_cache, meta, output=output, **kw)
+        if self.write is not None:  # our backends write inside of forward, vLLM's before it
+            pages = layer.impl._bind(layer, kv_cache, query.dtype)
+            for turn in turns or ():
+                rows = slice(None) if turn.rows is None else turn.rows
+                self._write(turn.step, key[rows], value[rows], pages)
+            if not turns:
+                self._write(meta, key, value, pages)
+        return output.fill_(0)
+
+    def _write(self, step: Any, key: Any, value: Any, pages: Any) -> None:
+        assert self.write is not None
+        self.write(key, value, pages, step.block_table, step.query_start_loc, step.seq_lens, step.first_positions)
+
+
+def orders(pipe: Connection) -> Iterator[tuple[str, Any]]:
+    """What an engine is told to do, until it is told to stop or nobody is there to tell."""
+    with contextlib.suppress(EOFError):
+        while (order := pipe.recv()) is not None:
+            yield order
+
+
+def serve_turns(chosen: Engine, model: Path, dummy: bool, max_context: int, max_batch: int, pipe: Connection) -> None:
+    """The process of one engine: prepares a batch when told to, and decodes when it is its turn."""
+    os.environ.update(
+        HF_HUB_OFFLINE="1",
+        VLLM_ENABLE_V1_MULTIPROCESSING="0",
+        VLLM_LOGGING_LEVEL="ERROR",
+        VLLM_CPU_OMP_THREADS_BIND="nobind",
+        OMP_WAIT_POLICY="passive",  # waiting engines must not burn the cores of the one that decodes
+    )
+    import torch
+    from vllm import LLM, SamplingParams
+
+    config = json.loads((model / "config.json").read_text())
+    n_heads = config["num_attention_heads"]
+    head_size = config.get("head_dim") or config["hidden_size"] // n_heads
+    n_kv_heads = config.get("num_key_value_heads") or n_heads
+    dense_bytes_per_token = 4 * config["num_hidden_layers"] * n_kv_heads * head_size
+    # The shared prompt, a tail of its own for each request, and room for our larger pages. Where tokens are evicted
+    # nothing is shared, but a prompt is cut to its budget before the next one is read.
+    kv_bytes = dense_bytes_per_token * (max_context + N_TAIL * (max_batch + 2)) * 5 // 4
+    llm = LLM(
+        str(model),
+        load_format="dummy" if dummy else "auto",
+        skip_tokenizer_init=True,
+        enforce_eager=True,
+        max_model_len=max_context + N_TAIL,
+        max_num_batched_tokens=4096,
+        kv_cache_memory_bytes=kv_bytes,
+        disable_log_stats=True,
+        **chosen.arguments,
+    )
+    engine: Any = llm.llm_engine
+    cache = engine.vllm_config.cache_config
+    pipe.send((engine_report(engine.vllm_config), cache.kv_cache_size_tokens, kv_bytes))
+    for layer in engine.vllm_config.compilation_config.static_forward_context.values():
+        layer.impl.forward = SkippedAttention(layer.impl, decode=not chosen.skip_attention)
+    generator = torch.Generator().manual_seed(0)
+    prompt = torch.randint(10, 1000, (max_context,), generator=generator).tolist()
+    params = SamplingParams(temperature=0, max_tokens=N_TAIL - 64, ignore_eos=True, detokenize=False)
+    for kind, argument in orders(pipe):
+        if kind == "prepare":
+            running = [request.request_id for request in engine.output_processor.request_states.values()]
+            engine.abort_request(running, internal=True)
+            for i in range(argument.batch):
+                name = f"{argument.context}-{argument.batch}-{i}"
+                engine.add_request(name, {"prompt_token_ids": prompt[: argument.context]}, params)
+            started = 0
+            while started < argument.batch:  # until every request has decoded its first token
+                started += sum(len(out.outputs[0].token_ids) == 1 for out in engine.step())
+            pipe.send(None)
+        else:
+            times = []
+            for _ in range(argument):
+                begin = time.perf_counter()
+                engine.step()
+                times.append(time.perf_counter() - begin)
+            pipe.send(times)
+
+
+def start(
+    chosen: list[Engine], model: Model, folder: Path, max_context: int, max_batch: int, report: Callable[[str], None]
+) -> tuple[dict[str, Connection], dict[str, dict[str, Any]]]:
+    """Name -> pipe to a running engine, and name -> what is recorded of it: attention classes, capacity of its cache.
+
+    Raises:
+        UsageError: an engine did not start; it has said why.
+        WrongAttentionError: an engine runs another attention than its method's.
+    """
+    context = multiprocessing.get_context("spawn")
+    pipes: dict[str, Connection] = {}
+    about: dict[str, dict[str, Any]] = {}
+    for engine in chosen:
+        report(f"starting the {engine.name} engine")
+        ours, theirs = context.Pipe()
+        arguments = (engine, folder, model.folder is None, max_context, max_batch, theirs)
+        context.Process(target=serve_turns, args=arguments, daemon=True).start()
+        theirs.close()
+        try:
+            report_of, n_tokens, kv_bytes = ours.recv()
+        except EOFError:
+            raise UsageError(f"the {engine.name} engine ended before it was ready; its reason stands above") from None
+        about[engine.name] = {
+            "options": engine.method.options,
+            "attention": check_attention(engine.method, report_of),
+            "kv_capacity_tokens": n_tokens,
+            "kv_bytes": kv_bytes,
+        }
+        pipes[engine.name] = ours
+    return pipes, about
+
+
+def measure(
+    cases: list[Case],
+    chosen: list[Engine],
+    *,
+    model: Model,
+    rounds: int,
+    steps: int,
+    report: Callable[[str], None],
+) -> list[dict[str, Any]]:
+    """All cases, with the engines in turns; one record a case and method.
+
+    Args:
+        cases: contexts and batches.
+        chosen: the engines; dense and no attention are among them.
+        model: what they run.
+        rounds: turns of each engine per case.
+        steps: decode steps per turn.
+        report: called with a line of text when something has been done.
+    """
+    max_context, max_batch = max(c.context for c in cases), max(c.batch for c in cases)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = model.folder or Path(temporary)
+        if model.folder is None:
+            (folder / "config.json").write_text(json.dumps(model.config))
+        pipes, about = start(chosen, model, folder, max_context, max_batch, report)
+        records = []
+        for case in cases:
+            report(f"{case.context} tokens of context, batch {case.batch}")
+            records += measure_case(case, pipes, rounds=rounds, steps=steps)
+        for pipe in pipes.values():
+            pipe.send(None)
+    by_name = {engine.name: engine for engine in chosen}
+    return [
+        {
+            "bench": "engine",
+            "key": key_of(Case(context=r["context"], batch=r["batch"]), by_name[r["method"]], model),
+            "model": model.name,
+            **about[r["method"]],
+            **r,
+        }
+        for r in records
+    ]
+
+
+def measure_case(case: Case, engines: dict[str, Connection], *, rounds: int, steps: int) -> list[dict[str, Any]]:
+    """Time per output token of each engine, in turns."""
+    times: dict[str, list[float]] = {name: [] for name in engines}
+    for pipe in engines.values():
+        pipe.send(("prepare", case))
+        pipe.recv()
+    for turn in range(rounds + 1):
+        for name, pipe in engines.items():
+            pipe.send(("decode", steps))
+            measured = pipe.recv()
+            if turn:  # the first turn warms up
+                times[name] += measured
+    median_ms = {name: 1e3 * statistics.median(values) for name, values in times.items()}
+    bound = median_ms[DENSE] / median_ms[SKIPPED]
+    return [
+        {
+            "method": name,
+            **asdict(case),
+            "threads": os.cpu_count(),
+            "median_tpot_ms": round(median_ms[name], 3),
+            "p10_tpot_ms": round(1e3 * statistics.quantiles(values, n=10)[0], 3),
+            "p90_tpot_ms": round(1e3 * statistics.quantiles(values, n=10)[-1], 3),
+            "speedup_vs_vllm": round(median_ms[DENSE] / median_ms[name], 3),
+            "amdahl_bound": round(bound, 3),
+            "share_of_bound": round(median_ms[DENSE] / median_ms[name] / bound, 3),
+        }
+        for name, values in times.items()
+    ]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `vllm-sparq bench engine`."""
+    parser.epilog = EPILOG
+    parser.add_argument("--context", type=comma_numbers, default=[32768], help="tokens of context, comma-separated")
+    parser.add_argument("--batch", type=comma_numbers, default=[1, 4], help="requests at a time, comma-separated")
+    parser.add_argument(
+        "--methods", type=comma_names, default=[], metavar="M,...", help="beside dense, such as sparq,kivi,sparq+int4"
+    )
+    parser.add_argument("--model", type=Path, help="a model folder (default: the shape of Llama-3.2-1B, dummy weights)")
+    parser.add_argument("--layers", type=int, default=4, help="of the default model (default 4 of the real 16)")
+    parser.add_argument(
+        "--options",
+        type=json.loads,
+        action="append",
+        metavar="JSON",
+        help='sparq options; may be repeated, an engine each (default without --methods: {"r": 16, "k": 128})',
+    )
+    whole = parser.add_argument_group("whole requests, by `vllm bench latency` and `vllm bench throughput`")
+    whole.add_argument("--input-len", type=int, metavar="TOKENS", help="of a prompt; measures requests, not steps")
+    whole.add_argument("--output-len", type=int, default=128, metavar="TOKENS", help="of an answer (default 128)")
+    whole.add_argument("--num-prompts", type=int, default=16, metavar="N", help="of the throughput (default 16)")
+    whole.add_argument("--kv-cache-mib", type=int, help="KV cache of each engine (default: what vLLM takes)")
+    parser.add_argument("--rounds", type=int, default=5, help="turns of each engine per case (default 5)")
+    parser.add_argument("--steps", type=int, default=8, help="decode steps per turn (default 8)")
+    parser.add_argument("--out", type=Path, help="append one JSON line per case and method to this file")
+    parser.add_argument("--again", action="store_true", help="measure cases that --out holds already")
+
+
+def main(args: argparse.Namespace) -> int:
+    """Measure, print the table, write the lines."""
+    console = make_console()
+    model = Model.of(args.model, args.layers)
+    chosen = engines(args.methods, args.options or ([] if args.methods else [DEFAULT_OPTIONS]))
+    if args.input_len is not None:
+        return requests_bench.main(args, [engine.method for engine in chosen if not engine.skip_attention], model)
+    model.check_length("--context", max(args.context), N_TAIL)
+    cases = [Case(context=context, batch=batch) for context in args.context for batch in args.batch]
+    keys = {case: [key_of(case, engine, model) for engine in chosen] for case in cases}
+    known = recorded(args.out, [key for case in cases for key in keys[case]], again=args.again)
+    todo = [case for case in cases if not all(key in known for key in keys[case])]
+    records: list[dict[str, Any]] = []
+    try:
+        with console.status("") as status:
+            if todo:
+                records = measure(
+                    todo,
+                    chosen,
+                    model=model,
+                    rounds=args.rounds,
+                    steps=args.steps,
+                    report=lambda line: status.update(f"{line} ..."),
+                )
+    except WrongAttentionError as error:
+        console.print(f"✗ {error}", style="red", highlight=False, markup=False, soft_wrap=True)
+        return 1
+    if args.out:
+        origin = provenance()
+        append_records(args.out, [{**record, **origin} for record in records])
+    old = [known[key] for case in cases if case not in todo for key in keys[case]]
+    console.print(table(old + records))
+    if old:
+        console.print(
+            f"{len(cases) - len(todo)} of {len(cases)} cases: {skipped_note(old)}", highlight=False, soft_wrap=True
+        )
+    return 0
+
+
+def table(records: list[dict[str, Any]]) -> Any:
+    """A line per case and method: its time, its speed-up, and how much of the possible speed-up that is."""
+    from rich.table import Table
+
+    view = Table(title=f"Time per output token, {records[0]['model']}, {records[0]['threads']} threads")
+    view.add_column("context", justify="right")
+    view.add_column("batch", justify="right")
+    view.add_column("method")
+    for column in ("ms", "p10 .. p90", "speed-up", "of the bound"):
+        view.add_column(column, justify="right")
+    for i, record in enumerate(records):
+        if i and record["method"] == DENSE:
+            view.add_section()
+        view.add_row(
+            f"{record['context']:,}",
+            str(record["batch"]),
+            record["method"],
+            f"{record['median_tpot_ms']:.1f}",
+            f"{record['p10_tpot_ms']:.1f} .. {record['p90_tpot_ms']:.1f}",
+            "" if record["method"] == SKIPPED else speed_note(record["speedup_vs_vllm"]),
+            f"{record['share_of_bound']:.0%}",
+        )
+    return view

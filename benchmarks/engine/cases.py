@@ -1,0 +1,122 @@
+"""What `vllm-sparq bench engine` measures: which engines, on which model, in which cases."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from vllm_sparq.benchmarks.common.methods import DENSE, Method
+from vllm_sparq.benchmarks.common.proof import check_model
+from vllm_sparq.benchmarks.common.records import case_key
+from vllm_sparq.cli import UsageError
+
+LLAMA_1B: dict[str, Any] = dict(
+    architectures=["LlamaForCausalLM"],
+    model_type="llama",
+    hidden_size=2048,
+    intermediate_size=8192,
+    num_attention_heads=32,
+    num_key_value_heads=8,
+    head_dim=64,
+    vocab_size=128256,
+    max_position_embeddings=131072,
+    rms_norm_eps=1e-5,
+    rope_theta=500000.0,
+    hidden_act="silu",
+    tie_word_embeddings=True,
+    dtype="bfloat16",
+)
+"""The shape of Llama-3.2-1B; the number of layers is an option."""
+
+DEFAULT_OPTIONS = {"r": 16, "k": 128}
+SKIPPED = "no attention"
+
+N_TAIL = 1024
+"""Room for answers behind the context (tokens): more than all rounds of a case decode."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One row of the table. ``context`` in tokens, ``batch`` in requests."""
+
+    context: int
+    batch: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Engine:
+    """One engine: its method, what vLLM is given for it, and whether its decode steps skip the attention op."""
+
+    method: Method
+    arguments: dict[str, Any]
+    skip_attention: bool = False
+
+    @property
+    def name(self) -> str:
+        """For tables and records."""
+        return SKIPPED if self.skip_attention else self.method.name
+
+
+def engines(names: list[str], options: list[dict[str, Any]]) -> list[Engine]:
+    """The engines that decode in turns: dense, no attention at all, the methods, and sparq with each set of options.
+
+    Raises:
+        UsageError: a name or options that mean nothing.
+    """
+    dense = Method.named(DENSE)
+    found = [Engine(method=dense, arguments={}), Engine(method=dense, arguments={}, skip_attention=True)]
+    methods = [Method.named(name) for name in dict.fromkeys(names) if name != DENSE]
+    for chosen in options:
+        methods.append(replace(Method.named("sparq", chosen), name=f"sparq {json.dumps(chosen)}"))
+    return found + [Engine(method=method, arguments=method.engine_args) for method in methods]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    """What all engines run.
+
+    Attributes:
+        name: for tables and records.
+        folder: with ``config.json``; None for the dummy Llama.
+        n_layers: of the dummy Llama.
+    """
+
+    name: str
+    folder: Path | None = None
+    n_layers: int = 4
+
+    @classmethod
+    def of(cls, folder: Path | None, n_layers: int) -> Model:
+        """The model of the user's, or the dummy one.
+
+        Raises:
+            UsageError: there is no model in the folder.
+        """
+        if folder is None:
+            return cls(name=f"Llama-3.2-1B shape, {n_layers} layers, dummy weights", n_layers=n_layers)
+        return cls(name=folder.name, folder=check_model(folder))
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """What ``config.json`` says."""
+        if self.folder is None:
+            return {**LLAMA_1B, "num_hidden_layers": self.n_layers}
+        found: dict[str, Any] = json.loads((self.folder / "config.json").read_text())
+        return found
+
+    def check_length(self, option: str, n_tokens: int, n_answer: int) -> None:
+        """Raises UsageError if the model has no positions for a prompt, given by ``option``, and its answer."""
+        limit = self.config.get("max_position_embeddings", n_tokens + n_answer)
+        if n_tokens + n_answer > limit:
+            raise UsageError(
+                f"{option} {n_tokens} and {n_answer} tokens of answers need {n_tokens + n_answer} positions, and the "
+                f"model has {limit}: use {option} {limit - n_answer} or less"
+            )
+
+
+def key_of(case: Case, engine: Engine, model: Model) -> str:
+    """Of the record of one engine in one case."""
+    fields = asdict(case) | {"model": model.name, "method": engine.name, "arguments": engine.arguments}
+    return case_key("engine", fields)

@@ -1,0 +1,273 @@
+"""Whole requests through `vllm bench latency` and `vllm bench throughput`: `bench engine` with ``--input-len``.
+
+vLLM's own two commands run as they are, an engine of each method after the other, and their keys go into the records.
+Beside them stands what vLLM does not say: which attention classes ran (or nothing is recorded), how many tokens the
+cache holds, how many of the longest requests fit in at a time, and how many were preempted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import multiprocessing
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+from vllm_sparq.benchmarks.common.methods import DENSE, Method
+from vllm_sparq.benchmarks.common.proof import WrongAttentionError, check_attention, engine_report, speed_note
+from vllm_sparq.benchmarks.common.records import append_records, case_key, provenance, recorded, skipped_note
+from vllm_sparq.benchmarks.engine.cases import Model
+from vllm_sparq.benchmarks.serving.demo import make_console
+from vllm_sparq.benchmarks.tiny_model import WEIGHTS
+from vllm_sparq.cli import UsageError
+
+DRAWN_IDS = 10_000
+"""`vllm bench latency` draws its prompts from so many token ids, whatever the model's vocabulary is."""
+
+SPEED = {"latency": "avg_latency", "throughput": "tokens_per_second"}
+"""vLLM's command -> the key that says how fast; a latency is better the smaller it is."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Requests:
+    """What is asked: tokens of each prompt and answer, requests, bytes of KV cache (None: vLLM's choice)."""
+
+    input_len: int
+    output_len: int
+    batch: int | None = None
+    num_prompts: int | None = None
+    kv_cache_bytes: int | None = None
+
+    @property
+    def command(self) -> str:
+        """Of vLLM's: all requests of a batch at once, or as many as fit in at a time until all are answered."""
+        return "throughput" if self.batch is None else "latency"
+
+
+def plan(
+    input_len: int, output_len: int, batches: list[int], num_prompts: int, kv_cache_bytes: int | None
+) -> list[Requests]:
+    """A latency for each batch, and a throughput."""
+    whole = Requests(input_len=input_len, output_len=output_len, num_prompts=num_prompts, kv_cache_bytes=kv_cache_bytes)
+    return [*(replace(whole, num_prompts=None, batch=batch) for batch in batches), whole]
+
+
+def why_not(requests: Requests, model: Model) -> str | None:
+    """Why vLLM's command cannot run on a model, if so."""
+    vocabulary = int(model.config["vocab_size"])
+    if requests.command == "latency" and vocabulary < DRAWN_IDS:
+        return (
+            f"no latency of {model.name}: `vllm bench latency` draws token ids below {DRAWN_IDS:,}, and its vocabulary "
+            f"has {vocabulary:,}"
+        )
+    return None
+
+
+def key_of(requests: Requests, method: Method, model: Model) -> str:
+    """Of the record of one method."""
+    return case_key("requests", asdict(requests) | asdict(method) | {"model": model.name})
+
+
+@contextlib.contextmanager
+def model_folder(model: Model) -> Iterator[Path]:
+    """The model's folder. The dummy one gets a tokenizer, which vLLM draws the words of prompts from."""
+    if model.folder is not None:
+        yield model.folder
+        return
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        (folder / "config.json").write_text(json.dumps(model.config))
+        for file in WEIGHTS.glob("*token*"):
+            shutil.copy(file, folder)
+        yield folder
+
+
+def longest(requests: Requests, model: Model) -> int:
+    """Tokens that a request may have. vLLM draws words for a throughput, which may be a few more tokens than asked."""
+    wanted = requests.input_len + requests.output_len + max(16, requests.input_len // 50)
+    return int(min(wanted, model.config.get("max_position_embeddings", wanted)))
+
+
+def words_for_vllm(requests: Requests, method: Method, folder: Path, model: Model, result: Path) -> list[str]:
+    """The arguments of vLLM's command."""
+    words = ["--model", str(folder), "--enforce-eager", "--output-json", str(result), "--disable-detokenize"]
+    words += ["--max-model-len", str(longest(requests, model))]
+    lengths = {"input-len": requests.input_len, "output-len": requests.output_len}
+    for name, length in lengths.items():
+        words += [f"--{name}" if requests.batch else f"--random-{name}", str(length)]
+    if requests.batch is None:
+        words += ["--dataset-name", "random", "--num-prompts", str(requests.num_prompts), "--num-warmups", "1"]
+    else:
+        words += ["--batch-size", str(requests.batch), "--num-iters-warmup", "1", "--num-iters", "3"]
+    if model.folder is None:
+        words += ["--load-format", "dummy"]
+    if requests.kv_cache_bytes is not None:
+        words += ["--kv-cache-memory-bytes", str(requests.kv_cache_bytes)]
+    if method.backend is not None:
+        words += ["--attention-backend", method.backend, "--additional-config", json.dumps(method.additional_config)]
+    return words
+
+
+def run_in_child(command: str, words: list[str], log: Path, pipe: Connection) -> None:
+    """The process of one engine: vLLM's command, and then what its engine was."""
+    with log.open("w") as file:  # the command prints and draws progress bars
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    os.environ.update(HF_HUB_OFFLINE="1", VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_NO_USAGE_STATS="1")
+    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+    import importlib
+
+    import vllm
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    engines: list[Any] = []
+    make = vllm.LLM.from_engine_args
+
+    def remember(arguments: Any) -> Any:
+        arguments.disable_log_stats = False  # preemptions are counted there
+        engines.append(make(arguments))
+        return engines[-1]
+
+    vllm.LLM.from_engine_args = remember  # type: ignore[method-assign, assignment]
+    module = importlib.import_module(f"vllm.benchmarks.{command}")
+    parser: Any = FlexibleArgumentParser()  # type: ignore[no-untyped-call]
+    module.add_cli_args(parser)
+    module.main(parser.parse_args(words))
+    config = engines[0].llm_engine.vllm_config
+    metrics = {m.name: m.value for m in engines[0].get_metrics() if hasattr(m, "value")}
+    pipe.send(
+        {
+            "report": engine_report(config),
+            "kv_capacity_tokens": int(config.cache_config.kv_cache_size_tokens),
+            "max_concurrency": round(float(config.cache_config.kv_cache_max_concurrency), 2),
+            "preemptions": int(metrics["vllm:num_preemptions"]),
+        }
+    )
+
+
+def measure(requests: Requests, method: Method, model: Model) -> dict[str, Any]:
+    """One engine, in a process of its own.
+
+    Raises:
+        UsageError: it ended before it was through; the message ends with its last lines.
+        WrongAttentionError: it ran another attention than the method's.
+    """
+    with model_folder(model) as folder, tempfile.TemporaryDirectory() as temporary:
+        result, log = Path(temporary) / "result.json", Path(temporary) / "log"
+        words = words_for_vllm(requests, method, folder, model, result)
+        context = multiprocessing.get_context("spawn")
+        ours, theirs = context.Pipe()
+        child = context.Process(target=run_in_child, args=(requests.command, words, log, theirs), daemon=True)
+        child.start()
+        theirs.close()
+        try:
+            engine = ours.recv()
+        except EOFError:
+            last = "\n".join(log.read_text(errors="replace").strip().splitlines()[-8:])
+            raise UsageError(
+                f"`vllm bench {requests.command}` with {method.name} ended before it was through:\n{last}"
+            ) from None
+        child.join()
+        found = json.loads(result.read_text())
+    found.pop("model_id")  # a path of this machine
+    return {
+        "bench": "requests",
+        "key": key_of(requests, method, model),
+        "command": requests.command,
+        "model": model.name,
+        "method": method.name,
+        **{name: value for name, value in asdict(requests).items() if value is not None},
+        **found,
+        "threads": os.cpu_count(),
+        "sparq": {
+            "method": method.name,
+            "options": method.options,
+            "attention": check_attention(method, engine.pop("report")),
+            **engine,
+        },
+    }
+
+
+def speed(record: Mapping[str, Any], dense: Mapping[str, Any]) -> float:
+    """How many times as fast as dense, of two records of the same requests."""
+    name = SPEED[str(record["command"])]
+    ratio = float(record[name]) / float(dense[name])
+    return 1 / ratio if record["command"] == "latency" else ratio
+
+
+def columns(record: Mapping[str, Any], dense: Mapping[str, Any] | None) -> dict[str, str]:
+    """What a table says of a record beside that of dense."""
+    about = record["sparq"]
+    return {
+        "prompt + answer": f"{record['input_len']:,} + {record['output_len']:,}",
+        "requests": f"{record.get('num_prompts') or record['batch']}"
+        + (" at once" if record["command"] == "latency" else ""),
+        "method": str(record["method"]),
+        "seconds": f"{record.get('elapsed_time') or record['avg_latency']:,.2f}",
+        "beside dense": "" if dense is None else speed_note(speed(record, dense)),
+        "KV cache, tokens": f"{about['kv_capacity_tokens']:,}",
+        "longest requests at a time": f"{about['max_concurrency']:.1f}",
+        "preemptions": str(about["preemptions"]),
+        "attention that ran": str(about["attention"]),
+    }
+
+
+def dense_of(record: Mapping[str, Any], records: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
+    """The record of dense for the same requests, among others."""
+    case = ("model", "command", "input_len", "output_len", "batch", "num_prompts", "kv_cache_bytes")
+    same = [other for other in records if all(other.get(name) == record.get(name) for name in case)]
+    return next((other for other in same if other["method"] == DENSE), None)
+
+
+def main(args: argparse.Namespace, methods: list[Method], model: Model) -> int:
+    """Measure what is not on record, print the table, write the lines."""
+    console = make_console()
+    for name in ("input_len", "output_len", "num_prompts"):
+        if getattr(args, name) < 1:
+            raise UsageError(f"--{name.replace('_', '-')} {getattr(args, name)} must be 1 or more")
+    model.check_length("--input-len", args.input_len, args.output_len)
+    kv_cache_bytes = None if args.kv_cache_mib is None else args.kv_cache_mib << 20
+    cases = plan(args.input_len, args.output_len, args.batch, args.num_prompts, kv_cache_bytes)
+    notes = [note for case in cases if (note := why_not(case, model))]
+    cases = [case for case in cases if not why_not(case, model)]
+    keys = [key_of(case, method, model) for case in cases for method in methods]
+    records = recorded(args.out, keys, again=args.again)
+    old = list(records.values())
+    try:
+        for case, method in ((case, method) for case in cases for method in methods):
+            if (key := key_of(case, method, model)) in records:
+                continue
+            with console.status(f"vllm bench {case.command}, {method.name} ..."):
+                records[key] = measure(case, method, model)
+            if args.out:
+                append_records(args.out, [records[key] | provenance()])
+    except WrongAttentionError as error:
+        console.print(f"✗ {error}", style="red", highlight=False, markup=False, soft_wrap=True)
+        return 1
+    console.print(table([records[key] for key in keys]))
+    for note in [*notes, *([skipped_note(old)] if old else [])]:
+        console.print(note, highlight=False, soft_wrap=True)
+    return 0
+
+
+def table(records: list[dict[str, Any]]) -> Any:
+    """A line per case and method."""
+    from rich.table import Table
+
+    view = Table(title=f"Whole requests, one engine after the other, {records[0]['model']}")
+    for i, record in enumerate(records):
+        cells = columns(record, dense_of(record, records))
+        if i == 0:
+            for name in cells:
+                view.add_column(name, justify="left" if name in ("method", "attention that ran") else "right")
+        elif record["method"] == DENSE:
+            view.add_section()
+        view.add_row(*cells.values())
+    return view

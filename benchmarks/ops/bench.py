@@ -1,0 +1,329 @@
+"""`vllm-sparq bench ops`: time one decode step of one attention layer, ours beside vLLM's, in one interleaved run."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich import box
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from vllm_sparq.benchmarks.common.records import append_records, case_key, provenance, recorded, skipped_note
+from vllm_sparq.benchmarks.ops.methods import METHODS, Call, Cell, Tensors
+from vllm_sparq.cli import UsageError
+from vllm_sparq.config import Options
+from vllm_sparq.formats import FORMATS
+from vllm_sparq.ops import native
+
+FLUSH_BYTES = 128 << 20
+"""Read before each sample, so that no cache still holds what the op wants: several times a big L3."""
+
+BANDWIDTH_BYTES = 256 << 20
+"""Read, once per round, to measure what the memory can do."""
+
+TRIALS = 5
+"""Samples per setting to find the best one of a method that has several."""
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+CLOCKS: dict[str, Callable[[], int]] = {"wall": time.perf_counter_ns, "cpu": time.process_time_ns}
+
+EPILOG = """\
+Every number is the median over rounds; in a round each method runs once, one after the other, from a cold cache.
+GB/s is bytes the method must move over its time; "memory" compares it with a plain read of memory in the same run.
+"x vLLM" and "x dense" are how many times faster than vLLM's op and than our own dense op. Read both: the first
+also holds what a better dense kernel gives. All caches, vLLM's too, lie in 2 MB pages where Linux grants them.
+
+examples:
+  vllm-sparq bench ops                                         Llama-3-8B's attention, 1k to 64k tokens
+  vllm-sparq bench ops --shape 32/32/128 --context 4096        one key head per query head, as Llama-2-7B
+  vllm-sparq bench ops --batch 1,8 --threads 4 --out ops.jsonl
+
+On a busy machine wall time means little. Then take
+  OMP_WAIT_POLICY=passive vllm-sparq bench ops --clock cpu
+which counts the processor time of all threads, divided by their number.
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = EPILOG
+    parser.add_argument(
+        "--context", type=_numbers, default="1024,4096,16384,65536", metavar="S,...", help="context lengths in tokens"
+    )
+    parser.add_argument("--batch", type=_numbers, default="1", metavar="B,...", help="requests that decode together")
+    parser.add_argument(
+        "--shape",
+        type=_shape,
+        action="append",
+        metavar="H/G/D",
+        help="query heads / KV heads / head size of a layer; may be repeated (default: 32/8/128)",
+    )
+    parser.add_argument(
+        "--methods",
+        type=_methods,
+        default=",".join(METHODS),
+        metavar="M,...",
+        help="; ".join(f"{name}: {method.summary}" for name, method in METHODS.items()) + " (default: all)",
+    )
+    parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="element type of the model (default: bf16)")
+    parser.add_argument("--r", type=int, help="channels that rank the tokens (default: a quarter of the head size)")
+    parser.add_argument("--k", type=int, default=128, help="tokens read beside the current one (default: 128)")
+    parser.add_argument(
+        "--scoring", choices=("int4", "int8", "model"), default="int4", help="type of the ranking copy (default: int4)"
+    )
+    parser.add_argument("--threads", type=int, help="threads of every op (default: what torch would use)")
+    parser.add_argument("--repeats", type=int, default=15, help="rounds (default: 15)")
+    parser.add_argument("--clock", choices=CLOCKS, default="wall", help="see below (default: wall)")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="append one JSON object per method and shape")
+    parser.add_argument("--again", action="store_true", help="measure cells that --out holds already")
+
+
+def _numbers(text: str) -> list[int]:
+    try:
+        numbers = [int(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of numbers such as 1024,4096") from None
+    if min(numbers) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} holds a number below 1")
+    return numbers
+
+
+def _shape(text: str) -> tuple[int, int, int]:
+    parts = text.split("/")
+    if len(parts) != 3 or not all(part.isdigit() and int(part) for part in parts):
+        raise argparse.ArgumentTypeError(f"{text!r} is not H/G/D, for example 32/8/128")
+    heads, kv_heads, head_dim = (int(part) for part in parts)
+    if heads % kv_heads:
+        raise argparse.ArgumentTypeError(f"{text!r}: {kv_heads} KV heads do not divide {heads} query heads")
+    if head_dim % 16:
+        raise argparse.ArgumentTypeError(f"{text!r}: head size {head_dim} is not a multiple of 16")
+    return heads, kv_heads, head_dim
+
+
+def _methods(text: str) -> list[str]:
+    names = text.split(",")
+    unknown = [name for name in names if name not in METHODS]
+    if unknown:
+        raise argparse.ArgumentTypeError(f"unknown method {unknown[0]!r}: use some of {','.join(METHODS)}")
+    return names
+
+
+def cells(args: argparse.Namespace) -> list[Cell]:
+    """All combinations that were asked for.
+
+    Raises:
+        UsageError: r does not fit a head size, or a cell does not fit in memory.
+    """
+    found = []
+    for heads, kv_heads, head_dim in args.shape or [(32, 8, 128)]:
+        r = max(1, head_dim // 4) if args.r is None else args.r
+        if not 1 <= r <= head_dim:
+            raise UsageError(f"--r {r} must be 1 to the head size, {head_dim}")
+        if args.k < 1:
+            raise UsageError(f"--k {args.k} must be at least 1")
+        options = Options(r=r, k=args.k, dense_below=0)
+        read = options.sparq_read(head_size=head_dim, n_heads=heads, n_kv_heads=kv_heads)
+        sizes = dict(heads=heads, kv_heads=kv_heads, head_dim=head_dim)
+        kind = dict(dtype=DTYPES[args.dtype], scoring=args.scoring, read=read)
+        found += [Cell(context=s, batch=b, **sizes, **kind) for b in args.batch for s in args.context]
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    for cell in found:
+        formats = [name.split("+")[-1] for name in args.methods if name.split("+")[-1] in FORMATS]
+        formats += ["model"] * ("quest" in args.methods)
+        # Ours, vLLM's, and the tokens that fill them; and other formats with what ranks their tokens.
+        need = 4 * cell.dense_bytes + sum(2 * cell.dense_bytes_as(name) for name in formats)
+        if need > 0.8 * free:
+            raise UsageError(
+                f"context {cell.context} x batch {cell.batch} at {cell.heads}/{cell.kv_heads}/{cell.head_dim} needs "
+                f"about {need / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free: ask for less --context or --batch"
+            )
+    return found
+
+
+@dataclass
+class Stopwatch:
+    """Times one call from a cold cache."""
+
+    clock: str
+    threads: int
+
+    def __post_init__(self) -> None:
+        self._flush = torch.ones(FLUSH_BYTES // 4)
+        self._stream = torch.ones(BANDWIDTH_BYTES // 4)
+
+    def sample(self, call: Call) -> float:
+        """Microseconds."""
+        self._flush.sum()
+        now = CLOCKS[self.clock]
+        start = now()
+        call.run()
+        spent = now() - start
+        return spent / 1e3 / (self.threads if self.clock == "cpu" else 1)
+
+    def bandwidth(self) -> float:
+        """GB/s of a plain read."""
+        return BANDWIDTH_BYTES / 1e3 / self.sample(Call("read", lambda: self._stream.sum()))
+
+    def best(self, calls: Iterable[Call]) -> Call | None:
+        """The fastest of several settings in a short trial; None of none."""
+        trials = [(statistics.median(self.sample(call) for _ in range(TRIALS)), call) for call in calls]
+        return min(trials, key=lambda trial: trial[0])[1] if trials else None
+
+
+def measure(cell: Cell, methods: Sequence[str], repeats: int, watch: Stopwatch, tick: Callable[[], None]) -> list[dict]:
+    """One row per method that can run, all of them measured round by round."""
+    tensors = Tensors.build(cell)
+    calls = {name: watch.best(METHODS[name].calls(tensors)) for name in methods}
+    ready = {name: call for name, call in calls.items() if call is not None}
+    samples: dict[str, list[float]] = {name: [] for name in ready}
+    bandwidth = []
+    for _ in range(repeats):
+        bandwidth.append(watch.bandwidth())
+        for name, call in ready.items():
+            samples[name].append(watch.sample(call))
+        tick()
+    return summarize(cell, {name: (call.impl, samples[name]) for name, call in ready.items()}, bandwidth, watch)
+
+
+def summarize(
+    cell: Cell, measured: dict[str, tuple[str, list[float]]], bandwidth: Sequence[float], watch: Stopwatch
+) -> list[dict[str, Any]]:
+    """The rows of one cell."""
+    medians = {name: statistics.median(samples) for name, (_, samples) in measured.items()}
+    rows = []
+    for name, (impl, samples) in measured.items():
+        moved = METHODS[name].bytes_moved(cell)
+        ranked = sorted(samples)
+        rows.append(
+            dict(
+                bench="ops",
+                key=key_of(cell, name, watch),
+                method=name,
+                impl=impl,
+                context=cell.context,
+                batch=cell.batch,
+                heads=cell.heads,
+                kv_heads=cell.kv_heads,
+                head_dim=cell.head_dim,
+                dtype=str(cell.dtype).removeprefix("torch."),
+                r=cell.read.r,
+                k=cell.read.min_k,
+                scoring=cell.scoring,
+                threads=watch.threads,
+                clock=watch.clock,
+                median_us=round(medians[name], 2),
+                p10_us=round(ranked[len(ranked) // 10], 2),
+                p90_us=round(ranked[-1 - len(ranked) // 10], 2),
+                bytes_moved=moved,
+                gb_per_s=round(moved / 1e3 / medians[name], 3),
+                bandwidth_gb_per_s=round(statistics.median(bandwidth), 2),
+                speedup_vs_vllm=_ratio(medians, "vllm", name),
+                speedup_vs_dense=_ratio(medians, "dense", name),
+            )
+        )
+    return rows
+
+
+def key_of(cell: Cell, method: str, watch: Stopwatch) -> str:
+    """Of the record of one method in one cell."""
+    fields = dict(
+        method=method,
+        **{name: getattr(cell, name) for name in ("context", "batch", "heads", "kv_heads", "head_dim", "scoring")},
+        dtype=str(cell.dtype),
+        r=cell.read.r,
+        k=cell.read.min_k,
+        threads=watch.threads,
+        clock=watch.clock,
+    )
+    return case_key("ops", fields)
+
+
+def _ratio(medians: dict[str, float], base: str, name: str) -> float | None:
+    return round(medians[base] / medians[name], 2) if base in medians and not name.startswith("write") else None
+
+
+def break_even(rows: Sequence[dict[str, Any]]) -> dict[tuple[int, ...], int | None]:
+    """(batch, H, G, D) -> the shortest measured context from which SparQ was never slower than our dense op."""
+    found: dict[tuple[int, ...], int | None] = {}
+    lost: set[tuple[int, ...]] = set()
+    for row in sorted(rows, key=lambda row: -row["context"]):
+        if row["method"] != "sparq" or row["speedup_vs_dense"] is None:
+            continue
+        key = (row["batch"], row["heads"], row["kv_heads"], row["head_dim"])
+        found.setdefault(key, None)
+        if row["speedup_vs_dense"] < 1:
+            lost.add(key)
+        elif key not in lost:
+            found[key] = row["context"]
+    return found
+
+
+def machine() -> dict[str, Any]:
+    """What was measured, on what."""
+    return {**provenance(), "isa": native.find().isa}
+
+
+def table(rows: Sequence[dict[str, Any]], watch: Stopwatch) -> Table:
+    view = Table(box=box.SIMPLE_HEAD, title=f"one layer, one decode step, {watch.threads} threads, {watch.clock} time")
+    for name in ("shape", "batch", "context", "method", "µs", "p10 .. p90", "GB/s", "memory", "x vLLM", "x dense"):
+        view.add_column(name, justify="left" if name in ("shape", "method") else "right", no_wrap=name != "p10 .. p90")
+    before = None
+    for row in rows:
+        cell = (f"{row['heads']}/{row['kv_heads']}/{row['head_dim']}", str(row["batch"]), f"{row['context']:,}")
+        if before not in (None, cell):
+            view.add_section()
+        ratios = [f"{r:.2f}" if r is not None else "" for r in (row["speedup_vs_vllm"], row["speedup_vs_dense"])]
+        view.add_row(
+            *(cell if cell != before else ("", "", "")),
+            row["method"],
+            f"{row['median_us']:,.0f}" if row["median_us"] >= 100 else f"{row['median_us']:.1f}",
+            f"{row['p10_us']:,.0f} .. {row['p90_us']:,.0f}",
+            f"{row['gb_per_s']:.1f}",
+            f"{100 * row['gb_per_s'] / row['bandwidth_gb_per_s']:.0f}%",
+            *ratios,
+        )
+        before = cell
+    return view
+
+
+def main(args: argparse.Namespace) -> int:
+    if args.clock == "cpu" and os.environ.get("OMP_WAIT_POLICY", "").lower() != "passive":
+        raise UsageError("--clock cpu would count threads that wait: start with OMP_WAIT_POLICY=passive")
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
+    wanted, console = cells(args), Console()
+    watch = Stopwatch(args.clock, torch.get_num_threads())
+    keys = [[key_of(cell, name, watch) for name in args.methods] for cell in wanted]
+    known = recorded(args.out, [key for row in keys for key in row], again=args.again)
+    todo = [cell for cell, row in zip(wanted, keys, strict=True) if not known.keys() >= set(row)]
+    about, rows = machine(), []
+    console.print(f"{about['cpu']}: {native.find().reason}")
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task("measuring", total=len(todo) * args.repeats)
+        for cell in todo:
+            progress.update(task, description=f"batch {cell.batch}, {cell.context:,} tokens")
+            rows += measure(cell, args.methods, args.repeats, watch, lambda: progress.advance(task))
+    if args.out is not None:
+        append_records(args.out, [{**row, **about} for row in rows])
+    old = [known[key] for cell, row in zip(wanted, keys, strict=True) if cell not in todo for key in row]
+    if old:
+        console.print(
+            f"{len(wanted) - len(todo)} of {len(wanted)} cells: {skipped_note(old)}", highlight=False, soft_wrap=True
+        )
+        rows = [*old, *rows]
+    console.print(table(rows, watch))
+    console.print(f"memory: {statistics.median(row['bandwidth_gb_per_s'] for row in rows):.1f} GB/s")
+    for (batch, *shape), context in break_even(rows).items():
+        where = "at no context measured" if context is None else f"from {context:,} tokens on"
+        console.print(f"batch {batch}, {'/'.join(map(str, shape))}: SparQ beats our dense op {where}")
+    return 0

@@ -1,0 +1,1 @@
+"""What compression costs in answers: `vllm-sparq eval` and `vllm-sparq sweep`."""

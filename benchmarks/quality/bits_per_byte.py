@@ -1,0 +1,98 @@
+"""What a method costs a language model: bits per byte of text, through the engine.
+
+    python -m vllm_sparq.benchmarks.quality.bits_per_byte --methods int8,int4,kivi4,kivi2
+
+A row of a prompt sees every block before its own as codes, just as a decoded token does, so vLLM's prompt
+log-probabilities measure quantized formats as they are served. SparQ reads prompts densely, so it is forced to decode
+the text token by token (`forced`). `vllm-sparq eval --tasks text` measures windows of any length, resumably.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from vllm_sparq.benchmarks.quality.engine import Engine, Run
+from vllm_sparq.benchmarks.quality.evaluate import methods_at, scored
+from vllm_sparq.benchmarks.quality.prompts import read_text
+from vllm_sparq.benchmarks.tasks.generated import Example
+from vllm_sparq.benchmarks.tiny_model import WEIGHTS
+from vllm_sparq.cli import UsageError, comma_names
+
+
+def windows(model: Path, text: str, n_tokens: int, n_windows: int) -> list[Example]:
+    """The first ``n_windows`` pieces of the text, ``n_tokens`` each; all but the first token of each are scored.
+
+    Raises:
+        UsageError: the text is too short.
+    """
+    from transformers import AutoTokenizer
+
+    tokenizer: Any = AutoTokenizer.from_pretrained(model)
+    ids = tokenizer(text, verbose=False).input_ids
+    if len(ids) < n_tokens * n_windows:
+        raise UsageError(f"the text has {len(ids):,} tokens: {n_windows} windows of {n_tokens} need more")
+    pieces = [ids[i * n_tokens : (i + 1) * n_tokens] for i in range(n_windows)]
+    return [_example(tokenizer, piece, i) for i, piece in enumerate(pieces)]
+
+
+def _example(tokenizer: Any, ids: Sequence[int], seed: int) -> Example:
+    return Example(
+        task="text",
+        prompt=tokenizer.decode(ids[:1]),
+        answer=tokenizer.decode(ids[1:]),
+        n_prompt_tokens=1,
+        depth=None,
+        seed=seed,
+        max_tokens=len(ids) - 1,
+        stop=(),
+        metric="bits_per_byte",
+        prompt_ids=tuple(ids[:1]),
+        answer_ids=tuple(ids[1:]),
+    )
+
+
+def main() -> None:
+    """Measure, print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, default=WEIGHTS)
+    parser.add_argument("--methods", type=comma_names, default=["int8", "int4", "kivi4", "kivi2"])
+    parser.add_argument("--compression", type=comma_names, default=["8"])
+    parser.add_argument("--text", type=Path, help="a text file (default: held-out text of the bundled model's corpus)")
+    parser.add_argument("--length", type=int, default=1024, help="tokens of a window (default: 1024)")
+    parser.add_argument("--n", type=int, default=64, help="windows (default: 64)")
+    parser.add_argument("--dtype", default="bfloat16")
+    args = parser.parse_args()
+    if args.text is None:
+        from vllm_sparq.benchmarks.tiny_model.corpus import documents
+
+        text = "\n\n".join(documents(8 * args.length * args.n, held_out=True))
+    else:
+        text = read_text(args.text)
+    examples = windows(args.model, text, args.length, args.n)
+    table = Table(title=f"bits per byte ± standard error of the difference, {args.n} windows of {args.length} tokens")
+    for column in ("method", "bits per byte", "beside dense"):
+        table.add_column(column, justify="left" if column == "method" else "right")
+    run = Run(model=args.model, dtype=args.dtype)
+    dense: list[float] = []
+    for method in methods_at(args.methods, args.compression, {}):
+        with Engine(method, run) as engine:
+            outputs = engine.answer(examples)
+        found = [scored(example, output)["score"] for example, output in zip(examples, outputs, strict=True)]
+        dense = dense or found
+        differences = [a - b for a, b in zip(found, dense, strict=True)]
+        mean = math.fsum(differences) / len(differences)
+        spread = math.fsum((x - mean) ** 2 for x in differences) / max(1, len(differences) - 1)
+        error = math.sqrt(spread / len(differences))
+        table.add_row(method.name, f"{math.fsum(found) / len(found):.4f}", f"{mean:+.4f} ± {error:.4f}")
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,321 @@
+"""One engine in a process of its own, which answers, measures and decodes when it is told to.
+
+vLLM cannot start a second engine in a process, and an engine that dies must not take the evaluation with it. The
+process proves at its start which attention classes run and with which options, and it ends with its parent.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from vllm_sparq.benchmarks.common.methods import Method
+from vllm_sparq.benchmarks.tasks.generated import Example
+from vllm_sparq.cli import UsageError
+from vllm_sparq.config import parse_options
+
+READ_OPTIONS = ("compression", "r", "k", "local", "min_k", "mass", "group_reduce", "dense_layers", "dense_below")
+"""Options of a read that change no byte of the cache: a running engine can be given others."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """What is the same for all engines of an evaluation.
+
+    Attributes:
+        model: a model folder.
+        dtype: element type of the model, as vLLM names it.
+        engine_args: more keyword arguments of `vllm.LLM`.
+        stepwise: force step by step even where a prompt would measure the method: checks one way against the other.
+    """
+
+    model: Path
+    dtype: str = "bfloat16"
+    engine_args: dict[str, Any] = field(default_factory=dict)
+    stepwise: bool = False
+
+    def llm_args(self, method: Method) -> dict[str, Any]:
+        """Keyword arguments of `vllm.LLM`, without prefix caching: no answer may depend on those before it."""
+        ours = dict(
+            dtype=self.dtype,
+            enforce_eager=True,
+            enable_prefix_caching=False,
+            async_scheduling=False,
+            kv_cache_memory_bytes=1 << 30,
+            disable_log_stats=True,
+        )
+        return {**ours, **self.engine_args, **method.engine_args}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Output:
+    """What an engine said, or (``nats``) how unlikely it found what it was made to say.
+
+    Attributes:
+        text: the output.
+        n_tokens: its tokens.
+        nats: negative log-likelihood of forced tokens; None where the output was generated.
+    """
+
+    text: str
+    n_tokens: int
+    nats: float | None = None
+
+
+def same_cache(a: Method, b: Method) -> bool:
+    """Whether two methods differ in `READ_OPTIONS` at most, so that one engine can be both, one after the other."""
+    return a.backend == b.backend and (a.backend is None or _cache_options(a) == _cache_options(b))
+
+
+def _cache_options(method: Method) -> dict[str, Any]:
+    assert method.backend is not None
+    options = parse_options(method.additional_config, method.backend.lower()).model_dump()
+    return {name: value for name, value in options.items() if name not in READ_OPTIONS}
+
+
+class Engine:
+    """Parent's side of the process; a context manager, or `start` and `close`."""
+
+    def __init__(self, method: Method, run: Run) -> None:
+        self.method, self.run = method, run
+        self.log = Path(tempfile.mkstemp(prefix="vllm-sparq-engine-", suffix=".log")[1])
+        self.classes: list[str] = []
+        self.max_model_len = 0
+
+    def start(self) -> None:
+        """Start the process.
+
+        Raises:
+            UsageError: the engine did not start, or what runs in it is not what was asked for.
+        """
+        context = multiprocessing.get_context("spawn")
+        self.pipe, theirs = context.Pipe()
+        self.process = context.Process(target=serve, args=(self.method, self.run, self.log, theirs), daemon=True)
+        self.process.start()
+        theirs.close()
+        try:
+            hello = self._receive()
+        except BaseException:
+            self.kill()
+            raise
+        self.classes, self.max_model_len = hello["classes"], hello["max_model_len"]
+
+    def close(self) -> None:
+        """End it in peace, if it still runs."""
+        with contextlib.suppress(BrokenPipeError):
+            self.pipe.send(None)
+            self.process.join(30)
+        self.kill()
+
+    def kill(self) -> None:
+        """End it, whatever it does."""
+        if self.process.is_alive():
+            self.process.kill()
+        self.process.join()
+        self.pipe.close()
+        self.log.unlink(missing_ok=True)
+
+    def __enter__(self) -> Engine:
+        self.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        if kind is None:
+            self.close()
+        else:
+            self.kill()
+
+    def answer(self, examples: Sequence[Example]) -> list[Output]:
+        """All examples in one batch: generated answers, and forced ones measured."""
+        return list(self._ask("answer", list(examples)))
+
+    def use(self, method: Method) -> None:
+        """Read as another method of the same cache does (`same_cache`), from here on."""
+        if method == self.method:
+            return
+        if not same_cache(method, self.method) or method.backend is None:
+            raise ValueError(f"{method.name} needs an engine of its own")
+        self._ask("read", method)
+        self.method = method
+
+    def prepare(self, context: int, batch: int) -> None:
+        """``batch`` requests with ``context`` random tokens each, ready to decode."""
+        self._ask("prepare", (context, batch))
+
+    def decode(self, n_steps: int) -> list[float]:
+        """Seconds of each of the next steps of what was prepared."""
+        return list(self._ask("decode", n_steps))
+
+    def _ask(self, order: str, argument: Any) -> Any:
+        with contextlib.suppress(BrokenPipeError):  # it is gone, which is found out and said below
+            self.pipe.send((order, argument))
+        return self._receive()
+
+    def _receive(self) -> Any:
+        try:
+            kind, value = self.pipe.recv()
+        except (EOFError, ConnectionResetError):
+            said = self.log.read_text(errors="replace").strip().splitlines()
+            last = said[-1] if said else "nothing"
+            raise UsageError(f"the {self.method.name} engine ended before it answered, after saying {last}") from None
+        if kind == "error":
+            raise UsageError(f"the {self.method.name} engine: {value}")
+        return value
+
+
+def serve(method: Method, run: Run, log: Path, pipe: Connection) -> None:
+    """The process: starts the engine, says what runs in it, does what it is told to until the parent is gone.
+
+    What vLLM and its libraries print goes to ``log``, so that it does not tear the progress bar and the table apart.
+    """
+    with log.open("a") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    os.environ.update(HF_HUB_OFFLINE="1", VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_LOGGING_LEVEL="ERROR")
+    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # an engine that waits must not burn the cores of another
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    try:
+        worker = Worker(method, run)
+        pipe.send(("ready", worker.describe()))
+        while (order := pipe.recv()) is not None:
+            pipe.send(("done", getattr(worker, order[0])(order[1])))
+    except (EOFError, BrokenPipeError, KeyboardInterrupt):
+        return
+    except Exception as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        telling = [line for line in lines if line.startswith(("Value error", "Assertion failed"))]
+        reason = (telling or lines or ["no reason given"])[0].split(" [type=")[0]
+        pipe.send(("error", f"{type(error).__name__}: {reason}"))
+
+
+class Worker:
+    """Child's side: the engine, in the process that it is made in. Its public methods are the orders it takes."""
+
+    def __init__(self, method: Method, run: Run) -> None:
+        from vllm import LLM
+
+        from vllm_sparq.benchmarks.quality.forced import ForcedTokens, prompts_measure
+
+        self.method = method
+        self.batch = 0
+        self.prompts_measure = prompts_measure(method) and not run.stepwise
+        self.llm = LLM(str(run.model), logits_processors=[ForcedTokens], **run.llm_args(method))
+        self.engine: Any = self.llm.llm_engine
+        layers: Any = self.engine.vllm_config.compilation_config.static_forward_context.values()
+        self.impls = [layer.impl for layer in layers if hasattr(layer, "impl")]
+        self._check()
+
+    def _ours(self) -> list[Any]:
+        return [impl for impl in self.impls if type(impl).__module__.startswith("vllm_sparq.")]
+
+    def _check(self) -> None:
+        """What runs must be what was asked for: vLLM may pass over a backend that it is told to use."""
+        ours, backend = self._ours(), self.method.backend
+        names = sorted({type(impl).__name__ for impl in self.impls})
+        if backend is None and ours:
+            raise RuntimeError(f"dense attention was asked for and {names} run")
+        if backend is not None:
+            wanted = parse_options(self.method.additional_config, backend.lower())
+            if not ours or any(impl.options != wanted for impl in ours):
+                raise RuntimeError(f"{backend} with {wanted} was asked for and {names} run")
+
+    def describe(self) -> dict[str, Any]:
+        classes = sorted({type(impl).__name__ for impl in self.impls})
+        return {"classes": classes, "max_model_len": self.engine.vllm_config.model_config.max_model_len}
+
+    def read(self, method: Method) -> None:
+        """Bind every layer of ours anew, with other options of its read."""
+        assert method.backend is not None
+        wanted = parse_options(method.additional_config, method.backend.lower())
+        for impl in self._ours():
+            impl.options = wanted
+            impl._pages = None  # the next step binds the layer to its cache again, and reads the options
+        self.method = method
+
+    def answer(self, examples: list[Example]) -> list[Output]:
+        self._abort()
+        params = [self._params(example) for example in examples]
+        prompts = [self._prompt(example) for example in examples]
+        found = self.llm.generate(prompts, params, use_tqdm=False)
+        return [self._output(example, output) for example, output in zip(examples, found, strict=True)]
+
+    def _prompt(self, example: Example) -> Any:
+        if example.answer_ids and self.prompts_measure:
+            return {"prompt_token_ids": [*example.prompt_ids, *example.answer_ids]}
+        return {"prompt_token_ids": list(example.prompt_ids)} if example.prompt_ids else example.prompt
+
+    def _params(self, example: Example) -> Any:
+        from vllm import SamplingParams
+
+        from vllm_sparq.benchmarks.quality.forced import FORCED
+
+        if not example.answer_ids:
+            return SamplingParams(temperature=0, max_tokens=example.max_tokens, stop=list(example.stop))
+        if self.prompts_measure:
+            return SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0, detokenize=False)
+        forced = list(example.answer_ids)
+        return SamplingParams(
+            temperature=0,
+            max_tokens=len(forced),
+            ignore_eos=True,
+            logprobs=0,
+            detokenize=False,
+            extra_args={FORCED: forced},
+        )
+
+    def _output(self, example: Example, output: Any) -> Output:
+        one, wanted = output.outputs[0], list(example.answer_ids)
+        if not wanted:
+            return Output(text=one.text, n_tokens=len(one.token_ids))
+        if self.prompts_measure:
+            steps = output.prompt_logprobs[-len(wanted) :]
+        else:
+            steps = one.logprobs
+            if list(one.token_ids) != wanted:
+                raise RuntimeError("the engine did not say the tokens it was made to say")
+        nats = -sum(step[token].logprob for step, token in zip(steps, wanted, strict=True))
+        return Output(text="", n_tokens=len(wanted), nats=nats)
+
+    def prepare(self, argument: tuple[int, int]) -> None:
+        """Fill the cache with prompts and decode one token of each."""
+        import torch
+        from vllm import SamplingParams
+
+        context, batch = argument
+        self.batch = batch
+        self._abort()
+        generator = torch.Generator().manual_seed(0)
+        vocabulary = self.engine.vllm_config.model_config.get_vocab_size()
+        limit = self.engine.vllm_config.model_config.max_model_len
+        params = SamplingParams(temperature=0, max_tokens=limit - context, ignore_eos=True, detokenize=False)
+        for i in range(batch):
+            prompt = torch.randint(vocabulary // 2, (context,), generator=generator).tolist()
+            self.engine.add_request(f"{context}-{batch}-{i}", {"prompt_token_ids": prompt}, params)
+        started: set[str] = set()
+        while len(started) < batch:
+            started |= {output.request_id for output in self.engine.step() if output.outputs[0].token_ids}
+
+    def _abort(self) -> None:
+        """End what was prepared, so that the engine is free."""
+        states = self.engine.output_processor.request_states.values()
+        self.engine.abort_request([state.request_id for state in states], internal=True)
+
+    def decode(self, n_steps: int) -> list[float]:
+        times = []
+        for _ in range(n_steps):
+            begin = time.perf_counter()
+            n_done = len(self.engine.step())
+            if n_done != self.batch:
+                raise RuntimeError(f"{n_done} of {self.batch} requests decoded in a step that should be timed")
+            times.append(time.perf_counter() - begin)
+        return times

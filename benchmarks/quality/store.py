@@ -1,0 +1,132 @@
+"""The folder of an evaluation: a JSON line per example, from which a killed run goes on, and a line per cell."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from vllm_sparq.benchmarks.common.methods import Method
+from vllm_sparq.benchmarks.common.records import append_records, provenance
+from vllm_sparq.benchmarks.quality.engine import Run
+from vllm_sparq.benchmarks.tasks.generated import Example
+from vllm_sparq.cli import UsageError
+
+N_EDGE_BYTES = 1 << 20
+"""Bytes at either end of a weight file that stand for it: hashing tens of gigabytes takes longer than answering."""
+
+CODE = ("commit", "dirty", "vllm", "vllm-sparq", "torch")
+"""What of the provenance decides whether an answer of an earlier run may be used again."""
+
+
+def digest(*parts: Any) -> str:
+    """Sixteen hexadecimal digits of what can be written as JSON."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def fingerprint(model: Path) -> str:
+    """Of a model's configuration, tokenizer and weights, wherever its folder lies."""
+    found = hashlib.sha256()
+    for path in sorted(model.iterdir()):
+        if path.suffix not in (".json", ".safetensors", ".bin", ".model", ".txt"):
+            continue
+        size = path.stat().st_size
+        found.update(f"{path.name} {size}".encode())
+        with path.open("rb") as file:
+            found.update(file.read(N_EDGE_BYTES))
+            file.seek(max(0, size - N_EDGE_BYTES))
+            found.update(file.read(N_EDGE_BYTES))
+    return found.hexdigest()[:16]
+
+
+def whole_lines(path: Path) -> list[dict[str, Any]]:
+    """The records of a file of JSON lines. A last line that a killed run left unfinished is cut off.
+
+    Raises:
+        UsageError: any other line that is not a JSON object, by file and number.
+    """
+    if not path.is_file():
+        return []
+    data = path.read_bytes()
+    end = data.rfind(b"\n") + 1
+    if end < len(data):
+        with path.open("r+b") as file:
+            file.truncate(end)
+    found = []
+    for number, line in enumerate(data[:end].splitlines(), 1):
+        try:
+            record = json.loads(line)
+        except ValueError:
+            record = None
+        if not isinstance(record, dict):
+            raise UsageError(f"{path}:{number} is not a JSON object: repair or remove that line, or give another --out")
+        found.append(record)
+    return found
+
+
+class Store:
+    """Lines of examples by key, and cells by key.
+
+    Args:
+        folder: made when the first line is written.
+        run: what is the same for all engines.
+
+    Raises:
+        UsageError: the folder cannot be used, or holds a broken line.
+    """
+
+    def __init__(self, folder: Path, run: Run) -> None:
+        if folder.exists() and not folder.is_dir():
+            raise UsageError(f"--out {folder} is a file: give a folder, which receives examples.jsonl and cells.jsonl")
+        self.examples_path, self.cells_path = folder / "examples.jsonl", folder / "cells.jsonl"
+        self.origin = provenance()
+        code = {name: self.origin[name] for name in CODE}
+        self.identity = [fingerprint(run.model), run.dtype, run.engine_args, code]
+        self.lines = {line["key"]: line for line in whole_lines(self.examples_path) if "key" in line}
+
+    def key(self, method: Method, example: Example) -> str:
+        """Of everything that decides an answer and its score."""
+        return digest(self.identity, method.name, method.backend, method.options, asdict(example))
+
+    def line(self, method: Method, example: Example, found: Mapping[str, Any]) -> dict[str, Any]:
+        """The record of one example; ``found`` has its output and score, or why it was skipped."""
+        return {
+            "key": self.key(method, example),
+            "prompt_sha": digest(example.prompt, example.prompt_ids, example.answer, example.seed),
+            "task": example.task,
+            "length": example.length,
+            "depth": example.depth,
+            "seed": example.seed,
+            "method": method.name,
+            "metric": example.metric,
+            "prompt_tokens": example.n_prompt_tokens,
+            "n_cut_tokens": example.n_cut_tokens,
+            "answers": list(example.accepted),
+            **found,
+        }
+
+    def add(self, lines: Sequence[dict[str, Any]]) -> None:
+        """Write them, and remember them."""
+        append_records(self.examples_path, lines)
+        self.lines |= {line["key"]: line for line in lines}
+
+    def write_cells(self, records: Iterable[dict[str, Any]], identity: Any) -> list[dict[str, Any]]:
+        """Put the records of this evaluation in place of those with the same key; keep the others.
+
+        Returns:
+            The records as written.
+        """
+        mine = []
+        for record in records:
+            key = digest(self.identity, identity, [record[name] for name in ("task", "length", "method", "options")])
+            mine.append({"key": key, **record, **self.origin})
+        cells = {cell.get("key"): cell for cell in whole_lines(self.cells_path)} | {cell["key"]: cell for cell in mine}
+        self.cells_path.parent.mkdir(parents=True, exist_ok=True)
+        new = self.cells_path.with_suffix(".new")
+        new.write_text("".join(json.dumps(cell) + "\n" for cell in cells.values()), encoding="utf-8")
+        os.replace(new, self.cells_path)
+        return mine

@@ -1,0 +1,270 @@
+"""`vllm-sparq report`: one HTML page with the tables and pictures of a folder of results, and the pictures as PNG."""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import html
+import io
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from vllm_sparq.benchmarks.common.methods import DENSE
+from vllm_sparq.benchmarks.common.records import read_records
+from vllm_sparq.benchmarks.engine.cases import SKIPPED
+from vllm_sparq.benchmarks.reporting.tables import (
+    Record,
+    Row,
+    Rows,
+    engine_table,
+    ops_table,
+    pressure_table,
+    quality_table,
+    ray_table,
+    requests_table,
+    serve_table,
+)
+from vllm_sparq.cli import UsageError
+
+IDENTITY = (
+    *("bench", "model", "method", "options", "context", "batch", "heads", "kv_heads", "head_dim", "dtype", "scoring"),
+    *("r", "k", "rate", "num_prompts", "input_len", "output_len", "replicas", "runner", "rows", "task", "length"),
+    *("command", "num_prompts", "kv_cache_bytes", "prompt_len", "pool", "seed", "cpu", "threads", "clock"),
+)
+"""Fields that tell two measurements apart; of lines that agree in all of them the newest counts."""
+
+NUMBER = re.compile(r"[-+]?[\d.,]+(%|x|$| at once|, slower| \.\. |, breaks)")
+"""How the text of a figure begins."""
+
+STYLE = """
+:root { color-scheme: light dark; }
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 68rem; margin: 2rem auto; padding: 0 1rem; }
+h1 { line-height: 1.2; } h2 { margin-top: 2.5rem; border-bottom: 1px solid #8884; }
+table { border-collapse: collapse; font-size: .9rem; margin: 1rem 0; display: block; overflow-x: auto; }
+th, td { padding: .25rem .7rem; border-bottom: 1px solid #8883; text-align: left; vertical-align: top; }
+th { border-bottom-width: 2px; } td { white-space: nowrap; }
+td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; }
+figure { margin: 1.5rem 0; } figure img { max-width: 100%; background: #fff; border-radius: 4px; }
+figcaption { font-size: .9rem; opacity: .8; } .slower { color: #b3261e; } code { font-size: .9em; }
+@media (prefers-color-scheme: dark) { .slower { color: #ff8a80; } }
+"""
+
+INTRODUCTION = """
+<p>A language model writes a token at a time, and for each it reads a cache of everything before: the KV cache. With
+long contexts that reading takes most of the time, and the cache most of the memory. <b>vllm-sparq</b> is a plugin for
+vLLM that reads few cached tokens (SparQ) or stores them small (quantized blocks). This page compares such methods with
+<b>dense</b> attention, vLLM's own, which reads everything: how fast they are, how much they hold, what they cost in
+answers. Where a method loses, it says <span class="slower">slower than dense</span>.</p>
+"""
+
+GLOSSARY = {
+    DENSE: "vLLM's own attention and cache; the baseline of every table",
+    "sparq": "reads the tokens that a small copy of the keys ranks highest",
+    "quest": "reads spans of 16 neighbouring tokens, those whose keys may match best by their bounds",
+    "kivi": "stores keys per channel and values per token in 4 bits, reads all",
+    "h2o": "keeps the tokens that had the most attention, and the newest",
+    "streaming": "keeps the first four tokens and the newest",
+    "flexgen": "stores keys and values per token in 4 bits, reads all",
+    "int8, int4, kivi4, kivi2": "how full blocks are stored; with a plus, how they are read as well: sparq+int4",
+    SKIPPED: "an engine whose output tokens attend to nothing: the limit of any speed-up, not a method",
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `vllm-sparq report`."""
+    parser.epilog = """\
+Reads every *.jsonl below the folder, as `bench` and `eval` write them with --out and --record.
+
+example:
+  vllm-sparq report results/ --out report.html
+"""
+    parser.add_argument("results", type=Path, help="a folder of results, or one file")
+    parser.add_argument("--out", type=Path, default=Path("report.html"), help="the page (default: report.html)")
+
+
+def main(args: argparse.Namespace) -> int:
+    """Write the page and the pictures."""
+    if not args.results.exists():
+        raise UsageError(f"{args.results}: there is no such file or folder")
+    records = read_records(args.results)
+    if not records:
+        raise UsageError(
+            f"{args.results} holds no results: `vllm-sparq bench ... --out {args.results}/x.jsonl` makes some"
+        )
+    if not args.out.absolute().parent.is_dir():
+        raise UsageError(f"--out {args.out}: there is no folder {args.out.absolute().parent}")
+    page, pictures = build(records)
+    args.out.write_text(page, encoding="utf-8")
+    folder = args.out.with_suffix("")
+    folder.mkdir(exist_ok=True)
+    for name, png in pictures.items():
+        (folder / f"{name}.png").write_bytes(png)
+    print(f"{args.out}: {len(records)} results; {len(pictures)} pictures in {folder}{'' if pictures else ' (none)'}")
+    return 0
+
+
+def build(records: Sequence[Record]) -> tuple[str, dict[str, bytes]]:
+    """The page, which needs no other file, and its pictures as PNG."""
+    from vllm_sparq.benchmarks.reporting.plots import draw
+
+    groups = {bench: newest([r for r in records if bench_of(r) == bench]) for bench in SECTIONS}
+    groups["examples"] = [
+        r for r in records if r.get("task") == "needle" and r.get("depth") is not None and "score" in r
+    ]
+    pictures: dict[str, bytes] = {}
+    parts = []
+    for bench, (title, text, tabulate, drawn) in SECTIONS.items():
+        here = groups[bench]
+        figures = []
+        for name, chosen in drawn.items():
+            wanted = chosen(groups)
+            if wanted:
+                picture = draw(name, wanted)
+                pictures[name] = png_of(picture.figure)
+                figures.append(figure_html(name, picture.caption, pictures[name]))
+        if here or figures:
+            parts.append(f"<h2 id='{bench}'>{title}</h2>\n<p>{text}</p>\n" + "".join(figures))
+            if here:
+                parts.append(table_html(*tabulate(here)))
+    return page_html(records, parts), pictures
+
+
+def bench_of(record: Mapping[str, Any]) -> str:
+    """The kind of a line; lines of `bench ops` did not say theirs at first."""
+    return str(record.get("bench") or ("ops" if "median_us" in record else ""))
+
+
+def newest(records: Sequence[Record]) -> list[Record]:
+    """The last of the lines that measured the same, in the order in which each was first measured."""
+    found: dict[str, Record] = {}
+    for record in records:
+        found[repr([record.get(name) for name in IDENTITY])] = record
+    return list(found.values())
+
+
+Table = Callable[[Sequence[Record]], Rows]
+Choose = Callable[[Mapping[str, Sequence[Record]]], Sequence[Record]]
+
+
+def _several_models_apart(records: Sequence[Record]) -> Sequence[Record]:
+    """Those of the model that was measured most: lines of two models do not share an axis."""
+    models = [r.get("model") for r in records]
+    return [r for r in records if r.get("model") == max(models, key=models.count)]
+
+
+SECTIONS: dict[str, tuple[str, str, Table, dict[str, Choose]]] = {
+    "engine": (
+        "Time per output token",
+        "The whole engine, methods in turns on the same machine. The bound is the speed-up of an attention op that "
+        "takes no time; at short contexts there is little to gain, since a step is mostly weights.",
+        engine_table,
+        {"engine-speed": lambda groups: _several_models_apart(groups["engine"])},
+    ),
+    "requests": (
+        "Whole requests",
+        "<code>vllm bench latency</code> and <code>vllm bench throughput</code>, an engine of each method after the "
+        "other. A method that stores tokens small, or fewer of them, answers more requests at a time.",
+        requests_table,
+        {},
+    ),
+    "pressure": (
+        "A pool that is too small",
+        "Answers that outgrow the KV cache, the same trace for all. vLLM preempts requests and computes them again; "
+        "evicting methods keep fewer tokens, or give up more of them under pressure.",
+        pressure_table,
+        {},
+    ),
+    "serve": (
+        "Serving",
+        "<code>vllm bench serve</code> against a real server of each method. TTFT: time to the first token; TPOT: time "
+        "per later token; ITL: the gap between two tokens.",
+        serve_table,
+        {"capacity": lambda groups: _several_models_apart(groups["serve"])},
+    ),
+    "ray": (
+        "Offline generation on several replicas",
+        "One data set of prompts, shared out over a fixed pool of engines by Ray. Every row says which replica and "
+        "which attention class made it.",
+        ray_table,
+        {"scaling": lambda groups: _several_models_apart(groups["ray"])},
+    ),
+    "quality": (
+        "Answers",
+        "What a method costs in answers: generated tasks on the same prompts, scores of 100.",
+        quality_table,
+        {
+            "needles": lambda groups: groups["examples"],
+            "quality-bytes": lambda groups: [r for r in groups["quality"] if "kv_bytes_moved" in r and "score" in r],
+        },
+    ),
+    "ops": (
+        "One attention op",
+        "One layer, one output token, from a cold processor cache.",
+        ops_table,
+        {"ops-speed": lambda groups: groups["ops"], "ops-bandwidth": lambda groups: groups["ops"]},
+    ),
+}
+"""Kind of result -> title, what it is, its table, its pictures and what they are drawn from."""
+
+
+def png_of(figure: Any) -> bytes:
+    """The file of a figure, which is closed."""
+    import matplotlib.pyplot as plt
+
+    file = io.BytesIO()
+    figure.savefig(file, format="png", dpi=130)
+    plt.close(figure)
+    return file.getvalue()
+
+
+def figure_html(name: str, caption: str, png: bytes) -> str:
+    """A picture inside the page."""
+    data = base64.b64encode(png).decode()
+    text = html.escape(caption)
+    image = f"<img alt='{html.escape(name)}' src='data:image/png;base64,{data}'>"
+    return f"<figure>{image}<figcaption>{text}</figcaption></figure>\n"
+
+
+def table_html(head: Row, rows: Sequence[Row]) -> str:
+    """A table. Columns that say the same in every row stand above it, once; columns of figures are set to the right."""
+    columns = dict(zip(head, zip(*rows, strict=True), strict=True))
+    same = {name: cells[0] for name, cells in columns.items() if len(rows) > 1 and len(set(cells)) == 1}
+    above = "; ".join(f"{name}: {cell}" for name, cell in same.items() if cell)
+    columns = {name: cells for name, cells in columns.items() if name not in same}
+    kinds = {
+        name: " class='number'" if all(NUMBER.match(cell) for cell in cells if cell) else ""
+        for name, cells in columns.items()
+    }
+    out = [f"<p>{html.escape(above)}</p>\n" if above else "", "<table><thead><tr>"]
+    out += [f"<th{kinds[name]}>{html.escape(name)}</th>" for name in columns]
+    out.append("</tr></thead><tbody>\n")
+    for row in zip(*columns.values(), strict=True):
+        cells = [f"<td{kind}>{html.escape(cell)}</td>" for kind, cell in zip(kinds.values(), row, strict=True)]
+        out.append(f"<tr>{''.join(cells)}</tr>\n")
+    text = "".join([*out, "</tbody></table>\n"])
+    return text.replace("slower than dense", "<span class='slower'>slower than dense</span>")
+
+
+def page_html(records: Sequence[Record], parts: Sequence[str]) -> str:
+    """The whole page."""
+
+    def seen(*names: str) -> str:
+        values = {" ".join(str(r[n]) for n in names if r.get(n) is not None) for r in records}
+        return html.escape(", ".join(sorted(value for value in values if value)) or "not recorded")
+
+    gpus = f", {seen('gpu')}" if any(record.get("gpu") for record in records) else ""
+    dirty = " Some come from a tree with uncommitted changes." if any(r.get("dirty") for r in records) else ""
+    about = (
+        f"<p>{len(records)} results. Machine: {seen('cpu')}{gpus}. vLLM {seen('vllm')}, torch {seen('torch')}, "
+        f"vllm-sparq {seen('vllm-sparq')} at commit {seen('commit')}.{dirty}</p>"
+    )
+    words = "".join(f"<tr><td><b>{html.escape(k)}</b></td><td>{html.escape(v)}</td></tr>" for k, v in GLOSSARY.items())
+    return (
+        "<!doctype html>\n<html lang='en'><head><meta charset='utf-8'>"
+        "<meta name='viewport' content='width=device-width, initial-scale=1'><link rel='icon' href='data:,'>"
+        f"<title>vllm-sparq: results</title><style>{STYLE}</style></head><body>\n"
+        f"<h1>vllm-sparq: results</h1>\n{INTRODUCTION}{about}\n<table><tbody>{words}</tbody></table>\n"
+        f"{''.join(parts)}</body></html>\n"
+    )

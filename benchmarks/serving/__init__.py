@@ -1,0 +1,1 @@
+"""Speed as clients see it: `vllm-sparq bench serve`, `vllm-sparq demo`, and an application for Ray Serve."""

@@ -1,0 +1,275 @@
+"""`vllm-sparq bench serve`: `vllm bench serve` against a real `vllm serve` of each method, dense always among them."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from vllm_sparq.benchmarks.cluster.replicas import json_object
+from vllm_sparq.benchmarks.common.methods import DENSE, Method
+from vllm_sparq.benchmarks.common.proof import WrongAttentionError, check_attention, check_model, speed_note, with_dense
+from vllm_sparq.benchmarks.common.records import append_records, case_key, provenance, recorded, skipped_note
+from vllm_sparq.benchmarks.common.server import HOST, WORKER_REPORT, Server, ServerError, wait_until_healthy
+from vllm_sparq.benchmarks.serving.demo import make_console
+from vllm_sparq.benchmarks.tiny_model import WEIGHTS
+from vllm_sparq.cli import UsageError, comma_names
+
+PREEMPTIONS = "vllm:num_preemptions_total"
+CACHE = "vllm:cache_config_info"
+
+DROPPED = ("tokenizer_id", "label")
+"""Keys of the client's that say nothing: a path of this machine, a name of none. Lists of every request go as well."""
+
+EPILOG = """\
+The keys of a record are those of `vllm bench serve --save-result`; `sparq` beside them says what the server was: the
+method and its options, the attention class inside the worker, the KV cache in tokens, how many requests of the
+longest kind fit at a time, preemptions during the run, and the lengths of the answers.
+
+examples:
+  vllm-sparq bench serve --model M --methods sparq,kivi --request-rate 2,8,inf
+  vllm-sparq bench serve --methods int4 --request-rate inf --num-prompts 100 --serve-args '["--max-num-seqs", "32"]'
+  vllm-sparq bench serve --methods sparq --request-rate 4 --goodput ttft:500 tpot:50 --out serve.jsonl
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `vllm-sparq bench serve`."""
+    parser.epilog = EPILOG
+    add = parser.add_argument
+    add("--model", type=Path, default=WEIGHTS, help="a model folder (default: the bundled model)")
+    add("--methods", type=comma_names, default=["sparq"], metavar="M,...", help="beside dense (default: sparq)")
+    add("--request-rate", type=rates, default="inf", metavar="R,...", help="per second; inf: all at once (default)")
+    add("--num-prompts", type=int, default=64, help="requests per rate (default: 64)")
+    add("--input-len", type=int, default=512, metavar="TOKENS", help="of a random prompt (default: 512)")
+    add("--output-len", type=int, default=64, metavar="TOKENS", help="of every answer (default: 64)")
+    add("--max-concurrency", type=int, help="requests that the client has open at a time (default: no limit)")
+    add("--goodput", nargs="+", metavar="KEY:MS", help="service levels, such as ttft:500 tpot:50")
+    add("--kv-cache-mib", type=int, help="KV cache of each server, the same for all (default: 256 on a CPU)")
+    add("--serve-args", type=json_list, default=[], metavar="JSON", help="more arguments of `vllm serve`, as a list")
+    add("--options", type=json_object, default={}, metavar="JSON", help="sparq options on top of every method")
+    add("--seed", type=int, default=0)
+    add("--timeout", type=float, default=600, help="seconds that a server may take to start (default: 600)")
+    add("--out", type=Path, help="append one JSON line per method and rate")
+    add("--again", action="store_true", help="measure cases that --out holds already")
+
+
+def rates(text: str) -> list[float]:
+    """For argparse: requests per second, comma-separated; ``inf`` is one."""
+    try:
+        found = [float(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of rates such as 2,8,inf") from None
+    if not all(rate > 0 for rate in found):  # nan is not, either
+        raise argparse.ArgumentTypeError(f"{text!r} holds a rate that is not above 0")
+    return found
+
+
+def json_list(text: str) -> list[str]:
+    """For argparse: a JSON list of words."""
+    try:
+        given = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not JSON: {error}") from None
+    if not isinstance(given, list):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a JSON list")
+    return [str(word) for word in given]
+
+
+def main(args: argparse.Namespace) -> int:
+    """A server per method, a client per rate; print the table, write the lines."""
+    console = make_console()
+    model = check_model(args.model)
+    check_lengths(args, model)
+    methods = [Method.named(method.name, args.options) for method in with_dense(args.methods)]
+    keys = {(m.name, rate): key_of(args, model, m, rate) for m in methods for rate in args.request_rate}
+    known = recorded(args.out, keys.values(), again=args.again)
+    records = []
+    folder = Path(tempfile.mkdtemp(prefix="vllm-sparq-serve-"))
+    try:
+        for method in methods:
+            todo = [rate for rate in args.request_rate if keys[method.name, rate] not in known]
+            if not todo:
+                continue
+            with console.status(f"{method.name}: starting vllm serve ...") as status:
+                found = []
+                for result in measure(args, model, method, todo, folder):
+                    result["key"] = keys[method.name, float(result["rate"])]
+                    found.append(result)
+                    status.update(f"{method.name}: {len(found)} of {len(todo)} rates done ...")
+            if args.out:
+                append_records(args.out, [record | provenance() for record in found])
+            records += found
+    except (ServerError, WrongAttentionError) as error:
+        console.print(f"✗ {error}", style="red", highlight=False, markup=False, soft_wrap=True)
+        return 1
+    console.print(table([*known.values(), *records], args.request_rate))
+    if known:
+        console.print(skipped_note(known.values()), highlight=False, soft_wrap=True)
+    return 0
+
+
+def check_lengths(args: argparse.Namespace, model: Path) -> None:
+    """Refuse requests that the model has no positions for.
+
+    Raises:
+        UsageError: they are too long, or empty.
+    """
+    for name in ("num_prompts", "input_len", "output_len"):
+        if getattr(args, name) < 1:
+            raise UsageError(f"--{name.replace('_', '-')} {getattr(args, name)} must be 1 or more")
+    limit = json.loads((model / "config.json").read_text()).get("max_position_embeddings", math.inf)
+    if args.input_len + args.output_len > limit:
+        raise UsageError(
+            f"--input-len {args.input_len} and --output-len {args.output_len} need more positions than the {limit} "
+            "of the model: ask for less"
+        )
+
+
+def key_of(args: argparse.Namespace, model: Path, method: Method, rate: float) -> str:
+    """Of the record of one method at one rate."""
+    names = (
+        "num_prompts",
+        "input_len",
+        "output_len",
+        "max_concurrency",
+        "goodput",
+        "kv_cache_mib",
+        "serve_args",
+        "seed",
+    )
+    fields = {name: getattr(args, name) for name in names}
+    return case_key("serve", fields | {"model": model.name, **asdict(method), "rate": str(rate)})
+
+
+def serve_arguments(args: argparse.Namespace, method: Method) -> list[str]:
+    """Of `vllm serve`, for a method."""
+    import torch
+
+    found = []
+    if not torch.cuda.is_available():
+        found += ["--enforce-eager", "--kv-cache-memory-bytes", str((args.kv_cache_mib or 256) << 20)]
+    elif args.kv_cache_mib:
+        found += ["--kv-cache-memory-bytes", str(args.kv_cache_mib << 20)]
+    if method.backend is None:
+        found += ["--worker-extension-cls", WORKER_REPORT]
+    else:
+        found += ["--attention-backend", method.backend, "--additional-config", json.dumps(method.additional_config)]
+    return [*found, *args.serve_args]
+
+
+def measure(
+    args: argparse.Namespace, model: Path, method: Method, todo: Sequence[float], folder: Path
+) -> Iterator[dict[str, Any]]:
+    """Yields a record per rate, from one server.
+
+    Raises:
+        ServerError: the server or the client failed.
+        WrongAttentionError: the server runs another attention than the method's.
+    """
+    threads = {"OMP_NUM_THREADS": "1"} if model == WEIGHTS else {}
+    with Server(method.name, model, serve_arguments(args, method), folder=folder, environment=threads) as server:
+        wait_until_healthy([server], timeout_s=args.timeout)
+        attention = check_attention(method, server.attention_report())
+        client(args, model, server, rate=math.inf, n=min(4, args.num_prompts), folder=folder)  # warms up
+        for rate in todo:
+            before = preemptions(server)
+            result = client(args, model, server, rate=rate, n=args.num_prompts, folder=folder)
+            labels = next(labels for name, labels, _ in server.metrics() if name == CACHE)
+            lengths = result.get("output_lens") or [0]
+            yield {
+                **{k: v for k, v in result.items() if k not in DROPPED and not isinstance(v, list)},
+                "bench": "serve",
+                "method": method.name,
+                "model": model.name,
+                "rate": rate if math.isfinite(rate) else "inf",
+                "input_len": args.input_len,
+                "output_len": args.output_len,
+                "sparq": {
+                    "method": method.name,
+                    "options": method.options,
+                    "attention": attention,
+                    "kv_capacity_tokens": int(float(labels["kv_cache_size_tokens"])),
+                    "max_concurrency": round(float(labels["kv_cache_max_concurrency"]), 2),
+                    "preemptions": int(preemptions(server) - before),
+                    "mean_output_len": round(statistics.fmean(lengths), 2),
+                    "max_output_len": max(lengths),
+                },
+            }
+
+
+def preemptions(server: Server) -> float:
+    """Of all requests so far."""
+    return sum(value for name, _, value in server.metrics() if name == PREEMPTIONS)
+
+
+def client(
+    args: argparse.Namespace, model: Path, server: Server, *, rate: float, n: int, folder: Path
+) -> dict[str, Any]:
+    """One run of `vllm bench serve`.
+
+    Raises:
+        ServerError: it failed, or some requests did.
+    """
+    result = folder / "result.json"
+    result.unlink(missing_ok=True)
+    command = [
+        *(sys.executable, "-m", "vllm.entrypoints.cli.main", "bench", "serve", "--backend", "openai"),
+        *("--host", HOST, "--port", str(server.port), "--model", server.name, "--tokenizer", str(model)),
+        *("--dataset-name", "random", "--random-input-len", str(args.input_len)),
+        *("--random-output-len", str(args.output_len), "--num-prompts", str(n), "--seed", str(args.seed)),
+        *("--request-rate", str(rate), "--percentile-metrics", "ttft,tpot,itl,e2el", "--ignore-eos"),
+        *("--disable-tqdm", "--save-result", "--save-detailed"),
+        *("--result-dir", str(folder), "--result-filename", result.name),
+    ]
+    if args.max_concurrency:
+        command += ["--max-concurrency", str(args.max_concurrency)]
+    if args.goodput:
+        command += ["--goodput", *args.goodput]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, cwd=folder)
+    if done.returncode or not result.exists():
+        last = "\n".join((done.stderr or done.stdout).strip().splitlines()[-8:])
+        raise ServerError(f"vllm bench serve failed with exit code {done.returncode}:\n{last}")
+    found: dict[str, Any] = json.loads(result.read_text())
+    if found["completed"] != n:
+        raise server.error(f"{n - found['completed']} of {n} requests to {server.name} failed")
+    return found
+
+
+def table(records: list[dict[str, Any]], order: Sequence[float]) -> Any:
+    """A row per rate and method: rates, latencies, capacity, and the attention that ran."""
+    from rich.table import Table
+
+    view = Table(title=f"vllm bench serve, {records[0]['model']}, {records[0]['num_prompts']} requests per rate")
+    for column in ("rate", "method", "tokens/s", "beside dense", "TTFT ms", "TPOT ms", "p99 ITL ms", "KV tokens"):
+        view.add_column(column, justify="left" if column == "method" else "right")
+    view.add_column("preempted", justify="right")
+    view.add_column("attention")
+    for rate in order:
+        rows = [record for record in records if float(record["rate"]) == rate]
+        rows.sort(key=lambda record: record["method"] != DENSE)
+        for i, row in enumerate(rows):
+            view.add_row(
+                f"{rate:g}" if i == 0 else "",
+                row["method"],
+                f"{row['output_throughput']:,.1f}",
+                speed_note(row["output_throughput"] / rows[0]["output_throughput"]),
+                f"{row['mean_ttft_ms']:,.0f}",
+                f"{row['mean_tpot_ms']:,.1f}",
+                f"{row['p99_itl_ms']:,.1f}",
+                f"{row['sparq']['kv_capacity_tokens']:,}",
+                str(row["sparq"]["preemptions"]),
+                row["sparq"]["attention"],
+                end_section=i == len(rows) - 1,
+            )
+    return view

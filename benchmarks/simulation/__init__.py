@@ -1,0 +1,1 @@
+"""Methods by their definitions, over whole masks of a small model, beside what the engine answers."""

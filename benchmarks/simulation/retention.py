@@ -1,0 +1,122 @@
+"""H2O and sinks + window by their definitions, simulated in plain torch: what our evicting methods are compared with.
+
+    python -m vllm_sparq.benchmarks.simulation.retention --budget 0.5,0.25,0.125 --tasks needle,recall --lengths 1024
+
+Every token stays in memory; a mask per layer and KV head says who is alive. The prompt is computed densely, and each
+token's score is the sum over all queries of the attention it got, averaged over the query heads of a KV head. When a
+token arrives behind the prompt, the newest tokens stay (the arriving one among them), of the rest those with the
+highest scores (H2O, arXiv 2306.14048) or none but the first ones (sinks + window, arXiv 2309.17453, at their own
+positions), and the dead stay dead. Nothing is paged and nothing is fast. It shares no code with `vllm_sparq.ops`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import track
+from transformers import DynamicCache
+
+from vllm_sparq.benchmarks.quality.prompts import Wanted
+from vllm_sparq.benchmarks.simulation.model import answer, load, running
+from vllm_sparq.benchmarks.tasks.generated import TASKS, score
+from vllm_sparq.benchmarks.tiny_model import WEIGHTS
+from vllm_sparq.cli import comma_names
+
+
+@dataclass
+class Simulation:
+    """One request.
+
+    Attributes:
+        budget: share of the prompt that stays.
+        by_score: heavy hitters; else the newest.
+        sinks: first tokens that stay.
+        alive, scores: per layer, [G, S].
+    """
+
+    budget: float
+    by_score: bool
+    sinks: int
+    prompt_len: int = 0
+    alive: dict[int, torch.Tensor] = field(default_factory=dict)
+    scores: dict[int, torch.Tensor] = field(default_factory=dict)
+
+    def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
+        """q [1, G, H/G, T, D], k and v [1, G, S, D]; returns [1, G, H/G, T, D]."""
+        q, k, v = q[0].permute(2, 0, 1, 3), k[0].transpose(0, 1), v[0].transpose(0, 1)
+        n_new, n_tokens = q.shape[0], k.shape[0]
+        visible = (
+            torch.ones(n_new, n_tokens, dtype=torch.bool).tril(n_tokens - n_new)[:, None].expand(-1, k.shape[1], -1)
+        )
+        if n_new > 1:
+            self.prompt_len = n_tokens
+            self.alive[layer], self.scores[layer] = (
+                torch.ones(k.shape[1], n_tokens, dtype=torch.bool),
+                torch.zeros(1, 1),
+            )
+        else:
+            new = torch.ones(k.shape[1], 1)
+            self.alive[layer] = torch.cat([self.alive[layer], new.bool()], 1)
+            self.scores[layer] = torch.cat([self.scores[layer], new * 0], 1)
+            self.bury(layer)
+            visible = self.alive[layer][None]
+        logits = scale * torch.einsum("tghd,sgd->tghs", q, k)
+        weights = logits.masked_fill(~visible[:, :, None], -torch.inf).softmax(-1)
+        self.scores[layer] = self.scores[layer] + weights.mean(2).sum(0)
+        return torch.einsum("tghs,sgd->ghtd", weights, v)[None]
+
+    def bury(self, layer: int) -> None:
+        """Leave the budget alive, the newest token included."""
+        alive = self.alive[layer]
+        n_kept = math.ceil(self.budget * self.prompt_len)
+        positions = torch.arange(alive.shape[1])
+        n_recent = n_kept // 2 if self.by_score else 1
+        always = (positions < self.sinks) | (positions >= alive.shape[1] - n_recent)
+        rank = self.scores[layer] if self.by_score else positions.expand_as(alive).float()
+        rank = rank.masked_fill(always, torch.inf).masked_fill(~alive, -torch.inf)
+        best = rank.sort(descending=True, stable=True).indices[:, :n_kept]
+        alive &= torch.zeros_like(alive).scatter(1, best, True)
+
+
+def simulate(model: Any, tokenizer: Any, example: Any, simulation: Simulation) -> str:
+    """The greedy answer to one example."""
+    with running(simulation):
+        return answer(model, tokenizer, example, DynamicCache())
+
+
+def main() -> None:
+    """Score the simulations on the prompts of `vllm-sparq eval`."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, default=WEIGHTS)
+    parser.add_argument("--budget", type=comma_names, default=["0.5", "0.25", "0.125"], help="shares of the prompt")
+    parser.add_argument("--tasks", type=comma_names, default=list(TASKS))
+    parser.add_argument("--length", type=int, default=1024)
+    parser.add_argument("--n", type=int, default=50)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    model, tokenizer = load(args.model)
+    console = Console()
+    for task in args.tasks:
+        wanted = Wanted(model=args.model, tasks=[task], lengths=[args.length], n=args.n, seed=args.seed)
+        examples = wanted.examples(model.config.max_position_embeddings)
+        for budget in args.budget:
+            for name, by_score, sinks in (("h2o", True, 0), ("streaming", False, 4)):
+                found = [
+                    score(example, simulate(model, tokenizer, example, Simulation(float(budget), by_score, sinks)))
+                    for example in track(examples, f"{task} {name} {budget}", console=console, transient=True)
+                ]
+                error = 100 * stdev(found) / len(found) ** 0.5
+                console.print(
+                    f"{task:<12} {args.length:>6} {name:<10} {budget:>6} {100 * fmean(found):5.1f} ±{error:.1f}"
+                )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Tasks with answers that can be scored: generated ones here, the papers' in `papers`."""

@@ -1,0 +1,1 @@
+"""The setting for a model, a text and a machine: `vllm-sparq tune`."""

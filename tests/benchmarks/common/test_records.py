@@ -1,0 +1,69 @@
+"""Lines of results: keys, what is on record, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from vllm_sparq.benchmarks.common import records
+from vllm_sparq.cli import UsageError
+
+RESULTS = Path(__file__).parents[3] / "benchmarks" / "results"
+
+
+def test_a_key_is_the_case_and_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    key = records.case_key("ops", {"context": 1, "method": "dense"})
+    assert key == records.case_key("ops", {"method": "dense", "context": 1})
+    others = [
+        records.case_key("engine", {"context": 1, "method": "dense"}),
+        records.case_key("ops", {"context": 2, "method": "dense"}),
+    ]
+    monkeypatch.setattr(records, "device", lambda: {"cpu": "another"})
+    others.append(records.case_key("ops", {"context": 1, "method": "dense"}))
+    assert key not in others
+    assert len(set(others)) == 3
+
+
+def test_lines_are_added_and_the_newest_of_a_key_counts(tmp_path: Path) -> None:
+    path = tmp_path / "deep" / "x.jsonl"
+    records.append_records(path, [{"key": "a", "value": 1}])
+    before = path.read_text()
+    records.append_records(path, [{"key": "a", "value": 2}, {"key": "b", "value": 3}])
+    assert path.read_text().startswith(before)
+    assert all(json.loads(line)["schema"] == records.SCHEMA for line in path.read_text().splitlines())
+    assert records.recorded(path, ["a", "c"]) == {"a": {"schema": 1, "key": "a", "value": 2}}
+    assert records.recorded(path, ["a"], again=True) == {}
+    assert records.recorded(None, ["a"]) == {}
+    assert [line["value"] for line in records.read_records(tmp_path)] == [1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"schema": 7}', "line 1 is a result of schema 7, and this version reads and writes schema 1: use another"),
+        ("[1]", "line 1 is not a JSON object"),
+        ("{", "line 1 is not JSON"),
+    ],
+)
+def test_other_versions_are_refused(line: str, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "x.jsonl"
+    path.write_text(line + "\n")
+    with pytest.raises(UsageError, match=message):
+        records.read_records(tmp_path)
+    with pytest.raises(UsageError, match=message):
+        records.append_records(path, [{"key": "a"}])
+    assert path.read_text() == line + "\n"
+
+
+def test_own_results_can_be_read() -> None:
+    found = records.read_records(RESULTS)
+    assert {"ops", "engine"} <= {record["bench"] for record in found}
+    assert all(record["commit"] and record["cpu"] for record in found if record["bench"] in ("ops", "engine"))
+
+
+def test_provenance_names_code_and_machine() -> None:
+    origin = records.provenance()
+    assert {"commit", "dirty", "cpu", "cores", "python", "torch", "vllm", "vllm-sparq"} <= origin.keys()
+    assert origin["cores"] >= 1

@@ -1,0 +1,151 @@
+"""`vllm-sparq bench ops`: what it refuses, what it writes, and how it sums up."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import pytest
+
+from vllm_sparq.benchmarks.ops import bench as ops_bench
+from vllm_sparq.benchmarks.ops.methods import BLOCK_SIZE, METHODS, Tensors
+from vllm_sparq.cli import UsageError
+from vllm_sparq.formats import FORMATS
+from vllm_sparq.ops.dense_decode.reference import cached_tokens
+
+
+def parse(*words: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(exit_on_error=False)
+    ops_bench.add_arguments(parser)
+    return parser.parse_args(words)
+
+
+SMALL = ("--shape", "4/2/64", "--context", "300,1024", "--k", "64", "--repeats", "3", "--methods", "dense,sparq,write")
+
+
+def test_defaults_are_a_known_model() -> None:
+    args = parse()
+    found = ops_bench.cells(parse("--context", "1024,4096"))
+    assert args.methods == list(METHODS)
+    assert [(c.context, c.batch, c.heads, c.kv_heads, c.head_dim) for c in found] == [
+        (1024, 1, 32, 8, 128),
+        (4096, 1, 32, 8, 128),
+    ]
+    assert (found[0].read.r, found[0].read.min_k, found[0].read.alpha_floor) == (32, 128, 1.0)
+    assert not found[0].read.is_dense(1024)
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (("--shape", "32-8-128"), "'32-8-128' is not H/G/D"),
+        (("--shape", "32/6/128"), "6 KV heads do not divide 32 query heads"),
+        (("--shape", "32/8/100"), "head size 100 is not a multiple of 16"),
+        (("--context", "1k"), "'1k' is not a list of numbers"),
+        (("--batch", "1,0"), "holds a number below 1"),
+        (("--methods", "dense,spark"), "unknown method 'spark': use some of vllm,dense,int8,"),
+    ],
+)
+def test_bad_words_are_refused(words: tuple[str, ...], says: str) -> None:
+    with pytest.raises(argparse.ArgumentError, match=says):
+        parse(*words)
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (("--r", "129"), "--r 129 must be 1 to the head size, 128"),
+        (("--k", "0"), "--k 0 must be at least 1"),
+        (("--context", "1000000000"), r"needs about \d+.* GB, and .* GB are free"),
+    ],
+)
+def test_impossible_cells_are_refused(words: tuple[str, ...], says: str) -> None:
+    with pytest.raises(UsageError, match=says):
+        ops_bench.cells(parse(*words))
+
+
+def test_processor_time_needs_threads_that_sleep(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    with pytest.raises(UsageError, match="OMP_WAIT_POLICY=passive"):
+        ops_bench.main(parse(*SMALL, "--clock", "cpu"))
+
+
+def test_a_run_writes_a_line_per_method_and_context(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "ops.jsonl"
+    assert ops_bench.main(parse(*SMALL, "--out", str(out))) == 0
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [(row["context"], row["method"]) for row in rows] == [
+        (s, method) for s in (300, 1024) for method in ("dense", "sparq", "write")
+    ]
+    for row in rows:
+        assert 0 < row["p10_us"] <= row["median_us"] <= row["p90_us"]
+        assert row["gb_per_s"] == pytest.approx(row["bytes_moved"] / row["median_us"] / 1e3, rel=0.05, abs=1e-3)
+        assert row["bandwidth_gb_per_s"] > 0
+        assert row["speedup_vs_vllm"] is None
+        assert (row["speedup_vs_dense"] is None) == (row["method"] == "write")
+        assert {"impl", "threads", "dtype", "r", "k", "scoring", "cpu", "isa", "torch", "commit", "dirty"} <= set(row)
+    assert rows[0]["speedup_vs_dense"] == 1
+    assert "SparQ beats our dense op" in capsys.readouterr().out
+
+
+def test_bytes_by_hand() -> None:
+    # H/G/D = 4/2/64, S = 1024, bf16: a token of a KV head is 2 * 64 * 2 = 256 bytes.
+    cell = ops_bench.cells(parse("--shape", "4/2/64", "--context", "1024", "--batch", "3", "--r", "16", "--k", "63"))[0]
+    assert METHODS["dense"].bytes_moved(cell) == 3 * 2 * 1024 * 256
+    # int4: half a byte per token and channel, 4 bytes of range per block and channel, 64 tokens in full.
+    assert METHODS["sparq"].bytes_moved(cell) == 3 * 2 * (1024 * 16 // 2 + 8 * 16 * 4 + 64 * 256)
+    assert METHODS["write"].bytes_moved(cell) == 3 * 2 * 256 * 2
+    # int8: 64 bytes and one 2-byte step, twice. int4: 32 bytes, and step and zero of one group of 64, twice.
+    assert METHODS["int8"].bytes_moved(cell) == 3 * 2 * 1024 * 2 * (64 + 2)
+    assert METHODS["int4"].bytes_moved(cell) == 3 * 2 * 1024 * 2 * (32 + 4)
+    # kivi2: 16 bytes of codes, and 4 bytes of range per 32 elements, for K as for V. It ranks by itself.
+    assert METHODS["kivi2"].bytes_moved(cell) == 3 * 2 * 1024 * 2 * (16 + 8)
+    assert METHODS["sparq+kivi2"].bytes_moved(cell) == 3 * 2 * (1024 * 16 // 4 + 32 * 16 * 4 + 64 * 48)
+    assert METHODS["sparq+int4"].bytes_moved(cell) == 3 * 2 * (1024 * 16 // 2 + 8 * 16 * 4 + 64 * 72)
+    # 64 spans with two rows of 64 channels in bf16, and of these the tokens of 63 // 16 = 3.
+    assert METHODS["quest"].bytes_moved(cell) == 3 * 2 * (64 * 256 + 48 * 256)
+    assert METHODS["quest+kivi2"].bytes_moved(cell) == 3 * 2 * (64 * 256 + 48 * 48)
+
+
+def test_spans_are_read(tmp_path: Path) -> None:
+    out = tmp_path / "ops.jsonl"
+    words = ("--shape", "4/2/64", "--context", "300", "--k", "48", "--repeats", "2", "--methods", "quest,quest+int4")
+    assert ops_bench.main(parse(*words, "--out", str(out))) == 0
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    # 300 tokens are 19 spans; 3 are read, of which the newest holds 12 tokens.
+    assert [row["bytes_moved"] for row in rows] == [2 * (300 * 16 + 44 * 256), 2 * (300 * 16 + 44 * 72)]
+
+
+def test_requests_own_pages_and_hold_tokens() -> None:
+    words = ("--shape", "2/1/64", "--context", "200", "--batch", "2", "--k", "9")
+    tensors = Tensors.build(ops_bench.cells(parse(*words))[0])
+    cache = tensors.cache("model")
+    assert sorted(cache.block_table.flatten().tolist()) == [0, 1, 2, 3]
+    first, second = cache.pages.keys[cache.block_table.long()].flatten(1, 3)[..., : 200 // BLOCK_SIZE, :]
+    assert first.equal(second)
+    assert first.any()
+
+
+@pytest.mark.parametrize("format", [name for name, fmt in FORMATS.items() if fmt is not None])
+def test_random_pages_stand_for_plausible_tokens(format: str) -> None:
+    words = ("--shape", "2/1/64", "--context", "300", "--batch", "2", "--k", "9")
+    tensors = Tensors.build(ops_bench.cells(parse(*words))[0])
+    cache = tensors.cache(format)
+    keys, values = cached_tokens(cache.pages, cache.block_table[1], 300, 0)
+    for x in (keys, values):
+        assert x.isfinite().all()
+        assert 0.5 < x.std() < 3
+    assert not keys[:128].equal(keys[128:256])
+
+
+def test_break_even_is_the_last_crossing() -> None:
+    def row(context: int, ratio: float, batch: int = 1, method: str = "sparq") -> dict:
+        shape = dict(batch=batch, heads=4, kv_heads=2, head_dim=64)
+        return dict(method=method, context=context, speedup_vs_dense=ratio, **shape)
+
+    ours = [row(512, 1.2), row(1024, 0.9), row(2048, 1.1), row(4096, 3.0), row(512, 0.5, method="dense")]
+    assert ops_bench.break_even([*ours, row(4096, 0.8, batch=8), row(2048, 2.0, batch=8)]) == {
+        (1, 4, 2, 64): 2048,
+        (8, 4, 2, 64): None,
+    }

@@ -1,0 +1,129 @@
+"""The evaluation and the tuner through real engines; and what proves what ran."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import pytest
+import torch
+
+from vllm_sparq.benchmarks.common.methods import Method
+from vllm_sparq.benchmarks.quality import evaluate as quality
+from vllm_sparq.benchmarks.quality.engine import Engine, Run, Worker
+from vllm_sparq.benchmarks.quality.forced import FORCED, ForcedTokens, prompts_measure
+from vllm_sparq.benchmarks.quality.prompts import Wanted
+from vllm_sparq.benchmarks.tiny_model import WEIGHTS
+from vllm_sparq.cli import UsageError, main
+from vllm_sparq.config import parse_options
+
+
+def test_what_a_prompt_measures() -> None:
+    right = {"dense": True, "int4": True, "kivi": True, "sparq": False, "sparq+int4": False}
+    assert {name: prompts_measure(Method.named(name)) for name in right} == right
+    assert not prompts_measure(Method.named("kivi2", {"chunk": "exact"}))
+
+
+def test_one_token_is_left_to_those_that_are_forced() -> None:
+    processor = ForcedTokens(None, torch.device("cpu"), False)
+    params = type("Params", (), {"extra_args": {FORCED: [3, 1]}})
+    free = type("Params", (), {"extra_args": None})
+    said: list[int] = []
+    update = type("Update", (), {"added": [(0, free, [], []), (1, params, [], said)], "removed": [], "moved": []})
+    processor.update_state(update)  # type: ignore[arg-type]
+    for token in (3, 1):
+        before = torch.randn(2, 5)
+        after = processor.apply(before.clone())
+        assert torch.equal(after[0], before[0])
+        assert after[1].isfinite().nonzero().flatten().tolist() == [token]
+        assert after[1, token] == before[1, token]
+        said.append(token)
+    assert torch.equal(processor.apply(before.clone()), before)
+
+
+def worker(method: Method, *impls: Any) -> Worker:
+    found = object.__new__(Worker)
+    found.method, found.impls = method, list(impls)
+    return found
+
+
+def test_what_runs_must_be_what_was_asked_for() -> None:
+    theirs = type("CPUAttentionBackendImpl", (), {})()
+    ours = type("SparqImpl", (), {"__module__": "vllm_sparq.attention_backends.impl"})
+    sparq = Method.named("sparq", {"k": 64})
+    right, wrong = ours(), ours()
+    right.options, wrong.options = parse_options(sparq.additional_config), parse_options({"sparq": {"k": 65}})
+    worker(sparq, right, theirs)._check()  # a hybrid model: its sliding-window layers stay with vLLM
+    worker(Method.named("dense"), theirs)._check()
+    for method, impls in ((sparq, [theirs]), (sparq, [right, wrong]), (Method.named("dense"), [theirs, right])):
+        with pytest.raises(RuntimeError, match="was asked for and"):
+            worker(method, *impls)._check()
+
+
+@pytest.mark.engine
+def test_methods_tell_and_forcing_is_right(tmp_path: Path) -> None:
+    """Two engines: dense, and one that reads everything, as the default does, and next to nothing, in turn.
+
+    Reading everything step by step gives the text the probability that dense's prompt gives it, so forcing is right;
+    next to nothing loses needles and bits, so what a running engine is told to read is what it reads.
+    """
+    run = Run(model=WEIGHTS, dtype="float32", engine_args={"kv_cache_memory_bytes": 1 << 28})
+    options: dict[str, dict[str, Any]] = {"default": {}, "starved": {"r": 1, "k": 2, "local": 1}, "whole": {"k": 4096}}
+    methods = {name: Method.named("sparq", {"dense_below": 0, **chosen}) for name, chosen in options.items()}
+    examples = Wanted(model=WEIGHTS, tasks=["needle", "text"], lengths=[600], n=8).examples(4096)
+    assert [example.task for example in examples] == ["needle"] * 8 + ["text"] * 8
+    scores = {}
+    with Engine(Method.named("dense"), run) as engine:
+        assert not any("Sparq" in name for name in engine.classes)
+        scores["dense"] = [
+            quality.scored(*pair)["score"] for pair in zip(examples, engine.answer(examples), strict=True)
+        ]
+    with Engine(methods["default"], run) as engine:
+        assert engine.classes == ["SparqImpl"]
+        for name, method in methods.items():
+            engine.use(method)
+            pairs = zip(examples, engine.answer(examples), strict=True)
+            scores[name] = [quality.scored(*pair)["score"] for pair in pairs]
+        engine.prepare(500, 3)
+        assert len(engine.decode(4)) == 4
+        engine.prepare(400, 2)  # the three before are gone, else a step would decode five
+        assert all(seconds > 0 for seconds in engine.decode(2))
+        with pytest.raises(ValueError, match="needs an engine of its own"):
+            engine.use(Method.named("int4"))
+        assert engine.process.pid is not None
+        os.kill(engine.process.pid, signal.SIGKILL)
+        with pytest.raises(UsageError, match="ended before it answered"):
+            engine.answer(examples)
+    assert scores["whole"] == pytest.approx(scores["dense"], abs=2e-4)
+    assert fmean(scores["default"][:8]) == 1
+    assert fmean(scores["starved"][:8]) <= 0.5
+    assert 0 < fmean(scores["default"][8:]) - fmean(scores["dense"][8:]) < 0.1
+    assert fmean(scores["starved"][8:]) - fmean(scores["dense"][8:]) > 0.2
+
+
+@pytest.mark.engine
+def test_a_tuner_ends_with_a_line_to_paste(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["tune", "--n", "2", "--context", "700", "--batch", "2", "--trials", "2", "--max-loss", "2"]
+    words += ["--out", str(tmp_path), "--time-limit", "500"]
+    assert main(words) == 0
+    last = capsys.readouterr().out.strip().splitlines()[-1]
+    options = json.loads(last.split(" ", 3)[3].strip("'"))
+    parse_options(options)
+    (found,) = tmp_path.glob("*.jsonl")
+    records = [json.loads(line) for line in found.read_text().splitlines()]
+    assert records[0]["options"] == {}
+    assert len(records) == 2
+    assert all(record["time"] > 0 and record["held"] > 1 for record in records)
+    assert main([*words[:-1], "0"]) == 0  # nothing is measured any more, everything is shown
+    assert capsys.readouterr().out.strip().splitlines()[-1] == last
+
+
+@pytest.mark.engine
+def test_an_engine_that_does_not_start_says_why_in_a_line() -> None:
+    run = Run(model=WEIGHTS, engine_args={"max_model_len": 10**6})
+    with pytest.raises(UsageError, match=r"the dense engine: .*max_model_len"), Engine(Method.named("dense"), run):
+        pass

@@ -1,0 +1,74 @@
+"""`vllm-sparq bench serve`: what it refuses, what a server is given, and the table."""
+
+from __future__ import annotations
+
+import argparse
+import io
+import math
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from vllm_sparq.benchmarks.common.methods import Method
+from vllm_sparq.benchmarks.common.server import WORKER_REPORT
+from vllm_sparq.benchmarks.serving import bench as serve_bench
+from vllm_sparq.cli import main
+
+
+def parse(*words: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(exit_on_error=False)
+    serve_bench.add_arguments(parser)
+    return parser.parse_args(words)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--model", "nowhere"], "--model nowhere: there is no config.json"),
+        (["--methods", "sparrow"], "unknown method 'sparrow'"),
+        (["--options", '{"compresion": 4}'], "Did you mean 'compression'?"),
+        (
+            ["--input-len", "4090"],
+            "--input-len 4090 and --output-len 64 need more positions than the 4096 of the model",
+        ),
+        (["--num-prompts", "0"], "--num-prompts 0 must be 1 or more"),
+    ],
+)
+def test_bad_usage(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "serve", *words]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_bad_words() -> None:
+    for words in (("--request-rate", "fast"), ("--request-rate", "0"), ("--serve-args", "{}"), ("--options", "[]")):
+        with pytest.raises(argparse.ArgumentError):
+            parse(*words)
+
+
+def test_all_servers_get_the_same_cache_and_say_what_they_run() -> None:
+    args = parse("--kv-cache-mib", "8", "--serve-args", '["--max-num-seqs", "2"]')
+    dense, kivi = (serve_bench.serve_arguments(args, Method.named(name)) for name in ("dense", "kivi"))
+    for words in (dense, kivi):
+        assert words[words.index("--kv-cache-memory-bytes") + 1] == str(8 << 20)
+        assert words[-2:] == ["--max-num-seqs", "2"]
+    assert dense[dense.index("--worker-extension-cls") + 1] == WORKER_REPORT
+    assert kivi[kivi.index("--attention-backend") + 1] == "KIVI"
+
+
+def test_keys_tell_rates_and_methods_apart() -> None:
+    args = parse()
+    cases = [(Method.named(name), rate) for name in ("dense", "sparq", "kivi") for rate in (2.0, math.inf)]
+    assert len({serve_bench.key_of(args, Path("m"), *case) for case in cases}) == len(cases)
+
+
+def test_the_table_says_slower_than_dense() -> None:
+    server = {"kv_capacity_tokens": 1000, "preemptions": 0, "attention": "4 × Impl"}
+    common = {"model": "m", "num_prompts": 4, "mean_ttft_ms": 1.0, "mean_tpot_ms": 2.0, "p99_itl_ms": 3.0}
+    common |= {"sparq": server, "rate": "inf"}
+    rates = {"kivi": 50.0, "dense": 100.0, "sparq": 200.0}
+    rows = [common | {"method": method, "output_throughput": rate} for method, rate in rates.items()]
+    text = io.StringIO()
+    Console(file=text, width=200).print(serve_bench.table(rows, [math.inf]))
+    lines = {name: line for line in text.getvalue().splitlines() for name in rates if f"│ {name} " in line}
+    assert ["slower than dense" in lines[name] for name in ("dense", "kivi", "sparq")] == [False, True, False]
