@@ -11,13 +11,13 @@ from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec, KVCache
 from vllm.v1.kv_cache_layout import KVCacheLayout
 
 from vllm_sparq.attention_backends import refusals
-from vllm_sparq.attention_backends.impl import SparqImpl, active_pages
-from vllm_sparq.attention_backends.steps.builder import SparqMetadataBuilder
+from vllm_sparq.attention_backends.impl import PagedImpl, active_pages
+from vllm_sparq.attention_backends.steps.builder import PagedMetadataBuilder
 from vllm_sparq.layout import BLOCK_SIZE_MULTIPLE
 from vllm_sparq.scheduler.spec import page_spec
 
 
-class SparqBackend(AttentionBackend):
+class PagedBackend(AttentionBackend):
     """Our attention over pages: SparQ, unless options say otherwise.
 
     See `vllm_sparq.layout` for the pages and `vllm_sparq.ops` for the operations.
@@ -34,12 +34,12 @@ class SparqBackend(AttentionBackend):
         return "SPARQ"
 
     @staticmethod
-    def get_impl_cls() -> type[SparqImpl]:
-        return SparqImpl
+    def get_impl_cls() -> type[PagedImpl]:
+        return PagedImpl
 
     @staticmethod
-    def get_builder_cls() -> type[SparqMetadataBuilder]:
-        return SparqMetadataBuilder
+    def get_builder_cls() -> type[PagedMetadataBuilder]:
+        return PagedMetadataBuilder
 
     @classmethod
     def get_supported_head_sizes(cls) -> list[int]:
@@ -70,7 +70,7 @@ class SparqBackend(AttentionBackend):
         return page_spec(spec, layout, retention)
 
 
-class QuestBackend(SparqBackend):
+class QuestBackend(PagedBackend):
     """Spans of neighbouring tokens are picked by bounds of their keys, unless options say otherwise."""
 
     @staticmethod
@@ -78,7 +78,7 @@ class QuestBackend(SparqBackend):
         return "QUEST"
 
 
-class FlexgenBackend(SparqBackend):
+class FlexgenBackend(PagedBackend):
     """int4 blocks, read densely, unless options say otherwise."""
 
     @staticmethod
@@ -86,7 +86,7 @@ class FlexgenBackend(SparqBackend):
         return "FLEXGEN"
 
 
-class KiviBackend(SparqBackend):
+class KiviBackend(PagedBackend):
     """KIVI blocks, read densely, unless options say otherwise."""
 
     @staticmethod
@@ -94,7 +94,7 @@ class KiviBackend(SparqBackend):
         return "KIVI"
 
 
-class H2oBackend(SparqBackend):
+class H2oBackend(PagedBackend):
     """Heavy hitters and recent tokens stay, read densely, unless options say otherwise."""
 
     @staticmethod
@@ -102,7 +102,7 @@ class H2oBackend(SparqBackend):
         return "H2O"
 
 
-class StreamingBackend(SparqBackend):
+class StreamingBackend(PagedBackend):
     """First and newest tokens stay, read densely, unless options say otherwise."""
 
     @staticmethod

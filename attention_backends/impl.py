@@ -13,15 +13,15 @@ from vllm.v1.attention.backend import AttentionImpl, AttentionType
 
 from vllm_sparq.attention_backends.refusals import impl_refusals
 from vllm_sparq.attention_backends.selection import engine_options, page_layout
-from vllm_sparq.attention_backends.steps.evicting import RetainedMetadata
-from vllm_sparq.attention_backends.steps.rows import SparqMetadata
+from vllm_sparq.attention_backends.steps.evicting import EvictingMetadata
+from vllm_sparq.attention_backends.steps.rows import PagedMetadata
 from vllm_sparq.layout import PageLayout, Pages
 from vllm_sparq.ops.dispatch import Choice, choose
 from vllm_sparq.retention import Retention
 
 logger = init_logger("vllm.sparq")
 
-_active: SparqImpl | None = None
+_active: PagedImpl | None = None
 
 
 def active_pages(head_size: int, block_size: int, dtype: torch.dtype) -> tuple[PageLayout, Retention | None]:
@@ -35,7 +35,7 @@ def active_pages(head_size: int, block_size: int, dtype: torch.dtype) -> tuple[P
     return _active._layout(head_size, block_size, dtype), _active.options.retained(block_size)
 
 
-class SparqImpl(AttentionImpl[SparqMetadata | RetainedMetadata]):
+class PagedImpl(AttentionImpl[PagedMetadata | EvictingMetadata]):
     """Built by vLLM for every full-attention layer."""
 
     def __init__(
@@ -86,7 +86,7 @@ class SparqImpl(AttentionImpl[SparqMetadata | RetainedMetadata]):
         key: torch.Tensor,
         value: torch.Tensor,
         kv_cache: torch.Tensor,
-        attn_metadata: SparqMetadata | RetainedMetadata | None,
+        attn_metadata: PagedMetadata | EvictingMetadata | None,
         output: torch.Tensor,
         output_scale: torch.Tensor | None = None,
         output_block_scale: torch.Tensor | None = None,
@@ -95,7 +95,7 @@ class SparqImpl(AttentionImpl[SparqMetadata | RetainedMetadata]):
         if attn_metadata is None:  # a profiling run, without a cache
             return output.fill_(0)
         pages = self._bind(layer, kv_cache, query.dtype)
-        if isinstance(attn_metadata, SparqMetadata):
+        if isinstance(attn_metadata, PagedMetadata):
             self._attend(attn_metadata, query, key, value, pages, output)
             return output
         for turn in attn_metadata.turns:
@@ -113,7 +113,7 @@ class SparqImpl(AttentionImpl[SparqMetadata | RetainedMetadata]):
 
     def _attend(
         self,
-        step: SparqMetadata,
+        step: PagedMetadata,
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,

@@ -127,9 +127,9 @@ class EvictingMixin:
         return n_blocks if (n_blocks - 1) * size >= least else 0
 
 
-class SparqScheduler(EvictingMixin, Scheduler):
+class EvictingScheduler(EvictingMixin, Scheduler):
     """vLLM's scheduler that evicts before it preempts."""
 
 
-class AsyncSparqScheduler(EvictingMixin, AsyncScheduler):
+class AsyncEvictingScheduler(EvictingMixin, AsyncScheduler):
     """vLLM's asynchronous scheduler that evicts before it preempts."""

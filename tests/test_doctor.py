@@ -172,7 +172,7 @@ def test_a_model_that_is_not_there(
 @pytest.mark.engine
 def test_a_real_engine_runs_our_class_in_a_spawned_worker(tmp_path: Path) -> None:
     report = engine_check.check_engine(tmp_path)
-    assert {(layer["backend"], layer["impl"]) for layer in report["layers"].values()} == {("SPARQ", "SparqImpl")}
+    assert {(layer["backend"], layer["impl"]) for layer in report["layers"].values()} == {("SPARQ", "PagedImpl")}
     assert len(report["layers"]) == 2
     assert report["n_tokens"] == engine_check.N_TOKENS
 

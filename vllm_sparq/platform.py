@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 
 logger = init_logger("vllm.sparq")
 
-SCHEDULER = "vllm_sparq.scheduler.scheduler.SparqScheduler"
-ASYNC_SCHEDULER = "vllm_sparq.scheduler.scheduler.AsyncSparqScheduler"
+SCHEDULER = "vllm_sparq.scheduler.scheduler.EvictingScheduler"
+ASYNC_SCHEDULER = "vllm_sparq.scheduler.scheduler.AsyncEvictingScheduler"
 
 
 class SparqPlatformMixin:

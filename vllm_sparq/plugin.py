@@ -8,7 +8,7 @@ from typing import Any
 from vllm_sparq import compat
 
 BACKENDS = {
-    "SPARQ": "vllm_sparq.attention_backends.backend.SparqBackend",
+    "SPARQ": "vllm_sparq.attention_backends.backend.PagedBackend",
     "QUEST": "vllm_sparq.attention_backends.backend.QuestBackend",
     "FLEXGEN": "vllm_sparq.attention_backends.backend.FlexgenBackend",
     "KIVI": "vllm_sparq.attention_backends.backend.KiviBackend",

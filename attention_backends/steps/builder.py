@@ -22,8 +22,8 @@ from vllm.v1.attention.backend import AttentionCGSupport, AttentionMetadataBuild
 from vllm.v1.kv_cache_interface import AttentionSpec
 
 from vllm_sparq.attention_backends.selection import engine_options
-from vllm_sparq.attention_backends.steps.evicting import RetainedMetadata, plan_turns, take_turns
-from vllm_sparq.attention_backends.steps.rows import PrefillRows, ReplayedRows, SparqMetadata
+from vllm_sparq.attention_backends.steps.evicting import EvictingMetadata, plan_turns, take_turns
+from vllm_sparq.attention_backends.steps.rows import PagedMetadata, PrefillRows, ReplayedRows
 from vllm_sparq.attention_backends.steps.staged_rows import staged_rows
 from vllm_sparq.retention import Phase
 from vllm_sparq.scheduler.spec import RetainedSpec, StagedSpec
@@ -37,7 +37,7 @@ shrunk_phases: Callable[[CommonAttentionMetadata], list[Phase | None]] | None = 
 """Budgets that the scheduler has shrunk, per request of a step. Set by our worker too."""
 
 
-class SparqMetadataBuilder(AttentionMetadataBuilder[SparqMetadata | RetainedMetadata]):
+class PagedMetadataBuilder(AttentionMetadataBuilder[PagedMetadata | EvictingMetadata]):
     """Sorts the rows of a step."""
 
     _cudagraph_support: ClassVar[AttentionCGSupport] = AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
@@ -51,7 +51,7 @@ class SparqMetadataBuilder(AttentionMetadataBuilder[SparqMetadata | RetainedMeta
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
-    ) -> SparqMetadata | RetainedMetadata:
+    ) -> PagedMetadata | EvictingMetadata:
         step = common_attn_metadata
         if isinstance(self.kv_cache_spec, RetainedSpec):
             return self._take_turns(step, self.kv_cache_spec)
@@ -65,7 +65,7 @@ class SparqMetadataBuilder(AttentionMetadataBuilder[SparqMetadata | RetainedMeta
                 prefill, replayed = staged_rows(starts, seq_lens, table, n_decodes, replayed, spec, self.options)
             else:
                 prefill = prefill_rows(step, n_decodes)
-        return SparqMetadata(
+        return PagedMetadata(
             n_decodes=n_decodes,
             block_table=step.block_table_tensor,
             query_start_loc=step.query_start_loc,
@@ -74,7 +74,7 @@ class SparqMetadataBuilder(AttentionMetadataBuilder[SparqMetadata | RetainedMeta
             replayed=replayed,
         )
 
-    def _take_turns(self, step: CommonAttentionMetadata, spec: RetainedSpec) -> RetainedMetadata:
+    def _take_turns(self, step: CommonAttentionMetadata, spec: RetainedSpec) -> EvictingMetadata:
         """Where tokens are evicted, what a row sees depends on the rows before it: they take turns."""
         if prompt_lengths is None:
             raise RuntimeError("tokens cannot be evicted under this worker class: leave --worker-cls out")

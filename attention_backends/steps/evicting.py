@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from vllm.v1.attention.backend import AttentionMetadata
 
-from vllm_sparq.attention_backends.steps.rows import PrefillRows, SparqMetadata
+from vllm_sparq.attention_backends.steps.rows import PagedMetadata, PrefillRows
 from vllm_sparq.attention_backends.steps.staged import int64
 from vllm_sparq.attention_backends.steps.staged_rows import staged_rows
 from vllm_sparq.config import Options
@@ -62,11 +62,11 @@ class Turn:
 
     rows: torch.Tensor | None
     eviction: Eviction | None
-    step: SparqMetadata
+    step: PagedMetadata
 
 
 @dataclass(frozen=True)
-class RetainedMetadata(AttentionMetadata):
+class EvictingMetadata(AttentionMetadata):
     """One step of one KV cache group."""
 
     turns: tuple[Turn, ...]
@@ -117,10 +117,10 @@ def plan_turns(
 
 def take_turns(
     turns: list[list[Share]], block_table: torch.Tensor, spec: RetainedSpec, options: Options
-) -> RetainedMetadata:
+) -> EvictingMetadata:
     """The turns as tensors, for the layers of a step with this block table (int32 [B, M])."""
     in_order = len(turns) == 1 and all(a.stop == b.start for a, b in zip(turns[0], turns[0][1:], strict=False))
-    return RetainedMetadata(tuple(_turn(shares, block_table, spec, options, in_order) for shares in turns))
+    return EvictingMetadata(tuple(_turn(shares, block_table, spec, options, in_order) for shares in turns))
 
 
 def _turn(shares: list[Share], block_table: torch.Tensor, spec: RetainedSpec, options: Options, in_order: bool) -> Turn:
@@ -148,7 +148,7 @@ def _turn(shares: list[Share], block_table: torch.Tensor, spec: RetainedSpec, op
                 query_start_loc=query_start_loc[n_decodes:],
                 context_lens=int32([share.arrival.kept for share in shares[n_decodes:]]),
             )
-    step = SparqMetadata(
+    step = PagedMetadata(
         n_decodes=n_decodes,
         block_table=table,
         query_start_loc=query_start_loc,

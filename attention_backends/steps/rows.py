@@ -40,7 +40,7 @@ class ReplayedRows:
 
 
 @dataclass(frozen=True)
-class SparqMetadata(AttentionMetadata):
+class PagedMetadata(AttentionMetadata):
     """One step of one KV cache group.
 
     Attributes:

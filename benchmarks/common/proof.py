@@ -20,7 +20,7 @@ class WrongAttentionError(RuntimeError):
 
 
 def attention_classes(report: Report) -> str:
-    """Such as "4 × SparqImpl (SPARQ)"."""
+    """Such as "4 × PagedImpl (SPARQ)"."""
     counts = Counter(f"{layer['impl']} ({layer['backend']})" for layer in report.values())
     return ", ".join(f"{n} × {name}" for name, n in sorted(counts.items())) or "no attention layer"
 

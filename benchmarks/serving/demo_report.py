@@ -41,7 +41,7 @@ class Side:
         return None
 
     def classes(self) -> str:
-        """Such as "4 × SparqImpl (backend SPARQ)"."""
+        """Such as "4 × PagedImpl (backend SPARQ)"."""
         counts = Counter(f"{layer['impl']} (backend {layer['backend']})" for layer in self.layers.values())
         return ", ".join(f"{n} × {name}" for name, n in counts.items())
 

@@ -10,7 +10,7 @@ import torch
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
 from vllm_sparq.attention_backends.steps import builder
-from vllm_sparq.attention_backends.steps.builder import SparqMetadataBuilder
+from vllm_sparq.attention_backends.steps.builder import PagedMetadataBuilder
 from vllm_sparq.config import Options
 
 
@@ -35,8 +35,8 @@ def step(*requests: tuple[int, int, int]) -> Any:
     )
 
 
-def build(common: Any) -> builder.SparqMetadata:
-    builder = object.__new__(SparqMetadataBuilder)
+def build(common: Any) -> builder.PagedMetadata:
+    builder = object.__new__(PagedMetadataBuilder)
     builder.options = Options()
     builder.kv_cache_spec = FullAttentionSpec(block_size=16, num_kv_heads=1, head_size=16, dtype=torch.float32)
     return builder.build(0, common)

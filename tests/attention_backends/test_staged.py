@@ -11,7 +11,7 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec
 
 from tests.attention_backends.test_builder import step
 from vllm_sparq.attention_backends.steps import builder
-from vllm_sparq.attention_backends.steps.builder import SparqMetadataBuilder
+from vllm_sparq.attention_backends.steps.builder import PagedMetadataBuilder
 from vllm_sparq.attention_backends.steps.staged import Piece, cut_pieces
 from vllm_sparq.config import Options
 from vllm_sparq.layout import PageLayout, Pages
@@ -86,9 +86,9 @@ def alone(batch: Batch) -> torch.Tensor:
     return torch.cat(rows)
 
 
-def run(batch: Batch, **options: Any) -> tuple[torch.Tensor, builder.SparqMetadata]:
-    """[T, H, D] of the step, as `SparqImpl.forward` computes it."""
-    builder = object.__new__(SparqMetadataBuilder)
+def run(batch: Batch, **options: Any) -> tuple[torch.Tensor, builder.PagedMetadata]:
+    """[T, H, D] of the step, as `PagedImpl.forward` computes it."""
+    builder = object.__new__(PagedMetadataBuilder)
     builder.options = Options(**options)
     plain = FullAttentionSpec(block_size=N, num_kv_heads=G, head_size=D, dtype=torch.float32)
     builder.kv_cache_spec = page_spec(plain, LAYOUT)

@@ -67,7 +67,7 @@ def test_class_in_the_worker(workers: int, prompts: Prompts, sparse_alone: dict[
     assert len(result["reports"]) == workers
     for report in result["reports"]:
         assert len(report) == 4
-        assert {(layer["backend"], layer["impl"]) for layer in report.values()} == {("SPARQ", "SparqImpl")}
+        assert {(layer["backend"], layer["impl"]) for layer in report.values()} == {("SPARQ", "PagedImpl")}
     assert result["tokens"] == [sparse_alone[i] for i in chosen]
 
 

@@ -111,7 +111,7 @@ def test_prefix_caching_is_switched_off_where_tokens_are_evicted() -> None:
         skip_tokenizer_init=True,
     ).create_engine_config()
     assert not config.cache_config.enable_prefix_caching
-    assert config.scheduler_config.scheduler_cls == "vllm_sparq.scheduler.scheduler.SparqScheduler"
+    assert config.scheduler_config.scheduler_cls == "vllm_sparq.scheduler.scheduler.EvictingScheduler"
 
 
 def altered(folder: Path, **changes: Any) -> Path:

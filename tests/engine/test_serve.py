@@ -102,5 +102,5 @@ def test_pool_is_returned(server: Server) -> None:
 
 def test_class_in_the_worker(server: Server) -> None:
     report = server.attention_report()
-    assert {layer["impl"] for layer in report.values()} == {"SparqImpl"}
+    assert {layer["impl"] for layer in report.values()} == {"PagedImpl"}
     assert Path(server.log).exists()

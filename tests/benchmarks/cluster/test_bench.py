@@ -265,7 +265,7 @@ def test_two_replicas_answer_as_one_engine_even_when_one_is_killed(tmp_path: Pat
     assert {one["id"]: one["token_ids"] for one in pool["rows"]} == alone
     assert len(pool["rows"]) == len(rows)
     assert not any(one["error"] for one in pool["rows"])
-    assert {one["attention"] for one in pool["rows"]} == {"4 × SparqImpl (SPARQ)"}
+    assert {one["attention"] for one in pool["rows"]} == {"4 × PagedImpl (SPARQ)"}
     replicas = {one["replica"] for one in pool["rows"]}
     assert len(replicas) >= 2
     assert pool["killed"] in replicas

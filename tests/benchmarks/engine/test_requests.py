@@ -66,7 +66,7 @@ def test_real_requests_through_vllm(tmp_path: Path, capsys: pytest.CaptureFixtur
         assert one["num_requests"] == 3
         assert one["tokens_per_second"] == pytest.approx(one["total_num_tokens"] / one["elapsed_time"])
     assert "(CPU_ATTN)" in dense["sparq"]["attention"]
-    assert "SparqImpl (H2O)" in h2o["sparq"]["attention"]
+    assert "PagedImpl (H2O)" in h2o["sparq"]["attention"]
     assert "no latency of weights" in capsys.readouterr().out
     assert main(["bench", "engine", *words]) == 0
     assert "on record already" in capsys.readouterr().out

@@ -53,7 +53,7 @@ def worker(method: Method, *impls: Any) -> Worker:
 
 def test_what_runs_must_be_what_was_asked_for() -> None:
     theirs = type("CPUAttentionBackendImpl", (), {})()
-    ours = type("SparqImpl", (), {"__module__": "vllm_sparq.attention_backends.impl"})
+    ours = type("PagedImpl", (), {"__module__": "vllm_sparq.attention_backends.impl"})
     sparq = Method.named("sparq", {"k": 64})
     right, wrong = ours(), ours()
     right.options, wrong.options = parse_options(sparq.additional_config), parse_options({"sparq": {"k": 65}})
@@ -83,7 +83,7 @@ def test_methods_tell_and_forcing_is_right(tmp_path: Path) -> None:
             quality.scored(*pair)["score"] for pair in zip(examples, engine.answer(examples), strict=True)
         ]
     with Engine(methods["default"], run) as engine:
-        assert engine.classes == ["SparqImpl"]
+        assert engine.classes == ["PagedImpl"]
         for name, method in methods.items():
             engine.use(method)
             pairs = zip(examples, engine.answer(examples), strict=True)

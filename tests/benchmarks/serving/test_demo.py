@@ -26,7 +26,7 @@ from vllm_sparq.config import Options
 SHAPE = demo.Shape(head_size=64, n_heads=8, n_kv_heads=2, n_layers=4, max_tokens=4096)
 COMMAND = [sys.executable, "-c", "import sys; from vllm_sparq.cli import main; sys.exit(main(sys.argv[1:]))", "demo"]
 
-OURS = {"layer 0": {"backend": "SPARQ", "impl": "SparqImpl", "ops": {"write": "cpu (AVX2)", "prefill": "cpu (AVX2)"}}}
+OURS = {"layer 0": {"backend": "SPARQ", "impl": "PagedImpl", "ops": {"write": "cpu (AVX2)", "prefill": "cpu (AVX2)"}}}
 DENSE = {"layer 0": {"backend": "CPU_ATTN", "impl": "CPUAttentionBackendImpl"}}
 
 
@@ -118,7 +118,7 @@ def test_the_table_shows_both_answers_and_what_was_read() -> None:
     line = next(line for line in text.splitlines() if line.strip().startswith("needle"))
     words = "needle 1,000 25% The key of balu is 12345 ✓ ✗ 99999. 129 / 1,001 10.0 / 20.0"
     assert " ".join(line.split()) == words
-    assert "1 × SparqImpl (backend SPARQ)" in text
+    assert "1 × PagedImpl (backend SPARQ)" in text
     assert "write, prefill: cpu (AVX2)" in text
     flat = " ".join(text.split())
     assert "SparQ answered 1 of 1 in full, dense attention 0 (mean score 1.00 and 0.00)" in flat
@@ -159,7 +159,7 @@ def test_json_has_answers_scores_and_workers() -> None:
         (OURS | {"layer 1": DENSE["layer 0"]}, True, None),  # a sliding-window layer
         (DENSE, True, "should run SparQ runs 1 × CPUAttentionBackendImpl (backend CPU_ATTN)"),
         ({}, True, "runs no attention at all"),
-        (OURS, False, "should run dense attention runs 1 × SparqImpl"),
+        (OURS, False, "should run dense attention runs 1 × PagedImpl"),
     ],
 )
 def test_a_wrong_class_in_the_worker_is_a_problem(layers: dict[str, Any], ours: bool, message: str | None) -> None:
@@ -177,7 +177,7 @@ def test_a_real_run_answers_and_leaves_nothing(tmp_path: Path) -> None:
     assert process.returncode == 0, output
     assert "needle" in output
     report = json.loads(report_file.read_text())
-    assert report["workers"]["sparq"]["classes"] == "4 × SparqImpl (backend SPARQ)"
+    assert report["workers"]["sparq"]["classes"] == "4 × PagedImpl (backend SPARQ)"
     assert report["workers"]["dense"]["classes"].startswith("4 × ")
     assert "Sparq" not in report["workers"]["dense"]["classes"]
     assert [question["task"] for question in report["questions"]] == ["needle", "repetition"]
