@@ -155,8 +155,8 @@ class PagedImpl(AttentionImpl[PagedMetadata | EvictingMetadata]):
         """What a decode row of this layer reads."""
         if self.options.read == "dense" or _layer_index(layer_name) < self.options.dense_layers:
             return self._dense
-        if self.options.read == "pages":
-            return partial(self._choices["pages_decode"].load(), read=self.options.pages_read())
+        if self.options.read == "spans":
+            return partial(self._choices["quest_decode"].load(), read=self.options.spans_read())
         read = self.options.sparq_read(head_size=self.head_size, n_heads=self.num_heads, n_kv_heads=self.num_kv_heads)
         return partial(self._choices["sparq_decode"].load(), read=read)
 
@@ -170,7 +170,7 @@ class PagedImpl(AttentionImpl[PagedMetadata | EvictingMetadata]):
 
 def _choose_ops(device_type: str, read: str) -> dict[str, Choice]:
     """The implementation of every op that layers of one read may call."""
-    sparse = "pages_decode" if read == "pages" else "sparq_decode"
+    sparse = "quest_decode" if read == "spans" else "sparq_decode"
     return {name: choose(name, device_type) for name in ("write", "prefill", "dense_decode", sparse, "evict")}
 
 

@@ -73,7 +73,7 @@ def page_layout(options: Options, head_size: int, block_size: int, dtype: torch.
     scoring = options.scoring if ranks_tokens and not layout.channel_keys else None
     return replace(
         layout,
-        scoring="bounds" if options.read == "pages" else scoring,
+        scoring="bounds" if options.read == "spans" else scoring,
         value_sum=ranks_tokens and options.reallocates(grouped=grouped),
         positions=options.retention != "all",
         scores=options.retention == "heavy_hitter",

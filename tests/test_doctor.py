@@ -36,7 +36,7 @@ def test_quick_check_of_this_machine(capsys: pytest.CaptureFixture[str]) -> None
     assert (code, report["is_well"], wrong) == (0, True, [])
     device, operations = report["sections"][2:]
     assert device["numbers"]["platform"].startswith("vllm_sparq.platform.Sparq")
-    assert set(operations["numbers"]) == {"write", "prefill", "dense_decode", "sparq_decode", "pages_decode", "evict"}
+    assert set(operations["numbers"]) == {"write", "prefill", "dense_decode", "sparq_decode", "quest_decode", "evict"}
 
 
 def test_for_people_it_ends_with_a_verdict(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -116,7 +116,7 @@ def test_what_a_mass_means_for_a_model(tmp_path: Path) -> None:
 
 
 def test_what_reading_spans_means_for_a_model(tmp_path: Path) -> None:
-    options = Options(read="pages", compression=4.0, dense_below=2048, dense_layers=2)
+    options = Options(read="spans", compression=4.0, dense_below=2048, dense_layers=2)
     section = model_section(model_folder(tmp_path), options)
     assert section.is_well
     # k = 3 S / 16: 768 of 4096 tokens are 48 spans, 1536 of 8192 are 96

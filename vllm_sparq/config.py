@@ -2,7 +2,7 @@
 
     vllm serve MODEL --attention-backend sparq --additional-config '{"sparq": {"compression": 4}}'
 
-`parse_options` checks what the user wrote, before a model is loaded; `Options.sparq_read` and `Options.pages_read` turn
+`parse_options` checks what the user wrote, before a model is loaded; `Options.sparq_read` and `Options.spans_read` turn
 it into numbers for one model. Nothing here knows about vLLM or tensors.
 """
 
@@ -27,8 +27,8 @@ DEFAULT_SINKS = {"window": 4}
 NAMESPACE = "sparq"
 """Our key in vLLM's ``additional_config``."""
 
-RETRIEVAL_TOKENS = 16
-"""Tokens of a span: the neighbours that ``read: pages`` reads or leaves as one. No span crosses a block."""
+SPAN_TOKENS = 16
+"""Tokens of a span: the neighbours that ``read: spans`` reads or leaves as one. No span crosses a block."""
 
 LEAST_SPANS = 3
 """Spans of a context that are read at least, as by Quest's authors."""
@@ -38,7 +38,7 @@ MEASURED_BREAK_EVEN = 1024
 
 PRESETS: dict[str, dict[str, Any]] = {
     "sparq": {},
-    "quest": {"read": "pages", "dense_layers": 2},
+    "quest": {"read": "spans", "dense_layers": 2},
     "flexgen": {"format": "int4", "read": "dense"},
     "kivi": {"format": "kivi4", "read": "dense"},
     "h2o": {"retention": "heavy_hitter", "read": "dense"},
@@ -76,12 +76,12 @@ class Options(BaseModel):
     """
     pressure: Literal["preempt", "evict"] = "preempt"
     """When the pool is full: preempt a request, as vLLM does, or evict more tokens of those that run."""
-    read: Literal["sparq", "pages", "dense"] = "sparq"
+    read: Literal["sparq", "spans", "dense"] = "sparq"
     """What a decode step reads: the tokens SparQ picks, the spans of 16 tokens Quest picks, or all tokens."""
     compression: float = Field(default=8.0, ge=1.0, allow_inf_nan=False)
     """Bytes of a dense read per byte of a sparse one: sets r = D / compression and k = S / (2 * compression).
 
-    With read pages, k = S / compression - S / 16, and compression must be below 16, since the bounds of spans are 1/16.
+    With read spans, k = S / compression - S / 16, and compression must be below 16, since the bounds of spans are 1/16.
     """
     r: int | None = Field(default=None, ge=1)
     """Query components that rank the tokens; at most the head size. Overrides compression."""
@@ -138,10 +138,10 @@ class Options(BaseModel):
             dense_below=self._dense_below,
         )
 
-    def pages_read(self) -> PagesRead:
+    def spans_read(self) -> SpansRead:
         """The numbers of a read of spans, alike for every model."""
-        slope = Fraction(1 / self.compression).limit_denominator(4096) - Fraction(1, RETRIEVAL_TOKENS)
-        return PagesRead(
+        slope = Fraction(1 / self.compression).limit_denominator(4096) - Fraction(1, SPAN_TOKENS)
+        return SpansRead(
             min_k=self.min_k if self.k is None else self.k,
             k_per_token=slope if self.k is None else Fraction(0),
             dense_below=self._dense_below,
@@ -236,16 +236,16 @@ class SparqRead(SparseRead):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PagesRead(SparseRead):
+class SpansRead(SparseRead):
     """A read of whole spans of neighbouring tokens (Quest), resolved: k tokens, the current one among them."""
 
     def n_spans(self, context_len: int) -> int:
         """Spans read, the newest included: k // 16, but no fewer than `LEAST_SPANS` where there are so many."""
-        return min(spans_of(context_len), max(LEAST_SPANS, self.k(context_len) // RETRIEVAL_TOKENS))
+        return min(spans_of(context_len), max(LEAST_SPANS, self.k(context_len) // SPAN_TOKENS))
 
     def n_selected(self, context_len: int) -> int:
         """Tokens read, those of the newest span included, which may hold fewer than the others."""
-        return context_len - (spans_of(context_len) - self.n_spans(context_len)) * RETRIEVAL_TOKENS
+        return context_len - (spans_of(context_len) - self.n_spans(context_len)) * SPAN_TOKENS
 
     def is_dense(self, context_len: int) -> bool:
         """Whether this context is read in full: too short to gain, or with no more spans than would be picked."""
@@ -254,7 +254,7 @@ class PagesRead(SparseRead):
 
 def spans_of(n_tokens: int) -> int:
     """Spans that so many tokens fill or begin."""
-    return -(-n_tokens // RETRIEVAL_TOKENS)
+    return -(-n_tokens // SPAN_TOKENS)
 
 
 ALLOWED = {
@@ -285,8 +285,8 @@ def parse_options(additional_config: Mapping[str, Any] | None, backend: str = "s
     except ValidationError as error:
         raise OptionsError("; ".join(_explain(e) for e in _distinct(error))) from None
     _check_mass(options)
-    if options.read == "pages":
-        _check_pages(options)
+    if options.read == "spans":
+        _check_spans(options)
     _check_retention(options)
     return options
 
@@ -300,20 +300,20 @@ def _check_mass(options: Options) -> None:
         )
 
 
-def _check_pages(options: Options) -> None:
+def _check_spans(options: Options) -> None:
     """Options that mean nothing to a read of spans, or that it cannot keep."""
     meaningless = ("r", "local", "mass", "scoring", "mean_value", "group_reduce")
-    _refuse(options, meaningless, "with read 'pages': set k or compression, set read 'sparq'")
+    _refuse(options, meaningless, "with read 'spans': set k or compression, set read 'sparq'")
     if options.retention != "all":
         raise OptionsError(
             f"sparq option retention={options.retention!r} puts tokens from elsewhere into the slots of evicted ones, "
-            f"so that the {RETRIEVAL_TOKENS} tokens of a span are no neighbours and their bounds say nothing: with "
-            "read 'pages' use retention 'all', or set read 'sparq' or 'dense'"
+            f"so that the {SPAN_TOKENS} tokens of a span are no neighbours and their bounds say nothing: with "
+            "read 'spans' use retention 'all', or set read 'sparq' or 'dense'"
         )
-    if options.k is None and options.compression >= RETRIEVAL_TOKENS:
+    if options.k is None and options.compression >= SPAN_TOKENS:
         raise OptionsError(
-            f"sparq option compression={options.compression} leaves read 'pages' no token to read: the bounds of spans "
-            f"alone are 1/{RETRIEVAL_TOKENS} of a dense read, so use compression < {RETRIEVAL_TOKENS}, or set k"
+            f"sparq option compression={options.compression} leaves read 'spans' no token to read: the bounds of spans "
+            f"alone are 1/{SPAN_TOKENS} of a dense read, so use compression < {SPAN_TOKENS}, or set k"
         )
 
 

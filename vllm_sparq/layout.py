@@ -19,7 +19,7 @@ tokens are stored is the block *format*. ``model`` keeps them as the model made 
 
 * ``records``: written when a token arrives (``model``), or when the block fills (``int8``, ``int4``).
 * ``scoring`` and ``ranges``: the low-bit copy of K that SparQ ranks tokens with; or, to rank spans of
-  `RETRIEVAL_TOKENS` neighbours (Quest), ``scoring [N/16, 2, D]``: the least and the largest K of each span and channel.
+  `SPAN_TOKENS` neighbours (Quest), ``scoring [N/16, 2, D]``: the least and the largest K of each span and channel.
   Written once, when the block fills; the tokens of an unfinished block are ranked from K itself.
 * ``value_sum``: the sum of V over all tokens *before* this block. Written once, when the block gets its first token.
   It depends on the prefix alone, so it stays right under prefix caching, preemption and copy-on-write.
@@ -44,7 +44,7 @@ from functools import cached_property
 
 import torch
 
-from vllm_sparq.config import RETRIEVAL_TOKENS
+from vllm_sparq.config import SPAN_TOKENS
 from vllm_sparq.formats import FORMATS, Format
 
 ALIGNMENT = 64
@@ -177,7 +177,7 @@ class PageLayout:
         n, d = self.block_size, self.head_size
         wanted = self._token_parts()
         if self.scoring in ("model", "bounds"):
-            bounds = (n // RETRIEVAL_TOKENS, 2, d)
+            bounds = (n // SPAN_TOKENS, 2, d)
             wanted.append(("scoring", (d, n) if self.scoring == "model" else bounds, self.dtype))
         elif self.scoring is not None:
             wanted.append(("scoring", (d, n * SCORING_BITS[self.scoring] // 8), torch.uint8))

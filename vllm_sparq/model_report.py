@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from vllm_sparq.config import RETRIEVAL_TOKENS, Options, PagesRead, SparqRead, check_budget
+from vllm_sparq.config import SPAN_TOKENS, Options, SpansRead, SparqRead, check_budget
 from vllm_sparq.doctor import Section
 from vllm_sparq.formats import FORMATS
 from vllm_sparq.layout import PageLayout
@@ -102,13 +102,13 @@ def _describe_retention(section: Section, options: Options, max_model_len: int) 
 
 def _describe_read(section: Section, options: Options, shape: dict[str, int], max_model_len: int) -> None:
     sizes = {name: shape[name] for name in ("head_size", "n_heads", "n_kv_heads")}
-    read = options.pages_read() if options.read == "pages" else options.sparq_read(**sizes)
+    read = options.spans_read() if options.read == "spans" else options.sparq_read(**sizes)
     section.numbers["contexts"] = []
     if options.read == "dense":
         section.note("read = dense: a decode step reads every token")
         return
-    if isinstance(read, PagesRead):
-        section.good(f"spans of {RETRIEVAL_TOKENS} tokens, read as one, are ranked by the bounds of K in each channel")
+    if isinstance(read, SpansRead):
+        section.good(f"spans of {SPAN_TOKENS} tokens, read as one, are ranked by the bounds of K in each channel")
     else:
         _describe_ranking(section, options, read, shape)
     if options.dense_layers:
@@ -135,11 +135,11 @@ def _describe_ranking(section: Section, options: Options, read: SparqRead, shape
         )
 
 
-def _describe_context(section: Section, read: SparqRead | PagesRead, context: int) -> None:
+def _describe_context(section: Section, read: SparqRead | SpansRead, context: int) -> None:
     dense = read.is_dense(context)
     n_read = context if dense else read.n_selected(context)
     numbers = {"context": context, "tokens_read": n_read, "k": read.k(context)}
-    if isinstance(read, PagesRead):
+    if isinstance(read, SpansRead):
         numbers["spans"] = read.n_spans(context)
         what = f"{numbers['spans']:,} spans, the newest among them"
     else:

@@ -18,7 +18,7 @@ from vllm_sparq.formats import FORMATS
 
 DENSE = "dense"
 
-READS = {"sparq": "sparq", "quest": "pages"}
+READS = {"sparq": "sparq", "quest": "spans"}
 """Method -> how it reads, where that is sparsely."""
 
 

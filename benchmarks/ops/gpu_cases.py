@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import torch
 
-from vllm_sparq.config import Options, PagesRead, SparqRead
+from vllm_sparq.config import Options, SpansRead, SparqRead
 from vllm_sparq.layout import PageLayout, Pages
 from vllm_sparq.ops.dispatch import Choice
 
@@ -47,13 +47,13 @@ class Case:
     @property
     def sparse(self) -> str:
         """The op that reads few of the tokens of such pages."""
-        return "pages_decode" if self.scoring == "bounds" else "sparq_decode"
+        return "quest_decode" if self.scoring == "bounds" else "sparq_decode"
 
     @property
-    def read(self) -> SparqRead | PagesRead:
+    def read(self) -> SparqRead | SpansRead:
         options = Options(dense_below=1024, local=self.local, group_reduce=self.group_reduce, mass=self.mass)
-        if self.sparse == "pages_decode":
-            return options.pages_read()
+        if self.sparse == "quest_decode":
+            return options.spans_read()
         sizes = dict(head_size=self.head_size, n_heads=self.heads, n_kv_heads=self.kv_heads)
         return replace(options.sparq_read(**sizes), alpha_floor=self.alpha_floor, least_k=16)
 

@@ -2,7 +2,7 @@
 """Are the Triton kernels right on this GPU, and how fast are they? Needs torch, triton and this checkout; no vLLM.
 
     python benchmarks/ops/gpu_check.py --out gpu.jsonl
-    python benchmarks/ops/gpu_check.py --out gpu.jsonl --only times --scoring bounds    # pages_decode instead of sparq
+    python benchmarks/ops/gpu_check.py --out gpu.jsonl --only times --scoring bounds    # quest_decode instead of sparq
 
 First every op is compared with its reference, on pages whose unowned bytes are NaN; then a decode step of one layer is
 timed beside PyTorch's SDPA (and flash-attn and flashinfer where they are installed). A time is the median of replays
@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # a checkout is no
 import torch
 from gpu_cases import CASES, Case, World, load, run_checks, written
 
-from vllm_sparq.config import RETRIEVAL_TOKENS, PagesRead
+from vllm_sparq.config import SPAN_TOKENS, SpansRead
 from vllm_sparq.formats import FORMATS
 from vllm_sparq.layout import Pages
 
@@ -144,7 +144,7 @@ def measure_cell(case: Case, n_requests: int, context: int, flush: torch.Tensor)
         try:
             runs[name] = capture(step).replay
         except Exception as error:
-            if name.startswith(("write", "dense", "sparq", "pages")):
+            if name.startswith(("write", "dense", "sparq", "quest")):
                 raise
             yield dict(method=name, **where, error=f"{type(error).__name__}: {error}")
 
@@ -156,9 +156,9 @@ def measure_cell(case: Case, n_requests: int, context: int, flush: torch.Tensor)
     token = per_token("records", "key_codes", "key_ranges", "value_codes", "value_ranges")
     full, brought = context * token, layout.record_bytes
     moved = {"write": 2 * brought, "write+close": case.block_size * brought, "dense": full}
-    if isinstance(read, PagesRead):
-        picked = RETRIEVAL_TOKENS * read.n_spans(context) * token + context * per_token("scoring")
-        moved["pages"] = full if read.is_dense(context) else picked
+    if isinstance(read, SpansRead):
+        picked = SPAN_TOKENS * read.n_spans(context) * token + context * per_token("scoring")
+        moved["quest"] = full if read.is_dense(context) else picked
     else:
         ranks = per_token("key_codes", "key_ranges") if layout.channel_keys else per_token("scoring")
         picked = read.n_selected(context) * token + context * read.r * ranks / case.head_size

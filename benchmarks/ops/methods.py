@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from vllm_sparq.config import PagesRead, SparqRead
+from vllm_sparq.config import SpansRead, SparqRead
 from vllm_sparq.formats import FORMATS
 from vllm_sparq.layout import SCORING_BITS, PageLayout, Pages
 from vllm_sparq.ops import native
@@ -73,15 +73,15 @@ class Cell:
         scan = self.context * ranking * self.read.r / self.head_dim
         return int(self.batch * self.kv_heads * (scan + self.read.n_selected(self.context) * self.bytes_as(format)))
 
-    def pages_bytes_as(self, format: str, read: PagesRead) -> int:
+    def pages_bytes_as(self, format: str, read: SpansRead) -> int:
         """Bounds of all spans, and the tokens of those that are read; all blocks count as full."""
         bounds = self.context * self.layout_as(format, bounds=True).parts["scoring"].nbytes / BLOCK_SIZE
         return int(self.batch * self.kv_heads * (bounds + read.n_selected(self.context) * self.bytes_as(format)))
 
     @property
-    def pages_read(self) -> PagesRead:
+    def spans_read(self) -> SpansRead:
         """As many tokens in whole spans as SparQ reads beside the current one."""
-        return PagesRead(min_k=self.read.min_k, k_per_token=self.read.k_per_token, dense_below=self.read.dense_below)
+        return SpansRead(min_k=self.read.min_k, k_per_token=self.read.k_per_token, dense_below=self.read.dense_below)
 
     @property
     def layout(self) -> PageLayout:
@@ -308,8 +308,8 @@ def sparq_method(format: str, summary: str) -> Method:
 def quest_method(format: str, summary: str) -> Method:
     return Method(
         summary,
-        lambda t: decode_calls(t, "pages_decode", t.cache(format, bounds=True), read=t.cell.pages_read),
-        lambda c: c.pages_bytes_as(format, c.pages_read),
+        lambda t: decode_calls(t, "quest_decode", t.cache(format, bounds=True), read=t.cell.spans_read),
+        lambda c: c.pages_bytes_as(format, c.spans_read),
     )
 
 

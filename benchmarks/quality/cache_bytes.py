@@ -15,7 +15,7 @@ import torch
 from vllm_sparq.attention_backends.selection import PREFERRED_BLOCK_SIZE, page_layout
 from vllm_sparq.benchmarks.common.methods import Method
 from vllm_sparq.benchmarks.ops.methods import Cell
-from vllm_sparq.config import Options, PagesRead, parse_options
+from vllm_sparq.config import Options, SpansRead, parse_options
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +80,7 @@ class CacheShape:
             return self.dense_bytes * context
         options = _options(method)
         sparq = options.sparq_read(head_size=self.head_size, n_heads=self.n_heads, n_kv_heads=self.n_kv_heads)
-        read = options.pages_read() if options.read == "pages" else sparq
+        read = options.spans_read() if options.read == "spans" else sparq
         cell = Cell(
             context=_kept(options, context),
             batch=1,
@@ -94,7 +94,7 @@ class CacheShape:
         dense = cell.dense_bytes_as(options.format)
         if options.read == "dense" or read.is_dense(cell.context):
             return dense * self.n_layers
-        if isinstance(read, PagesRead):
+        if isinstance(read, SpansRead):
             sparse = cell.pages_bytes_as(options.format, read)
         else:
             sparse = cell.sparq_bytes_as(options.format)

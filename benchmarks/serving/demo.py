@@ -85,9 +85,9 @@ def main(args: argparse.Namespace) -> int:
         raise UsageError(f"--json {args.json}: there is no folder {args.json.absolute().parent}")
     started = time.monotonic()
     shape = read_shape(args.model)
-    if args.sparq.read == "pages":
+    if args.sparq.read == "spans":
         raise UsageError(
-            "--sparq: the demo shows a read of single tokens; for read 'pages' run vllm-sparq eval --methods quest"
+            "--sparq: the demo shows a read of single tokens; for read 'spans' run vllm-sparq eval --methods quest"
         )
     try:
         read = args.sparq.sparq_read(head_size=shape.head_size, n_heads=shape.n_heads, n_kv_heads=shape.n_kv_heads)

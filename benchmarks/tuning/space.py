@@ -63,7 +63,7 @@ def _tokens(workload: Workload) -> list[int]:
 
 
 def _keeps_neighbours(chosen: Mapping[str, Any]) -> bool:
-    return bool(chosen["read"] != "pages")
+    return bool(chosen["read"] != "spans")
 
 
 def _evicts(chosen: Mapping[str, Any]) -> bool:
@@ -71,7 +71,7 @@ def _evicts(chosen: Mapping[str, Any]) -> bool:
 
 
 SPACE = (
-    Dial(name="read", values=lambda w: ["sparq", "pages", "dense"]),
+    Dial(name="read", values=lambda w: ["sparq", "spans", "dense"]),
     Dial(name="retention", values=lambda w: ["all", "heavy_hitter", "window"], when=_keeps_neighbours),
     Dial(name="budget", values=lambda w: [0.25, 0.5, 0.75], when=_evicts),
     Dial(name="format", values=lambda w: list(FORMATS)),

@@ -26,8 +26,8 @@ def test_pages_hold_what_the_options_need() -> None:
     kivi = ["key_codes", "key_ranges", "value_codes", "value_ranges"]
     assert parts(read="dense", format="kivi2") == parts(format="kivi4", mean_value="off") == kivi
     assert parts(format="kivi4") == [*kivi, "value_sum"]
-    assert parts(read="pages") == parts(read="pages", format="int8") == ["records", "scoring"]
-    assert parts(read="pages", format="kivi4") == [*kivi, "scoring"]
+    assert parts(read="spans") == parts(read="spans", format="int8") == ["records", "scoring"]
+    assert parts(read="spans", format="kivi4") == [*kivi, "scoring"]
 
 
 @pytest.mark.parametrize(
@@ -37,7 +37,7 @@ def test_pages_hold_what_the_options_need() -> None:
         ({}, 32767, 128),
         ({"scoring": "int8"}, 65536, 128),
         ({"read": "dense"}, 65536, 128),
-        ({"read": "pages"}, 65536, 128),
+        ({"read": "spans"}, 65536, 128),
         ({"format": "int4"}, 65536, 128),
         ({"retention": "window"}, 65536, 128),
     ],
@@ -62,7 +62,7 @@ def test_a_block_size_is_chosen_where_the_user_sets_none(given: bool, options: d
     assert config.cache_config.block_size == tokens
 
 
-@pytest.mark.parametrize("read", ["sparq", "pages", "dense"])
+@pytest.mark.parametrize("read", ["sparq", "spans", "dense"])
 def test_without_kernels_the_user_is_told(read: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert impl.slow_ops(impl._choose_ops("cpu", read)) is None
     missing = native.Found(None, None, "no compiled kernels: reinstall with g++")
@@ -73,7 +73,7 @@ def test_without_kernels_the_user_is_told(read: str, monkeypatch: pytest.MonkeyP
 
 def test_only_ops_that_a_read_calls_are_chosen() -> None:
     """So that a device without kernels of one read still serves the others."""
-    assert set(impl._choose_ops("cpu", "pages")) == {"write", "prefill", "dense_decode", "pages_decode", "evict"}
+    assert set(impl._choose_ops("cpu", "spans")) == {"write", "prefill", "dense_decode", "quest_decode", "evict"}
     assert set(impl._choose_ops("cpu", "dense")) == {"write", "prefill", "dense_decode", "sparq_decode", "evict"}
 
 

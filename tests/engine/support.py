@@ -13,13 +13,13 @@ MODEL = Path(os.environ.get("SPARQ_TEST_MODEL", Path(__file__).parents[2] / "ben
 EXACT: dict[str, dict[str, Any]] = {
     # With nothing left out a sparse read is dense attention.
     "full": {"r": 64, "k": 4096, "scoring": "model", "dense_below": 0},
-    "full pages": {"read": "pages", "k": 4096, "dense_below": 0},
+    "full spans": {"read": "spans", "k": 4096, "dense_below": 0},
     # So little is read that a wrong token, channel, sum or scoring copy changes the answers.
     "sparse": {"r": 4, "k": 10, "local": 2, "mean_value": "on", "dense_below": 0},
     # The same, but how much is read differs from step to step, layer to layer and head to head.
     "mass": {"r": 4, "k": 200, "local": 2, "min_k": 2, "mass": 0.5, "mean_value": "on", "dense_below": 0},
     # Three spans of 16 tokens.
-    "sparse pages": {"read": "pages", "k": 1, "dense_below": 0},
+    "sparse spans": {"read": "spans", "k": 1, "dense_below": 0},
 }
 N_ANSWER = 24
 

@@ -19,15 +19,15 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "kivi2": ("kivi", {"format": "kivi2"}),
     "sparq over int8": ("sparq", {**EXACT["sparse"], "format": "int8"}),
     "sparq over kivi4": ("kivi", {**EXACT["sparse"], "read": "sparq"}),
-    "pages over int4": ("flexgen", EXACT["sparse pages"]),
-    "pages over kivi2": ("quest", {**EXACT["sparse pages"], "format": "kivi2", "dense_layers": 0}),
+    "spans over int4": ("flexgen", EXACT["sparse spans"]),
+    "spans over kivi2": ("quest", {**EXACT["sparse spans"], "format": "kivi2", "dense_layers": 0}),
 }
 RUNS: dict[str, dict[str, Any]] = {
     "in one batch": dict(max_num_batched_tokens=2048),
     "chunks of 64": dict(max_num_batched_tokens=64, max_num_seqs=8),
     "prefix caching": dict(enable_prefix_caching=True, max_num_batched_tokens=256),
 }
-COMPILED = ("sparq over int8", "pages over kivi2")
+COMPILED = ("sparq over int8", "spans over kivi2")
 """Methods that run compiled too, which takes as long as all else: one for each sparse read."""
 
 
@@ -83,7 +83,7 @@ def test_preemption(method: str, engine: Any) -> None:
     rng = random.Random(1)
     batch = [[rng.randrange(3, 1000) for _ in range(n)] for n in (150, 180, 200, 220, 230, 250)]
     block_format = {"flexgen": "int4", "kivi2": "kivi2"}.get(method, method.split()[-1])
-    ranking = "bounds" if method.startswith("pages") else None
+    ranking = "bounds" if method.startswith("spans") else None
     layout = PageLayout(head_size=64, block_size=64, dtype=torch.float32, format=block_format, scoring=ranking)
     n_blocks = 3 * (4 + layout.n_staging_blocks) + 2  # room for three to begin, not for three to end
     pool = dict(num_gpu_blocks_override=n_blocks, block_size=64, max_model_len=640, max_num_batched_tokens=640)

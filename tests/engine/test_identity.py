@@ -15,7 +15,7 @@ N_PROMPTS = 100
 READS = {
     "full sparq": EXACT["full"],
     "full sparq, where a mass has nothing to leave out": EXACT["full"] | {"mass": 0.5},
-    "full pages": EXACT["full pages"],
+    "full spans": EXACT["full spans"],
     "dense read": {"read": "dense"},
     # The scores never decide: every request is below its k, or every context below dense_below.
     "defaults below the break-even": {"dense_below": 5000},

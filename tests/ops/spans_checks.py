@@ -1,4 +1,4 @@
-"""Whether an answer of `pages_decode` is right: an oracle in numpy, and a check that allows for rounding.
+"""Whether an answer of `quest_decode` is right: an oracle in numpy, and a check that allows for rounding.
 
 The oracle works from the tokens themselves and the definition in the paper (Tang et al. 2024, arXiv 2406.10774, section
 3.3), a span and a query head at a time, and shares nothing with `vllm_sparq`. Which spans an implementation reads shows
@@ -19,14 +19,14 @@ from tests.ops.cases import Case, Tokens, build
 from tests.ops.rounding import rounded_dense_decode
 from tests.ops.sparq_checks import cached, tokens_read
 from tests.ops.test_oracle import Array, probabilities
-from vllm_sparq.config import PagesRead
+from vllm_sparq.config import SpansRead
 from vllm_sparq.ops.dense_decode.reference import dense_decode as dense_reference
 
 SPAN = 16
 
 
-def n_spans(read: PagesRead, context_len: int) -> int:
-    """From the definition of the options and not from `PagesRead`'s own arithmetic."""
+def n_spans(read: SpansRead, context_len: int) -> int:
+    """From the definition of the options and not from `SpansRead`'s own arithmetic."""
     k = max(read.min_k, int(context_len * read.k_per_token))
     return min((context_len + SPAN - 1) // SPAN, max(3, k // SPAN))
 
@@ -59,7 +59,7 @@ def assert_right(
     run: Callable[..., None],
     case: Case,
     tokens: Tokens,
-    read: PagesRead,
+    read: SpansRead,
     on: str = "cpu",
     *,
     rounds: bool = False,

@@ -28,7 +28,7 @@ from tests.ops import tolerances
 from tests.ops.cases import Case, Tokens, World, build
 from tests.ops.rounding import rounded_dense_decode
 from tests.ops.test_oracle import Array, numbers, probabilities, repository
-from vllm_sparq.config import PagesRead, SparqRead
+from vllm_sparq.config import SpansRead, SparqRead
 from vllm_sparq.layout import Pages
 from vllm_sparq.ops.codec import unpack
 from vllm_sparq.ops.dense_decode.reference import cached_tokens
@@ -100,7 +100,7 @@ def show(world: World, b: int, first: int, width: int) -> None:
             pages.value_ranges[page] = torch.stack([torch.zeros_like(rows), rows], -1).to(case.dtype)
 
 
-def tokens_read(run: Callable[..., None], world: World, read: SparqRead | PagesRead) -> dict[tuple[int, int], Array]:
+def tokens_read(run: Callable[..., None], world: World, read: SparqRead | SpansRead) -> dict[tuple[int, int], Array]:
     """(request, KV head) -> ascending positions that ``run`` reads, for requests that are not read densely.
 
     V of some tokens at a time is made to show itself, each in channels of its own (whole groups of them where groups

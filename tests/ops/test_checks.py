@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 
 from tests.ops.cases import Case, build
-from vllm_sparq.config import PagesRead, SparqRead
+from vllm_sparq.config import SpansRead, SparqRead
 from vllm_sparq.ops import dense_decode as dense_decode_contract
 from vllm_sparq.ops import dispatch
-from vllm_sparq.ops import pages_decode as pages_decode_contract
 from vllm_sparq.ops import prefill as prefill_contract
+from vllm_sparq.ops import quest_decode as quest_decode_contract
 from vllm_sparq.ops import sparq_decode as sparq_decode_contract
 from vllm_sparq.ops import write as write_contract
 
@@ -22,19 +22,19 @@ CONTRACTS = {
     "write": write_contract.write,
     "dense_decode": dense_decode_contract.dense_decode,
     "sparq_decode": sparq_decode_contract.sparq_decode,
-    "pages_decode": pages_decode_contract.pages_decode,
+    "quest_decode": quest_decode_contract.quest_decode,
     "prefill": prefill_contract.prefill,
 }
-DECODES = ("dense_decode", "sparq_decode", "pages_decode")
+DECODES = ("dense_decode", "sparq_decode", "quest_decode")
 TOKENS = ("write", "prefill")
 READ = SparqRead(r=8, min_k=4, alpha_floor=0.0)
-READS = {"sparq_decode": dict(read=READ), "pages_decode": dict(read=PagesRead(min_k=16))}
+READS = {"sparq_decode": dict(read=READ), "quest_decode": dict(read=SpansRead(min_k=16))}
 CASE = Case(heads=4, kv_heads=2, head_size=64, lens=(20, 33), new=(5, 1))
 
 
 def arguments(op: str, case: Case = CASE) -> dict[str, Any]:
     """Valid arguments of the contract of ``op``, by name. T is 9 (3 rows of padding), B is 2."""
-    if op == "pages_decode" and case is CASE:
+    if op == "quest_decode" and case is CASE:
         case = replace(case, scoring="bounds", value_sum=False)
     world = build(case, written="context") if op in TOKENS else build(replace(case, new=()))
     given: dict[str, Any] = dict(pages=world.pages, block_table=world.block_table)
@@ -162,9 +162,9 @@ def test_sparq_decode_wants_a_scoring_copy() -> None:
         ),
     ],
 )
-def test_pages_decode_wants_bounds_of_neighbours(case: Case, message: str) -> None:
+def test_quest_decode_wants_bounds_of_neighbours(case: Case, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        CONTRACTS["pages_decode"](**arguments("pages_decode", case))
+        CONTRACTS["quest_decode"](**arguments("quest_decode", case))
 
 
 def test_sparq_decode_does_not_take_bounds_for_a_copy() -> None:

@@ -48,7 +48,7 @@ class Shape:
 
 ALL = ("write", "dense_decode", "sparq_decode", "prefill", "evict")
 DENSE = ("dense_decode", "prefill", "evict")
-SPANS = ("write", "pages_decode")
+SPANS = ("write", "quest_decode")
 SHAPES = (
     Shape(head_size=128, dtype="bfloat16", scoring="int4"),
     Shape(head_size=128, dtype="bfloat16", scoring="int4", heads=2, alpha_floor=0.0, ops=("sparq_decode",)),
@@ -226,12 +226,12 @@ def launch_all(shape: Shape) -> None:
     """Call every op once on tensors of this shape."""
     import torch
 
-    from vllm_sparq.config import PagesRead, SparqRead
+    from vllm_sparq.config import SpansRead, SparqRead
     from vllm_sparq.layout import PageLayout, Pages
     from vllm_sparq.ops.dense_decode.triton import dense_decode
     from vllm_sparq.ops.evict.triton import evict
-    from vllm_sparq.ops.pages_decode.triton import pages_decode
     from vllm_sparq.ops.prefill.triton import prefill
+    from vllm_sparq.ops.quest_decode.triton import quest_decode
     from vllm_sparq.ops.sparq_decode.triton import sparq_decode
     from vllm_sparq.ops.write.triton import write
 
@@ -261,14 +261,14 @@ def launch_all(shape: Shape) -> None:
         least_k=64,
         dense_below=1024,
     )
-    spans = PagesRead(min_k=128, k_per_token=Fraction(1, 16), dense_below=1024)
+    spans = SpansRead(min_k=128, k_per_token=Fraction(1, 16), dense_below=1024)
     one = query[:b]
     calls = {
         "write": lambda: write(key, key, pages, table, starts, lens, lens if shape.noted else None),
         "prefill": lambda: prefill(query, key, key, pages, table, starts, lens, scale=1.0, out=query),
         "dense_decode": lambda: dense_decode(one, pages, table, lens, scale=1.0, out=one),
         "sparq_decode": lambda: sparq_decode(one, pages, table, lens, read=read, scale=1.0, out=one),
-        "pages_decode": lambda: pages_decode(one, pages, table, lens, read=spans, scale=1.0, out=one),
+        "quest_decode": lambda: quest_decode(one, pages, table, lens, read=spans, scale=1.0, out=one),
         "evict": lambda: evict(pages, table, lens, lens, lens, sinks=4),
     }
     for op in shape.ops:

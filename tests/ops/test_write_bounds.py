@@ -14,7 +14,7 @@ from tests.ops.shapes import SPAN_FORMATS, SPANS, TINY_SPAN_FORMATS, TINY_SPANS
 from tests.ops.test_write import assert_same_bytes, hostile
 from vllm_sparq.ops.write.reference import write as reference
 
-IMPLEMENTATIONS = has("pages_decode")
+IMPLEMENTATIONS = has("quest_decode")
 """Bounds are made where they are read."""
 
 KERNELS = [implementation for implementation in IMPLEMENTATIONS if implementation != "reference"]

@@ -23,10 +23,10 @@ IMPLEMENTATIONS = {
         "cpu": "vllm_sparq.ops.sparq_decode.cpu:sparq_decode",
         "triton": "vllm_sparq.ops.sparq_decode.triton:sparq_decode",
     },
-    "pages_decode": {
-        "reference": "vllm_sparq.ops.pages_decode.reference:pages_decode",
-        "cpu": "vllm_sparq.ops.pages_decode.cpu:pages_decode",
-        "triton": "vllm_sparq.ops.pages_decode.triton:pages_decode",
+    "quest_decode": {
+        "reference": "vllm_sparq.ops.quest_decode.reference:quest_decode",
+        "cpu": "vllm_sparq.ops.quest_decode.cpu:quest_decode",
+        "triton": "vllm_sparq.ops.quest_decode.triton:quest_decode",
     },
     "evict": {
         "reference": "vllm_sparq.ops.evict.reference:evict",

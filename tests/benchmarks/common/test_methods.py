@@ -20,7 +20,7 @@ def test_names_stand_for_backends_and_options() -> None:
     assert not Method.named("dense").ranks_tokens
     quest, over = Method.named("quest"), Method.named("quest+kivi2", {"dense_layers": 0})
     assert (quest.backend, quest.options, quest.ranks_tokens) == ("QUEST", {}, False)
-    assert (over.backend, over.options) == ("SPARQ", {"read": "pages", "dense_layers": 0, "format": "kivi2"})
+    assert (over.backend, over.options) == ("SPARQ", {"read": "spans", "dense_layers": 0, "format": "kivi2"})
 
 
 def test_what_means_nothing_is_refused() -> None:

@@ -1,7 +1,7 @@
 """Attention of one query group over tokens, split over them: the exact part of every decode op.
 
 The tokens of a row are either all of a request, found through its block table, or a list of cells that `sparq_decode`
-or `pages_decode` picked (a cell is ``page * N + slot``). One load leads from a token to its K and V, so the pipeliner
+or `quest_decode` picked (a cell is ``page * N + slot``). One load leads from a token to its K and V, so the pipeliner
 can run ahead.
 
 Quantized pages take two loops, one over tokens in codes and one over those of the newest block, which are staged; the

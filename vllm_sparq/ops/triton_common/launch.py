@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from vllm_sparq.config import LEAST_SPANS, RETRIEVAL_TOKENS, PagesRead, SparqRead
+from vllm_sparq.config import LEAST_SPANS, SPAN_TOKENS, SpansRead, SparqRead
 
 PROGRAMS_PER_SM = 4
 """Programs of a decode kernel per multiprocessor: enough to even out the tail, few enough to merge cheaply."""
@@ -63,13 +63,13 @@ class Counts:
 
 
 @functools.cache
-def counts_of(read: SparqRead | PagesRead) -> Counts:
+def counts_of(read: SparqRead | SpansRead) -> Counts:
     """The ``READ`` of a decode op."""
     slope = read.k_per_token
     shared = dict(slope=slope.numerator, per_tokens=slope.denominator, dense_below=read.dense_below)
     if isinstance(read, SparqRead):
         return Counts(min_k=read.min_k, local=read.local, span=1, **shared)
-    return Counts(min_k=max(read.min_k, LEAST_SPANS * RETRIEVAL_TOKENS), local=-1, span=RETRIEVAL_TOKENS, **shared)
+    return Counts(min_k=max(read.min_k, LEAST_SPANS * SPAN_TOKENS), local=-1, span=SPAN_TOKENS, **shared)
 
 
 @triton.jit

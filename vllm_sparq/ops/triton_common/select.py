@@ -1,4 +1,4 @@
-"""Step 3 of `sparq_decode` and of `pages_decode` on a GPU: the exact top k of each row, no sort, three launches.
+"""Step 3 of `sparq_decode` and of `quest_decode` on a GPU: the exact top k of each row, no sort, three launches.
 
 1. `count_kernel` sorts the scores of each split into 256 bins that rise with the score.
 2. `partition_kernel` finds the bin in which the k-th score lies. Everything above is picked; the bin itself, about one

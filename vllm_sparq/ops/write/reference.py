@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from vllm_sparq.config import RETRIEVAL_TOKENS
+from vllm_sparq.config import SPAN_TOKENS
 from vllm_sparq.layout import SCORING_BITS, Pages
 from vllm_sparq.ops.codec import decode_page, encode_page, pack
 
@@ -101,7 +101,7 @@ def close_page(pages: Pages, page: int, head: int, keys: torch.Tensor) -> None:
 def span_bounds(keys: torch.Tensor) -> torch.Tensor:
     """[ceil(n / 16), 2, D]: least and largest element of each span and channel of keys [n, D], in their dtype."""
     finite = torch.where(keys.isfinite(), keys, 0.0)
-    return torch.stack([torch.stack([span.amin(0), span.amax(0)]) for span in finite.split(RETRIEVAL_TOKENS)])
+    return torch.stack([torch.stack([span.amin(0), span.amax(0)]) for span in finite.split(SPAN_TOKENS)])
 
 
 def quantize(x: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from vllm_sparq.config import RETRIEVAL_TOKENS
+from vllm_sparq.config import SPAN_TOKENS
 from vllm_sparq.ops.triton_common.codes import gather
 from vllm_sparq.ops.triton_common.launch import cast, widen
 
-SPAN = tl.constexpr(RETRIEVAL_TOKENS)
+SPAN = tl.constexpr(SPAN_TOKENS)
 
 
 @triton.jit

@@ -4,26 +4,26 @@ from __future__ import annotations
 
 import torch
 
-from vllm_sparq.config import PagesRead
+from vllm_sparq.config import SpansRead
 from vllm_sparq.layout import Pages
 from vllm_sparq.ops.checks import require
 from vllm_sparq.ops.dense_decode import check_decode
 from vllm_sparq.ops.dispatch import choose
 
 
-def pages_decode(
+def quest_decode(
     query: torch.Tensor,
     pages: Pages,
     block_table: torch.Tensor,
     seq_lens: torch.Tensor,
     *,
-    read: PagesRead,
+    read: SpansRead,
     scale: float,
     out: torch.Tensor,
 ) -> None:
     """Quest (Tang et al. 2024, arXiv 2406.10774), per request b and KV head, q the heads of its query group.
 
-    A *span* is `RETRIEVAL_TOKENS` = 16 neighbouring tokens, ``16 p .. 16 p + 15``; the last one of a context may hold
+    A *span* is `SPAN_TOKENS` = 16 neighbouring tokens, ``16 p .. 16 p + 15``; the last one of a context may hold
     fewer. It is what Quest calls a page; a page here is one block of one KV head, and holds N / 16 spans.
 
     A request that ``read.is_dense`` is attended to densely, exactly as `dense_decode` does. Otherwise:
@@ -54,8 +54,8 @@ def pages_decode(
     layout = pages.layout
     require(
         layout.scoring == "bounds",
-        f"pages_decode needs pages with scoring 'bounds'; this layout has {layout.scoring!r}",
+        f"quest_decode needs pages with scoring 'bounds'; this layout has {layout.scoring!r}",
     )
-    require(not layout.positions, "pages_decode needs pages that keep all tokens; this layout has positions")
-    run = choose("pages_decode", query.device.type).load()
+    require(not layout.positions, "quest_decode needs pages that keep all tokens; this layout has positions")
+    run = choose("quest_decode", query.device.type).load()
     run(query, pages, block_table, seq_lens, read=read, scale=scale, out=out)

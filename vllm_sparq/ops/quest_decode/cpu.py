@@ -1,10 +1,10 @@
-"""`vllm_sparq.ops.pages_decode.pages_decode` in C++: csrc/pages_decode.cpp."""
+"""`vllm_sparq.ops.quest_decode.quest_decode` in C++: csrc/quest_decode.cpp."""
 
 from __future__ import annotations
 
 import torch
 
-from vllm_sparq.config import PagesRead
+from vllm_sparq.config import SpansRead
 from vllm_sparq.layout import Pages
 from vllm_sparq.ops import native
 
@@ -12,13 +12,13 @@ SIGNATURE = "p pll pll ii plp f llll".replace(" ", "")
 """pages | query | out | B, H | block_table, seq_lens | scale | min_k, k_per_token, dense_below"""
 
 
-def pages_decode(
+def quest_decode(
     query: torch.Tensor,
     pages: Pages,
     block_table: torch.Tensor,
     seq_lens: torch.Tensor,
     *,
-    read: PagesRead,
+    read: SpansRead,
     scale: float,
     out: torch.Tensor,
 ) -> None:

@@ -1,4 +1,4 @@
-"""`config`: what `read: pages` resolves to, and what it refuses."""
+"""`config`: what `read: spans` resolves to, and what it refuses."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_sparq.config import MEASURED_BREAK_EVEN, OptionsError, PagesRead, parse_options, spans_of
+from vllm_sparq.config import MEASURED_BREAK_EVEN, OptionsError, SpansRead, parse_options, spans_of
 
 
-def resolved(**options: Any) -> PagesRead:
-    return parse_options({"sparq": options}, "quest").pages_read()
+def resolved(**options: Any) -> SpansRead:
+    return parse_options({"sparq": options}, "quest").spans_read()
 
 
 def test_compression_by_hand() -> None:
@@ -51,26 +51,26 @@ def test_k_overrides_compression() -> None:
 @pytest.mark.parametrize(("k", "spans"), [(1, 3), (47, 3), (63, 3), (64, 4), (10**6, 7)])
 def test_spans_by_hand(k: int, spans: int) -> None:
     """100 tokens are 7 spans, the last of 4 tokens; no fewer than 3 are read."""
-    assert PagesRead(min_k=k).n_spans(100) == spans
+    assert SpansRead(min_k=k).n_spans(100) == spans
 
 
 def test_dense_contexts() -> None:
-    read = PagesRead(min_k=64, dense_below=40)
+    read = SpansRead(min_k=64, dense_below=40)
     assert [s for s in (1, 39, 48, 64, 65, 100) if read.is_dense(s)] == [1, 39, 48, 64]
-    assert PagesRead(min_k=1, dense_below=100).is_dense(99)
+    assert SpansRead(min_k=1, dense_below=100).is_dense(99)
     assert resolved().dense_below == MEASURED_BREAK_EVEN
 
 
 @given(
     st.builds(
-        PagesRead,
+        SpansRead,
         min_k=st.integers(1, 10**5),
         k_per_token=st.fractions(0, 1),
         dense_below=st.integers(0, 10**4),
     ),
     st.integers(1, 10**7),
 )
-def test_numbers_of_a_read(read: PagesRead, s: int) -> None:
+def test_numbers_of_a_read(read: SpansRead, s: int) -> None:
     assert 1 <= read.n_spans(s) <= spans_of(s)
     assert read.n_spans(s) <= read.n_spans(s + 16)
     assert 16 * (spans_of(s) - 1) < s <= 16 * spans_of(s)
@@ -79,18 +79,18 @@ def test_numbers_of_a_read(read: PagesRead, s: int) -> None:
 
 def test_the_preset_is_the_authors() -> None:
     options = parse_options({}, "quest")
-    assert (options.read, options.dense_layers, options.format, options.retention) == ("pages", 2, "model", "all")
+    assert (options.read, options.dense_layers, options.format, options.retention) == ("spans", 2, "model", "all")
     assert parse_options({"sparq": {"dense_layers": 0, "format": "kivi2"}}, "quest").dense_layers == 0
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"r": 16}, "r=16 means nothing with read 'pages': set k or compression, set read 'sparq', or leave it out"),
-        ({"local": 0}, "local=0 means nothing with read 'pages'"),
-        ({"scoring": "int8"}, "scoring='int8' means nothing with read 'pages'"),
-        ({"mean_value": "on"}, "mean_value='on' means nothing with read 'pages'"),
-        ({"group_reduce": "probs"}, "group_reduce='probs' means nothing with read 'pages'"),
+        ({"r": 16}, "r=16 means nothing with read 'spans': set k or compression, set read 'sparq', or leave it out"),
+        ({"local": 0}, "local=0 means nothing with read 'spans'"),
+        ({"scoring": "int8"}, "scoring='int8' means nothing with read 'spans'"),
+        ({"mean_value": "on"}, "mean_value='on' means nothing with read 'spans'"),
+        ({"group_reduce": "probs"}, "group_reduce='probs' means nothing with read 'spans'"),
         (
             {"retention": "heavy_hitter"},
             "retention='heavy_hitter' puts tokens from elsewhere .* bounds say nothing: .* 'all'",
@@ -102,11 +102,11 @@ def test_the_preset_is_the_authors() -> None:
     ],
 )
 def test_refusals(options: dict[str, Any], message: str) -> None:
-    for backend, read in (("quest", {}), ("sparq", {"read": "pages"}), ("kivi", {"read": "pages"})):
+    for backend, read in (("quest", {}), ("sparq", {"read": "spans"}), ("kivi", {"read": "spans"})):
         with pytest.raises(OptionsError, match=f"sparq option {message}"):
             parse_options({"sparq": {**read, **options}}, backend)
 
 
 def test_h2o_with_pages_is_refused() -> None:
     with pytest.raises(OptionsError, match="retention='heavy_hitter'"):
-        parse_options({"sparq": {"read": "pages"}}, "h2o")
+        parse_options({"sparq": {"read": "spans"}}, "h2o")

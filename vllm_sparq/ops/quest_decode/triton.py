@@ -1,4 +1,4 @@
-"""`vllm_sparq.ops.pages_decode.pages_decode` on a GPU: five or six launches, no sync, nothing sized by a length.
+"""`vllm_sparq.ops.quest_decode.quest_decode` on a GPU: five or six launches, no sync, nothing sized by a length.
 
 Bytes per token and KV head for D = 128, bf16, k = S / 16 (a dense read: 512):
 
@@ -17,7 +17,7 @@ import torch
 import triton
 import triton.language as tl
 
-from vllm_sparq.config import RETRIEVAL_TOKENS, PagesRead
+from vllm_sparq.config import SPAN_TOKENS, SpansRead
 from vllm_sparq.layout import Pages
 from vllm_sparq.ops.dense_decode.triton import dense_decode
 from vllm_sparq.ops.triton_common.attend import attend, pages_as_records
@@ -156,13 +156,13 @@ class Scratch:
         self.cells, self.candidates = empty(capacity), empty(max_spans)
 
 
-def pages_decode(
+def quest_decode(
     query: torch.Tensor,
     pages: Pages,
     block_table: torch.Tensor,
     seq_lens: torch.Tensor,
     *,
-    read: PagesRead,
+    read: SpansRead,
     scale: float,
     out: torch.Tensor,
 ) -> None:
@@ -171,16 +171,16 @@ def pages_decode(
     if read.k_per_token < 1 and read.is_dense(max_tokens):  # so is every shorter context
         dense_decode(query, pages, block_table, seq_lens, scale=scale, out=out)
         return
-    row_bytes = 4 * list_capacity(read, max_tokens) + 8 * (max_tokens // RETRIEVAL_TOKENS)
+    row_bytes = 4 * list_capacity(read, max_tokens) + 8 * (max_tokens // SPAN_TOKENS)
     per_slice = max(1, SCRATCH_BYTES // (row_bytes * n_kv_heads))
     for first in range(0, n_requests, per_slice):
         rows = slice(first, min(first + per_slice, n_requests))
         decode_slice(query[rows], pages, block_table[rows], seq_lens[rows], read, scale, out[rows])
 
 
-def list_capacity(read: PagesRead, max_tokens: int) -> int:
+def list_capacity(read: SpansRead, max_tokens: int) -> int:
     """Tokens that the list of a row may hold, picked or all of them."""
-    return max(RETRIEVAL_TOKENS * read.n_spans(max_tokens), min(read.dense_below, max_tokens))
+    return max(SPAN_TOKENS * read.n_spans(max_tokens), min(read.dense_below, max_tokens))
 
 
 def decode_slice(
@@ -188,13 +188,13 @@ def decode_slice(
     pages: Pages,
     block_table: torch.Tensor,
     seq_lens: torch.Tensor,
-    read: PagesRead,
+    read: SpansRead,
     scale: float,
     out: torch.Tensor,
 ) -> None:
     """The requests whose scratch fits at once."""
     max_tokens = block_table.shape[1] * pages.layout.block_size
-    n_rows, max_spans = query.shape[0] * pages.data.shape[1], max_tokens // RETRIEVAL_TOKENS
+    n_rows, max_spans = query.shape[0] * pages.data.shape[1], max_tokens // SPAN_TOKENS
     capacity, counts = list_capacity(read, max_tokens), counts_of(read)
     n_splits = split_count(n_rows, max_spans, query.device, min_tokens=TILE, limit=64)
     work = Scratch(n_rows, n_splits, max_spans, capacity, query.device)

@@ -1,22 +1,22 @@
-"""The specification of `vllm_sparq.ops.pages_decode.pages_decode`: one request and one KV head at a time."""
+"""The specification of `vllm_sparq.ops.quest_decode.quest_decode`: one request and one KV head at a time."""
 
 from __future__ import annotations
 
 import torch
 
-from vllm_sparq.config import RETRIEVAL_TOKENS, PagesRead
+from vllm_sparq.config import SPAN_TOKENS, SpansRead
 from vllm_sparq.layout import Pages
 from vllm_sparq.ops.dense_decode.reference import attend, decode_rows
 from vllm_sparq.ops.write.reference import block_tokens, span_bounds
 
 
-def pages_decode(
+def quest_decode(
     query: torch.Tensor,
     pages: Pages,
     block_table: torch.Tensor,
     seq_lens: torch.Tensor,
     *,
-    read: PagesRead,
+    read: SpansRead,
     scale: float,
     out: torch.Tensor,
 ) -> None:
@@ -58,5 +58,5 @@ def pick_spans(upper: torch.Tensor, n_spans: int) -> torch.Tensor:
 
 def tokens_of(spans: torch.Tensor, context_len: int) -> torch.Tensor:
     """int64, ascending: the tokens of these spans that exist."""
-    tokens = (spans[:, None] * RETRIEVAL_TOKENS + torch.arange(RETRIEVAL_TOKENS, device=spans.device)).flatten()
+    tokens = (spans[:, None] * SPAN_TOKENS + torch.arange(SPAN_TOKENS, device=spans.device)).flatten()
     return tokens[tokens < context_len]

@@ -1,4 +1,4 @@
-"""`pages_decode`: the spans read and the output given those spans, exact cases, and invariants."""
+"""`quest_decode`: the spans read and the output given those spans, exact cases, and invariants."""
 
 from __future__ import annotations
 
@@ -15,30 +15,30 @@ from tests.ops.cases import device_of as device
 from tests.ops.shapes import SPAN_FORMATS, SPANS, TINY_SPAN_FORMATS, TINY_SPANS
 from tests.ops.spans_checks import assert_right, attend, choose, upper_bounds
 from tests.ops.sparq_checks import tokens_read
-from vllm_sparq.config import PagesRead, spans_of
+from vllm_sparq.config import SpansRead, spans_of
 from vllm_sparq.ops.dense_decode.reference import dense_decode as dense_reference
-from vllm_sparq.ops.pages_decode.reference import pages_decode as reference
+from vllm_sparq.ops.quest_decode.reference import quest_decode as reference
 
-IMPLEMENTATIONS = has("pages_decode")
+IMPLEMENTATIONS = has("quest_decode")
 CASES, CODED = (*SPANS, *TINY_SPANS), (*SPAN_FORMATS, *TINY_SPAN_FORMATS)
 BASE = SPANS[0]
 
 
-def reads(case: Case, turn: int) -> PagesRead:
+def reads(case: Case, turn: int) -> SpansRead:
     """The least that may be read, a slope, a floor that is no multiple of 16, dense reads up to the median."""
     longest = max(case.lens)
     return (
-        PagesRead(min_k=1),
-        PagesRead(min_k=16, k_per_token=Fraction(7, 16)),
-        PagesRead(min_k=longest // 2 + 7, dense_below=sorted(case.lens)[len(case.lens) // 2]),
+        SpansRead(min_k=1),
+        SpansRead(min_k=16, k_per_token=Fraction(7, 16)),
+        SpansRead(min_k=longest // 2 + 7, dense_below=sorted(case.lens)[len(case.lens) // 2]),
     )[turn]
 
 
 @pytest.mark.parametrize(("implementation", "case"), each(SPANS, tiny=TINY_SPANS, implementations=IMPLEMENTATIONS))
 @pytest.mark.parametrize("turn", [0, 1, 2])
-def test_pages_decode_is_right(implementation: str, case: Case, turn: int) -> None:
+def test_quest_decode_is_right(implementation: str, case: Case, turn: int) -> None:
     """The reference too."""
-    run = load("pages_decode", implementation)
+    run = load("quest_decode", implementation)
     assert_right(run, case, case.tokens(), reads(case, turn), device(implementation))
 
 
@@ -48,7 +48,7 @@ def test_pages_decode_is_right(implementation: str, case: Case, turn: int) -> No
 @pytest.mark.parametrize("turn", [0, 1, 2])
 def test_quantized_pages_are_right(implementation: str, case: Case, turn: int) -> None:
     """The reference too. Spans are ranked by K as it was before it was quantized."""
-    run, triton = load("pages_decode", implementation), implementation == "triton"
+    run, triton = load("quest_decode", implementation), implementation == "triton"
     given = case, case.tokens(), reads(case, turn), device(implementation)
     assert_right(run, *given, rounds=triton, probes=not triton or case.heads == case.kv_heads)
 
@@ -72,7 +72,7 @@ def test_by_hand() -> None:
     world = build(case, Tokens([query], [keys], [values]))
     out = world.empty_out()
     given = world.query[:1], world.pages, world.block_table, world.seq_lens
-    reference(*given, read=PagesRead(min_k=48), scale=0.0, out=out)
+    reference(*given, read=SpansRead(min_k=48), scale=0.0, out=out)
     assert out.unique().tolist() == [pytest.approx((sum(range(32, 64)) + 64) / 33)]
     upper, _ = upper_bounds(query[0].double().numpy(), keys[:, 0].double().numpy())
     assert upper.tolist() == [2, 0, 7, 6, -200]
@@ -91,7 +91,7 @@ def test_planted_tokens_bring_their_spans(implementation: str, block_size: int, 
     tokens.query[0][0] = tokens.query[0][0].abs() * direction
     tokens.key[0] = (tokens.key[0] / 8).to(case.dtype)
     tokens.key[0][[0, 79, 130, 180]] += 4 * direction
-    read, run = PagesRead(min_k=5 * 16), load("pages_decode", implementation)
+    read, run = SpansRead(min_k=5 * 16), load("quest_decode", implementation)
     want = [t for p in (0, 4, 8, 11) for t in range(p * 16, p * 16 + 16)] + list(range(192, 200))
     assert tokens_read(run, build(case, tokens, device=on), read)[0, 0].tolist() == want
     assert_right(run, case, tokens, read, on)
@@ -113,8 +113,8 @@ def test_ties_go_to_the_oldest(implementation: str, case: Case, newest: str) -> 
     tokens.key[0][:] = torch.arange(case.head_size).fmod(5).to(case.dtype)
     if newest == "worst":
         tokens.key[0][s // 16 * 16 :] = -8
-    world, read = build(case, tokens, device=on), PagesRead(min_k=70)
-    for chosen in tokens_read(load("pages_decode", implementation), world, read).values():
+    world, read = build(case, tokens, device=on), SpansRead(min_k=70)
+    for chosen in tokens_read(load("quest_decode", implementation), world, read).values():
         assert chosen.tolist() == [*range(3 * 16), *range((spans_of(s) - 1) * 16, s)]
 
 
@@ -129,7 +129,7 @@ def test_keys_that_are_not_finite_rank_as_zero(implementation: str) -> None:
     key[16:32], key[48:64] = 1, 2
     for first, bad in ((0, torch.nan), (32, torch.inf), (64, -torch.inf), (128, torch.inf), (133, torch.nan)):
         key[first + 3] = bad
-    run, world, read = load("pages_decode", implementation), build(case, tokens, device=on), PagesRead(min_k=48)
+    run, world, read = load("quest_decode", implementation), build(case, tokens, device=on), SpansRead(min_k=48)
     assert tokens_read(run, world, read)[0, 0].tolist() == [*range(16, 32), *range(48, 64), *range(144, 156)]
     assert world.decode(run, read=read).isfinite().all()
 
@@ -138,11 +138,11 @@ def test_keys_that_are_not_finite_rank_as_zero(implementation: str) -> None:
     ("implementation", "case"), each(SPANS[:4], tiny=TINY_SPANS[:1], implementations=IMPLEMENTATIONS)
 )
 def test_with_nothing_left_out_it_is_dense(implementation: str, case: Case) -> None:
-    run, longest = load("pages_decode", implementation), max(case.lens)
+    run, longest = load("quest_decode", implementation), max(case.lens)
     world, want = build(case, device=device(implementation)), build(case).decode(dense_reference)
-    for read in (PagesRead(min_k=16 * spans_of(longest)), PagesRead(min_k=1, dense_below=longest + 1)):
+    for read in (SpansRead(min_k=16 * spans_of(longest)), SpansRead(min_k=1, dense_below=longest + 1)):
         torch.testing.assert_close(world.decode(run, read=read).cpu(), want, **tolerances.OUT[case.dtype])
-    assert not PagesRead(min_k=16 * spans_of(longest) - 1).is_dense(longest)
+    assert not SpansRead(min_k=16 * spans_of(longest) - 1).is_dense(longest)
 
 
 @pytest.mark.parametrize(
@@ -151,7 +151,7 @@ def test_with_nothing_left_out_it_is_dense(implementation: str, case: Case) -> N
 )
 def test_nothing_but_the_tokens_matters(implementation: str, case: Case) -> None:
     """Other page ids, other garbage: the same bits. Padding rows are zero, and the gap between rows keeps its NaN."""
-    run, on, read = load("pages_decode", implementation), device(implementation), PagesRead(min_k=48)
+    run, on, read = load("quest_decode", implementation), device(implementation), SpansRead(min_k=48)
     plain = build(case, device=on).decode(run, read=read)
     assert plain.isfinite().all()
     assert build(case, poison=HUGE_BYTE, device=on).decode(run, read=read).equal(plain)
@@ -164,8 +164,8 @@ def test_nothing_but_the_tokens_matters(implementation: str, case: Case) -> None
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_a_batch_of_one_is_a_row_of_the_batch(implementation: str) -> None:
-    case, read = replace(BASE, lens=(65, 49, 80)), PagesRead(min_k=48)
-    tokens, run, on = case.tokens(), load("pages_decode", implementation), device(implementation)
+    case, read = replace(BASE, lens=(65, 49, 80)), SpansRead(min_k=48)
+    tokens, run, on = case.tokens(), load("quest_decode", implementation), device(implementation)
     together = build(case, tokens, device=on).decode(run, read=read)
     for b, s in enumerate(case.lens):
         row = Tokens(tokens.query[b : b + 1], tokens.key[b : b + 1], tokens.value[b : b + 1])
@@ -178,7 +178,7 @@ def test_a_zero_query_reads_the_oldest_spans(implementation: str) -> None:
     case, on = replace(BASE, heads=2, kv_heads=1, lens=(100,)), device(implementation)
     tokens = case.tokens()
     tokens.query[0][:] = 0
-    out = build(case, tokens, device=on).decode(load("pages_decode", implementation), read=PagesRead(min_k=1)).cpu()
+    out = build(case, tokens, device=on).decode(load("quest_decode", implementation), read=SpansRead(min_k=1)).cpu()
     want = tokens.value[0][[*range(32), *range(96, 100)], 0].mean(0)
     torch.testing.assert_close(out[0], want.expand(2, -1), **tolerances.OUT[case.dtype])
 
@@ -187,7 +187,7 @@ def test_a_zero_query_reads_the_oldest_spans(implementation: str) -> None:
 @pytest.mark.parametrize("n_threads", [1, 2, 7])
 @pytest.mark.parametrize("case", [SPANS[6], SPANS[-1], SPAN_FORMATS[6]], ids=str)
 def test_threads_do_not_matter(n_threads: int, case: Case) -> None:
-    run, world, read = load("pages_decode", "cpu"), build(case), PagesRead(min_k=100)
+    run, world, read = load("quest_decode", "cpu"), build(case), SpansRead(min_k=100)
     other = threaded(run.__wrapped__, n_threads)  # type: ignore[attr-defined]
     assert n_threads != THREADS
     torch.testing.assert_close(
@@ -201,9 +201,9 @@ def test_threads_do_not_matter(n_threads: int, case: Case) -> None:
 )
 def test_a_wrong_answer_is_refused(wrong: dict[str, int], message: str) -> None:
     """Guard of this file's own check."""
-    case, read = replace(BASE, lens=(200,)), PagesRead(min_k=64)
+    case, read = replace(BASE, lens=(200,)), SpansRead(min_k=64)
 
-    def run(query: torch.Tensor, *args: object, read: PagesRead, **kwargs: object) -> None:
+    def run(query: torch.Tensor, *args: object, read: SpansRead, **kwargs: object) -> None:
         query = query if wrong else query.flip(2)
         reference(query, *args, read=replace(read, **wrong), **kwargs)  # type: ignore[arg-type]
 
@@ -223,7 +223,7 @@ def test_a_row_whose_spans_are_shared_out(implementation: str, order: str) -> No
     if order != "random":
         tokens.query[0][:] = 1
         tokens.key[0][:] = torch.arange(2500.0)[:, None, None] // 256 if order == "rising" else 1
-    run, read = load("pages_decode", implementation), PagesRead(min_k=400)
+    run, read = load("quest_decode", implementation), SpansRead(min_k=400)
     assert_right(run, LONG, tokens, read, on)
     if order == "tied":
         chosen = tokens_read(run, build(LONG, tokens, device=on), read)[0, 0]
@@ -243,11 +243,11 @@ def test_bounds_may_overflow(implementation: str, kind: str) -> None:
     tokens.query[0][..., :2] = 1e19  # 2e19 * 3e19 is infinite; 1e19 * 3e19, the logit of a head, is not
     for span, first, second in ((0, -big, 0), (5, big, -big * (kind == "nan")), (8, big, -big * (kind == "nan"))):
         tokens.key[0][span * 16 : span * 16 + 16, 0, :2] = torch.tensor([first, second])
-    run, world = load("pages_decode", implementation), build(case, tokens, device=on)
+    run, world = load("quest_decode", implementation), build(case, tokens, device=on)
 
     def flat(*args: object, scale: float, **options: object) -> None:
         run(*args, scale=2e-38, **options)  # so that logits are 6 or 0, and every token read leaves its mark
 
     for n, want in ((3, [5, 8, 9]), (9, [1, 2, 3, 4, 5, 6, 7, 8, 9])):
-        chosen = tokens_read(flat, world, PagesRead(min_k=16 * n))[0, 0]
+        chosen = tokens_read(flat, world, SpansRead(min_k=16 * n))[0, 0]
         assert np.unique(chosen // 16).tolist() == want

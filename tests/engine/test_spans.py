@@ -13,7 +13,7 @@ from tests.engine.test_sameness import RUNS
 
 pytestmark = pytest.mark.engine
 
-SPARSE = EXACT["sparse pages"]
+SPARSE = EXACT["sparse spans"]
 
 
 @pytest.fixture(scope="module")
@@ -81,4 +81,4 @@ def test_speculative_decoding_and_two_workers(prompts: Prompts, alone: list[list
             assert result["metrics"]["vllm:spec_decode_num_accepted_tokens"] > 0
         for report in result["reports"]:
             assert {layer["backend"] for layer in report.values()} == {"QUEST"}
-            assert all("pages_decode" in layer["ops"] for layer in report.values())
+            assert all("quest_decode" in layer["ops"] for layer in report.values())
