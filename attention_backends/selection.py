@@ -51,7 +51,7 @@ def preferred_block_size(options: Options, max_model_len: int) -> int:
     Not longer where blocks are quantized or evicted from: what waits for quantization, and what a budget must hold,
     grows with the block.
     """
-    ranks_by_rows = options.read == "sparq" and options.scoring == "int4" and options.format == "model"
+    ranks_by_rows = options.read == "sparq" and options.ranking == "int4" and options.format == "model"
     is_long = ranks_by_rows and options.retention == "all" and max_model_len >= LONG_CONTEXT
     return LONG_BLOCK_SIZE if is_long else PREFERRED_BLOCK_SIZE
 
@@ -70,10 +70,10 @@ def page_layout(options: Options, head_size: int, block_size: int, dtype: torch.
         group_size=options.group_size,
     )
     ranks_tokens = options.read == "sparq"
-    scoring = options.scoring if ranks_tokens and not layout.channel_keys else None
+    ranking = options.ranking if ranks_tokens and not layout.channel_keys else None
     return replace(
         layout,
-        scoring="bounds" if options.read == "spans" else scoring,
+        ranking="bounds" if options.read == "spans" else ranking,
         value_sum=ranks_tokens and options.reallocates(grouped=grouped),
         positions=options.retention != "all",
         scores=options.retention == "heavy_hitter",

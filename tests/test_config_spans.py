@@ -88,7 +88,7 @@ def test_the_preset_is_the_authors() -> None:
     [
         ({"r": 16}, "r=16 means nothing with read 'spans': set k or compression, set read 'sparq', or leave it out"),
         ({"local": 0}, "local=0 means nothing with read 'spans'"),
-        ({"scoring": "int8"}, "scoring='int8' means nothing with read 'spans'"),
+        ({"ranking": "int8"}, "ranking='int8' means nothing with read 'spans'"),
         ({"mean_value": "on"}, "mean_value='on' means nothing with read 'spans'"),
         ({"group_reduce": "probs"}, "group_reduce='probs' means nothing with read 'spans'"),
         (

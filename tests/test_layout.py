@@ -14,14 +14,14 @@ from vllm_sparq.layout import ALIGNMENT, PageLayout, Pages
 HEAD_SIZES = (16, 64, 80, 96, 112, 128, 256)
 BLOCK_SIZES = (16, 32, 48, 64, 128, 256)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-SCORINGS = (None, "int4", "int8", "model", "bounds")
+RANKINGS = (None, "int4", "int8", "model", "bounds")
 
 layouts = st.builds(
     PageLayout,
     head_size=st.sampled_from(HEAD_SIZES),
     block_size=st.sampled_from(BLOCK_SIZES),
     dtype=st.sampled_from(DTYPES),
-    scoring=st.sampled_from(SCORINGS),
+    ranking=st.sampled_from(RANKINGS),
     value_sum=st.booleans(),
 )
 
@@ -30,27 +30,27 @@ def bytes_of_parts(layout: PageLayout) -> int:
     """What the parts hold, from the sizes alone."""
     n, d = layout.block_size, layout.head_size
     size = layout.dtype.itemsize
-    per_code = {None: 0, "int4": 0.5, "int8": 1, "model": size, "bounds": size / 8}[layout.scoring]
-    ranges = 4 * d if layout.scoring in ("int4", "int8") else 0
-    return int(2 * n * d * layout.dtype.itemsize + n * d * per_code + ranges + 4 * d * layout.value_sum)
+    per_code = {None: 0, "int4": 0.5, "int8": 1, "model": size, "bounds": size / 8}[layout.ranking]
+    scales = 4 * d if layout.ranking in ("int4", "int8") else 0
+    return int(2 * n * d * layout.dtype.itemsize + n * d * per_code + scales + 4 * d * layout.value_sum)
 
 
-@pytest.mark.parametrize("scoring", SCORINGS)
+@pytest.mark.parametrize("ranking", RANKINGS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("block_size", BLOCK_SIZES)
 @pytest.mark.parametrize("head_size", HEAD_SIZES)
-def test_every_byte_has_one_owner(head_size: int, block_size: int, dtype: torch.dtype, scoring: str | None) -> None:
+def test_every_byte_has_one_owner(head_size: int, block_size: int, dtype: torch.dtype, ranking: str | None) -> None:
     """Add one through each byte of each view: every byte of a part is one then, and the rest, padding, is zero."""
     for value_sum in (False, True):
         layout = PageLayout(
-            head_size=head_size, block_size=block_size, dtype=dtype, scoring=scoring, value_sum=value_sum
+            head_size=head_size, block_size=block_size, dtype=dtype, ranking=ranking, value_sum=value_sum
         )
         pages = Pages(torch.zeros(2, 3, layout.page_bytes, dtype=torch.uint8), layout)
         views = [pages.keys, pages.values]
-        if scoring is not None:
-            views.append(pages.scoring)
-        if scoring in ("int4", "int8"):
-            views.append(pages.ranges)
+        if ranking is not None:
+            views.append(pages.ranking)
+        if ranking in ("int4", "int8"):
+            views.append(pages.scales)
         if value_sum:
             views.append(pages.value_sum)
         for view in views:
@@ -79,11 +79,11 @@ def test_alignment_and_padding(layout: PageLayout) -> None:
 def test_bytes_by_hand() -> None:
     # D = 128, N = 128, bf16, int4, value sums. Records: 128 * 2 * 128 * 2 = 65536 bytes. Codes: 128 * 128 / 2 = 8192.
     # Ranges: 128 * 2 * 2 = 512. Value sum: 128 * 4 = 512. Together 74752 = 128 * 584, whole cache lines throughout.
-    layout = PageLayout(head_size=128, block_size=128, dtype=torch.bfloat16, scoring="int4", value_sum=True)
+    layout = PageLayout(head_size=128, block_size=128, dtype=torch.bfloat16, ranking="int4", value_sum=True)
     assert {p.name: (p.offset, p.nbytes) for p in layout.parts.values()} == {
         "records": (0, 65536),
-        "scoring": (65536, 8192),
-        "ranges": (73728, 512),
+        "ranking": (65536, 8192),
+        "scales": (73728, 512),
         "value_sum": (74240, 512),
     }
     assert layout.page_bytes == 74752
@@ -91,8 +91,8 @@ def test_bytes_by_hand() -> None:
     assert layout.overhead == pytest.approx(584 / 512 - 1)
     assert {p.name: p.shape for p in layout.parts.values()} == {
         "records": (128, 2, 128),
-        "scoring": (128, 64),
-        "ranges": (128, 2),
+        "ranking": (128, 64),
+        "scales": (128, 2),
         "value_sum": (128,),
     }
 
@@ -101,7 +101,7 @@ def test_padding_by_hand() -> None:
     # D = 80, N = 48, fp16, int4, value sums. Records 48 * 2 * 80 * 2 = 15360 = 240 * 64. Codes 80 * 24 = 1920.
     # Ranges 320 = 5 * 64. Value sum 320: ends at 17920. The least common multiple of 64 and 48 is 192, and 17920 / 192
     # is 93.3, so 94 * 192 = 18048 bytes: 376 a token.
-    layout = PageLayout(head_size=80, block_size=48, dtype=torch.float16, scoring="int4", value_sum=True)
+    layout = PageLayout(head_size=80, block_size=48, dtype=torch.float16, ranking="int4", value_sum=True)
     assert (layout.page_bytes, layout.bytes_per_token) == (18048, 376)
 
 
@@ -109,21 +109,21 @@ def test_padding_by_hand() -> None:
 def test_memory_promise(head_size: int) -> None:
     """README: about 14% beyond a dense cache at the recommended block size, 27% and 50% for the larger copies."""
     promised = {"int4": 0.15, "int8": 0.28, "model": 0.52}
-    for scoring, most in promised.items():
-        layout = PageLayout(head_size=head_size, block_size=128, dtype=torch.bfloat16, scoring=scoring, value_sum=True)
+    for ranking, most in promised.items():
+        layout = PageLayout(head_size=head_size, block_size=128, dtype=torch.bfloat16, ranking=ranking, value_sum=True)
         assert 0.125 < layout.overhead <= most
     assert PageLayout(head_size=head_size, block_size=128, dtype=torch.bfloat16).overhead == 0
-    assert PageLayout(head_size=head_size, block_size=128, dtype=torch.bfloat16, scoring="bounds").overhead == 1 / 16
+    assert PageLayout(head_size=head_size, block_size=128, dtype=torch.bfloat16, ranking="bounds").overhead == 1 / 16
 
 
 @pytest.mark.parametrize("fmt", ["model", "int4", "kivi2"])
 def test_bounds_of_spans(fmt: str) -> None:
     """[N/16, 2, D] in the model's type, whatever the format; and they rank no tokens for SparQ."""
-    layout = PageLayout(head_size=64, block_size=32, dtype=torch.float16, scoring="bounds", format=fmt)
-    assert Pages.empty(3, 2, layout).scoring.shape == (3, 2, 2, 2, 64)
-    assert Pages.empty(1, 1, layout).scoring.dtype == torch.float16
+    layout = PageLayout(head_size=64, block_size=32, dtype=torch.float16, ranking="bounds", format=fmt)
+    assert Pages.empty(3, 2, layout).ranking.shape == (3, 2, 2, 2, 64)
+    assert Pages.empty(1, 1, layout).ranking.dtype == torch.float16
     assert layout.ranks_tokens == layout.channel_keys
-    assert "ranges" not in layout.parts
+    assert "scales" not in layout.parts
 
 
 @pytest.mark.parametrize("size", [0, -16, 1, 8, 17, 24, 100])
@@ -138,9 +138,9 @@ def test_refused_head_sizes(size: int) -> None:
         PageLayout(head_size=size, block_size=16, dtype=torch.bfloat16)
 
 
-def test_refused_scoring() -> None:
+def test_refused_ranking() -> None:
     with pytest.raises(ValueError, match=r"'int2' is not one of \['model', 'bounds', 'int4', 'int8'\]"):
-        PageLayout(head_size=64, block_size=16, dtype=torch.bfloat16, scoring="int2")
+        PageLayout(head_size=64, block_size=16, dtype=torch.bfloat16, ranking="int2")
 
 
 def test_layout_is_frozen() -> None:
@@ -151,7 +151,7 @@ def test_layout_is_frozen() -> None:
         PageLayout(64, 16, torch.bfloat16)  # type: ignore[misc]
 
 
-LAYOUT = PageLayout(head_size=64, block_size=16, dtype=torch.bfloat16, scoring="int4", value_sum=True)
+LAYOUT = PageLayout(head_size=64, block_size=16, dtype=torch.bfloat16, ranking="int4", value_sum=True)
 
 
 @pytest.mark.parametrize(
@@ -172,7 +172,7 @@ def test_refused_pages(data: torch.Tensor) -> None:
 
 def test_parts_that_a_layout_lacks() -> None:
     pages = Pages.empty(1, 1, PageLayout(head_size=64, block_size=16, dtype=torch.bfloat16))
-    for name in ("scoring", "ranges", "value_sum"):
+    for name in ("ranking", "scales", "value_sum"):
         with pytest.raises(KeyError, match=name):
             getattr(pages, name)
 
@@ -197,10 +197,10 @@ def test_pages_of_the_engine(heads_first: bool) -> None:
 def test_views() -> None:
     pages = Pages.empty(2, 3, LAYOUT)
     assert pages.keys.shape == pages.values.shape == (2, 3, 16, 64)
-    assert pages.scoring.shape == (2, 3, 64, 8)
-    assert pages.ranges.shape == (2, 3, 64, 2)
+    assert pages.ranking.shape == (2, 3, 64, 8)
+    assert pages.scales.shape == (2, 3, 64, 2)
     assert pages.value_sum.shape == (2, 3, 64)
-    assert [v.dtype for v in (pages.keys, pages.scoring, pages.ranges, pages.value_sum)] == [
+    assert [v.dtype for v in (pages.keys, pages.ranking, pages.scales, pages.value_sum)] == [
         torch.bfloat16,
         torch.uint8,
         torch.float16,

@@ -55,7 +55,7 @@ class Options(BaseModel):
     format: Literal["model", "int8", "int4", "kivi4", "kivi2"] = "model"
     """How full blocks are stored: the model's type, or codes (int4: FlexGen; kivi: KIVI). 1/2 to 1/5 of the memory."""
     group_size: int | None = Field(default=None, ge=8)
-    """Elements that share a quantization range, for int4 (default 64) and kivi (default 32)."""
+    """Elements that share a scale, for int4 (default 64) and kivi (default 32)."""
     chunk: Literal["codes", "exact"] = "codes"
     """How a prompt sees the full blocks of its own chunk: as codes, like any other, or exactly, as KIVI does.
 
@@ -100,7 +100,7 @@ class Options(BaseModel):
     Each step, layer and KV head reads its own number: between min_k, or the newest tokens if they are more, and k. It
     takes the scores of every query head, as the mean value does. Measure it: heads that look sure may be wrong.
     """
-    scoring: Literal["int4", "int8", "model"] = "int4"
+    ranking: Literal["int4", "int8", "model"] = "int4"
     """Type of the channel-major copy of K that ranks the tokens: +14%, +27% or +50% memory."""
     mean_value: Literal["auto", "on", "off"] = "auto"
     """Give the probability of unread tokens to the mean of V. auto: off with grouped queries and summed logits."""
@@ -302,7 +302,7 @@ def _check_mass(options: Options) -> None:
 
 def _check_spans(options: Options) -> None:
     """Options that mean nothing to a read of spans, or that it cannot keep."""
-    meaningless = ("r", "local", "mass", "scoring", "mean_value", "group_reduce")
+    meaningless = ("r", "local", "mass", "ranking", "mean_value", "group_reduce")
     _refuse(options, meaningless, "with read 'spans': set k or compression, set read 'sparq'")
     if options.retention != "all":
         raise OptionsError(

@@ -14,13 +14,13 @@ class Format:
         channel_keys: whether a group of K is neighbouring tokens of one channel (KIVI) instead of neighbouring channels
             of one token. Groups of V are always neighbouring channels of one token.
         group: default elements of a group, where they divide the head size; 0 is the whole head.
-        range_numbers: 2 for step and zero; 1 for a step alone, codes being signed.
+        scale_numbers: 2 for scale and zero point; 1 for a scale alone, codes being signed.
     """
 
     bits: int
     channel_keys: bool
     group: int
-    range_numbers: int = 2
+    scale_numbers: int = 2
 
     def default_group(self, head_size: int) -> int:
         """The largest sensible group for a head size: ``group``, or the largest part of the head that is below it."""
@@ -31,7 +31,7 @@ class Format:
 
 FORMATS: dict[str, Format | None] = {
     "model": None,
-    "int8": Format(bits=8, channel_keys=False, group=0, range_numbers=1),
+    "int8": Format(bits=8, channel_keys=False, group=0, scale_numbers=1),
     "int4": Format(bits=4, channel_keys=False, group=64),
     "kivi4": Format(bits=4, channel_keys=True, group=32),
     "kivi2": Format(bits=2, channel_keys=True, group=32),

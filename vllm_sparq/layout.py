@@ -4,22 +4,22 @@ A *page* is one block of one KV head: ``block_size`` tokens in ``page_bytes`` co
 tokens are stored is the block *format*. ``model`` keeps them as the model made them:
 
     +----------------------------------+------------------------+------------------+------------+
-    | records   [N, 2, D]              | scoring   [D, N/2]     | ranges  [D, 2]   | value_sum  |
-    | token-major: K row, then V row   | channel-major codes    | step, zero       | [D] fp32   |
+    | records   [N, 2, D]              | ranking   [D, N/2]     | scales  [D, 2]   | value_sum  |
+    | token-major: K row, then V row   | channel-major codes    | scale, zero      | [D] fp32   |
     | one gathered token = one run     | one channel = one run  | fp16 per channel | V before   |
     +----------------------------------+------------------------+------------------+------------+
 
-``int8`` and ``int4`` keep a token in one run too, of codes and their ranges:
+``int8`` and ``int4`` keep a token in one run too, of codes and their scales:
 
-    records [N, R] bytes:   K codes | V codes | K ranges | V ranges
+    records [N, R] bytes:   K codes | V codes | K scales | V scales
 
-``kivi4`` and ``kivi2`` keep K channel-major, so that it ranks tokens as it is and needs no scoring copy:
+``kivi4`` and ``kivi2`` keep K channel-major, so that it ranks tokens as it is and needs no ranking copy:
 
-    key_codes [D, N * bits/8]   key_ranges [D, N/g, 2]   value_codes [N, D * bits/8]   value_ranges [N, D/g, 2]
+    key_codes [D, N * bits/8]   key_scales [D, N/g, 2]   value_codes [N, D * bits/8]   value_scales [N, D/g, 2]
 
 * ``records``: written when a token arrives (``model``), or when the block fills (``int8``, ``int4``).
-* ``scoring`` and ``ranges``: the low-bit copy of K that SparQ ranks tokens with; or, to rank spans of
-  `SPAN_TOKENS` neighbours (Quest), ``scoring [N/16, 2, D]``: the least and the largest K of each span and channel.
+* ``ranking`` and ``scales``: the low-bit copy of K that SparQ ranks tokens with; or, to rank spans of
+  `SPAN_TOKENS` neighbours (Quest), ``ranking [N/16, 2, D]``: the least and the largest K of each span and channel.
   Written once, when the block fills; the tokens of an unfinished block are ranked from K itself.
 * ``value_sum``: the sum of V over all tokens *before* this block. Written once, when the block gets its first token.
   It depends on the prefix alone, so it stays right under prefix caching, preemption and copy-on-write.
@@ -53,8 +53,8 @@ ALIGNMENT = 64
 BLOCK_SIZE_MULTIPLE = 16
 """The codes of one channel must fill whole 8-byte words, two tokens a byte; and spans must not cross blocks."""
 
-SCORING_BITS = {"int4": 4, "int8": 8}
-"""Bits of one scoring code; ``model`` and ``bounds`` are in the model's own type and have no codes."""
+RANKING_BITS = {"int4": 4, "int8": 8}
+"""Bits of one ranking code; ``model`` and ``bounds`` are in the model's own type and have no codes."""
 
 
 @dataclass(frozen=True)
@@ -78,10 +78,10 @@ class PageLayout:
     Attributes:
         head_size: D, elements of one key and of one value.
         block_size: N, tokens of a block.
-        dtype: element type of K and V, the model's own; of the ranges of quantized formats too.
+        dtype: element type of K and V, the model's own; of the scales of quantized formats too.
         format: a key of `vllm_sparq.formats.FORMATS`.
         group_size: g, elements of a quantization group; None for the format's default.
-        scoring: ``int4 | int8 | model``, the type of the channel-major copy of K; ``bounds`` of spans instead; or None.
+        ranking: ``int4 | int8 | model``, the type of the channel-major copy of K; ``bounds`` of spans instead; or None.
         value_sum: whether the page carries the sum of V before the block.
         positions: whether it says which token each slot holds; needed where tokens are evicted.
         scores: whether it adds up the attention that each token gets (heavy hitters). Needs positions.
@@ -95,7 +95,7 @@ class PageLayout:
     dtype: torch.dtype
     format: str = "model"
     group_size: int | None = None
-    scoring: str | None = None
+    ranking: str | None = None
     value_sum: bool = False
     positions: bool = False
     scores: bool = False
@@ -108,8 +108,8 @@ class PageLayout:
             )
         if self.head_size < 16 or self.head_size % 16:
             raise ValueError(f"head size {self.head_size} is not supported: it must be a multiple of 16 elements.")
-        if self.scoring not in (None, "model", "bounds", *SCORING_BITS):
-            raise ValueError(f"scoring {self.scoring!r} is not one of {['model', 'bounds', *SCORING_BITS]}")
+        if self.ranking not in (None, "model", "bounds", *RANKING_BITS):
+            raise ValueError(f"ranking {self.ranking!r} is not one of {['model', 'bounds', *RANKING_BITS]}")
         if self.format not in FORMATS:
             raise ValueError(f"format {self.format!r} is not one of {list(FORMATS)}")
         self._check_group()
@@ -144,13 +144,13 @@ class PageLayout:
 
     @property
     def channel_keys(self) -> bool:
-        """Whether K itself is channel-major and ranks tokens without a scoring copy."""
+        """Whether K itself is channel-major and ranks tokens without a ranking copy."""
         return self.quantized is not None and self.quantized.channel_keys
 
     @property
     def ranks_tokens(self) -> bool:
         """Whether SparQ can read these pages."""
-        return self.scoring not in (None, "bounds") or self.channel_keys
+        return self.ranking not in (None, "bounds") or self.channel_keys
 
     @property
     def record_bytes(self) -> int:
@@ -176,12 +176,12 @@ class PageLayout:
         """The parts by name, in page order."""
         n, d = self.block_size, self.head_size
         wanted = self._token_parts()
-        if self.scoring in ("model", "bounds"):
+        if self.ranking in ("model", "bounds"):
             bounds = (n // SPAN_TOKENS, 2, d)
-            wanted.append(("scoring", (d, n) if self.scoring == "model" else bounds, self.dtype))
-        elif self.scoring is not None:
-            wanted.append(("scoring", (d, n * SCORING_BITS[self.scoring] // 8), torch.uint8))
-            wanted.append(("ranges", (d, 2), torch.float16))
+            wanted.append(("ranking", (d, n) if self.ranking == "model" else bounds, self.dtype))
+        elif self.ranking is not None:
+            wanted.append(("ranking", (d, n * RANKING_BITS[self.ranking] // 8), torch.uint8))
+            wanted.append(("scales", (d, 2), torch.float16))
         if self.value_sum:
             wanted.append(("value_sum", (d,), torch.float32))
         if self.positions:
@@ -199,15 +199,15 @@ class PageLayout:
         n, d, fmt = self.block_size, self.head_size, self.quantized
         if fmt is None:
             return [("records", (n, 2, d), self.dtype)]
-        row_codes, numbers = d * fmt.bits // 8, fmt.range_numbers
+        row_codes, numbers = d * fmt.bits // 8, fmt.scale_numbers
         if not fmt.channel_keys:
-            row_ranges = d // self.group * numbers * self.dtype.itemsize
-            return [("records", (n, 2 * (row_codes + row_ranges)), torch.uint8)]
+            row_scales = d // self.group * numbers * self.dtype.itemsize
+            return [("records", (n, 2 * (row_codes + row_scales)), torch.uint8)]
         return [
             ("key_codes", (d, n * fmt.bits // 8), torch.uint8),
-            ("key_ranges", (d, n // self.group, numbers), self.dtype),
+            ("key_scales", (d, n // self.group, numbers), self.dtype),
             ("value_codes", (n, row_codes), torch.uint8),
-            ("value_ranges", (n, d // self.group, numbers), self.dtype),
+            ("value_scales", (n, d // self.group, numbers), self.dtype),
         ]
 
     @cached_property
@@ -283,16 +283,16 @@ class Pages:
         n_bytes = layout.head_size * layout.quantized.bits // 8
         return self._of_records(n_bytes if name == "value" else 0, n_bytes, torch.uint8)
 
-    def _code_ranges(self, name: str) -> torch.Tensor:
+    def _code_scales(self, name: str) -> torch.Tensor:
         layout = self.layout
         assert layout.quantized is not None
         if layout.channel_keys:
-            return self.part(f"{name}_ranges")
+            return self.part(f"{name}_scales")
         codes = 2 * layout.head_size * layout.quantized.bits // 8
-        numbers, n_groups = layout.quantized.range_numbers, layout.head_size // layout.group
+        numbers, n_groups = layout.quantized.scale_numbers, layout.head_size // layout.group
         start = codes + (n_groups * numbers * layout.dtype.itemsize if name == "value" else 0)
-        ranges = self._of_records(start, n_groups * numbers, layout.dtype)
-        view: torch.Tensor = ranges.unflatten(-1, (n_groups, numbers))
+        scales = self._of_records(start, n_groups * numbers, layout.dtype)
+        view: torch.Tensor = scales.unflatten(-1, (n_groups, numbers))
         return view
 
     @cached_property
@@ -310,17 +310,17 @@ class Pages:
         return self._codes("value")
 
     @cached_property
-    def key_ranges(self) -> torch.Tensor:
-        """[P, G, N, D/g, 2] or channel-major [P, G, D, N/g, 2], in the model's dtype: step, and zero.
+    def key_scales(self) -> torch.Tensor:
+        """[P, G, N, D/g, 2] or channel-major [P, G, D, N/g, 2], in the model's dtype: scale, and zero point.
 
-        A code c stands for ``zero + step * c``. ``int8`` has no zero: [P, G, N, 1, 1].
+        A code c stands for ``zero + scale * c``. ``int8`` has no zero point: [P, G, N, 1, 1].
         """
-        return self._code_ranges("key")
+        return self._code_scales("key")
 
     @cached_property
-    def value_ranges(self) -> torch.Tensor:
-        """[P, G, N, D/g, 2] in the model's dtype (``int8``: [P, G, N, 1, 1]): step, and zero."""
-        return self._code_ranges("value")
+    def value_scales(self) -> torch.Tensor:
+        """[P, G, N, D/g, 2] in the model's dtype (``int8``: [P, G, N, 1, 1]): scale, and zero point."""
+        return self._code_scales("value")
 
     @cached_property
     def staged(self) -> torch.Tensor:
@@ -341,18 +341,18 @@ class Pages:
         return self.part("records")[..., 1, :]
 
     @cached_property
-    def scoring(self) -> torch.Tensor:
+    def ranking(self) -> torch.Tensor:
         """The channel-major copy of K: uint8 codes [P, G, D, N/2 | N], or [P, G, D, N] in the model's dtype.
 
         int4 packs two tokens a byte: token n in the low nibble of byte n, token n + N/2 in the high nibble. ``bounds``:
         [P, G, N/16, 2, D] in the model's dtype, the least K and the largest K of each span and channel.
         """
-        return self.part("scoring")
+        return self.part("ranking")
 
     @cached_property
-    def ranges(self) -> torch.Tensor:
-        """fp16 [P, G, D, 2]: step and zero of each channel; a code c stands for ``zero + step * c``."""
-        return self.part("ranges")
+    def scales(self) -> torch.Tensor:
+        """fp16 [P, G, D, 2]: scale and zero point of each channel; a code c stands for ``zero + scale * c``."""
+        return self.part("scales")
 
     @cached_property
     def value_sum(self) -> torch.Tensor:

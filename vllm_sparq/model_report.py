@@ -120,7 +120,7 @@ def _describe_read(section: Section, options: Options, shape: dict[str, int], ma
 
 
 def _describe_ranking(section: Section, options: Options, read: SparqRead, shape: dict[str, int]) -> None:
-    section.good(f"r = {read.r} of {shape['head_size']} channels of the {options.scoring} copy of K rank the tokens")
+    section.good(f"r = {read.r} of {shape['head_size']} channels of the {options.ranking} copy of K rank the tokens")
     section.good(
         {0.0: "the mean of V stands in for all unread tokens", 1.0: "unread tokens count for nothing"}.get(
             read.alpha_floor,

@@ -56,7 +56,7 @@ class Retention:
         recent: newest tokens that always stay, the arriving one included; None for half of the budget.
         sinks: first tokens that always stay.
         bounded: whether prompts are evicted from while they are read.
-        interval: tokens that go at a time: 1, or a block where pages have to be finished (codes, scoring copies).
+        interval: tokens that go at a time: 1, or a block where pages have to be finished (codes, ranking copies).
         block_size: N.
     """
 

@@ -78,7 +78,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--r", type=int, help="channels that rank the tokens (default: a quarter of the head size)")
     parser.add_argument("--k", type=int, default=128, help="tokens read beside the current one (default: 128)")
     parser.add_argument(
-        "--scoring", choices=("int4", "int8", "model"), default="int4", help="type of the ranking copy (default: int4)"
+        "--ranking", choices=("int4", "int8", "model"), default="int4", help="type of the ranking copy (default: int4)"
     )
     parser.add_argument("--threads", type=int, help="threads of every op (default: what torch would use)")
     parser.add_argument("--repeats", type=int, default=15, help="rounds (default: 15)")
@@ -133,7 +133,7 @@ def cells(args: argparse.Namespace) -> list[Cell]:
         options = Options(r=r, k=args.k, dense_below=0)
         read = options.sparq_read(head_size=head_dim, n_heads=heads, n_kv_heads=kv_heads)
         sizes = dict(heads=heads, kv_heads=kv_heads, head_dim=head_dim)
-        kind = dict(dtype=DTYPES[args.dtype], scoring=args.scoring, read=read)
+        kind = dict(dtype=DTYPES[args.dtype], ranking=args.ranking, read=read)
         found += [Cell(context=s, batch=b, **sizes, **kind) for b in args.batch for s in args.context]
     free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     for cell in found:
@@ -217,7 +217,7 @@ def summarize(
                 dtype=str(cell.dtype).removeprefix("torch."),
                 r=cell.read.r,
                 k=cell.read.min_k,
-                scoring=cell.scoring,
+                ranking=cell.ranking,
                 threads=watch.threads,
                 clock=watch.clock,
                 median_us=round(medians[name], 2),
@@ -237,7 +237,7 @@ def key_of(cell: Cell, method: str, watch: Stopwatch) -> str:
     """Of the record of one method in one cell."""
     fields = dict(
         method=method,
-        **{name: getattr(cell, name) for name in ("context", "batch", "heads", "kv_heads", "head_dim", "scoring")},
+        **{name: getattr(cell, name) for name in ("context", "batch", "heads", "kv_heads", "head_dim", "ranking")},
         dtype=str(cell.dtype),
         r=cell.read.r,
         k=cell.read.min_k,

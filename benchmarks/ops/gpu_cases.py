@@ -23,7 +23,7 @@ class Case:
     head_size: int = 128
     block_size: int = 128
     dtype: str = "bfloat16"
-    scoring: str = "int4"
+    ranking: str = "int4"
     format: str = "model"
     alpha_floor: float = 0.5
     group_reduce: Literal["logits", "probs"] = "logits"
@@ -36,9 +36,9 @@ class Case:
     def layout(self) -> PageLayout:
         sizes = dict(head_size=self.head_size, block_size=self.block_size, dtype=getattr(torch, self.dtype))
         ranks_itself = self.format.startswith("kivi") and self.sparse == "sparq_decode"
-        scoring = None if ranks_itself else self.scoring
+        ranking = None if ranks_itself else self.ranking
         sizes |= dict(positions=self.noted, scores=self.noted)
-        return PageLayout(**sizes, scoring=scoring, value_sum=True, format=self.format)
+        return PageLayout(**sizes, ranking=ranking, value_sum=True, format=self.format)
 
     def n_blocks(self, context: int) -> int:
         """Blocks of a request, staging included."""
@@ -47,7 +47,7 @@ class Case:
     @property
     def sparse(self) -> str:
         """The op that reads few of the tokens of such pages."""
-        return "quest_decode" if self.scoring == "bounds" else "sparq_decode"
+        return "quest_decode" if self.ranking == "bounds" else "sparq_decode"
 
     @property
     def read(self) -> SparqRead | SpansRead:
@@ -61,9 +61,9 @@ class Case:
 CASES = (
     Case(),
     Case(heads=8, kv_heads=8, alpha_floor=0.0),
-    Case(heads=16, kv_heads=2, head_size=64, scoring="int8", group_reduce="probs", dtype="float16", block_size=64),
+    Case(heads=16, kv_heads=2, head_size=64, ranking="int8", group_reduce="probs", dtype="float16", block_size=64),
     Case(heads=6, kv_heads=2, head_size=80, alpha_floor=1.0, dtype="float32", block_size=48),
-    Case(heads=5, kv_heads=1, head_size=96, scoring="model", block_size=16, local=0),
+    Case(heads=5, kv_heads=1, head_size=96, ranking="model", block_size=16, local=0),
     Case(heads=4, kv_heads=2, head_size=256, block_size=256, dtype="float16"),
     Case(local=8, mass=0.5),
     Case(
@@ -73,14 +73,14 @@ CASES = (
     Case(heads=6, kv_heads=2, head_size=80, alpha_floor=1.0, dtype="float32", block_size=48, format="int4"),
     Case(heads=5, kv_heads=1, head_size=96, block_size=64, local=0, dtype="float16", format="kivi2"),
     Case(heads=4, kv_heads=2, head_size=256, block_size=256, dtype="float16", format="kivi4"),
-    Case(heads=16, kv_heads=2, head_size=64, scoring="int8", group_reduce="probs", block_size=64, format="int8"),
+    Case(heads=16, kv_heads=2, head_size=64, ranking="int8", group_reduce="probs", block_size=64, format="int8"),
     *(Case(format=name, noted=True) for name in ("model", "int8", "int4", "kivi4", "kivi2")),
-    Case(heads=8, kv_heads=8, alpha_floor=0.0, dtype="float16", block_size=48, scoring="int8", noted=True),
+    Case(heads=8, kv_heads=8, alpha_floor=0.0, dtype="float16", block_size=48, ranking="int8", noted=True),
     Case(heads=16, kv_heads=2, head_size=64, group_reduce="probs", dtype="float16", block_size=64, noted=True),
-    *(Case(format=name, scoring="bounds") for name in ("model", "int8", "int4", "kivi4", "kivi2")),
-    Case(heads=6, kv_heads=2, head_size=80, dtype="float32", block_size=48, scoring="bounds"),
-    Case(heads=16, kv_heads=2, head_size=64, dtype="float16", block_size=16, scoring="bounds"),
-    Case(heads=5, kv_heads=1, head_size=96, dtype="float16", block_size=64, format="kivi2", scoring="bounds"),
+    *(Case(format=name, ranking="bounds") for name in ("model", "int8", "int4", "kivi4", "kivi2")),
+    Case(heads=6, kv_heads=2, head_size=80, dtype="float32", block_size=48, ranking="bounds"),
+    Case(heads=16, kv_heads=2, head_size=64, dtype="float16", block_size=16, ranking="bounds"),
+    Case(heads=5, kv_heads=1, head_size=96, dtype="float16", block_size=64, format="kivi2", ranking="bounds"),
 )
 
 TOLERANCE = {"float32": 2e-5, "float16": 2e-3, "bfloat16": 1e-2}
@@ -183,10 +183,10 @@ def wrong_bytes(got: World, want: World) -> float:
         return float(sum(differ(ours, theirs, want.table[b], s, got.case) for b, s in enumerate(got.case.lens)))
     if not ours.value_sum.isnan().equal(sums.isnan()) or error.nan_to_num(0.0).max() > 1e-4:
         return math.inf
-    for pages in (ours, theirs) if "ranges" in ours.layout.parts else ():
-        pages.ranges[pages.ranges == 0] = 0.0  # zeros may differ in sign
-    for pages in (ours, theirs) if got.case.scoring == "bounds" else ():
-        pages.scoring[pages.scoring == 0] = 0.0
+    for pages in (ours, theirs) if "scales" in ours.layout.parts else ():
+        pages.scales[pages.scales == 0] = 0.0  # zeros may differ in sign
+    for pages in (ours, theirs) if got.case.ranking == "bounds" else ():
+        pages.ranking[pages.ranking == 0] = 0.0
     ours.value_sum.copy_(sums)
     return float((ours.data != theirs.data).sum())
 
@@ -195,8 +195,8 @@ def differ(ours: Pages, theirs: Pages, blocks: torch.Tensor, context: int, case:
     """`wrong_bytes` of what the pages of one request define: codes of full blocks, sums, and staged tokens."""
     n, layout = case.block_size, case.layout
     full, begun = blocks[: context // n].long(), blocks[: -(-context // n)].long()
-    names = ["key_codes", "key_ranges", "value_codes", "value_ranges"]
-    names += [name for name in ("scoring", "ranges") if name in layout.parts]
+    names = ["key_codes", "key_scales", "value_codes", "value_scales"]
+    names += [name for name in ("ranking", "scales") if name in layout.parts]
     pairs = [(getattr(ours, name)[full], getattr(theirs, name)[full]) for name in names]
     home, slot = slots_of(blocks, context, n)
     noted = ("positions", "scores") if case.noted else ()
@@ -268,8 +268,8 @@ def kept_differ(ours: Pages, theirs: Pages, blocks: torch.Tensor, n_kept: int, c
     names += ["keys", "values"] if layout.quantized is None else []
     pairs = [(getattr(ours, name)[page, :, place], getattr(theirs, name)[page, :, place]) for name in names]
     full = blocks[: n_kept // case.block_size].long()
-    whole = [] if layout.quantized is None else ["key_codes", "key_ranges", "value_codes", "value_ranges"]
-    whole += [name for name in ("scoring", "ranges") if name in layout.parts]
+    whole = [] if layout.quantized is None else ["key_codes", "key_scales", "value_codes", "value_scales"]
+    whole += [name for name in ("ranking", "scales") if name in layout.parts]
     pairs += [(getattr(ours, name)[full], getattr(theirs, name)[full]) for name in whole]
     begun = blocks[: -(-n_kept // case.block_size)].long()
     error = (ours.value_sum[begun] - theirs.value_sum[begun]).abs() / (1 + theirs.value_sum[begun].abs())

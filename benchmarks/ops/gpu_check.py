@@ -2,7 +2,7 @@
 """Are the Triton kernels right on this GPU, and how fast are they? Needs torch, triton and this checkout; no vLLM.
 
     python benchmarks/ops/gpu_check.py --out gpu.jsonl
-    python benchmarks/ops/gpu_check.py --out gpu.jsonl --only times --scoring bounds    # quest_decode instead of sparq
+    python benchmarks/ops/gpu_check.py --out gpu.jsonl --only times --ranking bounds    # quest_decode instead of sparq
 
 First every op is compared with its reference, on pages whose unowned bytes are NaN; then a decode step of one layer is
 timed beside PyTorch's SDPA (and flash-attn and flashinfer where they are installed). A time is the median of replays
@@ -152,15 +152,15 @@ def measure_cell(case: Case, n_requests: int, context: int, flush: torch.Tensor)
         n_bytes = sum(layout.parts[name].nbytes for name in parts if name in layout.parts)
         return float(n_bytes / case.block_size)
 
-    # The newest block counts as one in the format; ranges of a scoring copy do not count.
-    token = per_token("records", "key_codes", "key_ranges", "value_codes", "value_ranges")
+    # The newest block counts as one in the format; scales of a ranking copy do not count.
+    token = per_token("records", "key_codes", "key_scales", "value_codes", "value_scales")
     full, brought = context * token, layout.record_bytes
     moved = {"write": 2 * brought, "write+close": case.block_size * brought, "dense": full}
     if isinstance(read, SpansRead):
-        picked = SPAN_TOKENS * read.n_spans(context) * token + context * per_token("scoring")
+        picked = SPAN_TOKENS * read.n_spans(context) * token + context * per_token("ranking")
         moved["quest"] = full if read.is_dense(context) else picked
     else:
-        ranks = per_token("key_codes", "key_ranges") if layout.channel_keys else per_token("scoring")
+        ranks = per_token("key_codes", "key_scales") if layout.channel_keys else per_token("ranking")
         picked = read.n_selected(context) * token + context * read.r * ranks / case.head_size
         moved["sparq"] = full if read.is_dense(context) else picked
     for name, times in samples_us(runs, flush).items():
@@ -195,7 +195,7 @@ def copy_gb_per_s(flush: torch.Tensor) -> float:
 def measure(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """All cells that fit memory and time, smallest first."""
     heads, kv_heads, head_size = (int(n) for n in arguments.shape.split("/"))
-    case = Case(heads=heads, kv_heads=kv_heads, head_size=head_size, scoring=arguments.scoring)
+    case = Case(heads=heads, kv_heads=kv_heads, head_size=head_size, ranking=arguments.ranking)
     case = replace(case, format=arguments.format)
     case = replace(case, alpha_floor=0.0 if heads == kv_heads else 0.5)  # the mean value is part of what is timed
     flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device="cuda")
@@ -212,7 +212,7 @@ def measure(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
             continue
         records = list(measure_cell(case, n_requests, context, flush))
         print_cell(records, copy)
-        yield from (dict(shape=arguments.shape, scoring=case.scoring, format=case.format, **r) for r in records)
+        yield from (dict(shape=arguments.shape, ranking=case.ranking, format=case.format, **r) for r in records)
     for n_requests in (1, 16):
         kernels = stages(case, n_requests, 32768)
         print(f"kernels of {case.sparse}, B={n_requests} S=32768, us: {kernels}")
@@ -238,7 +238,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, help="append JSON lines to this file")
     parser.add_argument("--only", choices=["checks", "times"], help="half of the work")
     parser.add_argument("--shape", default="32/8/128", help="query heads / KV heads / head size of the timed layer")
-    parser.add_argument("--scoring", default="int4", choices=["int4", "int8", "model", "bounds"])
+    parser.add_argument("--ranking", default="int4", choices=["int4", "int8", "model", "bounds"])
     parser.add_argument("--format", default="model", choices=list(FORMATS), help="of the timed pages")
     parser.add_argument("--minutes", type=float, default=5.0, help="start no further timing after this")
     arguments = parser.parse_args()

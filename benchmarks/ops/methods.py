@@ -10,7 +10,7 @@ import torch
 
 from vllm_sparq.config import SpansRead, SparqRead
 from vllm_sparq.formats import FORMATS
-from vllm_sparq.layout import SCORING_BITS, PageLayout, Pages
+from vllm_sparq.layout import RANKING_BITS, PageLayout, Pages
 from vllm_sparq.ops import native
 from vllm_sparq.ops.dispatch import choose
 
@@ -29,7 +29,7 @@ class Cell:
         kv_heads: G.
         head_dim: D.
         dtype: of the model.
-        scoring: type of the channel-major copy of K.
+        ranking: type of the channel-major copy of K.
         read: what SparQ reads.
     """
 
@@ -39,7 +39,7 @@ class Cell:
     kv_heads: int
     head_dim: int
     dtype: torch.dtype
-    scoring: str
+    ranking: str
     read: SparqRead
 
     @property
@@ -52,9 +52,9 @@ class Cell:
         return int(2 * self.head_dim * self.dtype.itemsize)
 
     def bytes_as(self, format: str) -> float:
-        """K and V of one token and KV head, with their ranges."""
+        """K and V of one token and KV head, with their scales."""
         parts = self.layout_as(format).parts
-        names = ("records", "key_codes", "key_ranges", "value_codes", "value_ranges")
+        names = ("records", "key_codes", "key_scales", "value_codes", "value_scales")
         return sum(parts[name].nbytes for name in names if name in parts) / BLOCK_SIZE
 
     @property
@@ -66,16 +66,16 @@ class Cell:
         return int(self.batch * self.kv_heads * self.context * self.bytes_as(format))
 
     def sparq_bytes_as(self, format: str) -> int:
-        """Chosen rows of what ranks the tokens with their ranges, and the tokens read; all blocks count as full."""
+        """Chosen rows of what ranks the tokens with their scales, and the tokens read; all blocks count as full."""
         parts = self.layout_as(format).parts
-        names = ("key_codes", "key_ranges") if "key_codes" in parts else ("scoring", "ranges")
-        ranking = sum(parts[name].nbytes for name in names if name in parts) / BLOCK_SIZE
-        scan = self.context * ranking * self.read.r / self.head_dim
+        names = ("key_codes", "key_scales") if "key_codes" in parts else ("ranking", "scales")
+        copy_bytes = sum(parts[name].nbytes for name in names if name in parts) / BLOCK_SIZE
+        scan = self.context * copy_bytes * self.read.r / self.head_dim
         return int(self.batch * self.kv_heads * (scan + self.read.n_selected(self.context) * self.bytes_as(format)))
 
     def pages_bytes_as(self, format: str, read: SpansRead) -> int:
         """Bounds of all spans, and the tokens of those that are read; all blocks count as full."""
-        bounds = self.context * self.layout_as(format, bounds=True).parts["scoring"].nbytes / BLOCK_SIZE
+        bounds = self.context * self.layout_as(format, bounds=True).parts["ranking"].nbytes / BLOCK_SIZE
         return int(self.batch * self.kv_heads * (bounds + read.n_selected(self.context) * self.bytes_as(format)))
 
     @property
@@ -90,12 +90,12 @@ class Cell:
     def layout_as(self, format: str, *, bounds: bool = False) -> PageLayout:
         """Pages of a format, with what SparQ needs; or with bounds of spans."""
         quantized = FORMATS[format]
-        copy = None if quantized and quantized.channel_keys else self.scoring
+        copy = None if quantized and quantized.channel_keys else self.ranking
         return PageLayout(
             head_size=self.head_dim,
             block_size=BLOCK_SIZE,
             dtype=self.dtype,
-            scoring="bounds" if bounds else copy,
+            ranking="bounds" if bounds else copy,
             value_sum=not bounds,
             format=format,
         )
@@ -127,12 +127,12 @@ class Cache:
 
     @classmethod
     def random(cls, cell: Cell, layout: PageLayout) -> Cache:
-        """Pages as normally distributed K and V leave them: random tokens, or random codes and their ranges."""
+        """Pages as normally distributed K and V leave them: random tokens, or random codes and their scales."""
         cache = cls.zeros(cell, layout)
         pages = cache.pages
-        if layout.scoring == "bounds":
-            pages.scoring[..., 0, :].uniform_(-2.5, -1)
-            pages.scoring[..., 1, :].uniform_(1, 2.5)
+        if layout.ranking == "bounds":
+            pages.ranking[..., 0, :].uniform_(-2.5, -1)
+            pages.ranking[..., 1, :].uniform_(1, 2.5)
         if layout.quantized is None:
             pages.part("records").normal_()
         else:
@@ -143,13 +143,13 @@ class Cache:
         pages, layout, fmt = self.pages, self.pages.layout, self.pages.layout.quantized
         assert fmt is not None
         codes = [pages.key_codes, pages.value_codes]
-        ranges = [(view, fmt.bits) for view in (pages.key_ranges, pages.value_ranges)]
-        if layout.scoring in SCORING_BITS:
-            codes.append(pages.scoring)
-            ranges.append((pages.ranges, SCORING_BITS[layout.scoring]))
+        scales = [(view, fmt.bits) for view in (pages.key_scales, pages.value_scales)]
+        if layout.ranking in RANKING_BITS:
+            codes.append(pages.ranking)
+            scales.append((pages.scales, RANKING_BITS[layout.ranking]))
         for view in codes:
             view.random_(0, 256)
-        for view, bits in ranges:
+        for view, bits in scales:
             spread = 5 + 0.5 * torch.randn(view.shape[:-1])
             view[..., 0] = spread / (2**bits - 1)
             view[..., 1:] = -spread[..., None] / 2
@@ -331,7 +331,7 @@ METHODS: dict[str, Method] = {
     "write_last": Method(
         f"the same when they fill their blocks, 1 step in {BLOCK_SIZE}: the ranking copy is made",
         lambda t: write_calls(t, BLOCK_SIZE - 1),
-        lambda c: c.batch * c.kv_heads * (BLOCK_SIZE * c.token_bytes // 2 + c.layout.parts["scoring"].nbytes),
+        lambda c: c.batch * c.kv_heads * (BLOCK_SIZE * c.token_bytes // 2 + c.layout.parts["ranking"].nbytes),
     ),
 }
 """name -> what is timed. Of several calls, the fastest in a short trial is measured."""

@@ -88,7 +88,7 @@ class CacheShape:
             kv_heads=self.n_kv_heads,
             head_dim=self.head_size,
             dtype=self.dtype,
-            scoring=options.scoring,
+            ranking=options.ranking,
             read=sparq,
         )
         dense = cell.dense_bytes_as(options.format)

@@ -29,7 +29,7 @@ from vllm_sparq.benchmarks.reporting.tables import (
 from vllm_sparq.cli import UsageError
 
 IDENTITY = (
-    *("bench", "model", "method", "options", "context", "batch", "heads", "kv_heads", "head_dim", "dtype", "scoring"),
+    *("bench", "model", "method", "options", "context", "batch", "heads", "kv_heads", "head_dim", "dtype", "ranking"),
     *("r", "k", "rate", "num_prompts", "input_len", "output_len", "replicas", "runner", "rows", "task", "length"),
     *("command", "num_prompts", "kv_cache_bytes", "prompt_len", "pool", "seed", "cpu", "threads", "clock"),
 )

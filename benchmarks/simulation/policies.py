@@ -19,10 +19,10 @@ from vllm_sparq.benchmarks.simulation.kivi import rounded
 from vllm_sparq.benchmarks.simulation.model import Step
 from vllm_sparq.config import Options, SparqRead
 
-SCORING_BLOCK = 128
-"""Tokens that share a range of the simulated ranking copy: a page of the engine."""
+RANKING_BLOCK = 128
+"""Tokens that share a scale of the simulated ranking copy: a page of the engine."""
 
-SCORING_BITS = {"int4": 4, "int8": 8, "model": 16}
+RANKING_BITS = {"int4": 4, "int8": 8, "model": 16}
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,8 @@ class Sparq:
         read: r, k, local, alpha_floor and group_reduce. ``alpha_floor`` 1 gives the others nothing, 0 is the paper's
             mean of V over all tokens, weighted by their approximate probability; between, that weight is bounded.
         shape: of the model.
-        scoring: type of the keys that rank: ``model`` for K itself, or codes of ranges of `SCORING_BLOCK` tokens.
+        ranking: type of the keys that rank: ``model`` for K itself, or codes with a scale for every
+            `RANKING_BLOCK` tokens.
         block: give the others' probability to the means of V over blocks of so many tokens, each block as much as its
             own unread tokens have; None for the mean over all.
         unread: means over a block's unread tokens only (the block's sum less the rows that were read).
@@ -87,7 +88,7 @@ class Sparq:
 
     read: SparqRead
     shape: Shape
-    scoring: str = "model"
+    ranking: str = "model"
     block: int | None = None
     unread: bool = False
 
@@ -115,17 +116,17 @@ class Sparq:
         coverage = some.abs().sum(-1, keepdim=True) / q.abs().sum(-1, keepdim=True)
         some = some * step.scale / torch.where(coverage > 0, coverage, 1.0).sqrt()
         scores = some @ step.k.transpose(-1, -2)
-        if self.scoring != "model":
-            copied = step.positions < step.n_prompt[:, None] // SCORING_BLOCK * SCORING_BLOCK
+        if self.ranking != "model":
+            copied = step.positions < step.n_prompt[:, None] // RANKING_BLOCK * RANKING_BLOCK
             scores = torch.where(copied[:, None, None], some @ self.copy(step).transpose(-1, -2), scores)
         return scores.masked_fill(~step.exist[:, :, None], -torch.inf)
 
     def copy(self, step: Step) -> torch.Tensor:
         """K in codes of each block and channel; made once, so that only the prompt's blocks mean anything."""
         if "copy" not in step.memory:
-            n = step.k.shape[2] // SCORING_BLOCK * SCORING_BLOCK
-            blocks = step.k[:, :, :n].transpose(2, 3).unflatten(-1, (-1, SCORING_BLOCK))
-            codes = rounded(blocks, SCORING_BITS[self.scoring]).flatten(-2).transpose(2, 3)
+            n = step.k.shape[2] // RANKING_BLOCK * RANKING_BLOCK
+            blocks = step.k[:, :, :n].transpose(2, 3).unflatten(-1, (-1, RANKING_BLOCK))
+            codes = rounded(blocks, RANKING_BITS[self.ranking]).flatten(-2).transpose(2, 3)
             step.memory["copy"] = torch.cat([codes, step.k[:, :, n:]], 2)
         copy: torch.Tensor = step.memory["copy"]
         return copy
@@ -153,7 +154,7 @@ class Sparq:
         if n_read == context:
             return 1.0
         head_size = self.shape.head_size
-        elements = self.read.r * context * SCORING_BITS[self.scoring] / 16 + 2 * n_read * head_size
+        elements = self.read.r * context * RANKING_BITS[self.ranking] / 16 + 2 * n_read * head_size
         if self.read.alpha_floor < 1:
             elements += 2 * head_size * (1 if self.block is None else math.ceil(context / self.block))
         return elements / (2 * context * head_size)
@@ -170,7 +171,7 @@ class Quest:
     """Quest (arXiv 2406.10774): the spans whose keys could score highest, and the newest one.
 
     A span's bound is the sum over channels of the larger of q * least and q * largest key, summed over the query group
-    here, so that a group reads alike. Its keys' ranges are read for all spans: 1/span of dense's elements.
+    here, so that a group reads alike. Its keys' bounds are read for all spans: 1/span of dense's elements.
     """
 
     compression: float
@@ -317,7 +318,7 @@ class Wanted:
         read = self.options.sparq_read(head_size=head_size, n_heads=group, n_kv_heads=1)
         fields = {name: getattr(read, name) for name in ("r", "min_k", "k_per_token", "local", "group_reduce")}
         read = SparqRead(**fields, alpha_floor=alpha_floor)
-        return Sparq(read=read, shape=self.shape, scoring=self.options.scoring, block=block, unread=unread)
+        return Sparq(read=read, shape=self.shape, ranking=self.options.ranking, block=block, unread=unread)
 
 
 POLICIES: dict[str, Callable[[Wanted], Policy]] = {

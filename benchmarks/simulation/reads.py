@@ -6,7 +6,7 @@
 Every prompt is attended to densely, in float32; each decoded token then reads what the policy says (`read_policies`).
 The prompts are those of `vllm-sparq eval`, and so are the scores: points of 100, differences from dense prompt by
 prompt, 95% bootstrap intervals. Use it to find out what a method is worth before there are kernels for it. SparQ ranks
-with K itself unless told otherwise; it then answers as `vllm-sparq eval --dtype float32` does with scoring "model".
+with K itself unless told otherwise; it then answers as `vllm-sparq eval --dtype float32` does with ranking "model".
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def policies_at(
     for text in compressions:
         try:
             compression = float(text)
-            parsed = parse_options({NAMESPACE: {"scoring": "model", **options, "compression": compression}})
+            parsed = parse_options({NAMESPACE: {"ranking": "model", **options, "compression": compression}})
         except ValueError as error:
             raise UsageError(f"--compression {text} with --options {json.dumps(options)}: {error}") from None
         wanted = Wanted(shape, compression, parsed)
@@ -160,7 +160,7 @@ policies:
   sparq-mean-0.5 .. -0.9     at most the rest of it: the tokens read keep at least that weight
   sparq-blocks-128, -16      it goes to the means of V of blocks of so many tokens
   sparq-unread-16            the same, over the unread tokens of each block
-  quest                      spans of 16 by their keys' ranges
+  quest                      spans of 16 by the bounds of their keys
   infllm                     first tokens, a window, and blocks of 32 by representative keys
   streaming, streaming-cache, lm_infinite
                              first 4 tokens and a window: at their own positions, at positions in the cache, or with
@@ -173,7 +173,7 @@ policies:
     )
     found.add_argument("--compression", type=comma_names, default=["8"], help="elements of dense per one read")
     found.add_argument(
-        "--options", type=json.loads, default={}, help='SparQ\'s, as JSON; "scoring" is "model" unless given'
+        "--options", type=json.loads, default={}, help='SparQ\'s, as JSON; "ranking" is "model" unless given'
     )
     found.add_argument("--tasks", type=comma_names, default=list(TASKS), help=f"of {', '.join(GENERATED)}")
     found.add_argument("--lengths", type=comma_numbers, default=[1024], help="prompt tokens (default: 1024)")

@@ -75,7 +75,7 @@ SPACE = (
     Dial(name="retention", values=lambda w: ["all", "heavy_hitter", "window"], when=_keeps_neighbours),
     Dial(name="budget", values=lambda w: [0.25, 0.5, 0.75], when=_evicts),
     Dial(name="format", values=lambda w: list(FORMATS)),
-    Dial(name="scoring", values=lambda w: ["int4", "int8", "model"], when=_has_ranking_copy),
+    Dial(name="ranking", values=lambda w: ["int4", "int8", "model"], when=_has_ranking_copy),
     Dial(
         name="r",
         values=lambda w: [max(1, w.shape.head_size // part) for part in (16, 8, 4, 2, 1)],
@@ -107,7 +107,7 @@ def options_of(chosen: Mapping[str, Any], workload: Workload) -> dict[str, Any]:
             del options["local"]
     if options.get("read") != "dense" and workload.context < 2048:
         options["dense_below"] = 0  # short contexts are read densely otherwise, whatever the dials say
-    defaults = {"read": "sparq", "format": "model", "scoring": "int4", "group_reduce": "logits", "dense_layers": 0}
+    defaults = {"read": "sparq", "format": "model", "ranking": "int4", "group_reduce": "logits", "dense_layers": 0}
     defaults["retention"] = "all"
     return {name: value for name, value in options.items() if value != defaults.get(name)}
 
@@ -116,7 +116,7 @@ def starting_points(workload: Workload) -> list[dict[str, Any]]:
     """Dial values worth trying before any are drawn: the papers' middle in variants, 4 and 8 bits, half the tokens."""
     rank = max(1, workload.shape.head_size // 4)
     k = min(128, max(_tokens(workload)))
-    sparse = dict(read="sparq", scoring="int4", r=rank, k=k, local_share=0.25, group_reduce="logits", dense_layers=0)
+    sparse = dict(read="sparq", ranking="int4", r=rank, k=k, local_share=0.25, group_reduce="logits", dense_layers=0)
     sparse |= dict(retention="all", format="model")
     dense = dict(read="dense", retention="all")
     return [

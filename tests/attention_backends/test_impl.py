@@ -18,16 +18,16 @@ def test_pages_hold_what_the_options_need() -> None:
     def parts(*, grouped: bool = False, **options: Any) -> list[str]:
         return list(selection.page_layout(Options(**options), 64, 128, torch.bfloat16, grouped=grouped).parts)
 
-    assert parts() == ["records", "scoring", "ranges", "value_sum"]
-    assert parts(grouped=True) == ["records", "scoring", "ranges"]
-    assert parts(scoring="model", mean_value="off") == ["records", "scoring"]
+    assert parts() == ["records", "ranking", "scales", "value_sum"]
+    assert parts(grouped=True) == ["records", "ranking", "scales"]
+    assert parts(ranking="model", mean_value="off") == ["records", "ranking"]
     assert parts(read="dense") == parts(read="dense", format="int4") == ["records"]
-    assert parts(format="int4", mean_value="off") == ["records", "scoring", "ranges"]
-    kivi = ["key_codes", "key_ranges", "value_codes", "value_ranges"]
+    assert parts(format="int4", mean_value="off") == ["records", "ranking", "scales"]
+    kivi = ["key_codes", "key_scales", "value_codes", "value_scales"]
     assert parts(read="dense", format="kivi2") == parts(format="kivi4", mean_value="off") == kivi
     assert parts(format="kivi4") == [*kivi, "value_sum"]
-    assert parts(read="spans") == parts(read="spans", format="int8") == ["records", "scoring"]
-    assert parts(read="spans", format="kivi4") == [*kivi, "scoring"]
+    assert parts(read="spans") == parts(read="spans", format="int8") == ["records", "ranking"]
+    assert parts(read="spans", format="kivi4") == [*kivi, "ranking"]
 
 
 @pytest.mark.parametrize(
@@ -35,7 +35,7 @@ def test_pages_hold_what_the_options_need() -> None:
     [
         ({}, 32768, 256),
         ({}, 32767, 128),
-        ({"scoring": "int8"}, 65536, 128),
+        ({"ranking": "int8"}, 65536, 128),
         ({"read": "dense"}, 65536, 128),
         ({"read": "spans"}, 65536, 128),
         ({"format": "int4"}, 65536, 128),

@@ -12,9 +12,9 @@ MODEL = Path(os.environ.get("SPARQ_TEST_MODEL", Path(__file__).parents[2] / "ben
 
 EXACT: dict[str, dict[str, Any]] = {
     # With nothing left out a sparse read is dense attention.
-    "full": {"r": 64, "k": 4096, "scoring": "model", "dense_below": 0},
+    "full": {"r": 64, "k": 4096, "ranking": "model", "dense_below": 0},
     "full spans": {"read": "spans", "k": 4096, "dense_below": 0},
-    # So little is read that a wrong token, channel, sum or scoring copy changes the answers.
+    # So little is read that a wrong token, channel, sum or ranking copy changes the answers.
     "sparse": {"r": 4, "k": 10, "local": 2, "mean_value": "on", "dense_below": 0},
     # The same, but how much is read differs from step to step, layer to layer and head to head.
     "mass": {"r": 4, "k": 200, "local": 2, "min_k": 2, "mass": 0.5, "mean_value": "on", "dense_below": 0},

@@ -83,8 +83,8 @@ def test_preemption(method: str, engine: Any) -> None:
     rng = random.Random(1)
     batch = [[rng.randrange(3, 1000) for _ in range(n)] for n in (150, 180, 200, 220, 230, 250)]
     block_format = {"flexgen": "int4", "kivi2": "kivi2"}.get(method, method.split()[-1])
-    ranking = "bounds" if method.startswith("spans") else None
-    layout = PageLayout(head_size=64, block_size=64, dtype=torch.float32, format=block_format, scoring=ranking)
+    bounds = "bounds" if method.startswith("spans") else None
+    layout = PageLayout(head_size=64, block_size=64, dtype=torch.float32, format=block_format, ranking=bounds)
     n_blocks = 3 * (4 + layout.n_staging_blocks) + 2  # room for three to begin, not for three to end
     pool = dict(num_gpu_blocks_override=n_blocks, block_size=64, max_model_len=640, max_num_batched_tokens=640)
     backend, options = METHODS[method]

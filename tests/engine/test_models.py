@@ -61,7 +61,7 @@ def test_head_sizes(head_size: int, model_of: Any, token_prompts: list[list[int]
     model = model_of(head_size)
     with engine("CPU_ATTN", **small(model)) as llm:
         dense = Prompts.answers(llm, token_prompts)
-    with engine("sparq", {**FULL, "scoring": "int4"}, **small(model)) as llm:
+    with engine("sparq", {**FULL, "ranking": "int4"}, **small(model)) as llm:
         assert Prompts.answers(llm, token_prompts) == dense
     assert len({tuple(answer) for answer in dense}) > 1
 

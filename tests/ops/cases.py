@@ -49,7 +49,7 @@ class Case:
     head_size: int = 64
     block_size: int = 16
     dtype: torch.dtype = torch.float32
-    scoring: str | None = "int4"
+    ranking: str | None = "int4"
     value_sum: bool = True
     format: str = "model"
     group_size: int | None = None
@@ -62,7 +62,7 @@ class Case:
         lens = ".".join(f"{s}+{t}" if self.new else f"{s}" for s, t in zip(self.lens, self.n_new, strict=True))
         return (
             f"h{self.heads}g{self.kv_heads}-d{self.head_size}-n{self.block_size}-{SHORT[self.dtype]}-"
-            f"{self.scoring}{'' if self.value_sum else '-nosum'}"
+            f"{self.ranking}{'' if self.value_sum else '-nosum'}"
             f"{'' if self.format == 'model' else f'-{self.format}.{self.layout.group}'}"
             f"{'-scores' if self.scores else '-positions' if self.positions else ''}-s{lens}"
         )
@@ -77,7 +77,7 @@ class Case:
             head_size=self.head_size,
             block_size=self.block_size,
             dtype=self.dtype,
-            scoring=self.scoring,
+            ranking=self.ranking,
             value_sum=self.value_sum,
             format=self.format,
             group_size=self.group_size,

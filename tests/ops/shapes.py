@@ -10,30 +10,30 @@ from tests.ops.cases import Case
 
 _BASE = Case()
 SHAPES: tuple[Case, ...] = (
-    # Each head size, block size, type, grouping and scoring at least twice, each pair of interest once.
+    # Each head size, block size, type, grouping and ranking at least twice, each pair of interest once.
     replace(_BASE, dtype=torch.bfloat16),
-    replace(_BASE, heads=1, kv_heads=1, head_size=16, scoring="model"),
-    replace(_BASE, heads=3, kv_heads=1, head_size=80, dtype=torch.float16, scoring="int8"),
+    replace(_BASE, heads=1, kv_heads=1, head_size=16, ranking="model"),
+    replace(_BASE, heads=3, kv_heads=1, head_size=80, dtype=torch.float16, ranking="int8"),
     replace(_BASE, heads=8, kv_heads=1, head_size=96, block_size=32, dtype=torch.bfloat16, lens=(1, 31, 32, 33, 65)),
     replace(_BASE, heads=6, kv_heads=2, head_size=128, block_size=64, dtype=torch.bfloat16, lens=(63, 64, 65, 129)),
     replace(_BASE, heads=8, kv_heads=2, head_size=128, block_size=128, dtype=torch.bfloat16, lens=(127, 128, 129, 300)),
-    replace(_BASE, heads=4, kv_heads=4, head_size=128, block_size=128, scoring="int8", lens=(5, 257, 128)),
+    replace(_BASE, heads=4, kv_heads=4, head_size=128, block_size=128, ranking="int8", lens=(5, 257, 128)),
     replace(_BASE, heads=4, kv_heads=1, head_size=256, block_size=32, dtype=torch.float16, lens=(1, 32, 100)),
-    replace(_BASE, heads=2, kv_heads=2, head_size=256, dtype=torch.bfloat16, scoring="model", lens=(16, 17, 47, 48)),
-    replace(_BASE, heads=8, kv_heads=1, head_size=80, block_size=64, scoring="model", lens=(64, 1, 130)),
+    replace(_BASE, heads=2, kv_heads=2, head_size=256, dtype=torch.bfloat16, ranking="model", lens=(16, 17, 47, 48)),
+    replace(_BASE, heads=8, kv_heads=1, head_size=80, block_size=64, ranking="model", lens=(64, 1, 130)),
     replace(_BASE, heads=16, kv_heads=2, head_size=64, block_size=256, dtype=torch.float16, lens=(255, 256, 257, 520)),
     replace(
-        _BASE, heads=12, kv_heads=4, head_size=96, block_size=128, dtype=torch.float16, scoring="model", lens=(129,)
+        _BASE, heads=12, kv_heads=4, head_size=96, block_size=128, dtype=torch.float16, ranking="model", lens=(129,)
     ),
     replace(
-        _BASE, heads=3, kv_heads=3, head_size=64, block_size=48, dtype=torch.bfloat16, scoring="int8", lens=(47, 97)
+        _BASE, heads=3, kv_heads=3, head_size=64, block_size=48, dtype=torch.bfloat16, ranking="int8", lens=(47, 97)
     ),
     replace(_BASE, heads=23, kv_heads=1, block_size=32, dtype=torch.bfloat16, lens=(33, 70)),
     replace(_BASE, heads=5, kv_heads=1, head_size=112, block_size=32, dtype=torch.bfloat16, lens=(40, 64, 70)),
 )
 """Shapes that every op takes, kernels of the CPU."""
 
-_QUANTIZED = replace(_BASE, block_size=32, scoring=None, value_sum=False)
+_QUANTIZED = replace(_BASE, block_size=32, ranking=None, value_sum=False)
 FORMATS: tuple[Case, ...] = (
     # Each format twice or more, in every type, with the default groups and others, dense and with what SparQ needs.
     replace(_QUANTIZED, format="int8", lens=(1, 31, 32, 33, 65, 0, 96)),
@@ -43,7 +43,7 @@ FORMATS: tuple[Case, ...] = (
     replace(_QUANTIZED, format="int4", heads=8, head_size=128, block_size=128, dtype=torch.bfloat16, lens=(129, 400)),
     replace(_BASE, format="int4", heads=8, head_size=128, block_size=128, dtype=torch.bfloat16, lens=(128, 129, 390)),
     replace(_BASE, format="int4", heads=4, kv_heads=4, head_size=96, dtype=torch.float16, lens=(16, 17, 50)),
-    replace(_BASE, format="int4", heads=3, kv_heads=1, head_size=80, scoring="int8", lens=(40, 33)),
+    replace(_BASE, format="int4", heads=3, kv_heads=1, head_size=80, ranking="int8", lens=(40, 33)),
     replace(_QUANTIZED, format="int4", group_size=16, heads=5, kv_heads=1, dtype=torch.bfloat16, lens=(33, 70)),
     replace(_BASE, format="int4", heads=4, kv_heads=1, head_size=256, dtype=torch.bfloat16, lens=(1, 32, 100)),
     replace(_QUANTIZED, format="kivi4", lens=(1, 31, 32, 33, 65, 0, 96)),
@@ -68,9 +68,9 @@ FORMATS: tuple[Case, ...] = (
 
 TINY: tuple[Case, ...] = (
     replace(_BASE, lens=(1, 15, 16, 17, 33)),
-    replace(_BASE, heads=3, kv_heads=1, head_size=80, dtype=torch.bfloat16, scoring="int8", lens=(18, 32)),
+    replace(_BASE, heads=3, kv_heads=1, head_size=80, dtype=torch.bfloat16, ranking="int8", lens=(18, 32)),
     replace(
-        _BASE, heads=2, kv_heads=2, head_size=96, block_size=32, dtype=torch.float16, scoring="model", lens=(31, 65)
+        _BASE, heads=2, kv_heads=2, head_size=96, block_size=32, dtype=torch.float16, ranking="model", lens=(31, 65)
     ),
     replace(_BASE, heads=8, kv_heads=1, head_size=128, block_size=128, dtype=torch.bfloat16, lens=(130,)),
     replace(_BASE, heads=1, kv_heads=1, head_size=256, block_size=32, lens=(32, 40)),
@@ -79,15 +79,15 @@ TINY: tuple[Case, ...] = (
 
 TINY_FORMATS: tuple[Case, ...] = (
     replace(_BASE, format="int8", heads=2, kv_heads=1, dtype=torch.bfloat16, lens=(16, 0, 33)),
-    replace(_BASE, format="int4", group_size=16, heads=3, kv_heads=1, head_size=80, scoring="int8", lens=(33, 17)),
+    replace(_BASE, format="int4", group_size=16, heads=3, kv_heads=1, head_size=80, ranking="int8", lens=(33, 17)),
     replace(_BASE, format="int4", heads=2, kv_heads=1, dtype=torch.bfloat16, lens=(40,)),
-    replace(_BASE, format="kivi4", heads=2, block_size=32, dtype=torch.float16, scoring=None, lens=(64, 65)),
-    replace(_BASE, format="kivi2", heads=2, kv_heads=1, block_size=32, dtype=torch.bfloat16, scoring=None, lens=(70,)),
-    replace(_BASE, format="kivi2", heads=1, kv_heads=1, head_size=80, block_size=48, scoring=None, lens=(97,)),
+    replace(_BASE, format="kivi4", heads=2, block_size=32, dtype=torch.float16, ranking=None, lens=(64, 65)),
+    replace(_BASE, format="kivi2", heads=2, kv_heads=1, block_size=32, dtype=torch.bfloat16, ranking=None, lens=(70,)),
+    replace(_BASE, format="kivi2", heads=1, kv_heads=1, head_size=80, block_size=48, ranking=None, lens=(97,)),
 )
 """Quantized pages for the Triton interpreter."""
 
-_SPANS = replace(_BASE, scoring="bounds", value_sum=False, lens=(1, 48, 49, 64, 0, 65, 130))
+_SPANS = replace(_BASE, ranking="bounds", value_sum=False, lens=(1, 48, 49, 64, 0, 65, 130))
 SPANS: tuple[Case, ...] = (
     # Contexts from the first that leaves a span out (49 tokens) on, every head size, type and grouping.
     _SPANS,

@@ -41,7 +41,7 @@ def cached(world: World, b: int, head: int) -> tuple[Array, Array]:
     return keys.cpu().double().numpy(), values.cpu().double().numpy()
 
 
-def ranking(world: World, key: Array, b: int, head: int) -> tuple[Array, Array]:
+def ranked_by(world: World, key: Array, b: int, head: int) -> tuple[Array, Array]:
     """What tokens are ranked with: keys [S, D], and ``|zero| + step code`` [S, D] (their own size without codes).
 
     A kernel may take ``middle``, half of the largest code, off the codes of channel-major K and add ``step middle`` to
@@ -55,18 +55,18 @@ def ranking(world: World, key: Array, b: int, head: int) -> tuple[Array, Array]:
         if layout.channel_keys:
             assert fmt is not None
             codes = unpack(pages.key_codes[page, head].cpu(), fmt.bits).double().numpy()
-            step, zero = pages.key_ranges[page, head].cpu().double().repeat_interleave(layout.group, 1).unbind(2)
+            step, zero = pages.key_scales[page, head].cpu().double().repeat_interleave(layout.group, 1).unbind(2)
             size[rows] = (zero.abs().numpy() + step.numpy() * np.maximum(codes, (2**fmt.bits - 1) / 2)).T
             continue
-        copy = pages.scoring[page, head].cpu()
-        if layout.scoring == "model":
+        copy = pages.ranking[page, head].cpu()
+        if layout.ranking == "model":
             keys[rows] = copy.double().numpy().T
             size[rows] = np.abs(keys[rows])
             continue
         codes = copy.numpy()
-        if layout.scoring == "int4":
+        if layout.ranking == "int4":
             codes = np.concatenate([codes % 16, codes // 16], axis=1)
-        step, zero = pages.ranges[page, head].cpu().double().numpy().T
+        step, zero = pages.scales[page, head].cpu().double().numpy().T
         keys[rows] = zero + step * codes.T
         size[rows] = np.abs(zero) + step * codes.T
     return keys, size
@@ -92,12 +92,12 @@ def show(world: World, b: int, first: int, width: int) -> None:
             for slot, row in enumerate(rows.repeat_interleave(width, 1).to(case.dtype)):
                 ahead, place = layout.staged_at(slot)
                 pages.staged[int(world.block_table[b, block + 1 + ahead]), :, place, 1] = row
-        elif layout.quantized.range_numbers == 1:
+        elif layout.quantized.scale_numbers == 1:
             pages.value_codes[page] = (rows > 0).to(torch.uint8)
-            pages.value_ranges[page] = SHOWN
+            pages.value_scales[page] = SHOWN
         else:
             pages.value_codes[page] = 0
-            pages.value_ranges[page] = torch.stack([torch.zeros_like(rows), rows], -1).to(case.dtype)
+            pages.value_scales[page] = torch.stack([torch.zeros_like(rows), rows], -1).to(case.dtype)
 
 
 def tokens_read(run: Callable[..., None], world: World, read: SparqRead | SpansRead) -> dict[tuple[int, int], Array]:
@@ -110,7 +110,7 @@ def tokens_read(run: Callable[..., None], world: World, read: SparqRead | SpansR
     case = world.case
     exact = replace(read, alpha_floor=1.0) if isinstance(read, SparqRead) else read
     group, fmt = case.heads // case.kv_heads, case.layout.quantized
-    width = 1 if fmt is None or fmt.range_numbers == 1 else case.layout.group
+    width = 1 if fmt is None or fmt.scale_numbers == 1 else case.layout.group
     seen: dict[tuple[int, int], list[int]] = {}
     for first in range(0, max(case.lens), case.head_size // width):
         probe = replace(world, buffer=world.buffer.clone())
@@ -159,7 +159,7 @@ def assert_right(
         given = numbers(read, s, case.head_size)
         query = tokens.query[b][0, heads].double().numpy()
         key, value = cached(world, b, g)
-        keys, size = ranking(world, key, b, g)
+        keys, size = ranked_by(world, key, b, g)
         if rounds:
             key, value = (torch.from_numpy(x).to(case.dtype).double().numpy() for x in (key, value))
         want = repository(query, keys, key, value, **given, chosen=chosen)

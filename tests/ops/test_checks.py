@@ -35,7 +35,7 @@ CASE = Case(heads=4, kv_heads=2, head_size=64, lens=(20, 33), new=(5, 1))
 def arguments(op: str, case: Case = CASE) -> dict[str, Any]:
     """Valid arguments of the contract of ``op``, by name. T is 9 (3 rows of padding), B is 2."""
     if op == "quest_decode" and case is CASE:
-        case = replace(case, scoring="bounds", value_sum=False)
+        case = replace(case, ranking="bounds", value_sum=False)
     world = build(case, written="context") if op in TOKENS else build(replace(case, new=()))
     given: dict[str, Any] = dict(pages=world.pages, block_table=world.block_table)
     if op == "write":
@@ -147,17 +147,17 @@ def test_prefill_wants_key_and_value_alike() -> None:
 
 
 def test_sparq_decode_wants_a_scoring_copy() -> None:
-    with pytest.raises(ValueError, match="needs pages with a scoring copy of K; this layout has none"):
-        CONTRACTS["sparq_decode"](**arguments("sparq_decode", replace(CASE, scoring=None)))
+    with pytest.raises(ValueError, match="needs pages with a ranking copy of K; this layout has none"):
+        CONTRACTS["sparq_decode"](**arguments("sparq_decode", replace(CASE, ranking=None)))
 
 
 @pytest.mark.parametrize(
     ("case", "message"),
     [
-        (replace(CASE, scoring=None), "needs pages with scoring 'bounds'; this layout has None"),
-        (replace(CASE, scoring="int4"), "needs pages with scoring 'bounds'; this layout has 'int4'"),
+        (replace(CASE, ranking=None), "needs pages with ranking 'bounds'; this layout has None"),
+        (replace(CASE, ranking="int4"), "needs pages with ranking 'bounds'; this layout has 'int4'"),
         (
-            replace(CASE, scoring="bounds", positions=True),
+            replace(CASE, ranking="bounds", positions=True),
             "needs pages that keep all tokens; this layout has positions",
         ),
     ],
@@ -168,8 +168,8 @@ def test_quest_decode_wants_bounds_of_neighbours(case: Case, message: str) -> No
 
 
 def test_sparq_decode_does_not_take_bounds_for_a_copy() -> None:
-    with pytest.raises(ValueError, match="needs pages with a scoring copy of K; this layout has none"):
-        CONTRACTS["sparq_decode"](**arguments("sparq_decode", replace(CASE, scoring="bounds")))
+    with pytest.raises(ValueError, match="needs pages with a ranking copy of K; this layout has none"):
+        CONTRACTS["sparq_decode"](**arguments("sparq_decode", replace(CASE, ranking="bounds")))
 
 
 @pytest.mark.parametrize("floor", [0.0, 0.5, 0.999])

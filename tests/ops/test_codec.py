@@ -1,4 +1,4 @@
-"""The quantized formats: codes within half a step, packed as documented, and really as small as they say."""
+"""The quantized formats: codes within half a scale, packed as documented, and really as small as they say."""
 
 from __future__ import annotations
 
@@ -54,31 +54,31 @@ def by_hand(data: bytes, layout: PageLayout) -> tuple[list[list[float]], list[li
     def number(at: int) -> float:
         return torch.frombuffer(bytearray(data[at : at + e]), dtype=layout.dtype).item()
 
-    def element(row_codes: int, row_ranges: int, i: int, length: int) -> float:
+    def element(row_codes: int, row_scales: int, i: int, length: int) -> float:
         per_run = length * bits // 8
         code = data[row_codes + i % per_run] >> (bits * (i // per_run)) & (2**bits - 1)
         if layout.format == "int8":
-            return (code - 256 if code > 127 else code) * number(row_ranges)
-        at = row_ranges + i // group * 2 * e
+            return (code - 256 if code > 127 else code) * number(row_scales)
+        at = row_scales + i // group * 2 * e
         return number(at + e) + number(at) * code
 
     if layout.format.startswith("kivi"):
         at = {name: part.offset for name, part in layout.parts.items()}
-        k_codes, k_ranges, v_codes, v_ranges = n * bits // 8, n // group * 2 * e, d * bits // 8, d // group * 2 * e
+        k_codes, k_scales, v_codes, v_scales = n * bits // 8, n // group * 2 * e, d * bits // 8, d // group * 2 * e
         columns = [
-            [element(at["key_codes"] + c * k_codes, at["key_ranges"] + c * k_ranges, t, n) for t in range(n)]
+            [element(at["key_codes"] + c * k_codes, at["key_scales"] + c * k_scales, t, n) for t in range(n)]
             for c in range(d)
         ]
         keys = [[columns[c][t] for c in range(d)] for t in range(n)]
         values = [
-            [element(at["value_codes"] + t * v_codes, at["value_ranges"] + t * v_ranges, c, d) for c in range(d)]
+            [element(at["value_codes"] + t * v_codes, at["value_scales"] + t * v_scales, c, d) for c in range(d)]
             for t in range(n)
         ]
         return keys, values
-    codes, ranges = d * bits // 8, d // group * (1 if layout.format == "int8" else 2) * e
-    record = 2 * (codes + ranges)
+    codes, scales = d * bits // 8, d // group * (1 if layout.format == "int8" else 2) * e
+    record = 2 * (codes + scales)
     keys = [[element(t * record, t * record + 2 * codes, c, d) for c in range(d)] for t in range(n)]
-    values = [[element(t * record + codes, t * record + 2 * codes + ranges, c, d) for c in range(d)] for t in range(n)]
+    values = [[element(t * record + codes, t * record + 2 * codes + scales, c, d) for c in range(d)] for t in range(n)]
     return keys, values
 
 
@@ -87,11 +87,11 @@ def test_round_trip_is_within_half_a_step(name: str) -> None:
     for layout in layouts(name):
         keys, values = tokens(layout)
         pages = page_of(layout, keys, values)
-        for got, want, ranges, by_channel in (
-            (*(decode_page(pages, 0, 0)[0], keys), pages.key_ranges[0, 0], layout.channel_keys),
-            (*(decode_page(pages, 0, 0)[1], values), pages.value_ranges[0, 0], False),
+        for got, want, scales, by_channel in (
+            (*(decode_page(pages, 0, 0)[0], keys), pages.key_scales[0, 0], layout.channel_keys),
+            (*(decode_page(pages, 0, 0)[1], values), pages.value_scales[0, 0], False),
         ):
-            steps = ranges[..., 0].float().repeat_interleave(layout.group, -1)
+            steps = scales[..., 0].float().repeat_interleave(layout.group, -1)
             steps = steps.T if by_channel else steps
             slack = 2.0**-20 * (want.float().abs() + 16 * steps)  # fp32: the multiplication, the addition
             assert ((got - want.float()).abs() <= steps / 2 + slack).all(), layout
@@ -111,10 +111,10 @@ def test_a_second_unpacker_reads_the_bytes(name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "head_size", "bytes_per_token"),
     [
-        # K and V: D codes of 1 byte and one step of 2 bytes each.
+        # K and V: D codes of 1 byte and one scale of 2 bytes each.
         ("int8", 64, 2 * (64 + 2)),
         ("int8", 128, 2 * (128 + 2)),
-        # D/2 bytes of codes, and step and zero (4 bytes) for each 64 channels.
+        # D/2 bytes of codes, and scale and zero point (4 bytes) for each 64 channels.
         ("int4", 64, 2 * (32 + 4)),
         ("int4", 128, 2 * (64 + 8)),
         # V: D/2 or D/4 bytes of codes, 4 bytes for each 32 channels. K: as many, 4 bytes for a channel and 32 tokens.
@@ -124,7 +124,7 @@ def test_a_second_unpacker_reads_the_bytes(name: str) -> None:
     ],
 )
 def test_bytes_by_hand(name: str, head_size: int, bytes_per_token: int) -> None:
-    """Codes and ranges and nothing else: a page has no room in which more could be kept."""
+    """Codes and scales and nothing else: a page has no room in which more could be kept."""
     layout = PageLayout(head_size=head_size, block_size=128, dtype=torch.bfloat16, format=name)
     assert layout.bytes_per_token == bytes_per_token
     assert sum(part.nbytes for part in layout.parts.values()) == 128 * bytes_per_token == layout.page_bytes
@@ -195,14 +195,14 @@ def test_ranges_at_the_edge_of_the_type(name: str) -> None:
     for dtype in DTYPES:
         largest = torch.finfo(dtype).max
         row = torch.tensor([[-largest / 4, largest / 4] * 32], dtype=dtype)
-        _, ranges = quantize(row, fmt, 64)
-        assert ranges.isfinite().all()
+        _, scales = quantize(row, fmt, 64)
+        assert scales.isfinite().all()
         tiny = torch.tensor([[0.0, torch.finfo(dtype).smallest_normal] * 32], dtype=dtype)
-        codes, ranges = quantize(tiny, fmt, 64)
-        assert ranges.isfinite().all()
+        codes, scales = quantize(tiny, fmt, 64)
+        assert scales.isfinite().all()
         assert codes[0, 1] > 0
-    _, ranges = quantize(torch.tensor([[-3e38, 3e38] * 32]), fmt, 64)
-    assert bool(ranges.isnan().any()) == (fmt.range_numbers == 2)
+    _, scales = quantize(torch.tensor([[-3e38, 3e38] * 32]), fmt, 64)
+    assert bool(scales.isnan().any()) == (fmt.scale_numbers == 2)
 
 
 @settings(max_examples=300, deadline=None)

@@ -18,8 +18,8 @@ from vllm_sparq.ops.dense_decode.reference import dense_decode as reference
 
 LONG = (
     Case(heads=8, kv_heads=2, head_size=128, block_size=128, dtype=torch.bfloat16, lens=(900, 3, 0, 513)),
-    Case(lens=(0, 600, 1), dtype=torch.float32, head_size=80, scoring=None, value_sum=False),
-    Case(lens=(700,), dtype=torch.float16, block_size=64, kv_heads=4, scoring=None),
+    Case(lens=(0, 600, 1), dtype=torch.float32, head_size=80, ranking=None, value_sum=False),
+    Case(lens=(700,), dtype=torch.float16, block_size=64, kv_heads=4, ranking=None),
 )
 SPLIT = Case(heads=2, kv_heads=1, head_size=256, block_size=128, lens=(600,))
 """Long enough for every implementation to cut it."""
@@ -36,12 +36,12 @@ def test_dense_decode_is_the_reference(implementation: str, case: Case) -> None:
 
 
 LONG_FORMATS = tuple(
-    replace(LONG[0], format=fmt, scoring=None, value_sum=False, lens=(900, 3, 0, 513, 512))
+    replace(LONG[0], format=fmt, ranking=None, value_sum=False, lens=(900, 3, 0, 513, 512))
     for fmt in ("int8", "int4", "kivi4", "kivi2")
 )
 QUANTIZED = KERNELS
 """Implementations that read quantized pages."""
-TINY_QUANTIZED = (*TINY_FORMATS, replace(SPLIT, format="kivi4", scoring=None, value_sum=False))
+TINY_QUANTIZED = (*TINY_FORMATS, replace(SPLIT, format="kivi4", ranking=None, value_sum=False))
 
 
 @pytest.mark.parametrize(
@@ -88,7 +88,7 @@ def test_dense_decode_by_hand(implementation: str) -> None:
     # D = 16, scale 1/4. q = 4 in channel 0, so the logit of a token is its K in channel 0: ln 1, ln 2, ln 5 over three
     # tokens, weights 1/8, 2/8, 5/8. V is 8, 16, 24: (8 + 32 + 120) / 8 = 20.
     # The second head has q = 0: the plain mean, 16.
-    case = Case(heads=2, kv_heads=1, head_size=16, lens=(3,), scoring=None, value_sum=False)
+    case = Case(heads=2, kv_heads=1, head_size=16, lens=(3,), ranking=None, value_sum=False)
     query, key = torch.zeros(1, 2, 16), torch.zeros(3, 1, 16)
     query[0, 0, 0] = 4
     key[:, 0, 0] = torch.tensor([1.0, 2.0, 5.0]).log()
@@ -103,7 +103,7 @@ def test_dense_decode_by_hand(implementation: str) -> None:
 def test_caches_beyond_two_gigabytes(implementation: str, fmt: str) -> None:
     """All four ops on pages whose addresses need 64 bits: pages 3 GB apart, of which little is ever touched."""
     group = 16 if fmt == "kivi4" else None
-    case, on = Case(lens=(20,), new=(20,), scoring="model", format=fmt, group_size=group), device(implementation)
+    case, on = Case(lens=(20,), new=(20,), ranking="model", format=fmt, group_size=group), device(implementation)
     tokens = case.tokens()
     near = build(case, tokens, written="context", device=on)
     page_bytes, far = case.layout.page_bytes, 3 * 10**9 // 64 * 64

@@ -62,9 +62,9 @@ def assert_same_tokens(got: World, want: World, kept: list[int]) -> None:
     """Every kept slot, and what its page derives from it."""
     layout, n = got.case.layout, got.case.block_size
     names = {"positions", "scores"} & set(layout.parts)
-    names |= {"keys", "values"} if layout.quantized is None else {"value_codes", "value_ranges"}
+    names |= {"keys", "values"} if layout.quantized is None else {"value_codes", "value_scales"}
     if layout.quantized is not None and not layout.channel_keys:
-        names |= {"key_codes", "key_ranges"}
+        names |= {"key_codes", "key_scales"}
     for b, n_kept in enumerate(kept):
         page, place = slots_of(got, b, n_kept)
         for name in sorted(names):
@@ -73,7 +73,7 @@ def assert_same_tokens(got: World, want: World, kept: list[int]) -> None:
                 a, z, rtol=0, atol=0, equal_nan=True, msg=lambda text, name=name: f"{name}: {text}"
             )
         full = got.block_table[b, : n_kept // n].long()
-        for name in [part for part in ("scoring", "ranges", "key_codes", "key_ranges") if part in layout.parts]:
+        for name in [part for part in ("ranking", "scales", "key_codes", "key_scales") if part in layout.parts]:
             assert torch.equal(getattr(got.pages, name)[full], getattr(want.pages, name)[full]), name
         if layout.value_sum:
             begun = got.block_table[b, : -(-n_kept // n)].long()
@@ -98,7 +98,7 @@ def test_kernels_are_the_reference(implementation: str, case: Case, keep: float)
     assert_same_tokens(got, want, kept)
 
 
-STEPWISE = Case(positions=True, scores=True, scoring=None, value_sum=False, lens=(40, 64, 65), block_size=32)
+STEPWISE = Case(positions=True, scores=True, ranking=None, value_sum=False, lens=(40, 64, 65), block_size=32)
 
 
 @pytest.mark.parametrize(("implementation", "case"), each([STEPWISE], implementations=KERNELS))
@@ -132,7 +132,7 @@ def test_one_token_goes_at_a_time(implementation: str, case: Case) -> None:
 @pytest.mark.parametrize("implementation", [pytest.param(name, id=name) for name in (*KERNELS, "reference")])
 def test_by_hand(implementation: str) -> None:
     """Ten tokens, five stay: token 0 (a sink), 8 and 9 (recent), and those with scores 9 and, of two 7s, the older."""
-    case = Case(heads=1, kv_heads=1, scores=True, positions=True, scoring=None, value_sum=False, lens=(10,))
+    case = Case(heads=1, kv_heads=1, scores=True, positions=True, ranking=None, value_sum=False, lens=(10,))
     world = build(case, device=device(implementation))
     page = int(world.block_table[0, 0])
     world.pages.scores[page, 0, :10] = torch.tensor([0, 1, 7, 2, 7, 3, 9, 4, 0, 0.0], device=world.buffer.device)
@@ -146,7 +146,7 @@ def test_by_hand(implementation: str) -> None:
 
 @pytest.mark.parametrize("implementation", [pytest.param(name, id=name) for name in (*KERNELS, "reference")])
 def test_without_scores_the_oldest_go(implementation: str) -> None:
-    case = Case(positions=True, scoring=None, value_sum=False, lens=(37,))
+    case = Case(positions=True, ranking=None, value_sum=False, lens=(37,))
     world = build(case, device=device(implementation))
     run_evict(world, load("evict", implementation), [20], sinks=3, recent=1)
     page, place = slots_of(world, 0, 20)
@@ -163,7 +163,7 @@ def test_nothing_else_is_touched(implementation: str, fmt: str) -> None:
         positions=True,
         scores=True,
         format=fmt,
-        scoring=None if fmt == "kivi4" else "int4",
+        ranking=None if fmt == "kivi4" else "int4",
         lens=(100, 90),
         block_size=32,
     )
@@ -197,7 +197,7 @@ def test_nothing_else_is_touched(implementation: str, fmt: str) -> None:
 
 def test_many_small_evictions_are_one_large_one() -> None:
     """Without new attention in between, dropping one token fifty times drops what dropping fifty at once drops."""
-    case = Case(positions=True, scores=True, scoring=None, value_sum=False, lens=(120,))
+    case = Case(positions=True, scores=True, ranking=None, value_sum=False, lens=(120,))
     small, large = with_scores(case), with_scores(case)
     for n in range(120, 70, -1):
         reference(small.pages, small.block_table, int32([n]), int32([n - 1]), int32([110]), sinks=2)

@@ -153,7 +153,7 @@ def numbers(read: SparqRead, context_len: int, head_size: int) -> dict[str, obje
 
 
 def expected(case: Case, tokens: Tokens, read: SparqRead) -> Array:
-    """[B, H, D] by the oracle from the tokens themselves (scoring ``model``)."""
+    """[B, H, D] by the oracle from the tokens themselves (ranking ``model``)."""
     group = case.heads // case.kv_heads
     out = np.zeros((len(case.lens), case.heads, case.head_size))
     for b, s in enumerate(case.lens):
@@ -171,7 +171,7 @@ def expected(case: Case, tokens: Tokens, read: SparqRead) -> Array:
 
 
 def check(case: Case, tokens: Tokens, read: SparqRead) -> None:
-    case = replace(case, scoring="model", dtype=torch.float32)
+    case = replace(case, ranking="model", dtype=torch.float32)
     got = build(case, tokens).decode(reference, read=read)
     want = torch.from_numpy(expected(case, tokens, read)).float()
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
@@ -264,7 +264,7 @@ def test_adversarial(kind: str, reduce: str) -> None:
 @pytest.mark.parametrize(("r", "k"), [(1, 2), (8, 9), (64, 20)])
 def test_group_reduce_probs_is_the_paper(heads: int, kv_heads: int, r: int, k: int) -> None:
     """Where the current token is among the best, as in practice, so that forcing it in changes nothing."""
-    case = Case(heads=heads, kv_heads=kv_heads, scoring="model", lens=(40, 65))
+    case = Case(heads=heads, kv_heads=kv_heads, ranking="model", lens=(40, 65))
     tokens, group = case.tokens(), heads // kv_heads
     read = SparqRead(r=r, min_k=k - 1, local=0, alpha_floor=0.0, group_reduce="probs")
     want = torch.empty(2, heads, case.head_size)
@@ -280,7 +280,7 @@ def test_group_reduce_probs_is_the_paper(heads: int, kv_heads: int, r: int, k: i
 
 def by_hand(query: Array, keys: Array, values: Array, read: SparqRead) -> Array:
     """The reference on one request and one group, D = 16: query [H', 16], keys and values [S, 16]."""
-    case = Case(heads=len(query), kv_heads=1, head_size=16, scoring="model", lens=(len(keys),))
+    case = Case(heads=len(query), kv_heads=1, head_size=16, ranking="model", lens=(len(keys),))
     tensors = (torch.from_numpy(x).float() for x in (query, keys, values))
     query_t, key_t, value_t = tensors
     tokens = Tokens([query_t[None]], [key_t[:, None]], [value_t[:, None]])

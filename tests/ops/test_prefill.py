@@ -26,7 +26,7 @@ CHUNKED = (
     Case(lens=(1, 15, 16, 17, 33), new=(1, 15, 16, 17, 33), dtype=torch.bfloat16),
     Case(lens=(16, 32, 0, 48, 7), new=(0, 16, 0, 1, 0)),
     Case(lens=(300, 200), new=(150, 200), dtype=torch.bfloat16, head_size=128, block_size=128, heads=8),
-    Case(lens=(40, 40), new=(24, 8), scoring=None, value_sum=False, dtype=torch.float16),
+    Case(lens=(40, 40), new=(24, 8), ranking=None, value_sum=False, dtype=torch.float16),
     Case(lens=(257,), new=(256,), dtype=torch.float32, block_size=64),
     Case(lens=(1300, 700), new=(2, 250), dtype=torch.bfloat16, block_size=64, heads=3, kv_heads=1),
     Case(lens=(800,), new=(400,), dtype=torch.float16, block_size=64, heads=1, kv_heads=1),
@@ -50,7 +50,7 @@ def test_prefill_is_the_reference(implementation: str, case: Case, written: str)
 QUANTIZED = KERNELS
 """Implementations that read quantized pages."""
 
-_LONG = Case(lens=(900, 530), new=(70, 300), scoring=None, heads=3, kv_heads=1, value_sum=False)
+_LONG = Case(lens=(900, 530), new=(70, 300), ranking=None, heads=3, kv_heads=1, value_sum=False)
 CODED = (
     *(chunks(case) for case in FORMATS),
     *(replace(case, new=tuple(min(s, b + 2) for b, s in enumerate(case.lens))) for case in FORMATS),
@@ -89,7 +89,7 @@ def test_prefill_of_quantized_pages_is_the_reference(implementation: str, case: 
 @pytest.mark.parametrize(("implementation", "fmt"), each(["int8", "int4", "kivi4", "kivi2"], tiny=["int4", "kivi2"]))
 def test_only_groups_that_are_not_finite_read_as_nan(implementation: str, fmt: str) -> None:
     """One NaN in V spoils its group of one token, which all rows see; and no other channel."""
-    case = Case(lens=(70,), new=(3,), format=fmt, block_size=32, scoring=None, value_sum=False, dtype=torch.bfloat16)
+    case = Case(lens=(70,), new=(3,), format=fmt, block_size=32, ranking=None, value_sum=False, dtype=torch.bfloat16)
     tokens = case.tokens()
     tokens.value[0][40, 1, 17] = torch.nan
     out = build(case, tokens, written="context", device=device(implementation)).prefill(load("prefill", implementation))
@@ -116,7 +116,7 @@ def test_prefill_by_hand(implementation: str) -> None:
     # D = 16, scale 1/4, q = 4 in channel 0: the logit of a token is its K in channel 0, ln of 1, 3 | 4, 8.
     # Two tokens are cached, two are new. V is 8, 4 | 6, 10.
     # Row 0 sees 1, 3, 4 of 8: (8 + 12 + 24) / 8 = 5.5. Row 1 sees 1, 3, 4, 8 of 16: (8 + 12 + 24 + 80) / 16 = 7.75.
-    case = Case(heads=1, kv_heads=1, head_size=16, lens=(4,), new=(2,), scoring=None, value_sum=False)
+    case = Case(heads=1, kv_heads=1, head_size=16, lens=(4,), new=(2,), ranking=None, value_sum=False)
     query, key = torch.zeros(2, 1, 16), torch.zeros(4, 1, 16)
     query[:, 0, 0] = 4
     key[:, 0, 0] = torch.tensor([1.0, 3.0, 4.0, 8.0]).log()

@@ -54,7 +54,7 @@ def assert_close(got: World, want: World, tolerance: dict[str, float]) -> None:
 
 
 LONG = Case(heads=8, kv_heads=2, head_size=128, block_size=128, dtype=torch.bfloat16, lens=(900, 3, 0, 513))
-LONG_CODES = [replace(LONG, format=name, scoring=None, value_sum=False) for name in ("int4", "kivi4")]
+LONG_CODES = [replace(LONG, format=name, ranking=None, value_sum=False) for name in ("int4", "kivi4")]
 DECODES = [scored(case) for case in (*SHAPES[::2], LONG, *FORMATS[::2], *LONG_CODES)]
 FEW = [scored(case) for case in (*TINY[:3], *TINY_FORMATS[::2])]
 
@@ -98,9 +98,9 @@ SPARSE = [
     scored(case)
     for case in (
         Case(lens=(1, 33, 100, 0, 47)),
-        Case(heads=8, kv_heads=1, head_size=128, block_size=128, scoring="int8", lens=(900, 260)),
+        Case(heads=8, kv_heads=1, head_size=128, block_size=128, ranking="int8", lens=(900, 260)),
         Case(heads=2, kv_heads=2, block_size=32, format="int4", lens=(40, 97)),
-        Case(heads=4, kv_heads=2, block_size=32, format="kivi4", scoring=None, lens=(40, 97)),
+        Case(heads=4, kv_heads=2, block_size=32, format="kivi4", ranking=None, lens=(40, 97)),
     )
 ]
 
@@ -137,7 +137,7 @@ def test_prefill_notes_the_sum_over_rows(implementation: str, case: Case) -> Non
     assert_close(got, want, tolerance)
 
 
-LOCAL = scored(Case(heads=2, kv_heads=1, scoring="model", lens=(64,), value_sum=False))
+LOCAL = scored(Case(heads=2, kv_heads=1, ranking="model", lens=(64,), value_sum=False))
 
 
 @pytest.mark.parametrize("implementation", ALL)

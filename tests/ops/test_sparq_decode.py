@@ -12,7 +12,7 @@ from tests.ops import tolerances
 from tests.ops.cases import ALL, HUGE_BYTE, THREADS, Case, Tokens, build, each, load, threaded
 from tests.ops.cases import device_of as device
 from tests.ops.shapes import FORMATS, SHAPES, TINY, TINY_FORMATS
-from tests.ops.sparq_checks import assert_right, ranking, tokens_read
+from tests.ops.sparq_checks import assert_right, ranked_by, tokens_read
 from tests.ops.test_oracle import numbers, repository
 from vllm_sparq.config import SparqRead
 from vllm_sparq.ops.dense_decode.reference import dense_decode as dense_reference
@@ -35,7 +35,7 @@ def reads(case: Case, i: int) -> SparqRead:
 
 LONG = (
     Case(heads=8, kv_heads=2, head_size=128, block_size=128, dtype=torch.bfloat16, lens=(900, 3, 0, 513)),
-    Case(heads=4, kv_heads=4, head_size=64, block_size=64, dtype=torch.float16, lens=(320, 0, 700), scoring="int8"),
+    Case(heads=4, kv_heads=4, head_size=64, block_size=64, dtype=torch.float16, lens=(320, 0, 700), ranking="int8"),
     Case(heads=4, kv_heads=1, head_size=128, block_size=32, dtype=torch.bfloat16, lens=(640, 333)),
     Case(heads=2, kv_heads=1, head_size=64, block_size=256, dtype=torch.float32, lens=(1500,)),
 )
@@ -53,7 +53,7 @@ def test_sparq_decode_is_right(implementation: str, case: Case, turn: int) -> No
 
 def ranked(case: Case) -> Case:
     """With what ranks the tokens, and value sums."""
-    return replace(case, scoring=None if case.layout.channel_keys else case.scoring or "int4", value_sum=True)
+    return replace(case, ranking=None if case.layout.channel_keys else case.ranking or "int4", value_sum=True)
 
 
 LONG_FORMATS = tuple(
@@ -87,11 +87,11 @@ def test_answers_over_quantized_pages(implementation: str, case: Case, turn: int
 
 
 @pytest.mark.parametrize("implementation", ALL)
-@pytest.mark.parametrize("scoring", ["int4", "int8", "model"])
+@pytest.mark.parametrize("ranking", ["int4", "int8", "model"])
 @pytest.mark.parametrize("heads", [1, 3])
-def test_planted_tokens_are_found(implementation: str, scoring: str, heads: int) -> None:
+def test_planted_tokens_are_found(implementation: str, ranking: str, heads: int) -> None:
     """Keys with a gap around the k-th place leave nothing to argue about: the tokens along the query are read."""
-    case = Case(heads=heads, kv_heads=1, scoring=scoring, lens=(100,), dtype=torch.bfloat16)
+    case = Case(heads=heads, kv_heads=1, ranking=ranking, lens=(100,), dtype=torch.bfloat16)
     tokens, planted, on = case.tokens(), [0, 3, 15, 16, 40, 63, 64, 95, 96, 97], device(implementation)
     direction = tokens.query[0][0, 0].sign()
     tokens.query[0][0] = tokens.query[0][0].abs() * direction
@@ -111,8 +111,8 @@ def exact_tokens(case: Case, s: int, keys: torch.Tensor, values: torch.Tensor) -
 
 
 EXACT = [
-    Case(heads=g, kv_heads=1, head_size=d, block_size=n, dtype=dtype, scoring=scoring, lens=(3 * n + 5,))
-    for g, d, n, dtype, scoring in [
+    Case(heads=g, kv_heads=1, head_size=d, block_size=n, dtype=dtype, ranking=ranking, lens=(3 * n + 5,))
+    for g, d, n, dtype, ranking in [
         (1, 64, 16, torch.float32, "int4"),
         (4, 64, 16, torch.bfloat16, "int4"),
         (2, 64, 32, torch.float16, "int8"),
@@ -154,7 +154,7 @@ def test_integers_are_ranked_exactly(implementation: str, case: Case, seed: int)
     and type, many tie, and the k-th place lies among equals that span full pages and the unfinished one.
     """
     s, d, n = case.lens[0], case.head_size, case.block_size
-    top = 15.0 if case.scoring == "int4" else 255.0
+    top = 15.0 if case.ranking == "int4" else 255.0
     gen = torch.Generator().manual_seed(seed)
     signs = torch.tensor([1.0, -1.0]).repeat(d // 2)
     # A score is 2 scale times the sum of signs * key over D / 4 channels: here -2 .. 2 of them, so ties abound.
@@ -200,7 +200,7 @@ def test_with_nothing_left_out_it_is_dense(implementation: str, case: Case, beyo
 def test_with_all_channels_it_is_the_exact_top_k(implementation: str, kv_heads: int) -> None:
     """r = D on keys of the model's type, no window, one head a group: out = sum of the k largest (and the current)
     probabilities times V, plus the missing mass times the mean: alpha is the exact mass."""
-    case = Case(heads=kv_heads, kv_heads=kv_heads, scoring="model", lens=(60, 100))
+    case = Case(heads=kv_heads, kv_heads=kv_heads, ranking="model", lens=(60, 100))
     tokens, read = case.tokens(), SparqRead(r=64, min_k=9, local=0, alpha_floor=0.0)
     world = build(case, tokens, device=device(implementation))
     got = world.decode(load("sparq_decode", implementation), read=read).cpu()
@@ -283,7 +283,7 @@ def test_degenerate_scores(implementation: str, kind: str) -> None:
     for b, s in enumerate(case.lens):
         query = tokens.query[b][0].double().numpy()
         key, value = (x[b][:, 0].double().numpy() for x in (tokens.key, tokens.value))
-        want = repository(query, ranking(world, key, b, 0)[0], key, value, **numbers(read, s, 64)).out
+        want = repository(query, ranked_by(world, key, b, 0)[0], key, value, **numbers(read, s, 64)).out
         torch.testing.assert_close(got[b].double(), torch.from_numpy(want), rtol=1e-3, atol=1e-4)
 
 
@@ -301,7 +301,7 @@ def test_a_long_context_is_cut(implementation: str, reduce: str) -> None:
 def test_long_streams(implementation: str, order: str, reduce: str) -> None:
     """One thread and 2000 tokens, so that a kernel that streams scores through a small buffer has to empty it often."""
     s = 2000
-    case = Case(heads=2, kv_heads=1, head_size=256, lens=(s,), scoring="model")
+    case = Case(heads=2, kv_heads=1, head_size=256, lens=(s,), ranking="model")
     tokens = case.tokens()
     tokens.query[0] = tokens.query[0].abs()
     level = {"equal": torch.zeros(s), "rising": torch.arange(s) / s, "falling": -torch.arange(s) / s}

@@ -60,7 +60,7 @@ def test_peaked_attention_reads_fewer(implementation: str) -> None:
     One token along the query holds nearly all, so it and the newest are read, or as many as are the least; of equal
     ones 25 hold 0.245, the oldest first, and 41 are the most.
     """
-    case = Case(heads=2, kv_heads=1, scoring="model", lens=(100,))
+    case = Case(heads=2, kv_heads=1, ranking="model", lens=(100,))
     on, run = device(implementation), load("sparq_decode", implementation)
     read = SparqRead(r=16, min_k=40, local=1, alpha_floor=1.0)
     signs = torch.tensor([1.0, -1.0]).repeat(32)

@@ -32,7 +32,7 @@ MAX_SPILL_BYTES = 128
 class Shape:
     head_size: int
     dtype: str
-    scoring: str | None
+    ranking: str | None
     format: str = "model"
     heads: int = 8
     kv_heads: int = 2
@@ -50,26 +50,26 @@ ALL = ("write", "dense_decode", "sparq_decode", "prefill", "evict")
 DENSE = ("dense_decode", "prefill", "evict")
 SPANS = ("write", "quest_decode")
 SHAPES = (
-    Shape(head_size=128, dtype="bfloat16", scoring="int4"),
-    Shape(head_size=128, dtype="bfloat16", scoring="int4", heads=2, alpha_floor=0.0, ops=("sparq_decode",)),
+    Shape(head_size=128, dtype="bfloat16", ranking="int4"),
+    Shape(head_size=128, dtype="bfloat16", ranking="int4", heads=2, alpha_floor=0.0, ops=("sparq_decode",)),
     Shape(
         head_size=64,
         dtype="bfloat16",
-        scoring="int8",
+        ranking="int8",
         heads=16,
         group_reduce="probs",
         block_size=64,
         n_requests=512,
         ops=("write", "sparq_decode"),
     ),
-    Shape(head_size=80, dtype="float32", scoring="int4", alpha_floor=1.0),
-    Shape(head_size=256, dtype="bfloat16", scoring="model", heads=4, block_size=32, new_tokens=2),
-    Shape(head_size=128, dtype="bfloat16", scoring="int4", format="int4"),
-    Shape(head_size=128, dtype="bfloat16", scoring=None, format="kivi2"),
+    Shape(head_size=80, dtype="float32", ranking="int4", alpha_floor=1.0),
+    Shape(head_size=256, dtype="bfloat16", ranking="model", heads=4, block_size=32, new_tokens=2),
+    Shape(head_size=128, dtype="bfloat16", ranking="int4", format="int4"),
+    Shape(head_size=128, dtype="bfloat16", ranking=None, format="kivi2"),
     Shape(
         head_size=64,
         dtype="float16",
-        scoring="int8",
+        ranking="int8",
         format="int8",
         heads=16,
         alpha_floor=1.0,
@@ -79,7 +79,7 @@ SHAPES = (
     Shape(
         head_size=80,
         dtype="float32",
-        scoring=None,
+        ranking=None,
         format="kivi4",
         block_size=48,
         alpha_floor=1.0,
@@ -88,18 +88,18 @@ SHAPES = (
     Shape(
         head_size=256,
         dtype="bfloat16",
-        scoring=None,
+        ranking=None,
         format="kivi2",
         heads=4,
         block_size=32,
         new_tokens=2,
         ops=("write", "dense_decode"),
     ),
-    Shape(head_size=128, dtype="bfloat16", scoring="int4", mass=0.9, ops=("sparq_decode",)),
+    Shape(head_size=128, dtype="bfloat16", ranking="int4", mass=0.9, ops=("sparq_decode",)),
     Shape(
         head_size=128,
         dtype="bfloat16",
-        scoring=None,
+        ranking=None,
         format="kivi4",
         heads=16,
         group_reduce="probs",
@@ -107,11 +107,11 @@ SHAPES = (
         noted=True,
         ops=("sparq_decode",),
     ),
-    Shape(head_size=128, dtype="bfloat16", scoring="int4", noted=True, ops=ALL),
+    Shape(head_size=128, dtype="bfloat16", ranking="int4", noted=True, ops=ALL),
     Shape(
         head_size=64,
         dtype="float16",
-        scoring="int8",
+        ranking="int8",
         heads=16,
         group_reduce="probs",
         block_size=64,
@@ -119,14 +119,14 @@ SHAPES = (
         noted=True,
         ops=("sparq_decode",),
     ),
-    Shape(head_size=80, dtype="float32", scoring="int4", format="int4", block_size=48, noted=True, ops=("evict",)),
-    Shape(head_size=128, dtype="bfloat16", scoring=None, format="kivi2", noted=True, ops=("write", *DENSE)),
-    Shape(head_size=256, dtype="float16", scoring=None, format="kivi4", block_size=256, noted=True, ops=("evict",)),
-    Shape(head_size=128, dtype="bfloat16", scoring="bounds", heads=32, kv_heads=8, alpha_floor=1.0, ops=SPANS),
+    Shape(head_size=80, dtype="float32", ranking="int4", format="int4", block_size=48, noted=True, ops=("evict",)),
+    Shape(head_size=128, dtype="bfloat16", ranking=None, format="kivi2", noted=True, ops=("write", *DENSE)),
+    Shape(head_size=256, dtype="float16", ranking=None, format="kivi4", block_size=256, noted=True, ops=("evict",)),
+    Shape(head_size=128, dtype="bfloat16", ranking="bounds", heads=32, kv_heads=8, alpha_floor=1.0, ops=SPANS),
     Shape(
         head_size=80,
         dtype="float32",
-        scoring="bounds",
+        ranking="bounds",
         format="kivi4",
         block_size=48,
         n_requests=512,
@@ -240,7 +240,7 @@ def launch_all(shape: Shape) -> None:
         head_size=d,
         block_size=shape.block_size,
         dtype=dtype,
-        scoring=shape.scoring,
+        ranking=shape.ranking,
         value_sum=shape.alpha_floor < 1,
         format=shape.format,
         positions=shape.noted,

@@ -12,16 +12,16 @@ from tests.ops import tolerances
 from tests.ops.cases import ALL, KERNELS, NAN_BYTE, Case, Tokens, World, build, each, int32, load, write_in_chunks
 from tests.ops.cases import device_of as device
 from tests.ops.shapes import SHAPES, TINY
-from vllm_sparq.layout import SCORING_BITS, Pages
+from vllm_sparq.layout import RANKING_BITS, Pages
 from vllm_sparq.ops.write.reference import write as reference
 
 APPENDED = (
     Case(lens=(1, 15, 16, 17, 40, 3), new=(1, 15, 16, 1, 33, 0)),
-    Case(lens=(48, 32, 33), new=(17, 1, 2), dtype=torch.bfloat16, scoring="int8", head_size=80),
-    Case(lens=(64, 31), new=(64, 1), dtype=torch.float16, block_size=32, scoring="model", heads=1, kv_heads=1),
-    Case(lens=(40, 16), new=(40, 1), dtype=torch.bfloat16, scoring=None),
-    Case(lens=(40, 16), new=(40, 1), dtype=torch.bfloat16, scoring=None, value_sum=False),
-    Case(lens=(40, 17), new=(30, 17), dtype=torch.float16, scoring="int4", value_sum=False, head_size=96),
+    Case(lens=(48, 32, 33), new=(17, 1, 2), dtype=torch.bfloat16, ranking="int8", head_size=80),
+    Case(lens=(64, 31), new=(64, 1), dtype=torch.float16, block_size=32, ranking="model", heads=1, kv_heads=1),
+    Case(lens=(40, 16), new=(40, 1), dtype=torch.bfloat16, ranking=None),
+    Case(lens=(40, 16), new=(40, 1), dtype=torch.bfloat16, ranking=None, value_sum=False),
+    Case(lens=(40, 17), new=(30, 17), dtype=torch.float16, ranking="int4", value_sum=False, head_size=96),
 )
 
 
@@ -34,18 +34,18 @@ MORE = tuple(prefilled(case) for case in SHAPES)
 
 
 def assert_same_bytes(got: World, want: World, tokens: Tokens) -> None:
-    """Whole buffers, poison included. Zeros of ranges and bounds may differ in sign, value sums in their order."""
+    """Whole buffers, poison included. Zeros of scales and bounds may differ in sign, value sums in their order."""
     got_bytes, want_bytes = got.buffer.cpu().clone(), want.buffer.cpu().clone()
     got_pages, want_pages = (
         Pages(b.as_strided(got.pages.data.shape, got.pages.data.stride(), 128), got.case.layout)
         for b in (got_bytes, want_bytes)
     )
-    if "ranges" in got.case.layout.parts:
+    if "scales" in got.case.layout.parts:
         for pages in (got_pages, want_pages):
-            pages.ranges[pages.ranges == 0] = 0.0
-    if got.case.scoring == "bounds":
+            pages.scales[pages.scales == 0] = 0.0
+    if got.case.ranking == "bounds":
         for pages in (got_pages, want_pages):
-            pages.scoring[pages.scoring == 0] = 0.0
+            pages.ranking[pages.ranking == 0] = 0.0
     if got.case.value_sum:
         n = got.case.block_size
         for b, (value, s) in enumerate(zip(tokens.value, got.case.lens, strict=True)):
@@ -126,12 +126,12 @@ def hostile(case: Case) -> Tokens:
 
 HOSTILE = (
     *(
-        Case(lens=(16, 40), new=(16, 40), dtype=dtype, scoring=scoring, heads=2)
+        Case(lens=(16, 40), new=(16, 40), dtype=dtype, ranking=ranking, heads=2)
         for dtype in (torch.float32, torch.bfloat16, torch.float16)
-        for scoring in ("int4", "int8")
+        for ranking in ("int4", "int8")
     ),
     Case(lens=(130,), new=(130,), dtype=torch.bfloat16, block_size=128),
-    Case(lens=(32,), new=(32,), scoring="model"),
+    Case(lens=(32,), new=(32,), ranking="model"),
 )
 
 
@@ -146,23 +146,23 @@ def test_hostile_channels_leave_the_same_bytes_as_the_reference(implementation: 
 
 
 def codes_of(pages: Pages, page: int, head: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Codes [D, N], step and zero [D, 1] of a page in float64, unpacked anew."""
-    packed = pages.scoring[page, head].cpu().numpy()
-    if pages.layout.scoring == "int4":
+    """Codes [D, N], scale and zero point [D, 1] of a page in float64, unpacked anew."""
+    packed = pages.ranking[page, head].cpu().numpy()
+    if pages.layout.ranking == "int4":
         packed = np.concatenate([packed % 16, packed // 16], axis=1)
-    step, zero = pages.ranges[page, head].cpu().double().numpy().T[:, :, None]
+    step, zero = pages.scales[page, head].cpu().double().numpy().T[:, :, None]
     return packed.astype(np.float64), step, zero
 
 
 @pytest.mark.parametrize("implementation", ALL)
-@pytest.mark.parametrize("scoring", ["int4", "int8"])
+@pytest.mark.parametrize("ranking", ["int4", "int8"])
 @pytest.mark.parametrize("kind", ["random", "hostile"])
-def test_codes_are_within_half_a_step(implementation: str, scoring: str, kind: str) -> None:
-    case = Case(lens=(33,), new=(33,), scoring=scoring, dtype=torch.bfloat16)
+def test_codes_are_within_half_a_step(implementation: str, ranking: str, kind: str) -> None:
+    case = Case(lens=(33,), new=(33,), ranking=ranking, dtype=torch.bfloat16)
     tokens = case.tokens() if kind == "random" else hostile(case)
     world = build(case, tokens, written="context", device=device(implementation))
     world.write(load("write", implementation))
-    top, fp16_max = 2 ** SCORING_BITS[scoring] - 1, 65504.0
+    top, fp16_max = 2 ** RANKING_BITS[ranking] - 1, 65504.0
     for block, head in [(0, 0), (0, 1), (1, 0), (1, 1)]:
         x = tokens.key[0][block * 16 : block * 16 + 16, head].double().numpy().T  # [D, N]
         x = np.where(np.isfinite(x), x, 0.0)
@@ -204,18 +204,18 @@ def test_page_by_hand(implementation: str) -> None:
     world.write(load("write", implementation))
     first, second = world.block_table[0, :2].tolist()
     pages = world.pages
-    assert pages.ranges[first, 0, :5].tolist() == [[1, 0], [0.5, -2], [2, 1], [1, 0], [0, 0]]
+    assert pages.scales[first, 0, :5].tolist() == [[1, 0], [0.5, -2], [2, 1], [1, 0], [0, 0]]
     # Token n in the low nibble of byte n, token n + 8 in the high one.
-    assert pages.scoring[first, 0, 0].tolist() == [16 * (n + 8) + n for n in range(8)]
-    assert pages.scoring[first, 0, 1].tolist() == [0, 0, 0, 15, 0, 0, 0, 0]
-    assert pages.scoring[first, 0, 2].tolist() == [0, 255] * 4
-    assert pages.scoring[first, 0, 3].tolist() == [15, 32, 0, 0, 0, 0, 0, 0]
-    assert not pages.scoring[first, 0, 4:].any()
+    assert pages.ranking[first, 0, 0].tolist() == [16 * (n + 8) + n for n in range(8)]
+    assert pages.ranking[first, 0, 1].tolist() == [0, 0, 0, 15, 0, 0, 0, 0]
+    assert pages.ranking[first, 0, 2].tolist() == [0, 255] * 4
+    assert pages.ranking[first, 0, 3].tolist() == [15, 32, 0, 0, 0, 0, 0, 0]
+    assert not pages.ranking[first, 0, 4:].any()
     assert (pages.value_sum[first] == 0).all()
     assert (pages.value_sum[second] == 136).all()
     assert pages.keys[first, 0].cpu().equal(key[:16, 0])
     assert pages.values[second, 0, 0].cpu().equal(value[16, 0])
-    assert (pages.scoring[second] == NAN_BYTE).all()
+    assert (pages.ranking[second] == NAN_BYTE).all()
 
 
 CUTS = [list(range(1, 49)), [15, 16, 17], [1, 31, 33, 48], [16, 32], [7, 40]]
@@ -253,8 +253,8 @@ def test_only_the_bytes_of_the_contract_change(implementation: str, case: Case) 
             if slot == 0:
                 allow(page, "value_sum")
             if slot == n - 1:
-                allow(page, "scoring")
-                allow(page, "ranges")
+                allow(page, "ranking")
+                allow(page, "scales")
     world.write(load("write", implementation))
     changed = before != world.buffer
     stray = (changed & ~may_change).nonzero().flatten()
@@ -319,7 +319,7 @@ def test_no_tokens_change_nothing(implementation: str) -> None:
 SHARING = (
     Case(lens=(40, 57, 70), dtype=torch.bfloat16),
     Case(lens=(40, 57, 70), format="int4", block_size=16, head_size=32),
-    Case(lens=(40, 70, 100), format="kivi4", scoring=None, block_size=32, head_size=32),
+    Case(lens=(40, 70, 100), format="kivi4", ranking=None, block_size=32, head_size=32),
 )
 ORDERS = [(0, 1, 2), (2, 1, 0), (1, 2, 0)]
 

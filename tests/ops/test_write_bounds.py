@@ -26,7 +26,7 @@ def assert_bounds(world: World, tokens: Tokens) -> None:
     for b, (key, s) in enumerate(zip(tokens.key, world.case.lens, strict=True)):
         finite = np.where(np.isfinite(key.double().numpy()), key.double().numpy(), 0.0)  # [S, G, D]
         for block in range(s // n):
-            got = world.pages.scoring[int(world.block_table[b, block])].cpu().double().numpy()  # [G, N/16, 2, D]
+            got = world.pages.ranking[int(world.block_table[b, block])].cpu().double().numpy()  # [G, N/16, 2, D]
             for span in range(n // 16):
                 its = finite[block * n + span * 16 :][:16]
                 np.testing.assert_array_equal(got[:, span, 0], its.min(0))

@@ -15,7 +15,7 @@ from vllm_sparq.layout import Pages
 from vllm_sparq.ops.codec import decode_page
 from vllm_sparq.ops.write.reference import write as reference
 
-NAMES = {True: ("key_codes", "key_ranges", "value_codes", "value_ranges"), False: ("records",)}
+NAMES = {True: ("key_codes", "key_scales", "value_codes", "value_scales"), False: ("records",)}
 """Parts of a full block, by whether K is channel-major."""
 
 
@@ -36,7 +36,7 @@ def defined(world: World) -> torch.Tensor:
     for blocks, s in zip(world.block_table.tolist(), world.case.lens, strict=False):
         for block in range(-(-s // n)):
             allow(blocks[block], "value_sum")
-            for name in (*NAMES[layout.channel_keys], "scoring", "ranges") if (block + 1) * n <= s else ():
+            for name in (*NAMES[layout.channel_keys], "ranking", "scales") if (block + 1) * n <= s else ():
                 allow(blocks[block], name)
         for position in range((s - 1) // n * n, s):
             ahead, place = layout.staged_at(position % n)
@@ -46,16 +46,16 @@ def defined(world: World) -> torch.Tensor:
 
 
 def normal_form(world: World, mask: torch.Tensor) -> torch.Tensor:
-    """The buffer with undefined bytes zero, and one zero and one NaN in ranges, whose kinds may differ."""
+    """The buffer with undefined bytes zero, and one zero and one NaN in scales, whose kinds may differ."""
     copy = torch.where(mask, world.buffer.cpu(), 0)
     pages = Pages(copy.as_strided(world.pages.data.shape, world.pages.data.stride(), 128), world.case.layout)
     n = world.case.block_size
     for blocks, s in zip(world.block_table.tolist(), world.case.lens, strict=False):
         for page in blocks[: s // n]:
-            scoring = [pages.ranges] if "ranges" in world.case.layout.parts else []
-            for ranges in (pages.key_ranges, pages.value_ranges, *scoring):
-                x = ranges[page]
-                ranges[page] = torch.where(x.isnan(), torch.nan, torch.where(x == 0, 0.0, x))
+            ranking = [pages.scales] if "scales" in world.case.layout.parts else []
+            for scales in (pages.key_scales, pages.value_scales, *ranking):
+                x = scales[page]
+                scales[page] = torch.where(x.isnan(), torch.nan, torch.where(x == 0, 0.0, x))
     return copy
 
 
@@ -133,7 +133,7 @@ def test_long_steps_are_those_of_the_reference(implementation: str, case: Case, 
 @pytest.mark.parametrize("shuffle", range(8))
 def test_staged_tokens_are_read_before_their_pages_are_written(implementation: str, shuffle: int) -> None:
     """The next block is staged in pages that the begun one is still staged in, and another thread may be at it."""
-    shape = Case(format="kivi2", heads=1, kv_heads=1, head_size=128, block_size=128, scoring=None, value_sum=False)
+    shape = Case(format="kivi2", heads=1, kv_heads=1, head_size=128, block_size=128, ranking=None, value_sum=False)
     case = replace(shape, dtype=torch.bfloat16, lens=(228,) * 12, new=(108,) * 12)
     assert case.layout.n_staging_blocks > 1
     got = build(case, written="context", device=device(implementation), shuffle=shuffle)
@@ -187,13 +187,13 @@ def hostile(case: Case) -> Tokens:
     return tokens
 
 
-_HOSTILE = Case(block_size=64, lens=(130,), new=(100,), scoring=None, value_sum=False)
+_HOSTILE = Case(block_size=64, lens=(130,), new=(100,), ranking=None, value_sum=False)
 HOSTILE = tuple(
     replace(_HOSTILE, dtype=dtype, **options)
     for dtype in (torch.float32, torch.bfloat16, torch.float16)
     for options in (
         {"format": "int8"},
-        {"format": "int4", "group_size": 16, "scoring": "int4"},
+        {"format": "int4", "group_size": 16, "ranking": "int4"},
         {"format": "kivi4", "group_size": 16},
         {"format": "kivi2", "group_size": 32},
     )
@@ -210,15 +210,15 @@ def test_hostile_groups_are_those_of_the_reference(implementation: str, case: Ca
     got.write(load("write", implementation))
     want.write(reference)
     assert_same(got, want)
-    ranges = want.pages.key_ranges[want.block_table[0, :2].long()]
-    assert ranges.isnan().any()
-    assert ranges.isfinite().any()
+    scales = want.pages.key_scales[want.block_table[0, :2].long()]
+    assert scales.isnan().any()
+    assert scales.isfinite().any()
 
 
 _CHUNKED = Case(lens=(129, 32, 80, 0), block_size=32, dtype=torch.bfloat16, heads=1, kv_heads=1, head_size=32)
 CHUNKED = (
     *(replace(_CHUNKED, format=fmt) for fmt in ("int8", "int4")),
-    *(replace(_CHUNKED, format=fmt, scoring=None) for fmt in ("kivi4", "kivi2")),
+    *(replace(_CHUNKED, format=fmt, ranking=None) for fmt in ("kivi4", "kivi2")),
 )
 CUTS = [list(range(1, 129)), [31, 32, 33], [1, 63, 65, 96], [32, 64], [17, 100]]
 
@@ -230,7 +230,7 @@ IN_CHUNKS = [(case, cuts) for case in CHUNKED for cuts in CUTS]
     ("implementation", "case_and_cuts"), each(IN_CHUNKS, tiny=[(CHUNKED[1], CUTS[1]), (CHUNKED[2], CUTS[2])])
 )
 def test_chunks_are_the_whole(implementation: str, case_and_cuts: tuple[Case, list[int]]) -> None:
-    """Codes, ranges, value sums and staged tokens do not depend on the steps that a request came in."""
+    """Codes, scales, value sums and staged tokens do not depend on the steps that a request came in."""
     case, cuts = case_and_cuts
     tokens, run, on = case.tokens(), load("write", implementation), device(implementation)
     whole, parts = (write_in_chunks(case, tokens, run, c, on) for c in ([], cuts))
@@ -242,7 +242,7 @@ def test_chunks_are_the_whole(implementation: str, case_and_cuts: tuple[Case, li
 @pytest.mark.parametrize(("implementation", "fmt"), each(["int8", "int4", "kivi4", "kivi2"], tiny=["int8", "kivi2"]))
 def test_staging_stays_within_the_contract(implementation: str, fmt: str) -> None:
     """Full blocks of the context, and pages of requests that bring nothing, keep every byte; over noise."""
-    case = Case(format=fmt, lens=(90, 64, 40), new=(3, 0, 0), block_size=32, dtype=torch.float16, scoring=None)
+    case = Case(format=fmt, lens=(90, 64, 40), new=(3, 0, 0), block_size=32, dtype=torch.float16, ranking=None)
     world = build(case, written="context", device=device(implementation))
     before = world.buffer.clone()
     world.write(load("write", implementation))

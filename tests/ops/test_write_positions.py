@@ -12,7 +12,7 @@ from tests.ops.cases import device_of as device
 
 CASES = (
     Case(positions=True, lens=(33, 0, 17, 70), new=(33, 0, 1, 40)),
-    Case(scores=True, scoring=None, value_sum=False, block_size=80, lens=(150, 80, 81), new=(100, 80, 1)),
+    Case(scores=True, ranking=None, value_sum=False, block_size=80, lens=(150, 80, 81), new=(100, 80, 1)),
     Case(scores=True, format="int4", heads=2, kv_heads=1, block_size=32, lens=(64, 0, 70), new=(1, 0, 50)),
 )
 

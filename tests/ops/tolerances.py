@@ -1,6 +1,6 @@
 """How far two right answers may lie apart: one table, each row with its reason.
 
-Copies, codes, ranges and selected tokens have no row: they are exact.
+Copies, codes, scales and selected tokens have no row: they are exact.
 """
 
 from __future__ import annotations

@@ -168,7 +168,7 @@ TestStaging.settings = settings(max_examples=60, stateful_step_count=60, deadlin
 def test_spec_counts_the_staging_blocks() -> None:
     spec: Any = page_spec(PLAIN, LAYOUT)
     assert isinstance(spec, StagedSpec)
-    # A page: 16 tokens of 2 x 8 bytes of codes and 2 x 8 bytes of ranges, and 64 bytes of the sum of V: 576. A token in
+    # A page: 16 tokens of 2 x 8 bytes of codes and 2 x 8 bytes of scales, and 64 bytes of the sum of V: 576. A token in
     # full is 2 x 16 x 4 = 128 bytes: 4 fit into a page, so 16 need 4 pages.
     assert (spec.page_size_bytes, spec.staged_per_page, spec.n_staging_blocks) == (576, 4, 4)
 

@@ -18,62 +18,63 @@ def encode_page(pages: Pages, page: int, head: int, keys: torch.Tensor, values: 
     assert fmt is not None
     keys = keys.T if layout.channel_keys else keys
     for name, rows in (("key", keys), ("value", values)):
-        codes, ranges = quantize(rows, fmt, layout.group)
+        codes, scales = quantize(rows, fmt, layout.group)
         getattr(pages, f"{name}_codes")[page, head] = pack(codes, fmt.bits)
-        getattr(pages, f"{name}_ranges")[page, head] = ranges
+        getattr(pages, f"{name}_scales")[page, head] = scales
 
 
 def decode_page(pages: Pages, page: int, head: int) -> tuple[torch.Tensor, torch.Tensor]:
     """K and V, fp32 [N, D], that the codes of a full block stand for."""
-    keys = dequantize(pages.key_codes[page, head], pages.key_ranges[page, head], pages.layout)
-    values = dequantize(pages.value_codes[page, head], pages.value_ranges[page, head], pages.layout)
+    keys = dequantize(pages.key_codes[page, head], pages.key_scales[page, head], pages.layout)
+    values = dequantize(pages.value_codes[page, head], pages.value_scales[page, head], pages.layout)
     return (keys.T if pages.layout.channel_keys else keys), values
 
 
 def quantize(x: torch.Tensor, fmt: Format, group: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Codes of the groups of each row.
 
-    With step and zero, ``zero`` is the least element and ``step`` the smallest number of x's type that is not below
-    ``(max - zero) / (2**bits - 1)``; a code is ``clamp(round_half_even((x - zero) / step), 0, 2**bits - 1)``. With a
-    step alone it is not below ``max |x| / 127``, and a code is ``clamp(round_half_even(x / step), -127, 127)``. All in
-    fp32. Codes stand for x within half a step, and exactly where all elements of a group are equal: there the step is 0
-    and ``zero`` the element, or the step its magnitude and the code its sign. A group with an element that is infinite
-    or NaN, or with a range beyond x's type, reads as NaN as a whole: its ranges are NaN and its codes 0.
+    With scale and zero point, ``zero`` is the least element and ``scale`` the smallest number of x's type that is not
+    below ``(max - zero) / (2**bits - 1)``; a code is ``clamp(round_half_even((x - zero) / scale), 0, 2**bits - 1)``.
+    With a scale alone it is not below ``max |x| / 127``, and a code is ``clamp(round_half_even(x / scale), -127,
+    127)``. All in fp32. Codes stand for x within half a scale, and exactly where all elements of a group are equal:
+    there the scale is 0 and ``zero`` the element, or the scale its magnitude and the code its sign. A group with an
+    element that is infinite or NaN, or with a range beyond x's type, reads as NaN as a whole: its scales are NaN and
+    its codes 0.
 
     Args:
         x: [rows, n] in the model's dtype.
-        fmt: bits, and which ranges.
+        fmt: bits, and which scales.
         group: elements of a group; divides n.
 
     Returns:
-        codes [rows, n], uint8 (int8 codes as their bytes), and ranges [rows, n / group, 2 | 1] of x's type.
+        codes [rows, n], uint8 (int8 codes as their bytes), and scales [rows, n / group, 2 | 1] of x's type.
     """
     groups = x.float().unflatten(-1, (-1, group))
     low, high = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
     constant = low == high
-    if fmt.range_numbers == 1:
+    if fmt.scale_numbers == 1:
         largest = torch.maximum(-low, high)
-        step = torch.where(constant, largest, not_below(largest / 127, x.dtype))
-        codes, ranges = (groups / step).round().clamp(-127, 127), [step]
+        scale = torch.where(constant, largest, not_below(largest / 127, x.dtype))
+        codes, scales = (groups / scale).round().clamp(-127, 127), [scale]
     else:
-        step = not_below((high - low) / (2**fmt.bits - 1), x.dtype)
-        codes, ranges = ((groups - low) / step).round().clamp(0, 2**fmt.bits - 1), [step, low]
-    broken = ~(groups.isfinite().all(-1, keepdim=True) & step.isfinite())
-    codes = torch.where(broken | (step == 0), 0.0, codes)
-    ranges = [torch.where(broken, torch.nan, number).to(x.dtype) for number in ranges]
-    return codes.flatten(-2).to(torch.int16).to(torch.uint8), torch.cat(ranges, -1)
+        scale = not_below((high - low) / (2**fmt.bits - 1), x.dtype)
+        codes, scales = ((groups - low) / scale).round().clamp(0, 2**fmt.bits - 1), [scale, low]
+    broken = ~(groups.isfinite().all(-1, keepdim=True) & scale.isfinite())
+    codes = torch.where(broken | (scale == 0), 0.0, codes)
+    scales = [torch.where(broken, torch.nan, number).to(x.dtype) for number in scales]
+    return codes.flatten(-2).to(torch.int16).to(torch.uint8), torch.cat(scales, -1)
 
 
-def dequantize(packed: torch.Tensor, ranges: torch.Tensor, layout: PageLayout) -> torch.Tensor:
-    """fp32 [rows, n] that packed codes [rows, n * bits/8] with ranges [rows, n / g, 2 | 1] stand for."""
+def dequantize(packed: torch.Tensor, scales: torch.Tensor, layout: PageLayout) -> torch.Tensor:
+    """fp32 [rows, n] that packed codes [rows, n * bits/8] with scales [rows, n / g, 2 | 1] stand for."""
     fmt = layout.quantized
     assert fmt is not None
     codes = unpack(packed, fmt.bits)
-    if fmt.range_numbers == 1:
+    if fmt.scale_numbers == 1:
         codes = codes.view(torch.int8)
-    groups = codes.float().unflatten(-1, (ranges.shape[-2], -1))
-    numbers = ranges.float()
-    zero = numbers[..., 1:] if fmt.range_numbers == 2 else 0.0
+    groups = codes.float().unflatten(-1, (scales.shape[-2], -1))
+    numbers = scales.float()
+    zero = numbers[..., 1:] if fmt.scale_numbers == 2 else 0.0
     rows: torch.Tensor = (zero + numbers[..., :1] * groups).flatten(-2)
     return rows
 

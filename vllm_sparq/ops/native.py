@@ -37,8 +37,8 @@ _HUGE = 2 << 20
 _MADV_COLLAPSE = 25  # since Linux 6.1; not in Python's mmap module yet
 
 DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
-SCORINGS = {None: 0, "int4": 1, "int8": 2, "model": 3, "bounds": 4}
-PARTS = ("records", "scoring", "ranges", "value_sum", "positions", "scores")
+RANKINGS = {None: 0, "int4": 1, "int8": 2, "model": 3, "bounds": 4}
+PARTS = ("records", "ranking", "scales", "value_sum", "positions", "scores")
 FORMATS = {"model": 0, "int8": 1, "int4": 2, "kivi4": 3, "kivi2": 4}
 
 REFERENCE_INSTEAD = "the pure-torch reference runs instead, hundreds of times slower"
@@ -138,7 +138,7 @@ def library() -> ctypes.CDLL:
 class CodesStruct(ctypes.Structure):
     """``sparq::Codes`` of csrc/paged.h."""
 
-    _fields_: ClassVar = [(name, ctypes.c_int64) for name in ("codes", "code_stride", "ranges", "range_stride")]
+    _fields_: ClassVar = [(name, ctypes.c_int64) for name in ("codes", "code_stride", "scales", "scale_stride")]
 
 
 class PagesStruct(ctypes.Structure):
@@ -148,7 +148,7 @@ class PagesStruct(ctypes.Structure):
         ("data", ctypes.c_void_p),
         *[(name, ctypes.c_int64) for name in ("page_stride", "head_stride")],
         *[(name, ctypes.c_int64) for name in PARTS],
-        *[(name, ctypes.c_int32) for name in ("n_kv_heads", "block_size", "head_size", "dtype", "scoring_type")],
+        *[(name, ctypes.c_int32) for name in ("n_kv_heads", "block_size", "head_size", "dtype", "ranking_type")],
         *[(name, ctypes.c_int32) for name in ("format", "group", "staged_per_page")],
         ("key", CodesStruct),
         ("value", CodesStruct),
@@ -164,7 +164,7 @@ def pages_address(pages: Pages) -> int:
 @functools.lru_cache(maxsize=4096)  # keyed by value, so a struct that outlives its tensor does no harm
 def _pages_struct(data: int, strides: tuple[int, ...], n_kv_heads: int, layout: PageLayout) -> tuple[PagesStruct, int]:
     offsets = [layout.parts[name].offset if name in layout.parts else -1 for name in PARTS]
-    numbers = (n_kv_heads, layout.block_size, layout.head_size, DTYPES[layout.dtype], SCORINGS[layout.scoring])
+    numbers = (n_kv_heads, layout.block_size, layout.head_size, DTYPES[layout.dtype], RANKINGS[layout.ranking])
     quantized = layout.quantized is not None
     storage = FORMATS[layout.format], layout.group if quantized else 0, layout.staged_per_page if quantized else 0
     codes = [_codes_struct(layout, name) for name in ("key", "value")]
@@ -173,12 +173,12 @@ def _pages_struct(data: int, strides: tuple[int, ...], n_kv_heads: int, layout: 
 
 
 def _codes_struct(layout: PageLayout, name: str) -> CodesStruct:
-    """Where the codes and ranges of K or V begin in a page, and how far its rows lie apart; zeros for ``model``."""
+    """Where the codes and scales of K or V begin in a page, and how far its rows lie apart; zeros for ``model``."""
     if layout.quantized is None:
         return CodesStruct()
     page = Pages.empty(1, 1, layout)
     found = []
-    for view in (getattr(page, f"{name}_codes"), getattr(page, f"{name}_ranges")):
+    for view in (getattr(page, f"{name}_codes"), getattr(page, f"{name}_scales")):
         found += [view.data_ptr() - page.data.data_ptr(), view.stride(2) * view.element_size()]
     return CodesStruct(*found)
 

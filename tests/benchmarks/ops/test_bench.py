@@ -84,7 +84,7 @@ def test_a_run_writes_a_line_per_method_and_context(tmp_path: Path, capsys: pyte
         assert row["bandwidth_gb_per_s"] > 0
         assert row["speedup_vs_vllm"] is None
         assert (row["speedup_vs_dense"] is None) == (row["method"] == "write")
-        assert {"impl", "threads", "dtype", "r", "k", "scoring", "cpu", "isa", "torch", "commit", "dirty"} <= set(row)
+        assert {"impl", "threads", "dtype", "r", "k", "ranking", "cpu", "isa", "torch", "commit", "dirty"} <= set(row)
     assert rows[0]["speedup_vs_dense"] == 1
     assert "SparQ beats our dense op" in capsys.readouterr().out
 

@@ -8,9 +8,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+
 from tests.ops.cases import Case, build, load
 from tests.ops.sparq_checks import tokens_read as tokens_shown
-
 from vllm_sparq.benchmarks.quality import mass_curve
 from vllm_sparq.config import SparqRead
 

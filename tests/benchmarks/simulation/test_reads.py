@@ -84,10 +84,10 @@ def dense_of(step: Step) -> torch.Tensor:
 @pytest.mark.parametrize("name", POLICIES)
 def test_with_nothing_left_out_every_policy_is_dense(name: str) -> None:
     step = a_step([40, 64, 51], 64)
-    wanted = Wanted(Shape(2, 8), 1.0, Options(compression=1.0, k=63, scoring="model"))
+    wanted = Wanted(Shape(2, 8), 1.0, Options(compression=1.0, k=63, ranking="model"))
     policy = POLICIES[name](wanted)
     if isinstance(policy, Quest):
-        policy = Quest(compression=0.5)  # what the ranges cost is taken off its budget
+        policy = Quest(compression=0.5)  # what the scales cost is taken off its budget
     if isinstance(policy, Window):
         policy = Window(compression=0.5, positions=policy.positions)
     if isinstance(policy, InfLLM):
@@ -98,7 +98,7 @@ def test_with_nothing_left_out_every_policy_is_dense(name: str) -> None:
 @pytest.mark.parametrize("name", POLICIES)
 def test_no_policy_looks_behind_the_end(name: str) -> None:
     """What lies behind a request is poison, and a request answers alike beside others and alone."""
-    policy = POLICIES[name](Wanted(Shape(2, 8), 3.0, Options(compression=3.0, min_k=1, scoring="model")))
+    policy = POLICIES[name](Wanted(Shape(2, 8), 3.0, Options(compression=3.0, min_k=1, ranking="model")))
     both, alone = a_step([150, 97], 160), a_step([150, 97], 160)
     alone.lengths, alone.n_prompt = alone.lengths[1:], alone.n_prompt[1:]
     for part in ("q", "k", "v", "heat"):
@@ -166,12 +166,12 @@ class TestSparq:
         read = SparqRead(r=8, min_k=1, k_per_token=Fraction(1, 16))
         policy = Sparq(read=read, shape=Shape(4, 64))
         assert policy.share(1600) == pytest.approx(8 / 128 + 101 / 1600)
-        assert Sparq(read=read, shape=Shape(4, 64), scoring="int4").share(1600) == pytest.approx(2 / 128 + 101 / 1600)
+        assert Sparq(read=read, shape=Shape(4, 64), ranking="int4").share(1600) == pytest.approx(2 / 128 + 101 / 1600)
         assert Sparq(read=read, shape=Shape(4, 64)).share(1) == 1
 
 
 def test_quest_reads_the_span_with_the_largest_bound() -> None:
-    """Spans of two: the second one's ranges allow 4 + 4, though no token of it has both; the last one is new."""
+    """Spans of two: the second one's scales allow 4 + 4, though no token of it has both; the last one is new."""
     keys = [[3.0, 3.0], [0.0, 0.0], [4.0, 0.0], [0.0, 4.0], [1.0, 1.0], [0.0, 0.0], [-9.0, -9.0]]
     policy = Quest(compression=1.2, span=2)
     assert policy.n_spans(7) == 1

@@ -25,12 +25,12 @@ def evict(
     2. *Moves*: the survivors behind slot ``kept_lens[b]``, in ascending order, take the slots of the dead before it, in
        ascending order. Other survivors stay where they are. K, V, position and score move together.
     3. *Pages*: whatever a page derives from its tokens is made again, as `write` makes it, where a token was replaced:
-       the scoring copy of pages that are still full, and the value sums of all pages behind.
+       the ranking copy of pages that are still full, and the value sums of all pages behind.
 
     Quantized formats: ``kept_lens`` are multiples of the block size, or equal to ``seq_lens``. A moved token takes its
     codes along; from the newest block, which is staged, it is quantized on arrival. Where K is channel-major (KIVI) a
     group of tokens is quantized again as a whole if one of them was replaced, from what it stands for, rounded to the
-    model's type; so is the scoring copy.
+    model's type; so is the ranking copy.
 
     The bytes behind the kept slots are undefined afterwards. H2O (arXiv 2306.14048) with permanent eviction, per KV
     head at one budget; StreamingLLM's choice of tokens (arXiv 2309.17453), at their own positions.

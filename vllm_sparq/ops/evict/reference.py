@@ -84,19 +84,19 @@ def _move_codes(
     head: int,
     staged: tuple[torch.Tensor, torch.Tensor] | None,
 ) -> None:
-    """Token-major codes and ranges from one (page, slot) to another; made now where the block is ``staged``."""
+    """Token-major codes and scales from one (page, slot) to another; made now where the block is ``staged``."""
     layout = pages.layout
     assert layout.quantized is not None
     for i, name in enumerate(("key", "value")):
         if name == "key" and layout.channel_keys:
             continue
-        codes, ranges = getattr(pages, f"{name}_codes"), getattr(pages, f"{name}_ranges")
+        codes, scales = getattr(pages, f"{name}_codes"), getattr(pages, f"{name}_scales")
         if staged is None:
-            new_codes, new_ranges = codes[source[0], head, source[1]], ranges[source[0], head, source[1]]
+            new_codes, new_scales = codes[source[0], head, source[1]], scales[source[0], head, source[1]]
         else:
             unpacked, rows = quantize(staged[i][source[1] : source[1] + 1], layout.quantized, layout.group)
-            new_codes, new_ranges = pack(unpacked, layout.quantized.bits)[0], rows[0]
-        codes[to[0], head, to[1]], ranges[to[0], head, to[1]] = new_codes.clone(), new_ranges.clone()
+            new_codes, new_scales = pack(unpacked, layout.quantized.bits)[0], rows[0]
+        codes[to[0], head, to[1]], scales[to[0], head, to[1]] = new_codes.clone(), new_scales.clone()
 
 
 def _requantize_keys(pages: Pages, page: int, head: int, arriving: dict[int, torch.Tensor]) -> None:
@@ -104,14 +104,14 @@ def _requantize_keys(pages: Pages, page: int, head: int, arriving: dict[int, tor
     layout = pages.layout
     fmt = layout.quantized
     assert fmt is not None
-    keys = dequantize(pages.key_codes[page, head], pages.key_ranges[page, head], layout).to(layout.dtype)  # [D, N]
+    keys = dequantize(pages.key_codes[page, head], pages.key_scales[page, head], layout).to(layout.dtype)  # [D, N]
     for slot, key in arriving.items():
         keys[:, slot] = key
-    new_codes, new_ranges = quantize(keys, fmt, layout.group)
-    codes, ranges = unpack(pages.key_codes[page, head], fmt.bits), pages.key_ranges[page, head]
+    new_codes, new_scales = quantize(keys, fmt, layout.group)
+    codes, scales = unpack(pages.key_codes[page, head], fmt.bits), pages.key_scales[page, head]
     for group in sorted({slot // layout.group for slot in arriving}):
         tokens = slice(group * layout.group, (group + 1) * layout.group)
-        codes[:, tokens], ranges[:, group] = new_codes[:, tokens], new_ranges[:, group]
+        codes[:, tokens], scales[:, group] = new_codes[:, tokens], new_scales[:, group]
     pages.key_codes[page, head] = pack(codes, fmt.bits)
 
 
@@ -120,7 +120,7 @@ def _remake(pages: Pages, blocks: torch.Tensor, head: int, replaced: torch.Tenso
     layout = pages.layout
     changed = sorted({slot // layout.block_size for slot in replaced.tolist()})
     for block in changed:
-        if layout.scoring is not None and (block + 1) * layout.block_size <= n_kept:
+        if layout.ranking is not None and (block + 1) * layout.block_size <= n_kept:
             page = int(blocks[block])
             if layout.quantized is None:
                 keys = pages.keys[page, head]

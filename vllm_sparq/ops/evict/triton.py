@@ -14,14 +14,14 @@ import torch
 import triton
 import triton.language as tl
 
-from vllm_sparq.layout import SCORING_BITS, Pages
+from vllm_sparq.layout import RANKING_BITS, Pages
 from vllm_sparq.ops.evict.triton_move import move_kernel
 from vllm_sparq.ops.triton_common.attend import pages_as_records
 from vllm_sparq.ops.triton_common.attention_scores import note_parts
 from vllm_sparq.ops.triton_common.codes import codes_of
 from vllm_sparq.ops.triton_common.launch import SCRATCH_BYTES, split_count
 from vllm_sparq.ops.triton_common.value_sums import SUM_CHANNELS, SUM_TILE, chain_sums
-from vllm_sparq.ops.write.triton_scoring import scoring_tile
+from vllm_sparq.ops.write.triton_ranking import ranking_tile
 
 CHOOSE_TILE = 1024
 """Tokens of one step of `choose_kernel`."""
@@ -206,16 +206,16 @@ def evict_slice(
         num_warps=8,
     )
     # A part that the layout lacks is never touched: any pointer does.
-    scoring = pages.scoring if layout.scoring else pages.data
-    ranges = pages.ranges if layout.scoring in SCORING_BITS else pages.data
-    strides = [t.stride(i) for t in (records, scoring, ranges) for i in (0, 1)]
+    ranking = pages.ranking if layout.ranking else pages.data
+    scales = pages.scales if layout.ranking in RANKING_BITS else pages.data
+    strides = [t.stride(i) for t in (records, ranking, scales) for i in (0, 1)]
     elements = codes.keys.runs * codes.keys.run_pad if codes is not None else 1
     move_kernel[(n_rows, split_count(n_rows, max_tokens, device, min_tokens=n))](
-        *(records, scoring, ranges, positions, scores, block_table, seq_lens, kept_lens, moves),
+        *(records, ranking, scales, positions, scores, block_table, seq_lens, kept_lens, moves),
         *(*strides, *notes_strides, table_stride, max_tokens),
         G=n_kv_heads,
         SCORES=layout.scores,
-        SCORING=layout.scoring,
+        RANKING=layout.ranking,
         FORMAT=codes,
         N=n,
         N_PAD=triton.next_power_of_2(n),
@@ -223,7 +223,7 @@ def evict_slice(
         D_PAD=triton.next_power_of_2(d),
         TILE=16 if d <= 128 else 8,
         CHANNELS=min(triton.next_power_of_2(d), max(4, 1024 // elements)),
-        SCORING_TILE=scoring_tile(n, triton.next_power_of_2(d)),
+        RANKING_TILE=ranking_tile(n, triton.next_power_of_2(d)),
         num_warps=4,
         enable_fp_fusion=False,  # what codes stand for is rounded twice, as everywhere
     )

@@ -3,7 +3,7 @@
 A program owns a page that gets tokens; beside that page it reads only slots behind the kept ones, which nobody writes.
 So programs of one launch never meet. A page in codes is a little work more:
 
-* a token's codes and ranges move as they are, in words; from the newest block, which is staged, they are made here;
+* a token's codes and scales move as they are, in words; from the newest block, which is staged, they are made here;
 * channel-major K is decoded, a slice of channels of the whole page at a time, with the arriving tokens put in place;
   then every group that one of them joins is quantized again. All of it happens in registers.
 """
@@ -16,7 +16,7 @@ import triton.language as tl
 from vllm_sparq.ops.triton_common.codes import as_bytes, gather, staged_at
 from vllm_sparq.ops.triton_common.encode import renew_rows
 from vllm_sparq.ops.triton_common.launch import cast, widen
-from vllm_sparq.ops.write.triton_scoring import close_page
+from vllm_sparq.ops.write.triton_ranking import close_page
 
 
 @triton.jit
@@ -100,7 +100,7 @@ def move_rows(
     TILE: tl.constexpr,
     FORMAT: tl.constexpr,
 ):
-    """Token-major codes and ranges: of K and V, or of V where K is channel-major."""
+    """Token-major codes and scales: of K and V, or of V where K is channel-major."""
     KEYS: tl.constexpr = FORMAT.keys
     VALUES: tl.constexpr = FORMAT.values
     newest = (n_held - 1) // N
@@ -118,10 +118,10 @@ def move_rows(
                     *(old + VALUES.codes + there * VALUES.codes_step, page + VALUES.codes + here * VALUES.codes_step),
                     *(coded, VALUES.run),
                 )
-                ranges = VALUES.ranges
+                scales = VALUES.scales
                 move_words(
-                    *(old + ranges + there * VALUES.ranges_step, page + ranges + here * VALUES.ranges_step),
-                    *(coded, VALUES.ranges_step),
+                    *(old + scales + there * VALUES.scales_step, page + scales + here * VALUES.scales_step),
+                    *(coded, VALUES.scales_step),
                 )
             else:
                 move_words(
@@ -179,8 +179,8 @@ def requantize_keys(
 @triton.jit
 def move_kernel(
     records,  # pages [P, G] in the model's type; the value of a record lies D elements behind its key
-    scoring,  # [P, G, D, N / 2 | N]
-    ranges,  # fp16 [P, G, D, 2]
+    ranking,  # [P, G, D, N / 2 | N]
+    scales,  # fp16 [P, G, D, 2]
     positions,  # int32 [P, G, N]
     scores,  # fp32 [P, G, N]
     block_table,
@@ -189,17 +189,17 @@ def move_kernel(
     moves,  # int32 [rows, max_tokens], by slot the slot whose token comes here, or -1
     page_stride,
     head_stride,
-    scoring_stride_p,
-    scoring_stride_g,
-    ranges_stride_p,
-    ranges_stride_g,
+    ranking_stride_p,
+    ranking_stride_g,
+    scales_stride_p,
+    scales_stride_g,
     notes_stride_p,
     notes_stride_g,
     table_stride,
     max_tokens,
     G: tl.constexpr,
     SCORES: tl.constexpr,
-    SCORING: tl.constexpr,
+    RANKING: tl.constexpr,
     FORMAT: tl.constexpr,
     N: tl.constexpr,
     N_PAD: tl.constexpr,
@@ -207,7 +207,7 @@ def move_kernel(
     D_PAD: tl.constexpr,
     TILE: tl.constexpr,
     CHANNELS: tl.constexpr,
-    SCORING_TILE: tl.constexpr,
+    RANKING_TILE: tl.constexpr,
 ):
     """Grid (B * G, programs that share the pages of a row). Reads 4 bytes per kept token, and what moves."""
     row = tl.program_id(0).to(tl.int64)
@@ -236,13 +236,13 @@ def move_kernel(
                 move_rows(records, table, here, at, n_held, page_stride, N, D, TILE, FORMAT)
                 if FORMAT.channel_keys:
                     requantize_keys(records, table, here, at, n_held, page_stride, N, D, CHANNELS, FORMAT)
-            if SCORING is not None:  # noqa: SIM102  known at compile time, the rest is not
+            if RANKING is not None:  # noqa: SIM102  known at compile time, the rest is not
                 if n_slots == N:
                     tl.debug_barrier()  # the copy reads what other threads wrote
-                    scoring_at = scoring + page * scoring_stride_p + g * scoring_stride_g
-                    ranges_at = ranges + page * ranges_stride_p + g * ranges_stride_g
+                    ranking_at = ranking + page * ranking_stride_p + g * ranking_stride_g
+                    scales_at = scales + page * scales_stride_p + g * scales_stride_g
                     keys_at = records + page * page_stride if FORMAT is None else at
                     close_page(
-                        *(records, keys_at, table, scoring_at, ranges_at, N, 0, page_stride),
-                        *(SCORING, N, D, D_PAD, SCORING_TILE, 0, FORMAT),
+                        *(records, keys_at, table, ranking_at, scales_at, N, 0, page_stride),
+                        *(RANKING, N, D, D_PAD, RANKING_TILE, 0, FORMAT),
                     )

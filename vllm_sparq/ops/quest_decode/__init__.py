@@ -29,7 +29,7 @@ def quest_decode(
     A request that ``read.is_dense`` is attended to densely, exactly as `dense_decode` does. Otherwise:
 
     1. *Bounds*: the least ``low_pc`` and the largest ``high_pc`` element of K in span p and channel c: the page's
-       ``scoring`` part in full pages, K itself in the unfinished one (elements that are not finite count as 0). In
+       ``ranking`` part in full pages, K itself in the unfinished one (elements that are not finite count as 0). In
        quantized formats the newest block, staged, counts as unfinished; its bounds are from K in the model's type too.
     2. *Upper bounds of the logits*: ``u_p = sum_g sum_c max(q_gc low_pc, q_gc high_pc)``, which no token of the span
        exceeds in its summed ``q_g . K``. That is ``a . high_p + b . low_p`` with ``a = sum_g max(q_g, 0)`` and
@@ -40,7 +40,7 @@ def quest_decode(
 
     Args:
         query: [B, H, D], one row per request; its own K and V are already in the pages.
-        pages: the cache, with ``scoring`` of the kind ``bounds``, and no ``positions`` (a span must hold neighbours).
+        pages: the cache, with ``ranking`` of the kind ``bounds``, and no ``positions`` (a span must hold neighbours).
         block_table: int32 [>= B, M]; entries past a request's last block, and its staging blocks, are never read.
         seq_lens: int32 [>= B], context lengths S, the current token included. A row with S = 0 (padding) is zero.
         read: what to read.
@@ -53,8 +53,8 @@ def quest_decode(
     check_decode(query, pages, block_table, seq_lens, out)
     layout = pages.layout
     require(
-        layout.scoring == "bounds",
-        f"quest_decode needs pages with scoring 'bounds'; this layout has {layout.scoring!r}",
+        layout.ranking == "bounds",
+        f"quest_decode needs pages with ranking 'bounds'; this layout has {layout.ranking!r}",
     )
     require(not layout.positions, "quest_decode needs pages that keep all tokens; this layout has positions")
     run = choose("quest_decode", query.device.type).load()

@@ -39,7 +39,7 @@ def bounds_of(pages: Pages, blocks: torch.Tensor, context_len: int, head: int) -
         if n_tokens < n or (quantized and newest):
             bounds.append(span_bounds(block_tokens(pages, blocks, block, head)[0][:n_tokens]))
         else:
-            bounds.append(pages.scoring[int(blocks[block]), head])
+            bounds.append(pages.ranking[int(blocks[block]), head])
     return torch.cat(bounds).float()
 
 

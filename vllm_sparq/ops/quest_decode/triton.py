@@ -34,7 +34,7 @@ from vllm_sparq.ops.triton_common.launch import (
     widen,
 )
 from vllm_sparq.ops.triton_common.select import N_BINS, count_kernel, finish_kernel, items_of, partition_kernel
-from vllm_sparq.ops.write.triton_scoring import extremes
+from vllm_sparq.ops.write.triton_ranking import extremes
 
 TILE = 128
 """Spans of one step of the selection kernels."""
@@ -215,7 +215,7 @@ def rank(
     read: Counts,
 ) -> None:
     """Steps 1 and 2."""
-    records, bounds, head_size, codes = pages_as_records(pages), pages.scoring, query.shape[2], codes_of(pages.layout)
+    records, bounds, head_size, codes = pages_as_records(pages), pages.ranking, query.shape[2], codes_of(pages.layout)
     n_kv_heads, d_pad = records.shape[1], triton.next_power_of_2(head_size)
     strides = [t.stride(i) for t in (query, records, bounds) for i in (0, 1)]
     rank_kernel[work.extent.shape[:2]](

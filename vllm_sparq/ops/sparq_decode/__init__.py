@@ -28,7 +28,7 @@ def sparq_decode(
     1. *Channels*: the ``read.r`` channels with the largest sum of ``|q|`` over the group (ties: lowest channel).
     2. *Scores*: ``s_g = scale_g * q_g[channels] K[channels]^T`` for every cached token, with the temperature
        ``scale_g = scale * sqrt(|q_g|_1 / |q_g[channels]|_1)`` of each query head (1-norms; ``scale`` where the chosen
-       channels hold nothing of q_g). K is the page's scoring copy in full pages, and K itself in the unfinished one.
+       channels hold nothing of q_g). K is the page's ranking copy in full pages, and K itself in the unfinished one.
        In quantized formats the newest block, staged, counts as unfinished; where K is channel-major (KIVI) it ranks the
        tokens as it is stored, and there is no copy.
     3. *Tokens*: the ``n_selected(S)`` with the largest summed score over the group (``group_reduce: logits``) or summed
@@ -48,7 +48,7 @@ def sparq_decode(
 
     Args:
         query: [B, H, D], one row per request; its own K and V are already in the pages.
-        pages: the cache, with a scoring copy or channel-major K, and with value sums unless ``read.alpha_floor`` is 1.
+        pages: the cache, with a ranking copy or channel-major K, and with value sums unless ``read.alpha_floor`` is 1.
         block_table: int32 [>= B, M]; entries past a request's last block, and its staging blocks, are never read.
         seq_lens: int32 [>= B], context lengths S, the current token included. A row with S = 0 (padding) is zero.
         read: what to read, resolved for the model.
@@ -59,7 +59,7 @@ def sparq_decode(
         ValueError: a shape, type or stride that does not fit, or pages without the parts that ``read`` needs.
     """
     check_decode(query, pages, block_table, seq_lens, out)
-    require(pages.layout.ranks_tokens, "sparq_decode needs pages with a scoring copy of K; this layout has none")
+    require(pages.layout.ranks_tokens, "sparq_decode needs pages with a ranking copy of K; this layout has none")
     require(
         pages.layout.value_sum or read.alpha_floor >= 1.0,
         f"alpha_floor={read.alpha_floor} needs pages with value sums; this layout has none",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from vllm_sparq.config import SparqRead
-from vllm_sparq.layout import SCORING_BITS, Pages
+from vllm_sparq.layout import RANKING_BITS, Pages
 from vllm_sparq.ops.codec import unpack
 from vllm_sparq.ops.dense_decode.reference import add_scores, attend, decode_rows
 from vllm_sparq.ops.write.reference import dequantize
@@ -81,7 +81,7 @@ def mean_value(pages: Pages, blocks: torch.Tensor, values: torch.Tensor, head: i
 
 
 def ranking_keys(pages: Pages, blocks: torch.Tensor, keys: torch.Tensor, head: int) -> torch.Tensor:
-    """fp32 [S, D] keys that rank the tokens: the scoring copy of full pages, K itself (``keys`` [S, D]) elsewhere.
+    """fp32 [S, D] keys that rank the tokens: the ranking copy of full pages, K itself (``keys`` [S, D]) elsewhere.
 
     K itself is also what ranks where it is channel-major already, and in the newest block of quantized formats.
     """
@@ -91,8 +91,8 @@ def ranking_keys(pages: Pages, blocks: torch.Tensor, keys: torch.Tensor, head: i
     n_full = (keys.shape[0] - (layout.quantized is not None)) // layout.block_size
     ranked = keys.clone()
     for i, page in enumerate(blocks[:n_full].tolist()):
-        copy = pages.scoring[page, head]  # [D, N], or packed codes
-        if layout.scoring != "model":
-            copy = dequantize(unpack(copy, SCORING_BITS[str(layout.scoring)]), pages.ranges[page, head])
+        copy = pages.ranking[page, head]  # [D, N], or packed codes
+        if layout.ranking != "model":
+            copy = dequantize(unpack(copy, RANKING_BITS[str(layout.ranking)]), pages.scales[page, head])
         ranked[i * layout.block_size : (i + 1) * layout.block_size] = copy.float().T
     return ranked

@@ -3,7 +3,7 @@
 Bytes per token and KV head for D = 128, bf16, four query heads, r = 16, int4, N = 128, k = S / 16 (a dense read: 512;
 files of `triton_common`):
 
-    score       8 of codes, 0.5 of ranges (4 where a sector is fetched for each);                   score.py
+    score       8 of codes, 0.5 of scales (4 where a sector is fetched for each);                   score.py
                 writes 4 of group score, and with mean value 8 of head scores
     count       4 of group score, from L2 while a batch has below ten million tokens and KV heads   select.py
     partition   4 of group score; with mean value the sectors of head scores that a picked token is in, at most 8
@@ -28,7 +28,7 @@ import triton
 import triton.language as tl
 
 from vllm_sparq.config import SparqRead
-from vllm_sparq.layout import SCORING_BITS, Pages
+from vllm_sparq.layout import RANKING_BITS, Pages
 from vllm_sparq.ops.dense_decode.triton import dense_decode
 from vllm_sparq.ops.triton_common.attend import attend, pages_as_records
 from vllm_sparq.ops.triton_common.attention_scores import note_attention, note_parts
@@ -99,7 +99,7 @@ class Plan:
     max_tokens: int
     capacity: int  # of the list of cells
     n_splits: int
-    lanes: int  # of a scoring tile
+    lanes: int  # of a ranking tile
     slots: int  # of them, in one page
     runs: int  # tokens of a lane: those whose codes share a byte, or two
     with_mean: bool
@@ -246,15 +246,15 @@ def score(
 ) -> None:
     """Steps 1 and 2, and the mean value."""
     records, head_size = pages_as_records(pages), query.shape[2]
-    scheme = None if pages.layout.channel_keys else pages.layout.scoring
+    scheme = None if pages.layout.channel_keys else pages.layout.ranking
     # Step and zero of a channel come in one load. A part that the layout lacks is never touched: any pointer does.
-    scoring = pages.data if scheme is None else pages.scoring
-    ranges = pages.part("ranges").view(torch.int32) if scheme in SCORING_BITS else pages.data
+    ranking = pages.data if scheme is None else pages.ranking
+    scales = pages.part("scales").view(torch.int32) if scheme in RANKING_BITS else pages.data
     value_sum = pages.value_sum if plan.with_mean else pages.data
-    strides = [t.stride(i) for t in (query, records, scoring, ranges, value_sum) for i in (0, 1)]
+    strides = [t.stride(i) for t in (query, records, ranking, scales, value_sum) for i in (0, 1)]
     positions, _, *notes_strides = note_parts(pages)
     score_kernel[(plan.n_rows, plan.n_splits + plan.with_mean)](
-        *(query, records, scoring, ranges, value_sum, positions, block_table, seq_lens),
+        *(query, records, ranking, scales, value_sum, positions, block_table, seq_lens),
         *(work.channels, work.weights, work.scores, work.extent, work.tops, work.sums, work.head_scores, work.mean),
         *(*strides, *notes_strides, block_table.stride(0), plan.max_tokens, scale),
         G=records.shape[1],
@@ -264,7 +264,7 @@ def score(
         N=pages.layout.block_size,
         D=head_size,
         D_PAD=triton.next_power_of_2(head_size),
-        SCORING=scheme,
+        RANKING=scheme,
         FORMAT=codes_of(pages.layout),
         STATISTICS=plan.statistics,
         KEEP=plan.keep,

@@ -1,4 +1,4 @@
-"""The one decoder of quantized pages on a GPU: where codes and ranges lie, and tiles of K and V made from them.
+"""The one decoder of quantized pages on a GPU: where codes and scales lie, and tiles of K and V made from them.
 
 Every reader takes its tiles from here, in the model's own type and in the orientation that its dot products want.
 
@@ -25,22 +25,22 @@ from vllm_sparq.ops.triton_common.launch import cast, widen
 
 @dataclass(frozen=True, kw_only=True)
 class Rows:
-    """Rows of packed codes with their ranges, in a page. Offsets and steps are bytes.
+    """Rows of packed codes with their scales, in a page. Offsets and steps are bytes.
 
     Attributes:
         codes, codes_step: where the codes of row 0 begin, and how far rows lie apart.
-        ranges, ranges_step: the same for ranges.
+        scales, scales_step: the same for scales.
         bits: of a code.
         width: codes of a row.
-        group: elements that share a range; divides ``width``.
-        numbers: of a range: 2 for step and zero, 1 for a step alone, codes being signed.
+        group: elements that share a scale; divides ``width``.
+        numbers: for each group: 2 for scale and zero point, 1 for a scale alone, codes being signed.
         number_bytes: of each.
     """
 
     codes: int
     codes_step: int
-    ranges: int
-    ranges_step: int
+    scales: int
+    scales_step: int
     bits: int
     width: int
     group: int
@@ -66,12 +66,12 @@ class Rows:
         return int(triton.next_power_of_2(self.group))
 
     @property
-    def range_bytes(self) -> int:
+    def scale_bytes(self) -> int:
         return self.numbers * self.number_bytes
 
     @property
     def chunk(self) -> int:
-        """Neighbouring bytes, a power of two that divides a run, whose codes share a range in every run."""
+        """Neighbouring bytes, a power of two that divides a run, whose codes share a scale in every run."""
         common = math.gcd(self.group, self.run)
         return common & -common
 
@@ -105,29 +105,29 @@ def codes_of(layout: PageLayout) -> Codes | None:
     if fmt is None:
         return None
     n, d, item, parts = layout.block_size, layout.head_size, layout.dtype.itemsize, layout.parts
-    shared = dict(bits=fmt.bits, group=layout.group, numbers=fmt.range_numbers, number_bytes=item)
-    row_codes, row_ranges = d * fmt.bits // 8, d // layout.group * fmt.range_numbers * item
+    shared = dict(bits=fmt.bits, group=layout.group, numbers=fmt.scale_numbers, number_bytes=item)
+    row_codes, row_scales = d * fmt.bits // 8, d // layout.group * fmt.scale_numbers * item
     if fmt.channel_keys:
-        key_ranges_step = n // layout.group * fmt.range_numbers * item
-        key_codes, key_ranges, value_codes, value_ranges = (
-            parts[name].offset for name in ("key_codes", "key_ranges", "value_codes", "value_ranges")
+        key_scales_step = n // layout.group * fmt.scale_numbers * item
+        key_codes, key_scales, value_codes, value_scales = (
+            parts[name].offset for name in ("key_codes", "key_scales", "value_codes", "value_scales")
         )
         key = Rows(
             codes=key_codes,
             codes_step=n * fmt.bits // 8,
-            ranges=key_ranges,
-            ranges_step=key_ranges_step,
+            scales=key_scales,
+            scales_step=key_scales_step,
             width=n,
             **shared,
         )
         value = Rows(
-            codes=value_codes, codes_step=row_codes, ranges=value_ranges, ranges_step=row_ranges, width=d, **shared
+            codes=value_codes, codes_step=row_codes, scales=value_scales, scales_step=row_scales, width=d, **shared
         )
     else:
-        first, step = parts["records"].offset, 2 * (row_codes + row_ranges)
-        shared |= dict(codes_step=step, ranges_step=step, width=d)
-        key = Rows(codes=first, ranges=first + 2 * row_codes, **shared)
-        value = Rows(codes=first + row_codes, ranges=first + 2 * row_codes + row_ranges, **shared)
+        first, step = parts["records"].offset, 2 * (row_codes + row_scales)
+        shared |= dict(codes_step=step, scales_step=step, width=d)
+        key = Rows(codes=first, scales=first + 2 * row_codes, **shared)
+        value = Rows(codes=first + row_codes, scales=first + 2 * row_codes + row_scales, **shared)
     return Codes(keys=key, values=value, channel_keys=fmt.channel_keys, staged=layout.staged_per_page)
 
 
@@ -150,41 +150,41 @@ def as_bytes(records):
 
 
 @triton.jit
-def load_ranges(at, mask, dtype: tl.constexpr, NUMBERS: tl.constexpr):
-    """fp32 (step, zero) at addresses of bytes; both in one load where they fit a word."""
+def load_scales(at, mask, dtype: tl.constexpr, NUMBERS: tl.constexpr):
+    """fp32 (scale, zero) at addresses of bytes; both in one load where they fit a word."""
     if NUMBERS == 1:
-        step = widen(tl.load(at.to(tl.pointer_type(dtype), bitcast=True), mask=mask, other=0.0))
-        return step, tl.zeros_like(step)
+        scale = widen(tl.load(at.to(tl.pointer_type(dtype), bitcast=True), mask=mask, other=0.0))
+        return scale, tl.zeros_like(scale)
     if dtype == tl.float32:
         at = at.to(tl.pointer_type(tl.float32), bitcast=True)
         return tl.load(at, mask=mask, other=0.0), tl.load(at + 1, mask=mask, other=0.0)
     both = tl.load(at.to(tl.pointer_type(tl.int32), bitcast=True), mask=mask, other=0)
     if dtype == tl.bfloat16:
         return (both << 16).to(tl.float32, bitcast=True), (both & -65536).to(tl.float32, bitcast=True)
-    step = both.to(tl.int16).to(tl.float16, bitcast=True)
+    scale = both.to(tl.int16).to(tl.float16, bitcast=True)
     zero = (both >> 16).to(tl.int16).to(tl.float16, bitcast=True)
-    return step.to(tl.float32), zero.to(tl.float32)
+    return scale.to(tl.float32), zero.to(tl.float32)
 
 
 @triton.jit
-def dequantize(packed, run: tl.constexpr, step, zero, BITS: tl.constexpr):
-    """fp32 that the codes of one run stand for; ``step`` and ``zero`` broadcast to ``packed``."""
+def dequantize(packed, run: tl.constexpr, scale, zero, BITS: tl.constexpr):
+    """fp32 that the codes of one run stand for; ``scale`` and ``zero`` broadcast to ``packed``."""
     if BITS == 8:
-        return zero + step * packed.to(tl.int8, bitcast=True).to(tl.float32)
+        return zero + scale * packed.to(tl.int8, bitcast=True).to(tl.float32)
     # The bits of a code, left where they are, as the low ones of 2^23 as fp32: no shift and no slow conversion.
     TOP: tl.constexpr = ((1 << BITS) - 1) << (BITS * run)
     UNIT: tl.constexpr = 1.0 / (1 << (BITS * run))
     code = ((packed.to(tl.int32) & TOP) | 0x4B000000).to(tl.float32, bitcast=True) - 8388608.0
-    return zero + (step * UNIT) * code
+    return zero + (scale * UNIT) * code
 
 
 @triton.jit
 def decode_runs(
     codes_at,  # u8 [X, CHUNKS, CHUNK] addresses of codes
-    ranges_at,  # u8 [X, CHUNKS] addresses of the first range of each row
+    scales_at,  # u8 [X, CHUNKS] addresses of the first scale of each row
     first,  # int32 [1, CHUNKS], index in the run of each chunk
     codes_mask,
-    ranges_mask,
+    scales_mask,
     ROWS: tl.constexpr,
     dtype: tl.constexpr,
 ):
@@ -195,8 +195,8 @@ def decode_runs(
     runs = ()
     for r in tl.static_range(RUNS):
         group = (r * ROWS.run + first) // ROWS.group
-        step, zero = load_ranges(ranges_at + group * ROWS.range_bytes, ranges_mask, dtype, ROWS.numbers)
-        runs = runs + (cast(dequantize(packed, r, step[:, :, None], zero[:, :, None], ROWS.bits), dtype),)
+        scale, zero = load_scales(scales_at + group * ROWS.scale_bytes, scales_mask, dtype, ROWS.numbers)
+        runs = runs + (cast(dequantize(packed, r, scale[:, :, None], zero[:, :, None], ROWS.bits), dtype),)
     if RUNS == 1:
         return tl.reshape(runs[0], (codes_at.shape[0], SIZE))
     elif RUNS == 2:
@@ -214,9 +214,9 @@ def decode_rows(at, row, live, ROWS: tl.constexpr, dtype: tl.constexpr):
     inside = live[:, None] & (chunk < ROWS.run)[None, :]
     byte = chunk[:, None] + tl.arange(0, CHUNK)[None, :]
     codes_at = (at + row * ROWS.codes_step + ROWS.codes)[:, None, None] + byte[None, :, :]
-    ranges_at = (at + row * ROWS.ranges_step + ROWS.ranges)[:, None] + tl.zeros_like(chunk)[None, :]
+    scales_at = (at + row * ROWS.scales_step + ROWS.scales)[:, None] + tl.zeros_like(chunk)[None, :]
     mask = live[:, None, None] & (byte < ROWS.run)[None, :, :]
-    return decode_runs(codes_at, ranges_at, chunk[None, :], mask, inside, ROWS, dtype)
+    return decode_runs(codes_at, scales_at, chunk[None, :], mask, inside, ROWS, dtype)
 
 
 @triton.jit
@@ -225,7 +225,7 @@ def decode_channels(
     table,
     first,
     stop,
-    page_stride,  # in numbers of ranges
+    page_stride,  # in numbers of scales
     ROWS: tl.constexpr,
     D: tl.constexpr,
     D_PAD: tl.constexpr,
@@ -244,21 +244,21 @@ def decode_channels(
     index = (column % ROWS.run)[None, :]
     codes_at = (at + ROWS.codes)[None, :] + (d * ROWS.codes_step)[:, None] + index
     codes_at = codes_at[:, :, None] + tl.arange(0, CHUNK)[None, None, :]
-    ranges_at = (at + ROWS.ranges)[None, :] + (d * ROWS.ranges_step)[:, None]
-    return decode_runs(codes_at, ranges_at, index, inside[:, :, None], inside, ROWS, dtype)
+    scales_at = (at + ROWS.scales)[None, :] + (d * ROWS.scales_step)[:, None]
+    return decode_runs(codes_at, scales_at, index, inside[:, :, None], inside, ROWS, dtype)
 
 
 @triton.jit
 def gather(at, row, element, mask, ROWS: tl.constexpr, dtype: tl.constexpr):
-    """fp32 of any elements, with a byte and a range for each: pages ``at``, rows and elements that broadcast."""
+    """fp32 of any elements, with a byte and a scale for each: pages ``at``, rows and elements that broadcast."""
     packed = tl.load(at + row * ROWS.codes_step + ROWS.codes + element % ROWS.run, mask=mask, other=0)
-    ranges_at = at + row * ROWS.ranges_step + ROWS.ranges + element // ROWS.group * ROWS.range_bytes
-    step, zero = load_ranges(ranges_at, mask, dtype, ROWS.numbers)
+    scales_at = at + row * ROWS.scales_step + ROWS.scales + element // ROWS.group * ROWS.scale_bytes
+    scale, zero = load_scales(scales_at, mask, dtype, ROWS.numbers)
     if ROWS.bits == 8:
-        return dequantize(packed, 0, step, zero, 8)
+        return dequantize(packed, 0, scale, zero, 8)
     else:
         packed = packed.to(tl.int32) >> (element // ROWS.run * ROWS.bits)
-        return dequantize(packed, 0, step, zero, ROWS.bits)
+        return dequantize(packed, 0, scale, zero, ROWS.bits)
 
 
 @triton.jit

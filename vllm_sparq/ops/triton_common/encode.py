@@ -1,4 +1,4 @@
-"""How codes are made on a GPU: ranges and codes of rows, as `vllm_sparq.ops.codec.quantize` says."""
+"""How codes are made on a GPU: scales and codes of rows, as `vllm_sparq.ops.codec.quantize` says."""
 
 from __future__ import annotations
 
@@ -23,49 +23,49 @@ def not_below(x, dtype: tl.constexpr):
 
 
 @triton.jit
-def range_of(x, inside, ROWS: tl.constexpr, dtype: tl.constexpr):
-    """fp32 (step, zero) of one group per row: x [rows, elements], of which ``inside`` count."""
+def scale_of(x, inside, ROWS: tl.constexpr, dtype: tl.constexpr):
+    """fp32 (scale, zero) of one group per row: x [rows, elements], of which ``inside`` count."""
     x = widen(x)
     low = tl.min(tl.where(inside, x, float("inf")), 1)
     high = tl.max(tl.where(inside, x, float("-inf")), 1)
     broken = tl.max((inside & ~(tl.abs(x) < float("inf"))).to(tl.int32), 1) > 0
     if ROWS.numbers == 1:
         largest = tl.abs(tl.maximum(-low, high))
-        step = tl.where(low == high, largest, not_below(tl.div_rn(largest, largest * 0.0 + 127.0), dtype))
+        scale = tl.where(low == high, largest, not_below(tl.div_rn(largest, largest * 0.0 + 127.0), dtype))
     else:
         span = high - low
-        step = not_below(tl.div_rn(span, tl.zeros_like(span) + ((1 << ROWS.bits) - 1.0)), dtype)
-    broken = broken | ~(step < float("inf"))
+        scale = not_below(tl.div_rn(span, tl.zeros_like(span) + ((1 << ROWS.bits) - 1.0)), dtype)
+    broken = broken | ~(scale < float("inf"))
     zero = low if ROWS.numbers == 2 else tl.zeros_like(low)
-    return tl.where(broken, float("nan"), step), tl.where(broken, float("nan"), zero)
+    return tl.where(broken, float("nan"), scale), tl.where(broken, float("nan"), zero)
 
 
 @triton.jit
-def put_ranges(at, step, zero, mask, ROWS: tl.constexpr, dtype: tl.constexpr):
-    """Store ranges [rows] at addresses of bytes."""
+def put_scales(at, scale, zero, mask, ROWS: tl.constexpr, dtype: tl.constexpr):
+    """Store scales [rows] at addresses of bytes."""
     at = at.to(tl.pointer_type(dtype), bitcast=True)
-    tl.store(at, cast(step, dtype), mask=mask)
+    tl.store(at, cast(scale, dtype), mask=mask)
     if ROWS.numbers == 2:
         tl.store(at + 1, cast(zero, dtype), mask=mask)
 
 
 @triton.jit
-def store_ranges(at, x, inside, mask, ROWS: tl.constexpr, dtype: tl.constexpr):
-    """The range of one group per row: x [rows, elements], of which ``inside`` count; ``at`` and ``mask`` [rows]."""
-    step, zero = range_of(x, inside, ROWS, dtype)
-    put_ranges(at, step, zero, mask, ROWS, dtype)
+def store_scales(at, x, inside, mask, ROWS: tl.constexpr, dtype: tl.constexpr):
+    """The scale of one group per row: x [rows, elements], of which ``inside`` count; ``at`` and ``mask`` [rows]."""
+    scale, zero = scale_of(x, inside, ROWS, dtype)
+    put_scales(at, scale, zero, mask, ROWS, dtype)
 
 
 @triton.jit
-def encode(x, step, zero, ROWS: tl.constexpr):
-    """int32 codes of fp32 x, the bits of a code set alone; 0 where the step is zero or NaN."""
-    quotient = tl.div_rn(x - zero, tl.where(step > 0.0, step, 1.0) + tl.zeros_like(x))
+def encode(x, scale, zero, ROWS: tl.constexpr):
+    """int32 codes of fp32 x, the bits of a code set alone; 0 where the scale is zero or NaN."""
+    quotient = tl.div_rn(x - zero, tl.where(scale > 0.0, scale, 1.0) + tl.zeros_like(x))
     if ROWS.numbers == 1:
         quotient = tl.minimum(tl.maximum(quotient, -127.0), 127.0)
     else:
         quotient = tl.minimum(tl.maximum(quotient, 0.0), (1 << ROWS.bits) - 1.0)
     rounded = (quotient + 12582912.0) - 12582912.0  # 1.5 * 2^23: the sum rounds to a whole number, half to even
-    return tl.where(step > 0.0, rounded, 0.0).to(tl.int32) & ((1 << ROWS.bits) - 1)
+    return tl.where(scale > 0.0, rounded, 0.0).to(tl.int32) & ((1 << ROWS.bits) - 1)
 
 
 @triton.jit
@@ -85,21 +85,21 @@ def renew_rows(
     place = tl.arange(0, RUNS * RUN_PAD)
     element = place // RUN_PAD * ROWS.run + place % RUN_PAD
     inside = place % RUN_PAD < ROWS.run
-    step = tl.zeros_like(x)
+    scale = tl.zeros_like(x)
     zero = tl.zeros_like(x)
     renewed = tl.zeros([RUNS * RUN_PAD], tl.int32)
     tl.debug_barrier()  # other threads have loaded what is overwritten from here on
     for group in range(0, ROWS.width // ROWS.group):
         mine = inside & (element // ROWS.group == group)
         if tl.max((mine & arrived).to(tl.int32), 0) > 0:
-            group_step, group_zero = range_of(x, mine[None, :], ROWS, dtype)
-            to = page + ROWS.ranges + row * ROWS.ranges_step + group * ROWS.range_bytes
-            put_ranges(to, group_step, group_zero, live, ROWS, dtype)
-            step = tl.where(mine[None, :], group_step[:, None], step)
+            group_step, group_zero = scale_of(x, mine[None, :], ROWS, dtype)
+            to = page + ROWS.scales + row * ROWS.scales_step + group * ROWS.scale_bytes
+            put_scales(to, group_step, group_zero, live, ROWS, dtype)
+            scale = tl.where(mine[None, :], group_step[:, None], scale)
             zero = tl.where(mine[None, :], group_zero[:, None], zero)
             renewed = tl.where(mine, 1, renewed)
     codes = (
-        tl.where((renewed > 0)[None, :], encode(x, step, zero, ROWS), codes) << (place // RUN_PAD * ROWS.bits)[None, :]
+        tl.where((renewed > 0)[None, :], encode(x, scale, zero, ROWS), codes) << (place // RUN_PAD * ROWS.bits)[None, :]
     )
     packed = tl.sum(tl.reshape(codes, (x.shape[0], RUNS, RUN_PAD)), 1)
     byte = tl.arange(0, RUN_PAD)

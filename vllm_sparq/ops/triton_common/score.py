@@ -145,8 +145,8 @@ def note_extremes(tops, sums, scores, live, HEADS: tl.constexpr):
 def score_kernel(
     query,  # [B, H, D]
     records,  # the parts of the pages, [P, G, ...]
-    scoring,
-    ranges,
+    ranking,
+    scales,
     value_sum,
     positions,
     block_table,
@@ -163,10 +163,10 @@ def score_kernel(
     query_stride_h,
     page_stride,
     head_stride,
-    scoring_stride_p,
-    scoring_stride_g,
-    ranges_stride_p,
-    ranges_stride_g,
+    ranking_stride_p,
+    ranking_stride_g,
+    scales_stride_p,
+    scales_stride_g,
     sum_stride_p,
     sum_stride_g,
     notes_stride_p,
@@ -181,7 +181,7 @@ def score_kernel(
     N: tl.constexpr,
     D: tl.constexpr,
     D_PAD: tl.constexpr,
-    SCORING: tl.constexpr,  # None: channel-major K itself
+    RANKING: tl.constexpr,  # None: channel-major K itself
     FORMAT: tl.constexpr,
     STATISTICS: tl.constexpr,
     KEEP: tl.constexpr,
@@ -197,7 +197,7 @@ def score_kernel(
 ):
     """Grid (B * G, N_SPLITS, and one more with MEAN).
 
-    Per token r / 2 bytes of codes (kivi2: r / 4), 4 r / N of ranges (channel-major K: 4 r / g), and 4 of score.
+    Per token r / 2 bytes of codes (kivi2: r / 4), 4 r / N of scales (channel-major K: 4 r / g), and 4 of score.
     """
     row = tl.program_id(0).to(tl.int64)
     split = tl.program_id(1)
@@ -237,9 +237,9 @@ def score_kernel(
     for first_page in range(first, stop, PAGES):
         for first_slot in range(0, RUN, SLOTS):
             tile = score_tile(
-                *(weights, channels, records, scoring + g * scoring_stride_g, ranges + g * ranges_stride_g, table),
-                *(first_page, first_slot, context_len, page_stride, scoring_stride_p, ranges_stride_p),
-                *(SCORING, FORMAT, HEADS, R, N, D, RUNS, PAGES, SLOTS, CHANNELS),
+                *(weights, channels, records, ranking + g * ranking_stride_g, scales + g * scales_stride_g, table),
+                *(first_page, first_slot, context_len, page_stride, ranking_stride_p, scales_stride_p),
+                *(RANKING, FORMAT, HEADS, R, N, D, RUNS, PAGES, SLOTS, CHANNELS),
             )
             slot = first_slot + tl.arange(0, SLOTS)[None, :]
             first_token = (first_page + tl.arange(0, PAGES))[:, None] * N

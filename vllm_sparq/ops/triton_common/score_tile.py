@@ -1,4 +1,4 @@
-"""The approximate scores of a tile of tokens: from the scoring copy, from channel-major K itself, or from records.
+"""The approximate scores of a tile of tokens: from the ranking copy, from channel-major K itself, or from records.
 
 Scores run on plain fp32 units: with ``r`` channels a token costs ``r`` unpacked codes for the whole query group, less
 than its bytes take to arrive, and tensor cores would want the codes turned around in shared memory first. Each thread
@@ -14,7 +14,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from vllm_sparq.ops.triton_common.codes import as_bytes, dequantize, load_ranges, n_in_codes
+from vllm_sparq.ops.triton_common.codes import as_bytes, dequantize, load_scales, n_in_codes
 
 
 @triton.jit
@@ -33,42 +33,42 @@ def score_copies(
     scores,  # tuple with fp32 [PAGES, SLOTS] per run and head
     weights,
     channels,
-    scoring,  # pointers to each page's codes, [PAGES, SLOTS]
-    ranges,  # pointers to each page's ranges, [PAGES]
+    ranking,  # pointers to each page's codes, [PAGES, SLOTS]
+    scales,  # pointers to each page's scales, [PAGES]
     full,
     mask,
-    SCORING: tl.constexpr,
+    RANKING: tl.constexpr,
     HEADS: tl.constexpr,
     R: tl.constexpr,
     N: tl.constexpr,
     CHANNELS: tl.constexpr,
 ):
-    """Add the scores from the scoring copy, where ``mask``; the loads of several channels leave before any is used."""
+    """Add the scores from the ranking copy, where ``mask``; the loads of several channels leave before any is used."""
     HALF: tl.constexpr = N // 2
-    WIDTH: tl.constexpr = HALF if SCORING == "int4" else N
+    WIDTH: tl.constexpr = HALF if RANKING == "int4" else N
     for first in range(0, R, CHANNELS):
         codes = ()
         codes_late = ()
-        scales = ()
+        loaded = ()
         for i in tl.static_range(CHANNELS):
             channel = tl.load(channels + first + i, mask=first + i < R, other=0)
-            codes = codes + (tl.load(scoring + channel * WIDTH, mask=mask, other=0),)
-            if SCORING != "int4":
-                codes_late = codes_late + (tl.load(scoring + channel * WIDTH + HALF, mask=mask, other=0),)
-            if SCORING != "model":
-                scales = scales + (tl.load(ranges + channel, mask=full, other=0),)
+            codes = codes + (tl.load(ranking + channel * WIDTH, mask=mask, other=0),)
+            if RANKING != "int4":
+                codes_late = codes_late + (tl.load(ranking + channel * WIDTH + HALF, mask=mask, other=0),)
+            if RANKING != "model":
+                loaded = loaded + (tl.load(scales + channel, mask=full, other=0),)
         for i in tl.static_range(CHANNELS):
-            if SCORING == "int4":
+            if RANKING == "int4":
                 k_early = (codes[i] & 15).to(tl.float32)
                 k_late = (codes[i] >> 4).to(tl.float32)
             else:
                 k_early = codes[i].to(tl.float32)
                 k_late = codes_late[i].to(tl.float32)
-            if SCORING != "model":
-                step = scales[i].to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)[:, None]
-                zero = (scales[i] >> 16).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)[:, None]
-                k_early = zero + step * k_early
-                k_late = zero + step * k_late
+            if RANKING != "model":
+                scale = loaded[i].to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)[:, None]
+                zero = (loaded[i] >> 16).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)[:, None]
+                k_early = zero + scale * k_early
+                k_late = zero + scale * k_late
             scores = add_channel(scores, weights, first + i, (k_early, k_late), HEADS, R, 2)
     return scores
 
@@ -92,7 +92,7 @@ def score_channel_keys(
     RUNS: tl.constexpr = ROWS.runs
     for first in range(0, R, CHANNELS):
         codes = ()
-        steps = ()
+        scales = ()
         zeros = ()
         for i in tl.static_range(CHANNELS):
             channel = tl.load(channels + first + i, mask=first + i < R, other=0)
@@ -100,15 +100,15 @@ def score_channel_keys(
             codes = codes + (tl.load(codes_at, mask=full[:, None], other=0),)
             for r in tl.static_range(RUNS):
                 group = (r * ROWS.run + first_slot) // ROWS.group
-                ranges_at = at + ROWS.ranges + channel * ROWS.ranges_step + group * ROWS.range_bytes
-                step, zero = load_ranges(ranges_at, full, dtype, ROWS.numbers)
-                steps = steps + (step,)
+                scales_at = at + ROWS.scales + channel * ROWS.scales_step + group * ROWS.scale_bytes
+                scale, zero = load_scales(scales_at, full, dtype, ROWS.numbers)
+                scales = scales + (scale,)
                 zeros = zeros + (zero,)
         for i in tl.static_range(CHANNELS):
             keys = ()
             for r in tl.static_range(RUNS):
-                step, zero = steps[i * RUNS + r][:, None], zeros[i * RUNS + r][:, None]
-                keys = keys + (dequantize(codes[i], r, step, zero, ROWS.bits),)
+                scale, zero = scales[i * RUNS + r][:, None], zeros[i * RUNS + r][:, None]
+                keys = keys + (dequantize(codes[i], r, scale, zero, ROWS.bits),)
             scores = add_channel(scores, weights, first + i, keys, HEADS, R, RUNS)
     return scores
 
@@ -161,16 +161,16 @@ def score_tile(
     weights,
     channels,
     records,  # pointers to this KV head
-    scoring,
-    ranges,
+    ranking,
+    scales,
     table,  # of this request
     first_page,
     first_slot,
     context_len,
     page_stride,
-    scoring_stride_p,
-    ranges_stride_p,
-    SCORING: tl.constexpr,
+    ranking_stride_p,
+    scales_stride_p,
+    RANKING: tl.constexpr,
     FORMAT: tl.constexpr,
     HEADS: tl.constexpr,
     R: tl.constexpr,
@@ -183,9 +183,9 @@ def score_tile(
 ):
     """Scores of the slots n, n + N / RUNS, .. of several pages: a tuple with fp32 [PAGES, SLOTS] per run and head.
 
-    A tile reads per page ``R`` runs of codes (int4: N/2 of them) and R pairs of step and zero, or with channel-major K
-    a pair for every group; the page that is not full yet, in one tile of a request, reads R elements of each token's
-    record.
+    A tile reads per page ``R`` runs of codes (int4: N/2 of them) and R pairs of scale and zero point, or with
+    channel-major K a pair for every group; the page that is not full yet, in one tile of a request, reads R elements of
+    each token's record.
     """
     block = first_page + tl.arange(0, PAGES)
     slot = first_slot + tl.arange(0, SLOTS)
@@ -193,7 +193,7 @@ def score_tile(
     page = tl.load(table + block, mask=block * N < context_len, other=0).to(tl.int64)
     full = block < n_full
     scores = (tl.zeros([PAGES, SLOTS], tl.float32),) * (HEADS * RUNS)
-    if SCORING is None:
+    if RANKING is None:
         dtype: tl.constexpr = records.dtype.element_ty
         KEYS: tl.constexpr = FORMAT.keys
         at = as_bytes(records) + page * page_stride * KEYS.number_bytes
@@ -203,8 +203,8 @@ def score_tile(
     else:
         scores = score_copies(
             *(scores, weights, channels),
-            *(scoring + (page * scoring_stride_p)[:, None] + slot[None, :], ranges + page * ranges_stride_p),
-            *(full, full[:, None] & (slot < N // 2)[None, :], SCORING, HEADS, R, N, CHANNELS),
+            *(ranking + (page * ranking_stride_p)[:, None] + slot[None, :], scales + page * scales_stride_p),
+            *(full, full[:, None] & (slot < N // 2)[None, :], RANKING, HEADS, R, N, CHANNELS),
         )
     n_rest = context_len - n_full * N
     if (n_rest > 0) & (first_page <= n_full) & (n_full < first_page + PAGES):

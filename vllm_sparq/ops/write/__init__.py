@@ -29,12 +29,12 @@ def write(
       the sum of the previous page's V, in fp32; zero for the first page of a request;
     * when the page gets its last token, a quantized format makes its codes from the staged tokens
       (`vllm_sparq.ops.codec.quantize` says how); the staged tokens of a request's newest block stay, full or not;
-    * when the page gets its last token, ``scoring`` codes and ``ranges`` are made from the block's K, per channel:
+    * when the page gets its last token, ``ranking`` codes and ``scales`` are made from the block's K, per channel:
       ``zero`` is the largest fp16 not above the least element, ``step`` the smallest fp16 not below
       ``(max - zero) / (2**bits - 1)``, ``code = clamp(round_half_even((x - zero) / step))`` in fp32, 0 where
       step is not positive (a constant channel). Elements that are not finite count as 0. ``zero`` and ``step``
       saturate at fp16's range.
-    * when the page gets its last token, ``scoring`` of the kind ``bounds`` becomes, per span of 16 tokens and channel,
+    * when the page gets its last token, ``ranking`` of the kind ``bounds`` becomes, per span of 16 tokens and channel,
       the least and the largest element of the block's K, in the model's type and before anything is quantized.
       Elements that are not finite count as 0; a zero may have either sign.
 

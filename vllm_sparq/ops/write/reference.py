@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from vllm_sparq.config import SPAN_TOKENS
-from vllm_sparq.layout import SCORING_BITS, Pages
+from vllm_sparq.layout import RANKING_BITS, Pages
 from vllm_sparq.ops.codec import decode_page, encode_page, pack
 
 FP16_MAX = torch.finfo(torch.float16).max
@@ -79,23 +79,23 @@ def _fill_page(pages: Pages, blocks: torch.Tensor, block: int, head: int) -> Non
     keys, values = block_tokens(pages, blocks, block, head)
     if pages.layout.quantized is not None:
         encode_page(pages, int(blocks[block]), head, keys, values)
-    if pages.layout.scoring is not None:
+    if pages.layout.ranking is not None:
         close_page(pages, int(blocks[block]), head, keys)
 
 
 def close_page(pages: Pages, page: int, head: int, keys: torch.Tensor) -> None:
     """Make the channel-major copy, or the bounds, of the page's K, which is ``keys`` [N, D] in the model's dtype."""
-    scoring = pages.layout.scoring
-    if scoring == "bounds":
-        pages.scoring[page, head] = span_bounds(keys)
+    ranking = pages.layout.ranking
+    if ranking == "bounds":
+        pages.ranking[page, head] = span_bounds(keys)
         return
     keys = keys.T  # [D, N]
-    if scoring == "model":
-        pages.scoring[page, head] = keys
+    if ranking == "model":
+        pages.ranking[page, head] = keys
         return
-    codes, ranges = quantize(keys.float(), SCORING_BITS[str(scoring)])
-    pages.scoring[page, head] = pack(codes, SCORING_BITS[str(scoring)])
-    pages.ranges[page, head] = ranges
+    codes, scales = quantize(keys.float(), RANKING_BITS[str(ranking)])
+    pages.ranking[page, head] = pack(codes, RANKING_BITS[str(ranking)])
+    pages.scales[page, head] = scales
 
 
 def span_bounds(keys: torch.Tensor) -> torch.Tensor:
@@ -112,22 +112,22 @@ def quantize(x: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
         bits: of a code.
 
     Returns:
-        codes uint8 [D, N] and ranges fp16 [D, 2] (step, zero); a code c stands for ``zero + step * c``, which is within
-        half a step of x wherever fp16 can hold the range.
+        codes uint8 [D, N] and scales fp16 [D, 2] (scale, zero point); a code c stands for ``zero + scale * c``, which
+        is within half a scale of x wherever fp16 can hold the range.
     """
     x = torch.where(x.isfinite(), x, 0.0)
     top = 2**bits - 1
     zero = fp16_not_above(x.amin(1))
-    step = -fp16_not_above(-((x.amax(1) - zero.float()) / top))
-    codes = ((x - zero.float()[:, None]) / step.float()[:, None]).nan_to_num(0.0).round().clamp(0, top)
-    codes = torch.where(step[:, None] > 0, codes, 0.0)
-    return codes.to(torch.uint8), torch.stack([step, zero], 1)
+    scale = -fp16_not_above(-((x.amax(1) - zero.float()) / top))
+    codes = ((x - zero.float()[:, None]) / scale.float()[:, None]).nan_to_num(0.0).round().clamp(0, top)
+    codes = torch.where(scale[:, None] > 0, codes, 0.0)
+    return codes.to(torch.uint8), torch.stack([scale, zero], 1)
 
 
-def dequantize(codes: torch.Tensor, ranges: torch.Tensor) -> torch.Tensor:
-    """fp32 [D, N] that ``codes`` [D, N] with ``ranges`` [D, 2] stand for."""
-    step, zero = ranges.float().unbind(1)
-    return zero[:, None] + step[:, None] * codes.float()
+def dequantize(codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    """fp32 [D, N] that ``codes`` [D, N] with ``scales`` [D, 2] stand for."""
+    scale, zero = scales.float().unbind(1)
+    return zero[:, None] + scale[:, None] * codes.float()
 
 
 def fp16_not_above(x: torch.Tensor) -> torch.Tensor:

@@ -1,7 +1,7 @@
 """`vllm_sparq.ops.write.write` on a GPU: pages in the model's type (the others: `triton_quantized`).
 
 One launch, and one more for the sums of V (`triton_sums`). A program copies the new tokens of one page and KV head, and
-makes the scoring copy or the bounds if that completes the page; old tokens come from the page, new ones from ``key``.
+makes the ranking copy or the bounds if that completes the page; old tokens come from the page, new ones from ``key``.
 Moves ``4 D`` elements per new token; a completed page its K twice, the second time from L1, and D / 2 bytes per token.
 """
 
@@ -11,11 +11,11 @@ import torch
 import triton
 import triton.language as tl
 
-from vllm_sparq.layout import SCORING_BITS, Pages
+from vllm_sparq.layout import RANKING_BITS, Pages
 from vllm_sparq.ops.triton_common.attention_scores import note_arrivals, note_parts
 from vllm_sparq.ops.triton_common.launch import find_request
 from vllm_sparq.ops.write.triton_quantized import write_quantized
-from vllm_sparq.ops.write.triton_scoring import close_page, scoring_tile
+from vllm_sparq.ops.write.triton_ranking import close_page, ranking_tile
 from vllm_sparq.ops.write.triton_sums import write_sums
 
 
@@ -24,8 +24,8 @@ def write_kernel(
     key,  # [T, G, D]
     value,
     records,  # keys of the pages [P, G, N, D]; V lies D elements behind
-    scoring,  # [P, G, D, N / 2 | N], or bounds [P, G, N / 16, 2, D]
-    ranges,  # fp16 [P, G, D, 2]
+    ranking,  # [P, G, D, N / 2 | N], or bounds [P, G, N / 16, 2, D]
+    scales,  # fp16 [P, G, D, 2]
     positions,  # int32 [P, G, N]
     scores,  # fp32 [P, G, N]
     block_table,  # int32 [B, M]
@@ -38,15 +38,15 @@ def write_kernel(
     value_stride_g,
     page_stride,  # of records, in elements; the next lines alike for the other parts
     head_stride,
-    scoring_stride_p,
-    scoring_stride_g,
-    ranges_stride_p,
-    ranges_stride_g,
+    ranking_stride_p,
+    ranking_stride_g,
+    scales_stride_p,
+    scales_stride_g,
     notes_stride_p,  # of positions and of scores
     notes_stride_g,
     table_stride,
     n_requests,
-    SCORING: tl.constexpr,
+    RANKING: tl.constexpr,
     POSITIONS: tl.constexpr,
     SCORES: tl.constexpr,
     SHIFTED: tl.constexpr,  # whether positions differ from slots
@@ -94,13 +94,13 @@ def write_kernel(
         if SHIFTED:
             slot_0 += tl.load(first_positions + b) - first
         note_arrivals(positions + at, scores + at, slot_0, n_old, stop, SCORES)
-    if SCORING is not None:  # noqa: SIM102  known at compile time, the rest is not
+    if RANKING is not None:  # noqa: SIM102  known at compile time, the rest is not
         if stop == N:
-            scoring += page * scoring_stride_p + g * scoring_stride_g
-            ranges += page * ranges_stride_p + g * ranges_stride_g
+            ranking += page * ranking_stride_p + g * ranking_stride_g
+            scales += page * scales_stride_p + g * scales_stride_g
             close_page(
-                *(key, records, block_table, scoring, ranges, n_old, key_stride_t, page_stride),
-                *(SCORING, N, D, D_PAD, TILE, 0, None),
+                *(key, records, block_table, ranking, scales, n_old, key_stride_t, page_stride),
+                *(RANKING, N, D, D_PAD, TILE, 0, None),
             )
 
 
@@ -121,17 +121,17 @@ def write(
         write_quantized(key, value, pages, block_table, query_start_loc, seq_lens, first_positions)
         return
     # A part that the layout lacks is never touched: any pointer does.
-    scoring = pages.scoring if layout.scoring else pages.data
-    ranges = pages.ranges if layout.scoring in SCORING_BITS else pages.data
+    ranking = pages.ranking if layout.ranking else pages.data
+    scales = pages.scales if layout.ranking in RANKING_BITS else pages.data
     d_pad = triton.next_power_of_2(head_size)
-    strides = [t.stride(i) for t in (key, value, pages.keys, scoring, ranges) for i in (0, 1)]
+    strides = [t.stride(i) for t in (key, value, pages.keys, ranking, scales) for i in (0, 1)]
     positions, scores, *notes_strides = note_parts(pages)
     shifted = layout.positions and first_positions is not None
     write_kernel[(n_tokens // block_size + 2 * n_requests, n_kv_heads)](
-        *(key, value, pages.keys, scoring, ranges, positions, scores),
+        *(key, value, pages.keys, ranking, scales, positions, scores),
         *(block_table, query_start_loc, seq_lens, first_positions if shifted else seq_lens),
         *(*strides, *notes_strides, block_table.stride(0), n_requests),
-        SCORING=layout.scoring,
+        RANKING=layout.ranking,
         POSITIONS=layout.positions,
         SCORES=layout.scores,
         SHIFTED=shifted,
@@ -140,7 +140,7 @@ def write(
         D_PAD=d_pad,
         B_PAD=triton.next_power_of_2(n_requests),
         COPY_TILE=16,
-        TILE=scoring_tile(block_size, d_pad),
+        TILE=ranking_tile(block_size, d_pad),
         num_warps=4,
     )
     if layout.value_sum:

@@ -5,7 +5,7 @@
 2. Every other full block is encoded from ``key`` and ``value`` alone; the newest block of each request is staged.
 3. The pages that a request opens get their sum of V (`triton_sums`), of what is stored: codes.
 
-K and V have programs of their own. Each encodes in two passes over its block, the second from L1: ranges of all groups,
+K and V have programs of their own. Each encodes in two passes over its block, the second from L1: scales of all groups,
 then codes. Moves ``4 D`` elements per staged token, and per encoded block K and V once and their codes.
 """
 
@@ -15,12 +15,12 @@ import torch
 import triton
 import triton.language as tl
 
-from vllm_sparq.layout import SCORING_BITS, Pages
+from vllm_sparq.layout import RANKING_BITS, Pages
 from vllm_sparq.ops.triton_common.attention_scores import note_arrivals, note_parts
-from vllm_sparq.ops.triton_common.codes import Rows, as_bytes, codes_of, load_ranges
-from vllm_sparq.ops.triton_common.encode import encode, store_ranges
+from vllm_sparq.ops.triton_common.codes import Rows, as_bytes, codes_of, load_scales
+from vllm_sparq.ops.triton_common.encode import encode, store_scales
 from vllm_sparq.ops.triton_common.launch import find_request, widen
-from vllm_sparq.ops.write.triton_scoring import close_page, load_block, scoring_tile
+from vllm_sparq.ops.write.triton_ranking import close_page, load_block, ranking_tile
 from vllm_sparq.ops.write.triton_sums import write_sums
 
 
@@ -58,9 +58,9 @@ def encode_block(
             index = tl.arange(0, ROWS.group_pad)
             inside = (row < COUNT)[:, None] & (index < ROWS.group)[None, :]
             x = load_elements(source, row, group * ROWS.group + index, inside, n_old, D, STAGED, CHANNELS)
-            to = page + ROWS.ranges + row * ROWS.ranges_step + group * ROWS.range_bytes
-            store_ranges(to, x, inside, row < COUNT, ROWS, dtype)
-    tl.debug_barrier()  # ranges are read by other threads than wrote them
+            to = page + ROWS.scales + row * ROWS.scales_step + group * ROWS.scale_bytes
+            store_scales(to, x, inside, row < COUNT, ROWS, dtype)
+    tl.debug_barrier()  # scales are read by other threads than wrote them
     CHUNK: tl.constexpr = ROWS.row_chunk
     RUNS: tl.constexpr = ROWS.runs
     for first in range(0, COUNT, TILE):
@@ -72,9 +72,9 @@ def encode_block(
             for r in tl.static_range(RUNS):
                 x = load_elements(source, row, r * ROWS.run + byte, inside, n_old, D, STAGED, CHANNELS)
                 group = (r * ROWS.run + start) // ROWS.group
-                ranges_at = page + ROWS.ranges + row * ROWS.ranges_step + group * ROWS.range_bytes
-                step, zero = load_ranges(ranges_at, row < COUNT, dtype, ROWS.numbers)
-                packed |= encode(widen(x), step[:, None], zero[:, None], ROWS) << (r * ROWS.bits)
+                scales_at = page + ROWS.scales + row * ROWS.scales_step + group * ROWS.scale_bytes
+                scale, zero = load_scales(scales_at, row < COUNT, dtype, ROWS.numbers)
+                packed |= encode(widen(x), scale[:, None], zero[:, None], ROWS) << (r * ROWS.bits)
             to = page + ROWS.codes + (row * ROWS.codes_step)[:, None] + byte[None, :]
             tl.store(to, packed.to(tl.uint8), mask=inside)
 
@@ -120,8 +120,8 @@ def encode_kernel(
     key,  # [T, G, D]
     value,
     staged,  # pages [P, G] of the model's type
-    scoring,  # [P, G, D, N / 2 | N], or bounds [P, G, N / 16, 2, D]
-    ranges,  # fp16 [P, G, D, 2]
+    ranking,  # [P, G, D, N / 2 | N], or bounds [P, G, N / 16, 2, D]
+    scales,  # fp16 [P, G, D, 2]
     positions,  # int32 [P, G, N]
     scores,  # fp32 [P, G, N]
     block_table,  # int32 [B, M]
@@ -134,16 +134,16 @@ def encode_kernel(
     value_stride_g,
     page_stride,  # of staged, in elements; the next lines alike for the other parts
     head_stride,
-    scoring_stride_p,
-    scoring_stride_g,
-    ranges_stride_p,
-    ranges_stride_g,
+    ranking_stride_p,
+    ranking_stride_g,
+    scales_stride_p,
+    scales_stride_g,
     notes_stride_p,  # of positions and of scores
     notes_stride_g,
     table_stride,
     n_requests,
     BEGUN: tl.constexpr,  # whether this is the first launch
-    SCORING: tl.constexpr,
+    RANKING: tl.constexpr,
     POSITIONS: tl.constexpr,
     SCORES: tl.constexpr,
     SHIFTED: tl.constexpr,  # whether positions differ from slots
@@ -155,7 +155,7 @@ def encode_kernel(
     KEY_TILE: tl.constexpr,
     VALUE_TILE: tl.constexpr,
     COPY_TILE: tl.constexpr,
-    SCORING_TILE: tl.constexpr,
+    RANKING_TILE: tl.constexpr,
 ):
     """Grid (blocks, G, 2: K or V). The first launch has a program per request instead of one per block."""
     pid = tl.program_id(0)
@@ -218,13 +218,13 @@ def encode_kernel(
         *(key, staged, at, table + block + 1, n_old, stop, is_staged, is_encoded, key_stride_t, page_stride),
         *(KEYS, CHANNELS, KEY_TILE, COPY_TILE, N, D, D_PAD, PLACES),
     )
-    if SCORING is not None:  # noqa: SIM102  known at compile time, the rest is not
+    if RANKING is not None:  # noqa: SIM102  known at compile time, the rest is not
         if is_encoded:
-            scoring += page * scoring_stride_p + g * scoring_stride_g
-            ranges += page * ranges_stride_p + g * ranges_stride_g
+            ranking += page * ranking_stride_p + g * ranking_stride_g
+            scales += page * scales_stride_p + g * scales_stride_g
             close_page(
-                *(key, staged, table + block + 1, scoring, ranges, n_old, key_stride_t, page_stride),
-                *(SCORING, N, D, D_PAD, SCORING_TILE, PLACES, None),
+                *(key, staged, table + block + 1, ranking, scales, n_old, key_stride_t, page_stride),
+                *(RANKING, N, D, D_PAD, RANKING_TILE, PLACES, None),
             )
 
 
@@ -243,20 +243,20 @@ def write_quantized(
     codes = codes_of(layout)
     assert codes is not None
     # A part that the layout lacks is never touched: any pointer does.
-    scoring = pages.scoring if layout.scoring else pages.data
-    ranges = pages.ranges if layout.scoring in SCORING_BITS else pages.data
+    ranking = pages.ranking if layout.ranking else pages.data
+    scales = pages.scales if layout.ranking in RANKING_BITS else pages.data
     d_pad = triton.next_power_of_2(head_size)
-    strides = [t.stride(i) for t in (key, value, pages.staged, scoring, ranges) for i in (0, 1)]
+    strides = [t.stride(i) for t in (key, value, pages.staged, ranking, scales) for i in (0, 1)]
     positions, scores, *notes_strides = note_parts(pages)
     shifted = layout.positions and first_positions is not None
     for begun in (True, False):
         n_programs = n_requests if begun else n_tokens // block_size + 2 * n_requests
         encode_kernel[(n_programs, n_kv_heads, 2)](
-            *(key, value, pages.staged, scoring, ranges, positions, scores),
+            *(key, value, pages.staged, ranking, scales, positions, scores),
             *(block_table, query_start_loc, seq_lens, first_positions if shifted else seq_lens),
             *(*strides, *notes_strides, block_table.stride(0), n_requests),
             BEGUN=begun,
-            SCORING=layout.scoring,
+            RANKING=layout.ranking,
             POSITIONS=layout.positions,
             SCORES=layout.scores,
             SHIFTED=shifted,
@@ -268,7 +268,7 @@ def write_quantized(
             KEY_TILE=encode_tile(codes.keys, head_size if codes.channel_keys else block_size),
             VALUE_TILE=encode_tile(codes.values, block_size),
             COPY_TILE=16,
-            SCORING_TILE=scoring_tile(block_size, d_pad),
+            RANKING_TILE=ranking_tile(block_size, d_pad),
             num_warps=4,
         )
     if layout.value_sum:

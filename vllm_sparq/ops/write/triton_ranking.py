@@ -25,12 +25,12 @@ def fp16_not_above(x):
 
 
 @triton.jit
-def encode(x, zero, step, TOP: tl.constexpr):
-    """uint8 codes of x [tokens, D] with fp32 ``zero`` and ``step`` [D]."""
-    quotient = tl.div_rn(x - zero[None, :], tl.where(step > 0.0, step, 1.0)[None, :] + tl.zeros_like(x))
+def encode(x, zero, scale, TOP: tl.constexpr):
+    """uint8 codes of x [tokens, D] with fp32 ``zero`` and ``scale`` [D]."""
+    quotient = tl.div_rn(x - zero[None, :], tl.where(scale > 0.0, scale, 1.0)[None, :] + tl.zeros_like(x))
     quotient = tl.minimum(tl.maximum(quotient, 0.0), TOP)
     rounded = (quotient + 12582912.0) - 12582912.0  # 1.5 * 2^23: the sum rounds to a whole number, half to even
-    return tl.where(step[None, :] > 0.0, rounded, 0.0).to(tl.int32).to(tl.uint8)
+    return tl.where(scale[None, :] > 0.0, rounded, 0.0).to(tl.int32).to(tl.uint8)
 
 
 @triton.jit
@@ -104,12 +104,12 @@ def close_page(
     key,  # this and the next two as in `page_keys`
     records,
     ahead,
-    scoring,  # pointers to this page and head
-    ranges,
+    ranking,  # pointers to this page and head
+    scales,
     n_old,
     key_stride_t,
     page_stride,
-    SCORING: tl.constexpr,
+    RANKING: tl.constexpr,
     N: tl.constexpr,
     D: tl.constexpr,
     D_PAD: tl.constexpr,
@@ -118,9 +118,9 @@ def close_page(
     FORMAT: tl.constexpr,
 ):
     """The channel-major copy of a page's K, or the bounds of its spans."""
-    if SCORING == "bounds":
+    if RANKING == "bounds":
         d = tl.arange(0, D_PAD)
-        dtype: tl.constexpr = scoring.dtype.element_ty
+        dtype: tl.constexpr = ranking.dtype.element_ty
         for first in range(0, N, SPAN):
             slot = first + tl.arange(0, SPAN)
             low, high = extremes(
@@ -128,13 +128,13 @@ def close_page(
                     key, records, ahead, slot, n_old, key_stride_t, page_stride, slot < N, D, D_PAD, STAGED, FORMAT
                 )
             )
-            to = scoring + first // SPAN * (2 * D) + d
+            to = ranking + first // SPAN * (2 * D) + d
             tl.store(to, cast(low, dtype), mask=d < D)
             tl.store(to + D, cast(high, dtype), mask=d < D)
     else:
         copy_keys(
-            *(key, records, ahead, scoring, ranges, n_old, key_stride_t, page_stride),
-            *(SCORING, N, D, D_PAD, TILE, STAGED, FORMAT),
+            *(key, records, ahead, ranking, scales, n_old, key_stride_t, page_stride),
+            *(RANKING, N, D, D_PAD, TILE, STAGED, FORMAT),
         )
 
 
@@ -143,12 +143,12 @@ def copy_keys(
     key,  # this and the next two as in `page_keys`
     records,
     ahead,
-    scoring,  # pointers to this page and head
-    ranges,
+    ranking,  # pointers to this page and head
+    scales,
     n_old,
     key_stride_t,
     page_stride,
-    SCORING: tl.constexpr,
+    RANKING: tl.constexpr,
     N: tl.constexpr,
     D: tl.constexpr,
     D_PAD: tl.constexpr,
@@ -159,11 +159,11 @@ def copy_keys(
     """The channel-major copy of a page's K. Slots n and n + N/2 go together: int4 packs them in one byte."""
     d = tl.arange(0, D_PAD)
     HALF: tl.constexpr = N // 2
-    WIDTH: tl.constexpr = HALF if SCORING == "int4" else N
-    TOP: tl.constexpr = 15.0 if SCORING == "int4" else 255.0
+    WIDTH: tl.constexpr = HALF if RANKING == "int4" else N
+    TOP: tl.constexpr = 15.0 if RANKING == "int4" else 255.0
     zero = tl.zeros([D_PAD], tl.float32)
-    step = tl.zeros([D_PAD], tl.float32)
-    if SCORING != "model":
+    scale = tl.zeros([D_PAD], tl.float32)
+    if RANKING != "model":
         least = tl.full([TILE, D_PAD], float("inf"), tl.float32)
         most = tl.full([TILE, D_PAD], float("-inf"), tl.float32)
         for first in range(0, N, TILE):
@@ -179,31 +179,31 @@ def copy_keys(
         zero = low.to(tl.float32)
         span = tl.div_rn(tl.max(most, 0) - zero, zero * 0.0 + TOP)
         high = -fp16_not_above(-span)
-        step = high.to(tl.float32)
-        tl.store(ranges + d * 2, high, mask=d < D)
-        tl.store(ranges + d * 2 + 1, low, mask=d < D)
+        scale = high.to(tl.float32)
+        tl.store(scales + d * 2, high, mask=d < D)
+        tl.store(scales + d * 2 + 1, low, mask=d < D)
     for first in range(0, HALF, TILE):
         slot = first + tl.arange(0, TILE)
         inside = slot < HALF
-        to = scoring + d[None, :] * WIDTH + slot[:, None]
+        to = ranking + d[None, :] * WIDTH + slot[:, None]
         mask = inside[:, None] & (d < D)[None, :]
         early = page_keys(key, records, ahead, slot, n_old, key_stride_t, page_stride, inside, D, D_PAD, STAGED, FORMAT)
         late = page_keys(
             key, records, ahead, slot + HALF, n_old, key_stride_t, page_stride, inside, D, D_PAD, STAGED, FORMAT
         )
-        if SCORING == "model":
+        if RANKING == "model":
             tl.store(to, early, mask=mask)
             tl.store(to + HALF, late, mask=mask)
         else:
-            early = encode(finite(early), zero, step, TOP)
-            late = encode(finite(late), zero, step, TOP)
-            if SCORING == "int4":
+            early = encode(finite(early), zero, scale, TOP)
+            late = encode(finite(late), zero, scale, TOP)
+            if RANKING == "int4":
                 tl.store(to, early | (late << 4), mask=mask)
             else:
                 tl.store(to, early, mask=mask)
                 tl.store(to + HALF, late, mask=mask)
 
 
-def scoring_tile(block_size: int, d_pad: int) -> int:
+def ranking_tile(block_size: int, d_pad: int) -> int:
     """Tokens of one step of `copy_keys`."""
     return int(min(triton.next_power_of_2(block_size // 2), max(16, 4096 // d_pad)))
