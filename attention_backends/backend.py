@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -11,14 +12,17 @@ from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec, KVCache
 from vllm.v1.kv_cache_layout import KVCacheLayout
 
 from vllm_sparq.attention_backends import refusals
-from vllm_sparq.attention_backends.impl import PagedImpl, active_pages
+from vllm_sparq.attention_backends.engine import PagedEngine
+from vllm_sparq.attention_backends.impl import PagedImpl
 from vllm_sparq.attention_backends.steps.builder import PagedMetadataBuilder
+from vllm_sparq.backends import PRESETS
 from vllm_sparq.layout import BLOCK_SIZE_MULTIPLE
+from vllm_sparq.reads import HeadShape
 from vllm_sparq.scheduler.spec import page_spec
 
 
 class PagedBackend(AttentionBackend):
-    """Our attention over pages: SparQ, unless options say otherwise.
+    """Our attention over pages, whatever they hold and whatever is read of them.
 
     See `vllm_sparq.layout` for the pages and `vllm_sparq.ops` for the operations.
     """
@@ -28,10 +32,6 @@ class PagedBackend(AttentionBackend):
 
     # The write needs the block table, not the runner's slots: it finishes a page at the page's first and last token.
     forward_includes_kv_cache_update = True
-
-    @staticmethod
-    def get_name() -> str:
-        return "SPARQ"
 
     @staticmethod
     def get_impl_cls() -> type[PagedImpl]:
@@ -66,45 +66,26 @@ class PagedBackend(AttentionBackend):
     def customize_spec(cls, spec: AttentionSpec) -> AttentionSpec:
         if type(spec) is not FullAttentionSpec:  # a sliding-window probe, served by vLLM's own backend
             return spec
-        layout, retention = active_pages(spec.head_size, spec.block_size, spec.dtype)
-        return page_spec(spec, layout, retention)
+        config = get_current_vllm_config()
+        engine = PagedEngine.of(config)
+        assert engine is not None
+        heads = HeadShape(
+            head_size=spec.head_size,
+            n_heads=config.model_config.get_num_attention_heads(config.parallel_config),
+            n_kv_heads=spec.num_kv_heads,
+        )
+        engine = replace(engine, block_size=spec.block_size)
+        return page_spec(spec, engine.layout(heads, spec.dtype), engine.retention)
 
 
-class QuestBackend(PagedBackend):
-    """Spans of neighbouring tokens are picked by bounds of their keys, unless options say otherwise."""
+def _preset(name: str) -> type[PagedBackend]:
+    """A backend under a name of its own: what else it means are its default options."""
 
-    @staticmethod
     def get_name() -> str:
-        return "QUEST"
+        return name.upper()
+
+    body = {"get_name": staticmethod(get_name), "__doc__": f"{PRESETS[name].summary}.", "__module__": __name__}
+    return type(f"{name.title()}Backend", (PagedBackend,), body)
 
 
-class FlexgenBackend(PagedBackend):
-    """int4 blocks, read densely, unless options say otherwise."""
-
-    @staticmethod
-    def get_name() -> str:
-        return "FLEXGEN"
-
-
-class KiviBackend(PagedBackend):
-    """KIVI blocks, read densely, unless options say otherwise."""
-
-    @staticmethod
-    def get_name() -> str:
-        return "KIVI"
-
-
-class H2oBackend(PagedBackend):
-    """Heavy hitters and recent tokens stay, read densely, unless options say otherwise."""
-
-    @staticmethod
-    def get_name() -> str:
-        return "H2O"
-
-
-class StreamingBackend(PagedBackend):
-    """First and newest tokens stay, read densely, unless options say otherwise."""
-
-    @staticmethod
-    def get_name() -> str:
-        return "STREAMING"
+globals().update({f"{name.title()}Backend": _preset(name) for name in PRESETS})

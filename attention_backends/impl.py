@@ -11,28 +11,16 @@ from vllm.config import get_current_vllm_config
 from vllm.logger import init_logger
 from vllm.v1.attention.backend import AttentionImpl, AttentionType
 
+from vllm_sparq.attention_backends.engine import PagedEngine, page_layout
 from vllm_sparq.attention_backends.refusals import impl_refusals
-from vllm_sparq.attention_backends.selection import engine_options, page_layout
 from vllm_sparq.attention_backends.steps.evicting import EvictingMetadata
+from vllm_sparq.attention_backends.steps.requests import StepRequests
 from vllm_sparq.attention_backends.steps.rows import PagedMetadata
-from vllm_sparq.layout import PageLayout, Pages
+from vllm_sparq.layout import Pages
 from vllm_sparq.ops.dispatch import Choice, choose
-from vllm_sparq.retention import Retention
+from vllm_sparq.reads import READS, HeadShape, Read
 
 logger = init_logger("vllm.sparq")
-
-_active: PagedImpl | None = None
-
-
-def active_pages(head_size: int, block_size: int, dtype: torch.dtype) -> tuple[PageLayout, Retention | None]:
-    """The pages of the model that was built last in this process, and what stays in them.
-
-    vLLM asks a backend for its page size without saying for which engine; it always does so right after building the
-    model's layers, in the same process.
-    """
-    if _active is None:
-        raise RuntimeError("a page size was asked for before any attention layer was built")
-    return _active._layout(head_size, block_size, dtype), _active.options.retained(block_size)
 
 
 class PagedImpl(AttentionImpl[PagedMetadata | EvictingMetadata]):
@@ -60,14 +48,16 @@ class PagedImpl(AttentionImpl[PagedMetadata | EvictingMetadata]):
         )
         if refusals:
             raise NotImplementedError("; ".join(refusals))
-        global _active
         vllm_config: Any = get_current_vllm_config()
-        self.options = engine_options(vllm_config)
+        engine = PagedEngine.of(vllm_config)
+        assert engine is not None
+        self.options = engine.options
         self.num_heads, self.num_kv_heads = num_heads, num_kv_heads or num_heads
-        self._layout = partial(page_layout, self.options, grouped=self.num_heads != self.num_kv_heads)
         self.head_size, self.scale = head_size, float(scale)
+        self._heads = HeadShape(head_size=head_size, n_heads=num_heads, n_kv_heads=self.num_kv_heads)
         self.kv_cache_dtype = kv_cache_dtype
-        self._choices = _choose_ops(vllm_config.device_config.device_type, self.options.read)
+        self.requests: StepRequests | None = None  # our worker's, once the model is loaded
+        self._choices = _choose_ops(vllm_config.device_config.device_type, READS[self.options.read])
         warning = slow_ops(self._choices)
         if warning:
             logger.warning_once(warning)
@@ -77,7 +67,6 @@ class PagedImpl(AttentionImpl[PagedMetadata | EvictingMetadata]):
         self._dense = self._choices["dense_decode"].load()
         self._decode: Callable[..., None] | None = None  # known with the layer's name, at its first step
         self._pages: Pages | None = None
-        _active = self
 
     def forward(
         self,
@@ -100,15 +89,15 @@ class PagedImpl(AttentionImpl[PagedMetadata | EvictingMetadata]):
             return output
         for turn in attn_metadata.turns:
             if turn.eviction is not None:
-                gone = turn.eviction
-                lens = gone.seq_lens, gone.kept_lens, gone.recent_from
-                self._evict(pages, gone.block_table, *lens, sinks=gone.sinks)
+                eviction = turn.eviction
+                lens = eviction.seq_lens, eviction.kept_lens, eviction.recent_from
+                self._evict(pages, eviction.block_table, *lens, sinks=eviction.sinks)
             if turn.rows is None:
                 self._attend(turn.step, query, key, value, pages, output)
                 continue
-            its = torch.empty_like(output[: len(turn.rows)])
-            self._attend(turn.step, query[turn.rows], key[turn.rows], value[turn.rows], pages, its)
-            output[turn.rows] = its
+            turn_output = torch.empty_like(output[: len(turn.rows)])
+            self._attend(turn.step, query[turn.rows], key[turn.rows], value[turn.rows], pages, turn_output)
+            output[turn.rows] = turn_output
         return output
 
     def _attend(
@@ -136,29 +125,27 @@ class PagedImpl(AttentionImpl[PagedMetadata | EvictingMetadata]):
         if n:
             decode(query[:n], pages, step.block_table, step.seq_lens, scale=self.scale, out=output[:n])
         if step.replayed is not None:
-            again = step.replayed
-            out = torch.empty_like(output[: len(again.rows)])
-            seen = again.pages_seen(pages, *new)
-            decode(query[again.rows], seen, again.block_table, again.seq_lens, scale=self.scale, out=out)
-            output[again.rows] = out
+            replayed = step.replayed
+            out = torch.empty_like(output[: len(replayed.rows)])
+            seen = replayed.pages_seen(pages, *new)
+            decode(query[replayed.rows], seen, replayed.block_table, replayed.seq_lens, scale=self.scale, out=out)
+            output[replayed.rows] = out
 
     def _bind(self, layer: Any, kv_cache: torch.Tensor, dtype: torch.dtype) -> Pages:
         """The layer's cache as pages; remembered until vLLM hands over another one."""
         pages = self._pages
         if pages is None or pages.data.data_ptr() != kv_cache.data_ptr():
-            layout = self._layout(self.head_size, kv_cache.shape[2], dtype)
+            layout = page_layout(self.options, self._heads, kv_cache.shape[2], dtype)
             pages = self._pages = Pages.from_kv_cache(kv_cache, layout)
             self._decode = self._read_policy(layer.layer_name)
         return pages
 
     def _read_policy(self, layer_name: str) -> Callable[..., None]:
         """What a decode row of this layer reads."""
-        if self.options.read == "dense" or _layer_index(layer_name) < self.options.dense_layers:
+        if _layer_index(layer_name) < self.options.dense_layers:
             return self._dense
-        if self.options.read == "spans":
-            return partial(self._choices["quest_decode"].load(), read=self.options.spans_read())
-        read = self.options.sparq_read(head_size=self.head_size, n_heads=self.num_heads, n_kv_heads=self.num_kv_heads)
-        return partial(self._choices["sparq_decode"].load(), read=read)
+        read = self.options.read_of(self._heads)
+        return partial(self._choices[read.op].load(), **read.arguments)
 
     def describe(self) -> dict[str, Any]:
         """What this layer runs, for reports; plain types only."""
@@ -168,10 +155,9 @@ class PagedImpl(AttentionImpl[PagedMetadata | EvictingMetadata]):
         }
 
 
-def _choose_ops(device_type: str, read: str) -> dict[str, Choice]:
+def _choose_ops(device_type: str, read: type[Read]) -> dict[str, Choice]:
     """The implementation of every op that layers of one read may call."""
-    sparse = "quest_decode" if read == "spans" else "sparq_decode"
-    return {name: choose(name, device_type) for name in ("write", "prefill", "dense_decode", sparse, "evict")}
+    return {name: choose(name, device_type) for name in ("write", "prefill", "dense_decode", read.op, "evict")}
 
 
 def slow_ops(choices: dict[str, Choice]) -> str | None:

@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
-from vllm_sparq.attention_backends.selection import engine_options, page_layout
-from vllm_sparq.config import Options, OptionsError, check_budget
+from vllm_sparq.attention_backends.engine import PagedEngine, heads_of
+from vllm_sparq.config import OptionsError, check_budget
 from vllm_sparq.layout import BLOCK_SIZE_MULTIPLE
 
 HEAD_SIZES = (64, 80, 96, 128, 256)
@@ -41,29 +41,28 @@ def engine_refusals(vllm_config: Any) -> list[str]:
 
 def _option_refusals(vllm_config: Any) -> list[str]:
     try:
-        options = engine_options(vllm_config)
-    except (OptionsError, ValueError) as error:
+        engine = PagedEngine.of(vllm_config)
+    except ValueError as error:
         return [str(error)]
     model = vllm_config.model_config
-    if model is None or model.use_mla:
+    if engine is None or model is None or model.use_mla:
         return []
-    reasons = _format_refusals(vllm_config, options)
+    reasons = _format_refusals(vllm_config, engine)
     try:
-        if options.read == "sparq":
-            options.sparq_read(head_size=model.get_head_size(), n_heads=1, n_kv_heads=1)
+        engine.read(heads_of(model, vllm_config.parallel_config))
     except ValueError as error:
         reasons.append(str(error))
     return reasons
 
 
-def _format_refusals(vllm_config: Any, options: Options) -> list[str]:
+def _format_refusals(vllm_config: Any, engine: PagedEngine) -> list[str]:
     """Pages that cannot be cut, and what quantized blocks rule out."""
-    model, block_size = vllm_config.model_config, vllm_config.cache_config.block_size
+    model, block_size, options = vllm_config.model_config, engine.block_size, engine.options
     if model.get_head_size() not in HEAD_SIZES or model.dtype not in DTYPES or block_size % BLOCK_SIZE_MULTIPLE:
         return []  # refused on its own account
     reasons = []
     try:
-        layout = page_layout(options, model.get_head_size(), block_size, model.dtype, grouped=False)
+        layout = engine.layout(heads_of(model, vllm_config.parallel_config), model.dtype)
     except ValueError as error:
         return [f"sparq options: {error}"]
     try:

@@ -1,13 +1,13 @@
-"""What our workers add to vLLM's own: prompt lengths for the metadata, and a report of what really runs."""
+"""What our workers add to vLLM's own: what layers must know of their engine, and a report of what really runs."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from types import MappingProxyType
 from typing import Any
 
-from vllm_sparq.attention_backends.steps import builder
-from vllm_sparq.retention import PHASES, Phase
+from vllm.config import set_current_vllm_config
+
+from vllm_sparq.attention_backends.steps.requests import StepRequests
+from vllm_sparq.retention import PHASES
 
 
 class AttentionReport:
@@ -32,30 +32,30 @@ class AttentionReport:
 
 
 class SparqWorkerMixin(AttentionReport):
-    """Lets the metadata builder ask this worker for prompt lengths and shrunk budgets."""
+    """Tells layers what they cannot learn from vLLM: whose requests a step brings, and which engine is theirs."""
 
-    _phases: Mapping[str, Phase] = MappingProxyType({})
+    _requests: StepRequests | None = None
 
-    def init_device(self) -> None:
-        super().init_device()  # type: ignore[misc]
-        runner = self.model_runner  # type: ignore[attr-defined]
-        if hasattr(runner, "req_states"):  # model runner V2: requests keep their row in a table, steps name the rows
-            builder.prompt_lengths = lambda step: runner.req_states.prompt_len.cpu[step.req_idx]
-        else:
-            builder.prompt_lengths = lambda step: runner.input_batch.num_prompt_tokens_cpu_tensor[: step.num_reqs]
+    def load_model(self, *args: Any, **kwargs: Any) -> None:
+        """As vLLM does, and let our layers ask the model runner about requests."""
+        super().load_model(*args, **kwargs)  # type: ignore[misc]
+        self._requests = StepRequests(self.model_runner)  # type: ignore[attr-defined]
+        for layer in self.vllm_config.compilation_config.static_forward_context.values():  # type: ignore[attr-defined]
+            if hasattr(getattr(layer, "impl", None), "requests"):
+                layer.impl.requests = self._requests
 
-        def phases(step: Any) -> list[Phase | None]:
-            if not self._phases:
-                return [None] * step.num_reqs
-            if hasattr(runner, "req_states"):
-                ids = [runner.req_states.index_to_req_id[int(row)] for row in step.req_idx[: step.num_reqs].cpu()]
-            else:
-                ids = runner.input_batch.req_ids[: step.num_reqs]
-            return [self._phases.get(request_id) for request_id in ids]
+    def get_kv_cache_spec(self) -> Any:
+        """As vLLM does, with this engine as the current one: a backend is asked for its page size by class alone."""
+        with set_current_vllm_config(self.vllm_config):  # type: ignore[attr-defined]
+            return super().get_kv_cache_spec()  # type: ignore[misc]
 
-        builder.shrunk_phases = phases
+    def determine_available_memory(self, *args: Any, **kwargs: Any) -> Any:
+        """As vLLM does; where it captures graphs to measure them, it asks for page sizes here too."""
+        with set_current_vllm_config(self.vllm_config):  # type: ignore[attr-defined]
+            return super().determine_available_memory(*args, **kwargs)  # type: ignore[misc]
 
     def execute_model(self, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
         """Take along what our scheduler says about budgets; vLLM's own says nothing."""
-        self._phases = getattr(scheduler_output, PHASES, {})
+        if self._requests is not None:
+            self._requests.phases = getattr(scheduler_output, PHASES, {})
         return super().execute_model(scheduler_output, *args, **kwargs)  # type: ignore[misc]

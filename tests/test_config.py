@@ -12,12 +12,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from vllm_sparq.config import MEASURED_BREAK_EVEN, PRESETS, Options, OptionsError, SparqRead, parse_options
+from vllm_sparq.backends import BACKENDS, PRESETS
+from vllm_sparq.config import Options, OptionsError, parse_options
 from vllm_sparq.formats import FORMATS
-from vllm_sparq.plugin import BACKENDS
+from vllm_sparq.reads import MEASURED_BREAK_EVEN, HeadShape, SparqRead
 
-LLAMA = {"head_size": 128, "n_heads": 32, "n_kv_heads": 8}
-MHA = {"head_size": 128, "n_heads": 32, "n_kv_heads": 32}
+LLAMA = HeadShape(head_size=128, n_heads=32, n_kv_heads=8)
+MHA = HeadShape(head_size=128, n_heads=32, n_kv_heads=32)
 
 
 def parse(**options: Any) -> Options:
@@ -63,50 +64,50 @@ def test_every_option_is_documented() -> None:
 def test_options_are_frozen() -> None:
     with pytest.raises(ValidationError, match="frozen"):
         Options().k = 3
-    read = Options().sparq_read(**LLAMA)
+    read = Options().read_of(LLAMA)
     with pytest.raises(dataclasses.FrozenInstanceError):
         read.r = 3  # type: ignore[misc]
     with pytest.raises(TypeError):
         SparqRead(16, 128)  # type: ignore[misc]
-    assert hash(read) == hash(Options().sparq_read(**LLAMA))
+    assert hash(read) == hash(Options().read_of(LLAMA))
 
 
 def test_compression_by_hand() -> None:
     # c = 8: r = 128 / 8 = 16, k = S / 16, at least 128.
-    read = Options().sparq_read(**LLAMA)
+    read = Options().read_of(LLAMA)
     assert (read.r, read.min_k, read.k_per_token) == (16, 128, Fraction(1, 16))
     assert [read.k(s) for s in (1, 2047, 2048, 2063, 2064, 16000, 131072)] == [128, 128, 128, 128, 129, 1000, 8192]
     # S = 16000: 1000 cached tokens and the current one; a quarter of 1000 and the current one are the newest.
     assert (read.n_selected(16000), read.n_local(16000)) == (1001, 251)
     # c = 4 on a head of 80: r = 20, k = S / 8.
-    read = parse(compression=4, min_k=1).sparq_read(head_size=80, n_heads=8, n_kv_heads=8)
+    read = parse(compression=4, min_k=1).read_of(HeadShape(head_size=80, n_heads=8, n_kv_heads=8))
     assert (read.r, read.k_per_token, read.k(999)) == (20, Fraction(1, 8), 124)
     # c = 3: r = round(128 / 3) = 43, k = S / 6 with no rounding of 1/6: 6 million tokens give exactly a million.
-    read = parse(compression=3, min_k=1).sparq_read(**LLAMA)
+    read = parse(compression=3, min_k=1).read_of(LLAMA)
     assert (read.r, read.k(6_000_000), read.k(5_999_999)) == (43, 1_000_000, 999_999)
     # More compression than channels leaves one.
-    assert parse(compression=1000).sparq_read(**LLAMA).r == 1
-    assert parse(compression=1).sparq_read(**LLAMA).r == 128
+    assert parse(compression=1000).read_of(LLAMA).r == 1
+    assert parse(compression=1).read_of(LLAMA).r == 128
 
 
 def test_explicit_numbers_override_compression() -> None:
-    read = parse(r=7, k=50, compression=2, min_k=4000).sparq_read(**LLAMA)
+    read = parse(r=7, k=50, compression=2, min_k=4000).read_of(LLAMA)
     assert (read.r, read.k(10), read.k(10**6)) == (7, 50, 50)
-    assert parse(k=50).sparq_read(**LLAMA).r == 16
-    assert parse(r=7).sparq_read(**LLAMA).k(10**6) == 62500
+    assert parse(k=50).read_of(LLAMA).r == 16
+    assert parse(r=7).read_of(LLAMA).k(10**6) == 62500
 
 
 def test_mass_by_hand() -> None:
     # c = 8 and S = 16000: k = 1000, of which 250 are the newest; min_k is the least, unless the newest are more.
-    read = parse(mass=0.9).sparq_read(**LLAMA)
+    read = parse(mass=0.9).read_of(LLAMA)
     assert (read.mass, read.n_selected(16000), read.n_least(16000)) == (0.9, 1001, 251)
-    read = parse(mass=0.9, min_k=600).sparq_read(**LLAMA)
+    read = parse(mass=0.9, min_k=600).read_of(LLAMA)
     assert (read.n_selected(16000), read.n_least(16000)) == (1001, 601)
-    read = parse(mass=0.9, k=1000, min_k=64, local=10).sparq_read(**LLAMA)
+    read = parse(mass=0.9, k=1000, min_k=64, local=10).read_of(LLAMA)
     assert (read.n_selected(16000), read.n_least(16000), read.n_least(40)) == (1001, 65, 40)
     # The least is no more than the most, and without a mass it is the most.
-    assert parse(mass=0.9, min_k=600).sparq_read(**LLAMA).n_least(2000) == 601
-    assert parse(k=50).sparq_read(**LLAMA).n_least(2000) == 51
+    assert parse(mass=0.9, min_k=600).read_of(LLAMA).n_least(2000) == 601
+    assert parse(k=50).read_of(LLAMA).n_least(2000) == 51
 
 
 def test_a_mass_with_nothing_to_choose_is_refused() -> None:
@@ -116,8 +117,8 @@ def test_a_mass_with_nothing_to_choose_is_refused() -> None:
 
 
 def test_local() -> None:
-    assert [parse(k=k).sparq_read(**LLAMA).n_local(1000) for k in (1, 3, 4, 7, 8, 128)] == [1, 1, 2, 2, 3, 33]
-    assert [parse(k=8, local=n).sparq_read(**LLAMA).n_local(1000) for n in (0, 1, 8, 9, 10**6)] == [1, 2, 9, 9, 9]
+    assert [parse(k=k).read_of(LLAMA).n_local(1000) for k in (1, 3, 4, 7, 8, 128)] == [1, 1, 2, 2, 3, 33]
+    assert [parse(k=8, local=n).read_of(LLAMA).n_local(1000) for n in (0, 1, 8, 9, 10**6)] == [1, 2, 9, 9, 9]
 
 
 @pytest.mark.parametrize(
@@ -131,16 +132,16 @@ def test_local() -> None:
         ("auto", MHA, 0.0),
     ],
 )
-def test_mean_value(mean_value: str, shape: dict[str, int], floor: float) -> None:
+def test_mean_value(mean_value: str, shape: HeadShape, floor: float) -> None:
     """auto: the authors' choice of always for one KV head per query head, and never for more."""
-    assert parse(mean_value=mean_value).sparq_read(**shape).alpha_floor == floor
+    assert parse(mean_value=mean_value).read_of(shape).alpha_floor == floor
 
 
 def test_mean_value_follows_how_a_group_is_reduced() -> None:
-    grouped = dict(head_size=64, n_heads=8, n_kv_heads=2)
-    assert parse(group_reduce="probs").sparq_read(**grouped).alpha_floor == 0.0
-    assert parse(group_reduce="logits").sparq_read(**grouped).alpha_floor == 1.0
-    assert parse(group_reduce="probs", mean_value="off").sparq_read(**grouped).alpha_floor == 1.0
+    grouped = HeadShape(head_size=64, n_heads=8, n_kv_heads=2)
+    assert parse(group_reduce="probs").read_of(grouped).alpha_floor == 0.0
+    assert parse(group_reduce="logits").read_of(grouped).alpha_floor == 1.0
+    assert parse(group_reduce="probs", mean_value="off").read_of(grouped).alpha_floor == 1.0
 
 
 @pytest.mark.parametrize(
@@ -169,10 +170,10 @@ def test_every_backend_has_a_preset() -> None:
 
 def test_the_rest_passes_through() -> None:
     options = parse(group_reduce="probs", dense_below=77, local=3)
-    read = options.sparq_read(**LLAMA)
+    read = options.read_of(LLAMA)
     assert (read.group_reduce, read.dense_below, read.local) == ("probs", 77, 3)
-    assert Options().sparq_read(**LLAMA).dense_below == MEASURED_BREAK_EVEN
-    assert parse(dense_below=0).sparq_read(**LLAMA).dense_below == 0
+    assert Options().read_of(LLAMA).dense_below == MEASURED_BREAK_EVEN
+    assert parse(dense_below=0).read_of(LLAMA).dense_below == 0
 
 
 def test_where_sparse_begins() -> None:
@@ -220,7 +221,7 @@ def test_more_context_never_reads_less(read: SparqRead, s: int) -> None:
 
 @given(st.floats(1, 1000), st.sampled_from([64, 80, 96, 128, 256]))
 def test_compression_means_what_it_says(compression: float, head_size: int) -> None:
-    read = parse(compression=compression, min_k=1).sparq_read(head_size=head_size, n_heads=8, n_kv_heads=2)
+    read = parse(compression=compression, min_k=1).read_of(HeadShape(head_size=head_size, n_heads=8, n_kv_heads=2))
     assert 1 <= read.r <= head_size
     assert abs(read.r - head_size / compression) <= 0.5 or read.r == 1
     assert abs(read.k(65536) - 65536 / (2 * compression)) <= 1 + 65536 / 4096
@@ -244,7 +245,7 @@ REFUSED = [
     ({"compression": "8"}, "compression='8'", "number", "Bytes of a dense read"),
     ({"ranking": "int2"}, "ranking='int2'", "'int4', 'int8' or 'model'", "channel-major"),
     ({"format": "int3"}, "format='int3'", "'kivi4' or 'kivi2'", "How full blocks are stored"),
-    ({"group_size": 4}, "group_size=4", "greater than or equal to 8", "share a share a scale"),
+    ({"group_size": 4}, "group_size=4", "greater than or equal to 8", "share a scale"),
     ({"read": "sparse"}, "read='sparse'", "'sparq', 'spans' or 'dense'", "decode step"),
     ({"mean_value": True}, "mean_value=True", "'auto', 'on' or 'off'", "probability of unread tokens"),
     ({"group_reduce": "max"}, "group_reduce='max'", "'logits' or 'probs'", "query group"),
@@ -306,8 +307,8 @@ def test_something_else_than_an_object_is_refused(value: object) -> None:
 
 def test_r_beyond_the_head_is_refused() -> None:
     with pytest.raises(ValueError, match=r"r=129 is larger than the model's head size 128: use r <= 128"):
-        parse(r=129).sparq_read(**LLAMA)
-    assert parse(r=128).sparq_read(**LLAMA).r == 128
+        parse(r=129).read_of(LLAMA)
+    assert parse(r=128).read_of(LLAMA).r == 128
 
 
 def test_errors_are_value_errors() -> None:

@@ -9,11 +9,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_sparq.config import MEASURED_BREAK_EVEN, OptionsError, SpansRead, parse_options, spans_of
+from vllm_sparq.config import OptionsError, parse_options
+from vllm_sparq.reads import MEASURED_BREAK_EVEN, HeadShape, SpansRead, spans_of
 
 
 def resolved(**options: Any) -> SpansRead:
-    return parse_options({"sparq": options}, "quest").spans_read()
+    return parse_options({"sparq": options}, "quest").read_of(HeadShape(head_size=64, n_heads=8, n_kv_heads=2))
 
 
 def test_compression_by_hand() -> None:

@@ -2,20 +2,20 @@
 
     vllm serve MODEL --attention-backend sparq --additional-config '{"sparq": {"compression": 4}}'
 
-`parse_options` checks what the user wrote, before a model is loaded; `Options.sparq_read` and `Options.spans_read` turn
-it into numbers for one model. Nothing here knows about vLLM or tensors.
+`parse_options` checks what the user wrote, before a model is loaded; `Options.read_of` and `Options.retained` turn it
+into numbers for one model. Nothing here knows about vLLM or tensors.
 """
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from fractions import Fraction
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from vllm_sparq.backends import PRESETS
+from vllm_sparq.reads import READS, HeadShape, PageNeeds, Read
 from vllm_sparq.retention import Retention
 
 DEFAULT_BUDGET = 1024
@@ -26,25 +26,6 @@ DEFAULT_SINKS = {"window": 4}
 
 NAMESPACE = "sparq"
 """Our key in vLLM's ``additional_config``."""
-
-SPAN_TOKENS = 16
-"""Tokens of a span: the neighbours that ``read: spans`` reads or leaves as one. No span crosses a block."""
-
-LEAST_SPANS = 3
-"""Spans of a context that are read at least, as by Quest's authors."""
-
-MEASURED_BREAK_EVEN = 1024
-"""Tokens of context from which a SparQ read beats our own dense read (``vllm-sparq bench ops`` measures it)."""
-
-PRESETS: dict[str, dict[str, Any]] = {
-    "sparq": {},
-    "quest": {"read": "spans", "dense_layers": 2},
-    "flexgen": {"format": "int4", "read": "dense"},
-    "kivi": {"format": "kivi4", "read": "dense"},
-    "h2o": {"retention": "heavy_hitter", "read": "dense"},
-    "streaming": {"retention": "window", "read": "dense"},
-}
-"""``--attention-backend`` -> the defaults that it changes. Any option given beside it wins."""
 
 
 class Options(BaseModel):
@@ -114,48 +95,19 @@ class Options(BaseModel):
     dense_below: Literal["auto"] | Annotated[int, Field(ge=0)] = "auto"
     """Contexts shorter than this many tokens are read densely. auto: below the measured break-even."""
 
-    def sparq_read(self, *, head_size: int, n_heads: int, n_kv_heads: int) -> SparqRead:
-        """The numbers of a SparQ read for one model.
+    def read_of(self, heads: HeadShape) -> Read:
+        """What a decode step reads, in numbers for the layers of one model.
 
         Raises:
-            ValueError: r is larger than the model's head size.
+            ValueError: an option does not fit the model.
         """
-        r = self.r if self.r is not None else max(1, round(head_size / self.compression))
-        if r > head_size:
-            raise ValueError(
-                f"sparq option r={r} is larger than the model's head size {head_size}: "
-                f"use r <= {head_size} (r = {head_size} ranks with every channel), or leave r out"
-            )
-        return SparqRead(
-            r=r,
-            min_k=self.min_k if self.k is None else self.k,
-            k_per_token=Fraction(1 / (2 * self.compression)).limit_denominator(4096) if self.k is None else Fraction(0),
-            local=self.local,
-            alpha_floor=0.0 if self.reallocates(grouped=n_heads != n_kv_heads) else 1.0,
-            group_reduce=self.group_reduce,
-            mass=self.mass,
-            least_k=self.min_k,
-            dense_below=self._dense_below,
-        )
-
-    def spans_read(self) -> SpansRead:
-        """The numbers of a read of spans, alike for every model."""
-        slope = Fraction(1 / self.compression).limit_denominator(4096) - Fraction(1, SPAN_TOKENS)
-        return SpansRead(
-            min_k=self.min_k if self.k is None else self.k,
-            k_per_token=slope if self.k is None else Fraction(0),
-            dense_below=self._dense_below,
-        )
-
-    @property
-    def _dense_below(self) -> int:
-        return MEASURED_BREAK_EVEN if self.dense_below == "auto" else self.dense_below
+        return READS[self.read].resolve(self, heads)
 
     def retained(self, block_size: int) -> Retention | None:
         """What stays of a request and when tokens go, in numbers; None where all stay."""
         if self.retention == "all":
             return None
-        pages_hold_tokens_only = self.format == "model" and self.read == "dense"
+        pages_hold_tokens_only = self.format == "model" and READS[self.read].needs(self, grouped=True) == PageNeeds()
         return Retention(
             budget=DEFAULT_BUDGET if self.budget is None else self.budget,
             recent=1 if self.retention == "window" else self.recent,
@@ -164,97 +116,6 @@ class Options(BaseModel):
             interval=1 if pages_hold_tokens_only else block_size,
             block_size=block_size,
         )
-
-    def reallocates(self, *, grouped: bool) -> bool:
-        """Whether a SparQ read gives the probability of unread tokens to the mean of V.
-
-        With grouped queries (several query heads per KV head) and summed logits it does so only when told to: answers
-        suffer there. With summed probabilities, as in the paper, they gain (README, `read_simulation`).
-        """
-        return self.mean_value == "on" or (self.mean_value == "auto" and (not grouped or self.group_reduce == "probs"))
-
-
-@dataclass(frozen=True, kw_only=True)
-class SparseRead:
-    """How much of a context is read. S is the context length, the current token included.
-
-    Attributes:
-        min_k: floor of k (tokens).
-        k_per_token: slope of k over S; zero for a fixed k.
-        dense_below: contexts shorter than this are read densely (tokens).
-    """
-
-    min_k: int
-    k_per_token: Fraction = Fraction(0)
-    dense_below: int = 0
-
-    def k(self, context_len: int) -> int:
-        """Cached tokens to read: exact integer arithmetic, alike in every kernel."""
-        slope = self.k_per_token
-        return max(self.min_k, context_len * slope.numerator // slope.denominator)
-
-
-@dataclass(frozen=True, kw_only=True)
-class SparqRead(SparseRead):
-    """A SparQ read, resolved for one model: k tokens beside the current one.
-
-    Attributes:
-        r: channels that rank the tokens.
-        local: newest cached tokens that are always read; None for a quarter of k.
-        alpha_floor: least weight of the exact part of the output; 0 is the paper's mean-value reallocation, 1 switches
-            it off, anything between bounds what the mean value may take.
-        group_reduce: ``logits | probs``.
-        mass: share of the approximate probability that what is read must hold; None reads all of k.
-        least_k: with ``mass``, cached tokens that are read at least.
-    """
-
-    r: int
-    local: int | None = None
-    alpha_floor: float = 1.0
-    group_reduce: Literal["logits", "probs"] = "logits"
-    mass: float | None = None
-    least_k: int = 1
-
-    def n_selected(self, context_len: int) -> int:
-        """Tokens read, the current one included; with ``mass``, tokens read at most."""
-        return min(context_len, self.k(context_len) + 1)
-
-    def n_least(self, context_len: int) -> int:
-        """Tokens read at least, the current one included: `n_local`, and with ``mass`` ``least_k``, else all."""
-        if self.mass is None:
-            return self.n_selected(context_len)
-        return max(self.n_local(context_len), min(self.n_selected(context_len), self.least_k + 1))
-
-    def n_local(self, context_len: int) -> int:
-        """Newest tokens among them that need no rank, the current one included."""
-        k = self.k(context_len)
-        return min(context_len, (k // 4 if self.local is None else min(self.local, k)) + 1)
-
-    def is_dense(self, context_len: int) -> bool:
-        """Whether this context is read in full: too short to gain, or no longer than what would be picked."""
-        return context_len < self.dense_below or context_len <= self.k(context_len) + 1
-
-
-@dataclass(frozen=True, kw_only=True)
-class SpansRead(SparseRead):
-    """A read of whole spans of neighbouring tokens (Quest), resolved: k tokens, the current one among them."""
-
-    def n_spans(self, context_len: int) -> int:
-        """Spans read, the newest included: k // 16, but no fewer than `LEAST_SPANS` where there are so many."""
-        return min(spans_of(context_len), max(LEAST_SPANS, self.k(context_len) // SPAN_TOKENS))
-
-    def n_selected(self, context_len: int) -> int:
-        """Tokens read, those of the newest span included, which may hold fewer than the others."""
-        return context_len - (spans_of(context_len) - self.n_spans(context_len)) * SPAN_TOKENS
-
-    def is_dense(self, context_len: int) -> bool:
-        """Whether this context is read in full: too short to gain, or with no more spans than would be picked."""
-        return context_len < self.dense_below or self.n_spans(context_len) == spans_of(context_len)
-
-
-def spans_of(n_tokens: int) -> int:
-    """Spans that so many tokens fill or begin."""
-    return -(-n_tokens // SPAN_TOKENS)
 
 
 ALLOWED = {
@@ -281,40 +142,20 @@ def parse_options(additional_config: Mapping[str, Any] | None, backend: str = "s
             f'write for example --additional-config \'{{"{NAMESPACE}": {{"compression": 4}}}}\''
         )
     try:
-        options = Options.model_validate({**PRESETS[backend], **given})
+        options = Options.model_validate({**PRESETS[backend].options, **given})
     except ValidationError as error:
         raise OptionsError("; ".join(_explain(e) for e in _distinct(error))) from None
-    _check_mass(options)
-    if options.read == "spans":
-        _check_spans(options)
+    _check_read(options)
     _check_retention(options)
     return options
 
 
-def _check_mass(options: Options) -> None:
-    """A share of the probability has nothing to choose where the least is the most."""
-    if options.mass is not None and options.k is not None and options.min_k >= options.k:
-        raise OptionsError(
-            f"sparq option mass={options.mass} means nothing with k={options.k} and min_k={options.min_k}, the most "
-            "and the least tokens that it may read: set min_k below k, or leave mass out"
-        )
-
-
-def _check_spans(options: Options) -> None:
-    """Options that mean nothing to a read of spans, or that it cannot keep."""
-    meaningless = ("r", "local", "mass", "ranking", "mean_value", "group_reduce")
-    _refuse(options, meaningless, "with read 'spans': set k or compression, set read 'sparq'")
-    if options.retention != "all":
-        raise OptionsError(
-            f"sparq option retention={options.retention!r} puts tokens from elsewhere into the slots of evicted ones, "
-            f"so that the {SPAN_TOKENS} tokens of a span are no neighbours and their bounds say nothing: with "
-            "read 'spans' use retention 'all', or set read 'sparq' or 'dense'"
-        )
-    if options.k is None and options.compression >= SPAN_TOKENS:
-        raise OptionsError(
-            f"sparq option compression={options.compression} leaves read 'spans' no token to read: the bounds of spans "
-            f"alone are 1/{SPAN_TOKENS} of a dense read, so use compression < {SPAN_TOKENS}, or set k"
-        )
+def _check_read(options: Options) -> None:
+    """Options that mean nothing to a read, or that it cannot keep."""
+    read = READS[options.read]
+    _refuse(options, read.meaningless, f"with read {options.read!r}: {read.instead}")
+    for problem in read.problems(options):
+        raise OptionsError(problem)
 
 
 def _refuse(options: Options, names: Iterable[str], where: str) -> None:

@@ -23,8 +23,8 @@ tokens are stored is the block *format*. ``model`` keeps them as the model made 
   Written once, when the block fills; the tokens of an unfinished block are ranked from K itself.
 * ``value_sum``: the sum of V over all tokens *before* this block. Written once, when the block gets its first token.
   It depends on the prefix alone, so it stays right under prefix caching, preemption and copy-on-write.
-* ``positions`` and ``scores``, in any format, where tokens may be evicted: which token a slot holds (each KV head keeps
-  its own), and how much attention it has had. A token's *slot* is then its place among those that are kept.
+* ``positions`` and ``attention``, in any format, where tokens may be evicted: which token a slot holds (each KV head
+  keeps its own), and how much attention it has had. A token's *slot* is then its place among those that are kept.
 
 **Staging.** A quantized block is quantized once, when it fills. Until then its tokens wait, in the model's own type, in
 the *next* blocks of the same request: block b is staged in blocks b + 1 to b + ``n_staging_blocks``, whose own tokens
@@ -44,8 +44,8 @@ from functools import cached_property
 
 import torch
 
-from vllm_sparq.config import SPAN_TOKENS
 from vllm_sparq.formats import FORMATS, Format
+from vllm_sparq.reads import SPAN_TOKENS
 
 ALIGNMENT = 64
 """Every part and every page starts on a cache line (bytes)."""
@@ -84,7 +84,7 @@ class PageLayout:
         ranking: ``int4 | int8 | model``, the type of the channel-major copy of K; ``bounds`` of spans instead; or None.
         value_sum: whether the page carries the sum of V before the block.
         positions: whether it says which token each slot holds; needed where tokens are evicted.
-        scores: whether it adds up the attention that each token gets (heavy hitters). Needs positions.
+        attention: whether it adds up the attention that each token gets (heavy hitters). Needs positions.
 
     Raises:
         ValueError: a block size or head size that the parts cannot be cut for.
@@ -98,7 +98,7 @@ class PageLayout:
     ranking: str | None = None
     value_sum: bool = False
     positions: bool = False
-    scores: bool = False
+    attention: bool = False
 
     def __post_init__(self) -> None:
         if self.block_size < 1 or self.block_size % BLOCK_SIZE_MULTIPLE:
@@ -186,8 +186,8 @@ class PageLayout:
             wanted.append(("value_sum", (d,), torch.float32))
         if self.positions:
             wanted.append(("positions", (n,), torch.int32))
-        if self.scores:
-            wanted.append(("scores", (n,), torch.float32))
+        if self.attention:
+            wanted.append(("attention", (n,), torch.float32))
         parts, offset = {}, 0
         for name, shape, dtype in wanted:
             parts[name] = Part(name, offset, shape, dtype)
@@ -220,6 +220,19 @@ class PageLayout:
     def bytes_per_token(self) -> int:
         """Bytes of one token and KV head, everything included; what the KV cache spec reports to vLLM."""
         return self.page_bytes // self.block_size
+
+    @property
+    def token_bytes(self) -> float:
+        """Bytes of K and V of one token and KV head as the format stores them, scales included."""
+        return self._bytes_of("records", "key_codes", "key_scales", "value_codes", "value_scales")
+
+    @property
+    def ranking_bytes(self) -> float:
+        """Bytes, per token and KV head, of what ranks tokens: the ranking copy, or channel-major K itself."""
+        return self._bytes_of("ranking", "scales") or self._bytes_of("key_codes", "key_scales")
+
+    def _bytes_of(self, *names: str) -> float:
+        return sum(self.parts[name].nbytes for name in names if name in self.parts) / self.block_size
 
     @property
     def overhead(self) -> float:
@@ -365,6 +378,6 @@ class Pages:
         return self.part("positions")
 
     @cached_property
-    def scores(self) -> torch.Tensor:
+    def attention(self) -> torch.Tensor:
         """fp32 [P, G, N]: the attention each slot's token has had: mean over the query group, sum over queries."""
-        return self.part("scores")
+        return self.part("attention")

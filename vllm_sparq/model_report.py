@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from vllm_sparq.config import SPAN_TOKENS, Options, SpansRead, SparqRead, check_budget
+from vllm_sparq.config import Options, check_budget
 from vllm_sparq.doctor import Section
 from vllm_sparq.formats import FORMATS
 from vllm_sparq.layout import PageLayout
+from vllm_sparq.reads import HeadShape, Read
 
 CONTEXTS = (1024, 4096, 16384, 65536, 131072)
 
@@ -17,8 +18,8 @@ def model_section(model: str, options: Options) -> Section:
     """The report, from the model's configuration alone."""
     from vllm.config import ModelConfig
 
+    from vllm_sparq.attention_backends.engine import preferred_block_size
     from vllm_sparq.attention_backends.refusals import model_refusals
-    from vllm_sparq.attention_backends.selection import preferred_block_size
 
     section = Section(f"model {model}")
     try:
@@ -75,7 +76,7 @@ def _shape(config: Any) -> dict[str, int]:
 
 def _describe_retention(section: Section, options: Options, max_model_len: int) -> int:
     """What stays of a request; returns the longest context that a decode step meets, in tokens."""
-    from vllm_sparq.attention_backends.selection import PREFERRED_BLOCK_SIZE
+    from vllm_sparq.attention_backends.engine import PREFERRED_BLOCK_SIZE
 
     retention = options.retained(PREFERRED_BLOCK_SIZE)
     if retention is None:
@@ -101,68 +102,42 @@ def _describe_retention(section: Section, options: Options, max_model_len: int) 
 
 
 def _describe_read(section: Section, options: Options, shape: dict[str, int], max_model_len: int) -> None:
-    sizes = {name: shape[name] for name in ("head_size", "n_heads", "n_kv_heads")}
-    read = options.spans_read() if options.read == "spans" else options.sparq_read(**sizes)
+    heads = _heads(shape)
+    read = options.read_of(heads)
     section.numbers["contexts"] = []
-    if options.read == "dense":
-        section.note("read = dense: a decode step reads every token")
+    for line in read.describe(options, heads):
+        section.good(line)
+    if read.is_dense(max_model_len):
+        section.note(f"read = {options.read}: no context of this model is read sparsely")
         return
-    if isinstance(read, SpansRead):
-        section.good(f"spans of {SPAN_TOKENS} tokens, read as one, are ranked by the bounds of K in each channel")
-    else:
-        _describe_ranking(section, options, read, shape)
     if options.dense_layers:
         section.note(f"the first {min(options.dense_layers, shape['n_full'])} layers always read densely")
-    if read.dense_below:
-        section.good(f"contexts below {read.dense_below:,} tokens are read densely")
+    first_sparse = next(n for n in range(max_model_len + 1) if not read.is_dense(n))
+    section.good(f"contexts below {first_sparse:,} tokens are read densely")
     for context in sorted({*(c for c in CONTEXTS if c < max_model_len), max_model_len}):
         _describe_context(section, read, context)
 
 
-def _describe_ranking(section: Section, options: Options, read: SparqRead, shape: dict[str, int]) -> None:
-    section.good(f"r = {read.r} of {shape['head_size']} channels of the {options.ranking} copy of K rank the tokens")
-    section.good(
-        {0.0: "the mean of V stands in for all unread tokens", 1.0: "unread tokens count for nothing"}.get(
-            read.alpha_floor,
-            f"the mean of V stands in for unread tokens, for at most {1 - read.alpha_floor:.0%} of the output",
-        )
-        + f" (mean_value = {options.mean_value})"
-    )
-    if read.mass is not None:
-        section.good(
-            f"of the tokens below, each step, layer and KV head reads as few as hold {read.mass:.4g} of the estimated "
-            f"probability (mass), but no fewer than min_k = {read.least_k} or the newest ones"
-        )
+def _heads(shape: dict[str, int]) -> HeadShape:
+    return HeadShape(**{name: shape[name] for name in ("head_size", "n_heads", "n_kv_heads")})
 
 
-def _describe_context(section: Section, read: SparqRead | SpansRead, context: int) -> None:
-    dense = read.is_dense(context)
-    n_read = context if dense else read.n_selected(context)
-    numbers = {"context": context, "tokens_read": n_read, "k": read.k(context)}
-    if isinstance(read, SpansRead):
-        numbers["spans"] = read.n_spans(context)
-        what = f"{numbers['spans']:,} spans, the newest among them"
-    else:
-        numbers["local"] = read.n_local(context) - 1
-        what = f"k = {numbers['k']:,}, the newest {numbers['local']:,} among them, and the current token"
-    least = n_read
-    if isinstance(read, SparqRead) and read.mass is not None:
-        least = numbers["least_read"] = context if dense else read.n_least(context)
+def _describe_context(section: Section, read: Read, context: int) -> None:
+    numbers = {"context": context, **read.numbers(context)}
     section.numbers["contexts"].append(numbers)
-    if dense:
+    if read.is_dense(context):
         section.note(f"at {context:>7,} tokens a step reads all of them")
         return
-    amount = f"{n_read:,}: 1" if least == n_read else f"{least:,} to {n_read:,}: at least 1"
-    section.good(f"at {context:>7,} tokens a step reads {amount} in {context / least:.1f} ({what})")
+    most, least = read.n_selected(context), read.n_least(context)
+    amount = f"{most:,}: 1" if least == most else f"{least:,} to {most:,}: at least 1"
+    section.good(f"at {context:>7,} tokens a step reads {amount} in {context / least:.1f} ({read.explain(context)})")
 
 
 def _describe_memory(section: Section, options: Options, shape: dict[str, int], dtype: Any, block_size: int) -> None:
-    from vllm_sparq.attention_backends.selection import page_layout
-
-    grouped = shape["n_heads"] != shape["n_kv_heads"]
+    from vllm_sparq.attention_backends.engine import page_layout
 
     def layout_of(options: Options) -> PageLayout:
-        return page_layout(options, shape["head_size"], block_size, dtype, grouped=grouped)
+        return page_layout(options, _heads(shape), block_size, dtype)
 
     layout, n_vectors = layout_of(options), shape["n_kv_heads"] * shape["n_full"]
     per_head = {"sparq": layout.bytes_per_token, "dense": layout.record_bytes}

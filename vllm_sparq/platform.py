@@ -9,7 +9,7 @@ from vllm.logger import init_logger
 from vllm.platforms.cpu import CpuPlatform
 
 from vllm_sparq import compat
-from vllm_sparq.plugin import BACKENDS
+from vllm_sparq.backends import BACKENDS
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -59,8 +59,8 @@ class SparqPlatformMixin:
             ValueError: options or features that cannot work, with value, rule and remedy of each.
         """
         super().check_and_update_config(vllm_config)  # type: ignore[misc]
+        from vllm_sparq.attention_backends.engine import selected_backends
         from vllm_sparq.attention_backends.refusals import engine_refusals
-        from vllm_sparq.attention_backends.selection import selected_backends
 
         if not selected_backends(vllm_config):
             return
@@ -79,12 +79,14 @@ class SparqPlatformMixin:
         vLLM asks backends for the size that they prefer only after this check, or (0.32 on CPU) not at all; until then
         it may be one that the options rule out.
         """
-        from vllm_sparq.attention_backends.selection import engine_options, preferred_block_size
+        from vllm_sparq.attention_backends.engine import PagedEngine, preferred_block_size
 
         model, cache = vllm_config.model_config, vllm_config.cache_config
         if model is not None and not cache.user_specified_block_size:
             with contextlib.suppress(ValueError):  # options that cannot be used are refused in a moment
-                cache.block_size = preferred_block_size(engine_options(vllm_config), model.max_model_len)
+                engine = PagedEngine.of(vllm_config)
+                assert engine is not None
+                cache.block_size = preferred_block_size(engine.options, model.max_model_len)
 
     @classmethod
     def _arrange_eviction(cls, vllm_config: VllmConfig) -> None:
@@ -93,10 +95,10 @@ class SparqPlatformMixin:
         vLLM's configuration does not say whether prefix caching is its default or was asked for, so it is switched off
         with a warning either way.
         """
-        from vllm_sparq.attention_backends.selection import engine_options
+        from vllm_sparq.attention_backends.engine import PagedEngine
 
-        options = engine_options(vllm_config)
-        if options.retention == "all":
+        engine = PagedEngine.of(vllm_config)
+        if engine is None or engine.retention is None:
             return
         if vllm_config.cache_config.enable_prefix_caching:
             vllm_config.cache_config.enable_prefix_caching = False
@@ -105,7 +107,7 @@ class SparqPlatformMixin:
                 "request can use it"
             )
         scheduler = vllm_config.scheduler_config
-        if options.pressure != "evict" or scheduler.scheduler_cls in (SCHEDULER, ASYNC_SCHEDULER):
+        if engine.options.pressure != "evict" or scheduler.scheduler_cls in (SCHEDULER, ASYNC_SCHEDULER):
             return
         if scheduler.scheduler_cls is not None:
             raise ValueError(

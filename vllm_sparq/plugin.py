@@ -6,16 +6,7 @@ import logging
 from typing import Any
 
 from vllm_sparq import compat
-
-BACKENDS = {
-    "SPARQ": "vllm_sparq.attention_backends.backend.PagedBackend",
-    "QUEST": "vllm_sparq.attention_backends.backend.QuestBackend",
-    "FLEXGEN": "vllm_sparq.attention_backends.backend.FlexgenBackend",
-    "KIVI": "vllm_sparq.attention_backends.backend.KiviBackend",
-    "H2O": "vllm_sparq.attention_backends.backend.H2oBackend",
-    "STREAMING": "vllm_sparq.attention_backends.backend.StreamingBackend",
-}
-"""`--attention-backend` name -> class. One row per preset of `vllm_sparq.config.PRESETS`."""
+from vllm_sparq.backends import BACKENDS
 
 logger = logging.getLogger("vllm.sparq")  # below vLLM's own logger, so that its handlers print us
 
@@ -80,7 +71,7 @@ def _guard_bypassed_platform() -> None:
         return
 
     def check_and_update_config(cls: type, vllm_config: Any) -> None:
-        from vllm_sparq.attention_backends.selection import selected_backends
+        from vllm_sparq.attention_backends.engine import selected_backends
 
         if selected_backends(vllm_config):
             raise RuntimeError(

@@ -108,20 +108,14 @@ class SparqStatLogger(StatLoggerBase):
 
 def _retention_of(vllm_config: Any) -> tuple[Any, int]:
     """Numbers of the engine, and bytes of a block over all layers; (None, 0) where nothing is evicted."""
-    from vllm_sparq.attention_backends.selection import engine_options, page_layout, selected_backends
+    from vllm_sparq.attention_backends.engine import PagedEngine, heads_of
 
     model = vllm_config.model_config
-    if not selected_backends(vllm_config) or model is None:
-        return None, 0
-    options, block_size = engine_options(vllm_config), vllm_config.cache_config.block_size
-    retention = options.retained(block_size)
-    if retention is None:
+    engine = PagedEngine.of(vllm_config)
+    if model is None or engine is None or engine.retention is None:
         return None, 0
     n_kv_heads = model.get_total_num_kv_heads()
-    grouped = model.get_num_attention_heads(vllm_config.parallel_config) != model.get_num_kv_heads(
-        vllm_config.parallel_config
-    )
-    layout = page_layout(options, model.get_head_size(), block_size, model.dtype, grouped=grouped)
+    layout = engine.layout(heads_of(model, vllm_config.parallel_config), model.dtype)
     kinds = getattr(model.hf_text_config, "layer_types", None) or []
     n_layers = kinds.count("full_attention") or model.hf_text_config.num_hidden_layers
-    return retention, layout.page_bytes * n_kv_heads * n_layers
+    return engine.retention, layout.page_bytes * n_kv_heads * n_layers

@@ -13,7 +13,6 @@ Three kinds of rows:
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
@@ -21,20 +20,12 @@ from vllm.config import VllmConfig
 from vllm.v1.attention.backend import AttentionCGSupport, AttentionMetadataBuilder, CommonAttentionMetadata
 from vllm.v1.kv_cache_interface import AttentionSpec
 
-from vllm_sparq.attention_backends.selection import engine_options
+from vllm_sparq.attention_backends.engine import PagedEngine
 from vllm_sparq.attention_backends.steps.evicting import EvictingMetadata, plan_turns, take_turns
+from vllm_sparq.attention_backends.steps.requests import StepRequests
 from vllm_sparq.attention_backends.steps.rows import PagedMetadata, PrefillRows, ReplayedRows
 from vllm_sparq.attention_backends.steps.staged_rows import staged_rows
-from vllm_sparq.retention import Phase
 from vllm_sparq.scheduler.spec import RetainedSpec, StagedSpec
-
-prompt_lengths: Callable[[CommonAttentionMetadata], torch.Tensor] | None = None
-"""Prompt length of each request of a step, int [B] on the CPU. vLLM's metadata does not carry it; our worker sets this
-to ask its model runner. Without it (a worker class of the user's own) a chunk that holds the end of a prompt and output
-tokens behind it is read densely as a whole, and nothing can be evicted."""
-
-shrunk_phases: Callable[[CommonAttentionMetadata], list[Phase | None]] | None = None
-"""Budgets that the scheduler has shrunk, per request of a step. Set by our worker too."""
 
 
 class PagedMetadataBuilder(AttentionMetadataBuilder[PagedMetadata | EvictingMetadata]):
@@ -47,7 +38,10 @@ class PagedMetadataBuilder(AttentionMetadataBuilder[PagedMetadata | EvictingMeta
     ) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         self._init_reorder_batch_threshold(1)
-        self.options = engine_options(vllm_config)
+        engine = PagedEngine.of(vllm_config)
+        assert engine is not None
+        self.options = engine.options
+        self.requests = requests_of(vllm_config, layer_names)
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
@@ -58,7 +52,7 @@ class PagedMetadataBuilder(AttentionMetadataBuilder[PagedMetadata | EvictingMeta
         n_decodes = count_decodes(step)
         prefill, replayed = None, None
         if n_decodes < step.num_reqs:
-            replayed = find_replayed(step, n_decodes)
+            replayed = find_replayed(step, n_decodes, self.requests.prompt_lens(step))
             if isinstance(self.kv_cache_spec, StagedSpec):
                 starts, seq_lens = step.query_start_loc_cpu.tolist(), _seq_lens_on_cpu(step).tolist()
                 table, spec = step.block_table_tensor, self.kv_cache_spec
@@ -76,14 +70,15 @@ class PagedMetadataBuilder(AttentionMetadataBuilder[PagedMetadata | EvictingMeta
 
     def _take_turns(self, step: CommonAttentionMetadata, spec: RetainedSpec) -> EvictingMetadata:
         """Where tokens are evicted, what a row sees depends on the rows before it: they take turns."""
-        if prompt_lengths is None:
-            raise RuntimeError("tokens cannot be evicted under this worker class: leave --worker-cls out")
-        prompt_lens = prompt_lengths(step)[: step.num_reqs].tolist()
-        phases: list[Phase | None] = [None] * step.num_reqs
-        if shrunk_phases is not None:
-            phases = shrunk_phases(step)
+        prompt_lens = self.requests.prompt_lens(step)
+        if prompt_lens is None:
+            raise RuntimeError(
+                "tokens cannot be evicted in a step whose requests vLLM does not name (req_idx is None): start without "
+                "--speculative-config, or with retention 'all'"
+            )
+        phases = self.requests.shrunk(step)
         starts, seq_lens = step.query_start_loc_cpu.tolist(), _seq_lens_on_cpu(step).tolist()
-        turns = plan_turns(starts, seq_lens, prompt_lens, phases, spec.retention)
+        turns = plan_turns(starts, seq_lens, prompt_lens.tolist(), phases, spec.retention)
         return take_turns(turns, step.block_table_tensor, spec, self.options)
 
     @classmethod
@@ -92,6 +87,20 @@ class PagedMetadataBuilder(AttentionMetadataBuilder[PagedMetadata | EvictingMeta
         if isinstance(kv_cache_spec, RetainedSpec):
             return AttentionCGSupport.NEVER
         return cls._cudagraph_support
+
+
+def requests_of(vllm_config: VllmConfig, layer_names: list[str]) -> StepRequests:
+    """What the worker has handed to these layers.
+
+    Raises:
+        RuntimeError: nothing, since the worker is not ours; refused at start-up already.
+    """
+    layers = vllm_config.compilation_config.static_forward_context
+    impl: Any = layers[layer_names[0]].impl
+    if impl.requests is None:
+        raise RuntimeError("the worker class is not one of vllm-sparq's: leave --worker-cls out")
+    requests: StepRequests = impl.requests
+    return requests
 
 
 def count_decodes(step: CommonAttentionMetadata) -> int:
@@ -120,11 +129,16 @@ def _any_prefilling(step: CommonAttentionMetadata) -> bool:
     return step.is_prefilling is not None and bool(step.is_prefilling.any())
 
 
-def find_replayed(step: CommonAttentionMetadata, n_decodes: int) -> ReplayedRows | None:
-    """The rows behind the decodes whose position is behind their request's prompt."""
+def find_replayed(
+    step: CommonAttentionMetadata, n_decodes: int, prompt_lens: torch.Tensor | None
+) -> ReplayedRows | None:
+    """The rows after the decodes whose position is after their request's prompt.
+
+    Where prompt lengths are unknown, a chunk that holds the end of a prompt and output tokens counts as prompt.
+    """
     starts = step.query_start_loc_cpu
     query_lens = (starts[1:] - starts[:-1])[n_decodes:]
-    n_behind_prompt = _tokens_behind_prompt(step)[n_decodes:].clamp(min=0).minimum(query_lens)
+    n_behind_prompt = _tokens_behind_prompt(step, prompt_lens)[n_decodes:].clamp(min=0).minimum(query_lens)
     n_rows = int(n_behind_prompt.sum())
     if n_rows == 0:
         return None
@@ -141,12 +155,11 @@ def find_replayed(step: CommonAttentionMetadata, n_decodes: int) -> ReplayedRows
     )
 
 
-def _tokens_behind_prompt(step: CommonAttentionMetadata) -> torch.Tensor:
+def _tokens_behind_prompt(step: CommonAttentionMetadata, prompt_lens: torch.Tensor | None) -> torch.Tensor:
     """int [B], on the CPU: how many tokens of each request's context are not its prompt."""
     seq_lens = _seq_lens_on_cpu(step)
-    if prompt_lengths is not None:
-        known: torch.Tensor = seq_lens - prompt_lengths(step).to(seq_lens.dtype)
-        return known
+    if prompt_lens is not None:
+        return seq_lens - prompt_lens.to(seq_lens.dtype)
     if step.is_prefilling is None:
         return torch.zeros_like(seq_lens)
     return torch.where(step.is_prefilling, 0, seq_lens)

@@ -12,14 +12,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from vllm_sparq.backends import PRESETS
 from vllm_sparq.cli import UsageError
-from vllm_sparq.config import NAMESPACE, PRESETS, parse_options
+from vllm_sparq.config import NAMESPACE, Options, parse_options
 from vllm_sparq.formats import FORMATS
+from vllm_sparq.reads import READS, DenseRead, Read
 
 DENSE = "dense"
-
-READS = {"sparq": "sparq", "quest": "spans"}
-"""Method -> how it reads, where that is sparsely."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,18 +55,35 @@ class Method:
             meant: dict[str, Any] = {}
             backend = name.upper()
         else:
-            meant = {"read": next((READS[part] for part in parts if part in READS), "dense")}
+            reads = [PRESETS[part].options.get("read", "sparq") for part in parts if part in PRESETS]
+            meant = {"read": next((read for read in reads if read != "dense"), "dense")}
             for part in parts:
-                meant |= {"format": part} if part in FORMATS else {**PRESETS[part], "read": meant["read"]}
+                meant |= {"format": part} if part in FORMATS else {**PRESETS[part].options, "read": meant["read"]}
             backend = "SPARQ"
         method = cls(name=name, backend=backend, options={**meant, **(options or {})})
         method.check()
         return method
 
     @property
+    def parsed(self) -> Options:
+        """Its options, over what its backend stands for.
+
+        Raises:
+            ValueError: the method is vLLM's own attention, which has none; or they cannot be used.
+        """
+        if self.backend is None:
+            raise ValueError(f"method {self.name!r} runs vLLM's own attention: it has no options of ours")
+        return parse_options(self.additional_config, self.backend.lower())
+
+    @property
+    def read(self) -> type[Read]:
+        """How it reads."""
+        return DenseRead if self.backend is None else READS[self.parsed.read]
+
+    @property
     def ranks_tokens(self) -> bool:
         """Whether it ranks tokens by channels, so that r and k both mean something to it."""
-        return self.backend is not None and parse_options(self.additional_config, self.backend.lower()).read == "sparq"
+        return {"r", "k"} <= set(self.read.dials)
 
     @property
     def additional_config(self) -> dict[str, Any]:
@@ -83,8 +99,7 @@ class Method:
 
     def check(self) -> None:
         """Refuse options now, in one line, and not when an engine starts."""
-        assert self.backend is not None
         try:
-            parse_options(self.additional_config, self.backend.lower())
+            self.parsed  # noqa: B018  parsing is the check
         except ValueError as error:
             raise UsageError(f"method {self.name!r}: {error}") from None

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from vllm_sparq.backends import BACKENDS
 from vllm_sparq.benchmarks.common.methods import DENSE, Method
 from vllm_sparq.cli import UsageError
-from vllm_sparq.plugin import BACKENDS
 
 Report = Mapping[str, Mapping[str, Any]]
 """Layer -> ``backend`` and ``impl``, as `vllm_sparq.attention_backends.worker.AttentionReport` makes it."""

@@ -27,7 +27,6 @@ from vllm_sparq.benchmarks.common.proof import check_attention, check_model, eng
 from vllm_sparq.benchmarks.common.records import append_records, case_key, provenance
 from vllm_sparq.benchmarks.tiny_model import WEIGHTS
 from vllm_sparq.cli import UsageError, comma_names
-from vllm_sparq.config import parse_options
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,10 +67,7 @@ def engines(names: list[str]) -> list[Method]:
     """
     found = []
     for method in with_dense(names):
-        evicts = (
-            method.backend is not None
-            and parse_options(method.additional_config, method.backend.lower()).retention != "all"
-        )
+        evicts = method.backend is not None and method.parsed.retention != "all"
         for pressure in ("preempt", "evict") if evicts else (None,):
             options = {**method.options, **({"pressure": pressure} if pressure else {})}
             name = f"{method.name}, {pressure}" if pressure else method.name

@@ -23,6 +23,7 @@ from vllm_sparq.cli import UsageError
 from vllm_sparq.config import Options
 from vllm_sparq.formats import FORMATS
 from vllm_sparq.ops import native
+from vllm_sparq.reads import DenseRead, HeadShape, SparqRead
 
 FLUSH_BYTES = 128 << 20
 """Read before each sample, so that no cache still holds what the op wants: several times a big L3."""
@@ -131,7 +132,7 @@ def cells(args: argparse.Namespace) -> list[Cell]:
         if args.k < 1:
             raise UsageError(f"--k {args.k} must be at least 1")
         options = Options(r=r, k=args.k, dense_below=0)
-        read = options.sparq_read(head_size=head_dim, n_heads=heads, n_kv_heads=kv_heads)
+        read = SparqRead.resolve(options, HeadShape(head_size=head_dim, n_heads=heads, n_kv_heads=kv_heads))
         sizes = dict(heads=heads, kv_heads=kv_heads, head_dim=head_dim)
         kind = dict(dtype=DTYPES[args.dtype], ranking=args.ranking, read=read)
         found += [Cell(context=s, batch=b, **sizes, **kind) for b in args.batch for s in args.context]
@@ -140,7 +141,7 @@ def cells(args: argparse.Namespace) -> list[Cell]:
         formats = [name.split("+")[-1] for name in args.methods if name.split("+")[-1] in FORMATS]
         formats += ["model"] * ("quest" in args.methods)
         # Ours, vLLM's, and the tokens that fill them; and other formats with what ranks their tokens.
-        need = 4 * cell.dense_bytes + sum(2 * cell.dense_bytes_as(name) for name in formats)
+        need = 4 * cell.dense_bytes + sum(2 * cell.bytes_moved(DenseRead(), name) for name in formats)
         if need > 0.8 * free:
             raise UsageError(
                 f"context {cell.context} x batch {cell.batch} at {cell.heads}/{cell.kv_heads}/{cell.head_dim} needs "

@@ -9,9 +9,10 @@ from typing import Any, Literal
 
 import torch
 
-from vllm_sparq.config import Options, SpansRead, SparqRead
+from vllm_sparq.config import Options
 from vllm_sparq.layout import PageLayout, Pages
 from vllm_sparq.ops.dispatch import Choice
+from vllm_sparq.reads import HeadShape, SpansRead, SparqRead
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +30,7 @@ class Case:
     group_reduce: Literal["logits", "probs"] = "logits"
     local: int | None = None
     mass: float | None = None
-    noted: bool = False  # positions and scores, so that tokens can be evicted
+    tracked: bool = False  # positions and scores, so that tokens can be evicted
     lens: tuple[int, ...] = (1, 127, 128, 0, 129, 1500, 4000, 4096)
 
     @property
@@ -37,7 +38,7 @@ class Case:
         sizes = dict(head_size=self.head_size, block_size=self.block_size, dtype=getattr(torch, self.dtype))
         ranks_itself = self.format.startswith("kivi") and self.sparse == "sparq_decode"
         ranking = None if ranks_itself else self.ranking
-        sizes |= dict(positions=self.noted, scores=self.noted)
+        sizes |= dict(positions=self.tracked, attention=self.tracked)
         return PageLayout(**sizes, ranking=ranking, value_sum=True, format=self.format)
 
     def n_blocks(self, context: int) -> int:
@@ -47,15 +48,15 @@ class Case:
     @property
     def sparse(self) -> str:
         """The op that reads few of the tokens of such pages."""
-        return "quest_decode" if self.ranking == "bounds" else "sparq_decode"
+        return (SpansRead if self.ranking == "bounds" else SparqRead).op
 
     @property
     def read(self) -> SparqRead | SpansRead:
         options = Options(dense_below=1024, local=self.local, group_reduce=self.group_reduce, mass=self.mass)
-        if self.sparse == "quest_decode":
-            return options.spans_read()
-        sizes = dict(head_size=self.head_size, n_heads=self.heads, n_kv_heads=self.kv_heads)
-        return replace(options.sparq_read(**sizes), alpha_floor=self.alpha_floor, least_k=16)
+        heads = HeadShape(head_size=self.head_size, n_heads=self.heads, n_kv_heads=self.kv_heads)
+        if self.sparse == SpansRead.op:
+            return SpansRead.resolve(options, heads)
+        return replace(SparqRead.resolve(options, heads), alpha_floor=self.alpha_floor, least_k=16)
 
 
 CASES = (
@@ -67,16 +68,23 @@ CASES = (
     Case(heads=4, kv_heads=2, head_size=256, block_size=256, dtype="float16"),
     Case(local=8, mass=0.5),
     Case(
-        heads=16, kv_heads=2, head_size=64, group_reduce="probs", alpha_floor=1.0, mass=0.1, format="kivi4", noted=True
+        heads=16,
+        kv_heads=2,
+        head_size=64,
+        group_reduce="probs",
+        alpha_floor=1.0,
+        mass=0.1,
+        format="kivi4",
+        tracked=True,
     ),
     *(Case(format=name) for name in ("int8", "int4", "kivi4", "kivi2")),
     Case(heads=6, kv_heads=2, head_size=80, alpha_floor=1.0, dtype="float32", block_size=48, format="int4"),
     Case(heads=5, kv_heads=1, head_size=96, block_size=64, local=0, dtype="float16", format="kivi2"),
     Case(heads=4, kv_heads=2, head_size=256, block_size=256, dtype="float16", format="kivi4"),
     Case(heads=16, kv_heads=2, head_size=64, ranking="int8", group_reduce="probs", block_size=64, format="int8"),
-    *(Case(format=name, noted=True) for name in ("model", "int8", "int4", "kivi4", "kivi2")),
-    Case(heads=8, kv_heads=8, alpha_floor=0.0, dtype="float16", block_size=48, ranking="int8", noted=True),
-    Case(heads=16, kv_heads=2, head_size=64, group_reduce="probs", dtype="float16", block_size=64, noted=True),
+    *(Case(format=name, tracked=True) for name in ("model", "int8", "int4", "kivi4", "kivi2")),
+    Case(heads=8, kv_heads=8, alpha_floor=0.0, dtype="float16", block_size=48, ranking="int8", tracked=True),
+    Case(heads=16, kv_heads=2, head_size=64, group_reduce="probs", dtype="float16", block_size=64, tracked=True),
     *(Case(format=name, ranking="bounds") for name in ("model", "int8", "int4", "kivi4", "kivi2")),
     Case(heads=6, kv_heads=2, head_size=80, dtype="float32", block_size=48, ranking="bounds"),
     Case(heads=16, kv_heads=2, head_size=64, dtype="float16", block_size=16, ranking="bounds"),
@@ -199,8 +207,8 @@ def differ(ours: Pages, theirs: Pages, blocks: torch.Tensor, context: int, case:
     names += [name for name in ("ranking", "scales") if name in layout.parts]
     pairs = [(getattr(ours, name)[full], getattr(theirs, name)[full]) for name in names]
     home, slot = slots_of(blocks, context, n)
-    noted = ("positions", "scores") if case.noted else ()
-    pairs += [(getattr(ours, name)[home, :, slot], getattr(theirs, name)[home, :, slot]) for name in noted]
+    tracked = ("positions", "attention") if case.tracked else ()
+    pairs += [(getattr(ours, name)[home, :, slot], getattr(theirs, name)[home, :, slot]) for name in tracked]
     for position in range(max(context - 1, 0) // n * n, context):
         ahead, place = layout.staged_at(position % n)
         page = int(blocks[position // n + 1 + ahead])
@@ -225,7 +233,7 @@ def run_checks(device: str, cases: tuple[Case, ...] = CASES) -> Iterator[dict[st
             limit = (SPARQ_TOLERANCE if op == "sparq_decode" else dense)[case.dtype]
             yield dict(check=op, case=asdict(case), error=float(error), limit=limit)
             yield dict(check=f"{op} twice", case=asdict(case), error=float((got[op] != again[op]).sum()), limit=0)
-        if case.noted:
+        if case.tracked:
             yield from check_notes(case, device)
 
 
@@ -239,11 +247,11 @@ def check_notes(case: Case, device: str) -> Iterator[dict[str, Any]]:
     errors = []
     for b, s in enumerate(case.lens):
         page, place = slots_of(right.table[b], s, case.block_size)
-        want = theirs.scores[page, :, place]
-        errors.append((ours.scores[page, :, place] - want).abs() / want.clamp(min=1))
+        want = theirs.attention[page, :, place]
+        errors.append((ours.attention[page, :, place] - want).abs() / want.clamp(min=1))
     error = torch.cat(errors).nan_to_num(math.inf).max()
     limit = SCORES_TOLERANCE[case.format == "model"]
-    yield dict(check="scores", case=asdict(case), error=float(error), limit=limit)
+    yield dict(check="attention", case=asdict(case), error=float(error), limit=limit)
 
     world.pages.data.copy_(theirs.data)
     kept = [s // 2 // case.block_size * case.block_size if s > 200 else s for s in case.lens]
@@ -264,7 +272,7 @@ def slots_of(blocks: torch.Tensor, n_slots: int, block_size: int) -> tuple[torch
 def kept_differ(ours: Pages, theirs: Pages, blocks: torch.Tensor, n_kept: int, case: Case) -> float:
     """Elements that differ in what a request's kept slots define; infinite if a value sum is off."""
     layout, (page, place) = case.layout, slots_of(blocks, n_kept, case.block_size)
-    names = ["positions", "scores"]
+    names = ["positions", "attention"]
     names += ["keys", "values"] if layout.quantized is None else []
     pairs = [(getattr(ours, name)[page, :, place], getattr(theirs, name)[page, :, place]) for name in names]
     full = blocks[: n_kept // case.block_size].long()

@@ -27,9 +27,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # a checkout is no
 import torch
 from gpu_cases import CASES, Case, World, load, run_checks, written
 
-from vllm_sparq.config import SPAN_TOKENS, SpansRead
 from vllm_sparq.formats import FORMATS
 from vllm_sparq.layout import Pages
+from vllm_sparq.reads import DenseRead
 
 N_SAMPLES = 20
 FLUSH_BYTES = 256 << 20  # several times the L2 of an H200
@@ -148,21 +148,10 @@ def measure_cell(case: Case, n_requests: int, context: int, flush: torch.Tensor)
                 raise
             yield dict(method=name, **where, error=f"{type(error).__name__}: {error}")
 
-    def per_token(*parts: str) -> float:
-        n_bytes = sum(layout.parts[name].nbytes for name in parts if name in layout.parts)
-        return float(n_bytes / case.block_size)
-
-    # The newest block counts as one in the format; scales of a ranking copy do not count.
-    token = per_token("records", "key_codes", "key_scales", "value_codes", "value_scales")
-    full, brought = context * token, layout.record_bytes
-    moved = {"write": 2 * brought, "write+close": case.block_size * brought, "dense": full}
-    if isinstance(read, SpansRead):
-        picked = SPAN_TOKENS * read.n_spans(context) * token + context * per_token("ranking")
-        moved["quest"] = full if read.is_dense(context) else picked
-    else:
-        ranks = per_token("key_codes", "key_scales") if layout.channel_keys else per_token("ranking")
-        picked = read.n_selected(context) * token + context * read.r * ranks / case.head_size
-        moved["sparq"] = full if read.is_dense(context) else picked
+    # The newest block counts as one in the format.
+    brought = layout.record_bytes
+    moved = {"write": 2 * brought, "write+close": case.block_size * brought}
+    moved |= {each.op.removesuffix("_decode"): each.bytes_moved(layout, context) for each in (DenseRead(), read)}
     for name, times in samples_us(runs, flush).items():
         deciles, median = statistics.quantiles(times, n=10), statistics.median(times)
         n_bytes = int(n_requests * g * moved.get(name, context * brought))

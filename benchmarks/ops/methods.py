@@ -8,11 +8,11 @@ from dataclasses import dataclass
 
 import torch
 
-from vllm_sparq.config import SpansRead, SparqRead
 from vllm_sparq.formats import FORMATS
 from vllm_sparq.layout import RANKING_BITS, PageLayout, Pages
 from vllm_sparq.ops import native
 from vllm_sparq.ops.dispatch import choose
+from vllm_sparq.reads import DenseRead, Read, SpansRead, SparqRead
 
 BLOCK_SIZE = 128
 """Tokens per block of our pages: what engines take unless contexts are long."""
@@ -51,32 +51,15 @@ class Cell:
         """K and V of one token and KV head in the model's type."""
         return int(2 * self.head_dim * self.dtype.itemsize)
 
-    def bytes_as(self, format: str) -> float:
-        """K and V of one token and KV head, with their scales."""
-        parts = self.layout_as(format).parts
-        names = ("records", "key_codes", "key_scales", "value_codes", "value_scales")
-        return sum(parts[name].nbytes for name in names if name in parts) / BLOCK_SIZE
-
     @property
     def dense_bytes(self) -> int:
-        return self.dense_bytes_as("model")
+        return self.bytes_moved(DenseRead(), "model")
 
-    def dense_bytes_as(self, format: str) -> int:
-        """The newest block counts as one in the format."""
-        return int(self.batch * self.kv_heads * self.context * self.bytes_as(format))
-
-    def sparq_bytes_as(self, format: str) -> int:
-        """Chosen rows of what ranks the tokens with their scales, and the tokens read; all blocks count as full."""
-        parts = self.layout_as(format).parts
-        names = ("key_codes", "key_scales") if "key_codes" in parts else ("ranking", "scales")
-        copy_bytes = sum(parts[name].nbytes for name in names if name in parts) / BLOCK_SIZE
-        scan = self.context * copy_bytes * self.read.r / self.head_dim
-        return int(self.batch * self.kv_heads * (scan + self.read.n_selected(self.context) * self.bytes_as(format)))
-
-    def pages_bytes_as(self, format: str, read: SpansRead) -> int:
-        """Bounds of all spans, and the tokens of those that are read; all blocks count as full."""
-        bounds = self.context * self.layout_as(format, bounds=True).parts["ranking"].nbytes / BLOCK_SIZE
-        return int(self.batch * self.kv_heads * (bounds + read.n_selected(self.context) * self.bytes_as(format)))
+    def bytes_moved(self, read: Read, format: str) -> int:
+        """Of the whole step; the newest block counts as one in the format, and all as full."""
+        layout = self.layout_as(format, bounds=isinstance(read, SpansRead))
+        per_head = read.bytes_moved(layout, self.context)
+        return int(self.batch * self.kv_heads * per_head)
 
     @property
     def spans_read(self) -> SpansRead:
@@ -293,7 +276,9 @@ class Method:
 
 def dense_method(format: str, summary: str) -> Method:
     return Method(
-        summary, lambda t: decode_calls(t, "dense_decode", t.cache(format)), lambda c: c.dense_bytes_as(format)
+        summary,
+        lambda t: decode_calls(t, "dense_decode", t.cache(format)),
+        lambda c: c.bytes_moved(DenseRead(), format),
     )
 
 
@@ -301,7 +286,7 @@ def sparq_method(format: str, summary: str) -> Method:
     return Method(
         summary,
         lambda t: decode_calls(t, "sparq_decode", t.cache(format), read=t.cell.read),
-        lambda c: c.sparq_bytes_as(format),
+        lambda c: c.bytes_moved(c.read, format),
     )
 
 
@@ -309,7 +294,7 @@ def quest_method(format: str, summary: str) -> Method:
     return Method(
         summary,
         lambda t: decode_calls(t, "quest_decode", t.cache(format, bounds=True), read=t.cell.spans_read),
-        lambda c: c.pages_bytes_as(format, c.spans_read),
+        lambda c: c.bytes_moved(c.spans_read, format),
     )
 
 

@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 
-from vllm_sparq.attention_backends.selection import PREFERRED_BLOCK_SIZE, page_layout
+from vllm_sparq.attention_backends.engine import PREFERRED_BLOCK_SIZE, page_layout
 from vllm_sparq.benchmarks.common.methods import Method
-from vllm_sparq.benchmarks.ops.methods import Cell
-from vllm_sparq.config import Options, SpansRead, parse_options
+from vllm_sparq.config import Options
+from vllm_sparq.reads import DenseRead, HeadShape
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +57,11 @@ class CacheShape:
         )
 
     @property
+    def heads(self) -> HeadShape:
+        """Of one layer, all of them on one worker."""
+        return HeadShape(head_size=self.head_size, n_heads=self.n_heads, n_kv_heads=self.n_kv_heads)
+
+    @property
     def dense_bytes(self) -> int:
         """K and V of one token in the model's type, all layers."""
         return 2 * self.head_size * self.dtype.itemsize * self.n_kv_heads * self.n_layers
@@ -65,9 +70,8 @@ class CacheShape:
         """Bytes of cache for each token of a context, everything that a page carries included."""
         if method.backend is None:
             return self.dense_bytes
-        options = _options(method)
-        grouped = self.n_heads != self.n_kv_heads
-        layout = page_layout(options, self.head_size, PREFERRED_BLOCK_SIZE, self.dtype, grouped=grouped)
+        options = method.parsed
+        layout = page_layout(options, self.heads, PREFERRED_BLOCK_SIZE, self.dtype)
         per_token = layout.bytes_per_token * self.n_kv_heads * self.n_layers
         return per_token * _kept(options, context) / context
 
@@ -78,33 +82,12 @@ class CacheShape:
         """
         if method.backend is None:
             return self.dense_bytes * context
-        options = _options(method)
-        sparq = options.sparq_read(head_size=self.head_size, n_heads=self.n_heads, n_kv_heads=self.n_kv_heads)
-        read = options.spans_read() if options.read == "spans" else sparq
-        cell = Cell(
-            context=_kept(options, context),
-            batch=1,
-            heads=self.n_heads,
-            kv_heads=self.n_kv_heads,
-            head_dim=self.head_size,
-            dtype=self.dtype,
-            ranking=options.ranking,
-            read=sparq,
-        )
-        dense = cell.dense_bytes_as(options.format)
-        if options.read == "dense" or read.is_dense(cell.context):
-            return dense * self.n_layers
-        if isinstance(read, SpansRead):
-            sparse = cell.pages_bytes_as(options.format, read)
-        else:
-            sparse = cell.sparq_bytes_as(options.format)
+        options = method.parsed
+        read, layout = options.read_of(self.heads), page_layout(options, self.heads, PREFERRED_BLOCK_SIZE, self.dtype)
+        kept = _kept(options, context)
         n_dense = min(options.dense_layers, self.n_layers)
-        return dense * n_dense + sparse * (self.n_layers - n_dense)
-
-
-def _options(method: Method) -> Options:
-    assert method.backend is not None
-    return parse_options(method.additional_config, method.backend.lower())
+        dense, sparse = DenseRead().bytes_moved(layout, kept), read.bytes_moved(layout, kept)
+        return self.n_kv_heads * int(dense * n_dense + sparse * (self.n_layers - n_dense))
 
 
 def _kept(options: Options, context: int) -> int:

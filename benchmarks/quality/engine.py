@@ -21,7 +21,6 @@ from typing import Any
 from vllm_sparq.benchmarks.common.methods import Method
 from vllm_sparq.benchmarks.tasks.generated import Example
 from vllm_sparq.cli import UsageError
-from vllm_sparq.config import parse_options
 
 READ_OPTIONS = ("compression", "r", "k", "local", "min_k", "mass", "group_reduce", "dense_layers", "dense_below")
 """Options of a read that change no byte of the cache: a running engine can be given others."""
@@ -78,7 +77,7 @@ def same_cache(a: Method, b: Method) -> bool:
 
 def _cache_options(method: Method) -> dict[str, Any]:
     assert method.backend is not None
-    options = parse_options(method.additional_config, method.backend.lower()).model_dump()
+    options = method.parsed.model_dump()
     return {name: value for name, value in options.items() if name not in READ_OPTIONS}
 
 
@@ -225,7 +224,7 @@ class Worker:
         if backend is None and ours:
             raise RuntimeError(f"dense attention was asked for and {names} run")
         if backend is not None:
-            wanted = parse_options(self.method.additional_config, backend.lower())
+            wanted = self.method.parsed
             if not ours or any(impl.options != wanted for impl in ours):
                 raise RuntimeError(f"{backend} with {wanted} was asked for and {names} run")
 
@@ -236,7 +235,7 @@ class Worker:
     def read(self, method: Method) -> None:
         """Bind every layer of ours anew, with other options of its read."""
         assert method.backend is not None
-        wanted = parse_options(method.additional_config, method.backend.lower())
+        wanted = method.parsed
         for impl in self._ours():
             impl.options = wanted
             impl._pages = None  # the next step binds the layer to its cache again, and reads the options

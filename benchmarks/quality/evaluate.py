@@ -26,7 +26,7 @@ from vllm_sparq.benchmarks.tasks.generated import TASKS, Example
 from vllm_sparq.benchmarks.tasks.metrics import MEASURED
 from vllm_sparq.benchmarks.tiny_model import WEIGHTS
 from vllm_sparq.cli import UsageError, comma_names, comma_numbers
-from vllm_sparq.config import Options, parse_options
+from vllm_sparq.config import Options
 
 GROUP = 32
 """Examples of a task and length that are answered in one batch."""
@@ -61,9 +61,8 @@ def compression_options(method: Method) -> Any:
 
     Sparse reads are sparse from the first token on, so that short prompts measure the method too.
     """
-    assert method.backend is not None
-    options: Options = parse_options(method.additional_config, method.backend.lower())
-    if options.read != "dense":
+    options: Options = method.parsed
+    if "compression" in method.read.dials:
         return lambda number: {"compression": number, "dense_below": 0}
     if options.retention != "all":
         return lambda number: {"budget": 1 / number}

@@ -18,7 +18,6 @@ from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor
 from vllm.v1.sample.logits_processor.builtin import process_dict_updates
 
 from vllm_sparq.benchmarks.common.methods import Method
-from vllm_sparq.config import parse_options
 
 FORCED = "sparq_forced_tokens"
 """Key in `SamplingParams.extra_args`: the tokens that a request has to say."""
@@ -60,6 +59,6 @@ def prompts_measure(method: Method) -> bool:
     """
     if method.backend is None:
         return True
-    options = parse_options(method.additional_config, method.backend.lower())
+    options = method.parsed
     keeps_all = options.retention == "all"
-    return options.read == "dense" and keeps_all and options.chunk == "codes"
+    return not method.read.dials and keeps_all and options.chunk == "codes"

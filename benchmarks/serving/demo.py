@@ -20,7 +20,8 @@ from vllm_sparq.benchmarks.serving.demo_report import Row, Run, Side, print_run,
 from vllm_sparq.benchmarks.tasks import generated as tasks
 from vllm_sparq.benchmarks.tiny_model import WEIGHTS
 from vllm_sparq.cli import UsageError, sparq_options
-from vllm_sparq.config import Options, SparqRead
+from vllm_sparq.config import Options
+from vllm_sparq.reads import HeadShape, Read
 
 LENGTHS = (512, 1024, 2048, 3900)
 ASKED = ("needle", "repetition")
@@ -85,12 +86,9 @@ def main(args: argparse.Namespace) -> int:
         raise UsageError(f"--json {args.json}: there is no folder {args.json.absolute().parent}")
     started = time.monotonic()
     shape = read_shape(args.model)
-    if args.sparq.read == "spans":
-        raise UsageError(
-            "--sparq: the demo shows a read of single tokens; for read 'spans' run vllm-sparq eval --methods quest"
-        )
+    heads = HeadShape(head_size=shape.head_size, n_heads=shape.n_heads, n_kv_heads=shape.n_kv_heads)
     try:
-        read = args.sparq.sparq_read(head_size=shape.head_size, n_heads=shape.n_heads, n_kv_heads=shape.n_kv_heads)
+        read = args.sparq.read_of(heads)
     except ValueError as error:
         raise UsageError(f"--sparq: {error}") from None
     examples = make_questions(args.model, shape, args.lengths, args.questions, args.seed)
@@ -111,7 +109,7 @@ def main(args: argparse.Namespace) -> int:
         bundled=args.model == WEIGHTS,
         options=args.sparq,
         read=read,
-        head_size=shape.head_size,
+        heads=heads,
         sides=sides,
         rows=rows,
         seconds=time.monotonic() - started,
@@ -193,9 +191,9 @@ def make_questions(
     return examples
 
 
-def tokens_read(options: Options, read: SparqRead, shape: Shape, context_len: int) -> int:
+def tokens_read(options: Options, read: Read, shape: Shape, context_len: int) -> int:
     """Cached tokens that a decode step reads per KV head, on average over the layers; with a mass the most."""
-    if options.read == "dense" or read.is_dense(context_len):
+    if read.is_dense(context_len):
         return context_len
     n_dense = min(options.dense_layers, shape.n_layers)
     n_sparse = shape.n_layers - n_dense

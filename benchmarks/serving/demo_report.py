@@ -16,10 +16,11 @@ from rich.table import Table
 from rich.text import Text
 
 from vllm_sparq import __version__, compat
+from vllm_sparq.backends import BACKENDS
 from vllm_sparq.benchmarks.common.server import Completion
 from vllm_sparq.benchmarks.tasks import generated as tasks
-from vllm_sparq.config import Options, SparqRead
-from vllm_sparq.plugin import BACKENDS
+from vllm_sparq.config import Options
+from vllm_sparq.reads import HeadShape, Read
 
 TABLE_WIDTH = 80
 """Columns of the terminal that the table takes without questions and right answers, which get what is left."""
@@ -72,8 +73,8 @@ class Run:
     model: Path
     bundled: bool
     options: Options
-    read: SparqRead
-    head_size: int
+    read: Read
+    heads: HeadShape
     sides: dict[str, Side]
     rows: list[Row]
     seconds: float
@@ -200,10 +201,10 @@ def _what_was_read(run: Run) -> str:
     context = round(sum(row.context_len for row in longest) / len(longest))
     if n_read == context:
         return f"With these options a SparQ step reads all of {context:,} tokens of context."
+    ranked_by = run.read.describe(run.options, run.heads)[0]
     return (
         f"At {context:,} tokens of context a SparQ step read {n_read:,} of them, "
-        f"[bold]{context / n_read:.1f} times fewer[/] than a dense one, after ranking them all with "
-        f"{run.read.r} of {run.head_size} channels of a small copy of the keys."
+        f"[bold]{context / n_read:.1f} times fewer[/] than a dense one, after ranking them all: {ranked_by}."
     )
 
 

@@ -17,7 +17,8 @@ import torch
 
 from vllm_sparq.benchmarks.simulation.kivi import rounded
 from vllm_sparq.benchmarks.simulation.model import Step
-from vllm_sparq.config import Options, SparqRead
+from vllm_sparq.config import Options
+from vllm_sparq.reads import HeadShape, SparqRead
 
 RANKING_BLOCK = 128
 """Tokens that share a scale of the simulated ranking copy: a page of the engine."""
@@ -315,7 +316,7 @@ class Wanted:
 
     def sparq(self, alpha_floor: float, block: int | None = None, unread: bool = False) -> Sparq:
         head_size, group = self.shape.head_size, self.shape.group
-        read = self.options.sparq_read(head_size=head_size, n_heads=group, n_kv_heads=1)
+        read = SparqRead.resolve(self.options, HeadShape(head_size=head_size, n_heads=group, n_kv_heads=1))
         fields = {name: getattr(read, name) for name in ("r", "min_k", "k_per_token", "local", "group_reduce")}
         read = SparqRead(**fields, alpha_floor=alpha_floor)
         return Sparq(read=read, shape=self.shape, ranking=self.options.ranking, block=block, unread=unread)

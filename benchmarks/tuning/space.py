@@ -9,6 +9,7 @@ from typing import Any
 from vllm_sparq.benchmarks.common.methods import Method
 from vllm_sparq.benchmarks.quality.cache_bytes import CacheShape
 from vllm_sparq.formats import FORMATS
+from vllm_sparq.reads import READS
 
 DEFAULT: dict[str, Any] = {}
 """Options of `--attention-backend sparq` as it comes: what every other setting is compared with."""
@@ -45,11 +46,11 @@ class Dial:
 
 
 def _reads_sparsely(chosen: Mapping[str, Any]) -> bool:
-    return bool(chosen["read"] != "dense")
+    return "k" in READS[chosen["read"]].dials
 
 
 def _ranks_tokens(chosen: Mapping[str, Any]) -> bool:
-    return bool(chosen["read"] == "sparq")
+    return "r" in READS[chosen["read"]].dials
 
 
 def _has_ranking_copy(chosen: Mapping[str, Any]) -> bool:
@@ -62,8 +63,8 @@ def _tokens(workload: Workload) -> list[int]:
     return [k for k in (32, 64, 128, 256, 512, 1024, 2048) if 2 * k <= workload.context] or [32]
 
 
-def _keeps_neighbours(chosen: Mapping[str, Any]) -> bool:
-    return bool(chosen["read"] != "spans")
+def _can_evict(chosen: Mapping[str, Any]) -> bool:
+    return READS[chosen["read"]].evictable
 
 
 def _evicts(chosen: Mapping[str, Any]) -> bool:
@@ -71,8 +72,8 @@ def _evicts(chosen: Mapping[str, Any]) -> bool:
 
 
 SPACE = (
-    Dial(name="read", values=lambda w: ["sparq", "spans", "dense"]),
-    Dial(name="retention", values=lambda w: ["all", "heavy_hitter", "window"], when=_keeps_neighbours),
+    Dial(name="read", values=lambda w: list(READS)),
+    Dial(name="retention", values=lambda w: ["all", "heavy_hitter", "window"], when=_can_evict),
     Dial(name="budget", values=lambda w: [0.25, 0.5, 0.75], when=_evicts),
     Dial(name="format", values=lambda w: list(FORMATS)),
     Dial(name="ranking", values=lambda w: ["int4", "int8", "model"], when=_has_ranking_copy),
@@ -105,7 +106,7 @@ def options_of(chosen: Mapping[str, Any], workload: Workload) -> dict[str, Any]:
         options["local"] = round(options.pop("local_share") * options["k"])
         if options["local"] == options["k"] // 4:
             del options["local"]
-    if options.get("read") != "dense" and workload.context < 2048:
+    if _reads_sparsely(options) and workload.context < 2048:
         options["dense_below"] = 0  # short contexts are read densely otherwise, whatever the dials say
     defaults = {"read": "sparq", "format": "model", "ranking": "int4", "group_reduce": "logits", "dense_layers": 0}
     defaults["retention"] = "all"

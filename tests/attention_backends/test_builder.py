@@ -5,13 +5,15 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
-import pytest
+import numpy as np
 import torch
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
-from vllm_sparq.attention_backends.steps import builder
 from vllm_sparq.attention_backends.steps.builder import PagedMetadataBuilder
+from vllm_sparq.attention_backends.steps.requests import StepRequests
+from vllm_sparq.attention_backends.steps.rows import PagedMetadata
 from vllm_sparq.config import Options
+from vllm_sparq.retention import Phase
 
 
 def step(*requests: tuple[int, int, int]) -> Any:
@@ -35,16 +37,19 @@ def step(*requests: tuple[int, int, int]) -> Any:
     )
 
 
-def build(common: Any) -> builder.PagedMetadata:
+class Known:
+    """Stands for `StepRequests`: prompt lengths as the step of a test brings them."""
+
+    def prompt_lens(self, step: Any) -> torch.Tensor | None:
+        lens: torch.Tensor | None = step.prompt_lens
+        return lens
+
+
+def build(common: Any) -> PagedMetadata:
     builder = object.__new__(PagedMetadataBuilder)
-    builder.options = Options()
+    builder.options, builder.requests = Options(), Known()
     builder.kv_cache_spec = FullAttentionSpec(block_size=16, num_kv_heads=1, head_size=16, dtype=torch.float32)
     return builder.build(0, common)
-
-
-@pytest.fixture(autouse=True)
-def known_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(builder, "prompt_lengths", lambda common: common.prompt_lens)
 
 
 def test_all_decodes() -> None:
@@ -90,9 +95,10 @@ def test_a_chunk_behind_the_prompt_is_replayed_whole() -> None:
     assert result.replayed.block_table[:, 0].tolist() == [0, 0, 0, 100]
 
 
-def test_without_prompt_lengths_only_whole_chunks_are_replayed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(builder, "prompt_lengths", None)
-    result = build(step((7, 7, 4), (3, 13, 4)))
+def test_without_prompt_lengths_only_whole_chunks_are_replayed() -> None:
+    unnamed = step((7, 7, 4), (3, 13, 4))
+    unnamed.prompt_lens = None
+    result = build(unnamed)
     assert result.replayed is not None
     assert result.replayed.rows.tolist() == [7, 8, 9]
 
@@ -100,3 +106,41 @@ def test_without_prompt_lengths_only_whole_chunks_are_replayed(monkeypatch: pyte
 def test_padding_requests_count_as_decodes() -> None:
     result = build(step((1, 9, 8), (0, 0, 0)))
     assert (result.n_decodes, result.prefill) == (2, None)
+
+
+def table_of_requests(lens: list[int]) -> Any:
+    """Model runner V2: requests keep their row in a table."""
+    names = {row: f"request {row}" for row in range(len(lens))}
+    lengths = SimpleNamespace(np=np.array(lens, dtype=np.int32))
+    return SimpleNamespace(req_states=SimpleNamespace(prompt_len=lengths, index_to_req_id=names))
+
+
+def test_requests_of_a_step_are_found_by_their_rows() -> None:
+    """vLLM names rows as a numpy array, fewer than the step has requests where a batch is padded."""
+    requests = StepRequests(table_of_requests([10, 20, 30]))
+    phase = Phase(start=20, held=20, budget=16)
+    requests.phases = {"request 1": phase}
+    full = SimpleNamespace(num_reqs=2, req_idx=np.array([2, 1]))
+    assert requests.prompt_lens(full).tolist() == [30, 20]  # type: ignore[union-attr]
+    assert requests.shrunk(full) == [None, phase]
+    padded = SimpleNamespace(num_reqs=4, req_idx=np.array([1, 0]))
+    assert requests.prompt_lens(padded).tolist() == [20, 10, 0, 0]  # type: ignore[union-attr]
+    assert requests.shrunk(padded) == [phase, None, None, None]
+
+
+def test_steps_of_drafting_models_name_no_requests() -> None:
+    requests = StepRequests(table_of_requests([10, 20]))
+    requests.phases = {"request 1": Phase(start=20, held=20, budget=16)}
+    unnamed = SimpleNamespace(num_reqs=2, req_idx=None)
+    assert requests.prompt_lens(unnamed) is None
+    assert requests.shrunk(unnamed) == [None, None]
+
+
+def test_requests_of_model_runner_v1_stand_in_its_batch() -> None:
+    batch = SimpleNamespace(num_prompt_tokens_cpu_tensor=torch.tensor([5, 6, 7]), req_ids=["a", "b"])
+    requests = StepRequests(SimpleNamespace(input_batch=batch))
+    phase = Phase(start=6, held=6, budget=4)
+    requests.phases = {"b": phase}
+    two = SimpleNamespace(num_reqs=2)
+    assert requests.prompt_lens(two).tolist() == [5, 6]  # type: ignore[union-attr]
+    assert requests.shrunk(two) == [None, phase]

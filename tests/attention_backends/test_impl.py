@@ -8,15 +8,17 @@ from typing import Any
 import pytest
 import torch
 
-from vllm_sparq.attention_backends import impl, selection
+from vllm_sparq.attention_backends import engine, impl
 from vllm_sparq.config import Options
 from vllm_sparq.ops import native
 from vllm_sparq.platform import SparqCpuPlatform
+from vllm_sparq.reads import READS, HeadShape
 
 
 def test_pages_hold_what_the_options_need() -> None:
     def parts(*, grouped: bool = False, **options: Any) -> list[str]:
-        return list(selection.page_layout(Options(**options), 64, 128, torch.bfloat16, grouped=grouped).parts)
+        heads = HeadShape(head_size=64, n_heads=8, n_kv_heads=2 if grouped else 8)
+        return list(engine.page_layout(Options(**options), heads, 128, torch.bfloat16).parts)
 
     assert parts() == ["records", "ranking", "scales", "value_sum"]
     assert parts(grouped=True) == ["records", "ranking", "scales"]
@@ -43,7 +45,7 @@ def test_pages_hold_what_the_options_need() -> None:
     ],
 )
 def test_blocks_are_longer_where_that_pays(options: dict[str, Any], max_model_len: int, tokens: int) -> None:
-    assert selection.preferred_block_size(Options(**options), max_model_len) == tokens
+    assert engine.preferred_block_size(Options(**options), max_model_len) == tokens
 
 
 @pytest.mark.parametrize(
@@ -64,17 +66,17 @@ def test_a_block_size_is_chosen_where_the_user_sets_none(given: bool, options: d
 
 @pytest.mark.parametrize("read", ["sparq", "spans", "dense"])
 def test_without_kernels_the_user_is_told(read: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert impl.slow_ops(impl._choose_ops("cpu", read)) is None
+    assert impl.slow_ops(impl._choose_ops("cpu", READS[read])) is None
     missing = native.Found(None, None, "no compiled kernels: reinstall with g++")
     monkeypatch.setattr(native, "find", lambda: missing)
-    warning = impl.slow_ops(impl._choose_ops("cpu", read))
+    warning = impl.slow_ops(impl._choose_ops("cpu", READS[read]))
     assert warning == "sparq attention will be slow: no compiled kernels: reinstall with g++"
 
 
 def test_only_ops_that_a_read_calls_are_chosen() -> None:
     """So that a device without kernels of one read still serves the others."""
-    assert set(impl._choose_ops("cpu", "spans")) == {"write", "prefill", "dense_decode", "quest_decode", "evict"}
-    assert set(impl._choose_ops("cpu", "dense")) == {"write", "prefill", "dense_decode", "sparq_decode", "evict"}
+    assert set(impl._choose_ops("cpu", READS["spans"])) == {"write", "prefill", "dense_decode", "quest_decode", "evict"}
+    assert set(impl._choose_ops("cpu", READS["dense"])) == {"write", "prefill", "dense_decode", "evict"}
 
 
 def test_layer_index() -> None:

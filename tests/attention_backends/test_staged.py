@@ -9,9 +9,9 @@ import pytest
 import torch
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
-from tests.attention_backends.test_builder import step
-from vllm_sparq.attention_backends.steps import builder
+from tests.attention_backends.test_builder import Known, step
 from vllm_sparq.attention_backends.steps.builder import PagedMetadataBuilder
+from vllm_sparq.attention_backends.steps.rows import PagedMetadata
 from vllm_sparq.attention_backends.steps.staged import Piece, cut_pieces
 from vllm_sparq.config import Options
 from vllm_sparq.layout import PageLayout, Pages
@@ -86,10 +86,10 @@ def alone(batch: Batch) -> torch.Tensor:
     return torch.cat(rows)
 
 
-def run(batch: Batch, **options: Any) -> tuple[torch.Tensor, builder.PagedMetadata]:
+def run(batch: Batch, **options: Any) -> tuple[torch.Tensor, PagedMetadata]:
     """[T, H, D] of the step, as `PagedImpl.forward` computes it."""
     builder = object.__new__(PagedMetadataBuilder)
-    builder.options = Options(**options)
+    builder.options, builder.requests = Options(**options), Known()
     plain = FullAttentionSpec(block_size=N, num_kv_heads=G, head_size=D, dtype=torch.float32)
     builder.kv_cache_spec = page_spec(plain, LAYOUT)
     step, pages = builder.build(0, batch.step()), batch.pages()
@@ -112,11 +112,6 @@ def run(batch: Batch, **options: Any) -> tuple[torch.Tensor, builder.PagedMetada
             torch.testing.assert_close(out[again.rows], its)  # a dense read says the same either way
         out[again.rows] = its
     return out, step
-
-
-@pytest.fixture(autouse=True)
-def known_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(builder, "prompt_lengths", lambda common: common.prompt_lens)
 
 
 @pytest.mark.parametrize(

@@ -54,7 +54,7 @@ class Case:
     format: str = "model"
     group_size: int | None = None
     positions: bool = False
-    scores: bool = False
+    attention: bool = False
     lens: tuple[int, ...] = (1, 15, 16, 17, 33)
     new: tuple[int, ...] = ()
 
@@ -64,7 +64,7 @@ class Case:
             f"h{self.heads}g{self.kv_heads}-d{self.head_size}-n{self.block_size}-{SHORT[self.dtype]}-"
             f"{self.ranking}{'' if self.value_sum else '-nosum'}"
             f"{'' if self.format == 'model' else f'-{self.format}.{self.layout.group}'}"
-            f"{'-scores' if self.scores else '-positions' if self.positions else ''}-s{lens}"
+            f"{'-attention' if self.attention else '-positions' if self.positions else ''}-s{lens}"
         )
 
     @property
@@ -81,8 +81,8 @@ class Case:
             value_sum=self.value_sum,
             format=self.format,
             group_size=self.group_size,
-            positions=self.positions or self.scores,
-            scores=self.scores,
+            positions=self.positions or self.attention,
+            attention=self.attention,
         )
 
     @property

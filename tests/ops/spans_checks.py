@@ -19,8 +19,8 @@ from tests.ops.cases import Case, Tokens, build
 from tests.ops.rounding import rounded_dense_decode
 from tests.ops.sparq_checks import cached, tokens_read
 from tests.ops.test_oracle import Array, probabilities
-from vllm_sparq.config import SpansRead
 from vllm_sparq.ops.dense_decode.reference import dense_decode as dense_reference
+from vllm_sparq.reads import SpansRead
 
 SPAN = 16
 

@@ -28,11 +28,11 @@ from tests.ops import tolerances
 from tests.ops.cases import Case, Tokens, World, build
 from tests.ops.rounding import rounded_dense_decode
 from tests.ops.test_oracle import Array, numbers, probabilities, repository
-from vllm_sparq.config import SpansRead, SparqRead
 from vllm_sparq.layout import Pages
 from vllm_sparq.ops.codec import unpack
 from vllm_sparq.ops.dense_decode.reference import cached_tokens
 from vllm_sparq.ops.dense_decode.reference import dense_decode as dense_reference
+from vllm_sparq.reads import SpansRead, SparqRead
 
 
 def cached(world: World, b: int, head: int) -> tuple[Array, Array]:

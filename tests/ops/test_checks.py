@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 
 from tests.ops.cases import Case, build
-from vllm_sparq.config import SpansRead, SparqRead
 from vllm_sparq.ops import dense_decode as dense_decode_contract
 from vllm_sparq.ops import dispatch
 from vllm_sparq.ops import prefill as prefill_contract
 from vllm_sparq.ops import quest_decode as quest_decode_contract
 from vllm_sparq.ops import sparq_decode as sparq_decode_contract
 from vllm_sparq.ops import write as write_contract
+from vllm_sparq.reads import SpansRead, SparqRead
 
 CONTRACTS = {
     "write": write_contract.write,

@@ -12,9 +12,9 @@ from tests.ops.cases import ALL, HUGE_BYTE, KERNELS, Case, Tokens, build, each, 
 from tests.ops.cases import device_of as device
 from tests.ops.rounding import rounded_dense_decode
 from tests.ops.shapes import FORMATS, SHAPES, TINY, TINY_FORMATS
-from vllm_sparq.config import SparqRead
 from vllm_sparq.layout import Pages
 from vllm_sparq.ops.dense_decode.reference import dense_decode as reference
+from vllm_sparq.reads import SparqRead
 
 LONG = (
     Case(heads=8, kv_heads=2, head_size=128, block_size=128, dtype=torch.bfloat16, lens=(900, 3, 0, 513)),

@@ -20,15 +20,15 @@ LONGER = (7, 40, 100, 333)
 """Tokens more than a shape's own, so that there is something to evict."""
 
 
-def tracked(case: Case, *, scores: bool) -> Case:
+def tracked(case: Case, *, attention: bool) -> Case:
     lens = tuple(s + LONGER[i % len(LONGER)] + case.block_size for i, s in enumerate(case.lens))
-    return replace(case, positions=True, scores=scores, lens=lens)
+    return replace(case, positions=True, attention=attention, lens=lens)
 
 
 def with_scores(case: Case, *, poison: int = 0xFF, on: str = "cpu", shuffle: int = 0) -> World:
     """A world whose tokens have had attention: few different values, so that there are ties, and a NaN in each head."""
     world = build(case, poison=poison, device=on, shuffle=shuffle)
-    if not case.scores:
+    if not case.attention:
         return world
     generator = case.generator()
     for b, n_tokens in enumerate(case.lens):
@@ -36,7 +36,7 @@ def with_scores(case: Case, *, poison: int = 0xFF, on: str = "cpu", shuffle: int
         for head in range(case.kv_heads):
             scores = torch.randint(0, max(n_tokens // 3, 2), (n_tokens,), generator=generator).float() / 7
             scores[n_tokens // 2] = torch.nan
-            world.pages.scores[page, head, place] = scores.to(on)
+            world.pages.attention[page, head, place] = scores.to(on)
     return world
 
 
@@ -61,7 +61,7 @@ def run_evict(world: World, run: Callable[..., None], kept: list[int], *, sinks:
 def assert_same_tokens(got: World, want: World, kept: list[int]) -> None:
     """Every kept slot, and what its page derives from it."""
     layout, n = got.case.layout, got.case.block_size
-    names = {"positions", "scores"} & set(layout.parts)
+    names = {"positions", "attention"} & set(layout.parts)
     names |= {"keys", "values"} if layout.quantized is None else {"value_codes", "value_scales"}
     if layout.quantized is not None and not layout.channel_keys:
         names |= {"key_codes", "key_scales"}
@@ -82,8 +82,8 @@ def assert_same_tokens(got: World, want: World, kept: list[int]) -> None:
             assert (difference <= bound).all()
 
 
-CASES = [tracked(case, scores=i % 3 > 0) for i, case in enumerate((*SHAPES, *FORMATS))]
-FEW = [tracked(case, scores=i % 3 > 0) for i, case in enumerate((*TINY[:4], *TINY_FORMATS))]
+CASES = [tracked(case, attention=i % 3 > 0) for i, case in enumerate((*SHAPES, *FORMATS))]
+FEW = [tracked(case, attention=i % 3 > 0) for i, case in enumerate((*TINY[:4], *TINY_FORMATS))]
 
 
 @pytest.mark.parametrize(("implementation", "case"), each(CASES, tiny=FEW, implementations=KERNELS))
@@ -98,7 +98,7 @@ def test_kernels_are_the_reference(implementation: str, case: Case, keep: float)
     assert_same_tokens(got, want, kept)
 
 
-STEPWISE = Case(positions=True, scores=True, ranking=None, value_sum=False, lens=(40, 64, 65), block_size=32)
+STEPWISE = Case(positions=True, attention=True, ranking=None, value_sum=False, lens=(40, 64, 65), block_size=32)
 
 
 @pytest.mark.parametrize(("implementation", "case"), each([STEPWISE], implementations=KERNELS))
@@ -123,7 +123,7 @@ def test_one_token_goes_at_a_time(implementation: str, case: Case) -> None:
             reference_write(key, value, world.pages, world.block_table, starts, seq_lens, positions)
             for b, n_tokens in enumerate(case.lens):
                 page, place = slots_of(world, b, n_tokens)
-                world.pages.scores[page, :, place] += heat[b, :, :n_tokens].T.to(where)
+                world.pages.attention[page, :, place] += heat[b, :, :n_tokens].T.to(where)
     got, want = worlds
     got.block_table, got.pages = got.block_table.cpu(), replace(got.pages, data=got.pages.data.cpu())
     assert_same_tokens(got, want, list(case.lens))
@@ -132,15 +132,15 @@ def test_one_token_goes_at_a_time(implementation: str, case: Case) -> None:
 @pytest.mark.parametrize("implementation", [pytest.param(name, id=name) for name in (*KERNELS, "reference")])
 def test_by_hand(implementation: str) -> None:
     """Ten tokens, five stay: token 0 (a sink), 8 and 9 (recent), and those with scores 9 and, of two 7s, the older."""
-    case = Case(heads=1, kv_heads=1, scores=True, positions=True, ranking=None, value_sum=False, lens=(10,))
+    case = Case(heads=1, kv_heads=1, attention=True, positions=True, ranking=None, value_sum=False, lens=(10,))
     world = build(case, device=device(implementation))
     page = int(world.block_table[0, 0])
-    world.pages.scores[page, 0, :10] = torch.tensor([0, 1, 7, 2, 7, 3, 9, 4, 0, 0.0], device=world.buffer.device)
+    world.pages.attention[page, 0, :10] = torch.tensor([0, 1, 7, 2, 7, 3, 9, 4, 0, 0.0], device=world.buffer.device)
     keys = world.pages.keys[page, 0, :10].clone()
     run_evict(world, load("evict", implementation), [5], sinks=1, recent=2)
     # Slots 1, 3 and 4 are free; tokens 6, 8 and 9, which lie behind, take them in this order.
     assert world.pages.positions[page, 0, :5].tolist() == [0, 6, 2, 8, 9]
-    assert world.pages.scores[page, 0, :5].tolist() == [0, 9, 7, 0, 0]
+    assert world.pages.attention[page, 0, :5].tolist() == [0, 9, 7, 0, 0]
     assert torch.equal(world.pages.keys[page, 0, :5], keys[[0, 6, 2, 8, 9]])
 
 
@@ -161,7 +161,7 @@ def test_nothing_else_is_touched(implementation: str, fmt: str) -> None:
     """Pages of others, poison between them, and where the pages lie must not matter."""
     case = Case(
         positions=True,
-        scores=True,
+        attention=True,
         format=fmt,
         ranking=None if fmt == "kivi4" else "int4",
         lens=(100, 90),
@@ -197,7 +197,7 @@ def test_nothing_else_is_touched(implementation: str, fmt: str) -> None:
 
 def test_many_small_evictions_are_one_large_one() -> None:
     """Without new attention in between, dropping one token fifty times drops what dropping fifty at once drops."""
-    case = Case(positions=True, scores=True, ranking=None, value_sum=False, lens=(120,))
+    case = Case(positions=True, attention=True, ranking=None, value_sum=False, lens=(120,))
     small, large = with_scores(case), with_scores(case)
     for n in range(120, 70, -1):
         reference(small.pages, small.block_table, int32([n]), int32([n - 1]), int32([110]), sinks=2)

@@ -90,7 +90,7 @@ def test_survivors_and_outputs_step_by_step(implementation: str, name: str) -> N
     definition.prompt(query[:n_prompt].double().numpy())
 
     query, key, value = query.to(on), key.to(on), value.to(on)
-    pages = Pages.empty(9, G, PageLayout(**LAYOUT, scores=by_score), on)
+    pages = Pages.empty(9, G, PageLayout(**LAYOUT, attention=by_score), on)
     pages.data.fill_(0xFF)
     table = int32([[5, 0, 7, 2, 8]][0]).to(on)[None]
     starts = int32([0, n_prompt]).to(on)
@@ -118,5 +118,5 @@ def test_survivors_and_outputs_step_by_step(implementation: str, name: str) -> N
             found = pages.positions[page, head, slots % N].tolist()
             assert sorted(found) == np.flatnonzero(definition.alive[head]).tolist(), f"KV head {head} at {position}"
             if by_score:
-                scores = pages.scores[page, head, slots % N].cpu().numpy()
+                scores = pages.attention[page, head, slots % N].cpu().numpy()
                 np.testing.assert_allclose(scores, definition.score[head, found], rtol=1e-4, atol=1e-5)

@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from tests.ops.cases import Case, Tokens, build
-from vllm_sparq.config import SparqRead
 from vllm_sparq.ops.sparq_decode.reference import sparq_decode as reference
+from vllm_sparq.reads import SparqRead
 
 Array = np.ndarray
 

@@ -15,9 +15,9 @@ from tests.ops.cases import device_of as device
 from tests.ops.shapes import SPAN_FORMATS, SPANS, TINY_SPAN_FORMATS, TINY_SPANS
 from tests.ops.spans_checks import assert_right, attend, choose, upper_bounds
 from tests.ops.sparq_checks import tokens_read
-from vllm_sparq.config import SpansRead, spans_of
 from vllm_sparq.ops.dense_decode.reference import dense_decode as dense_reference
 from vllm_sparq.ops.quest_decode.reference import quest_decode as reference
+from vllm_sparq.reads import SpansRead, spans_of
 
 IMPLEMENTATIONS = has("quest_decode")
 CASES, CODED = (*SPANS, *TINY_SPANS), (*SPAN_FORMATS, *TINY_SPAN_FORMATS)

@@ -13,7 +13,7 @@ from tests.ops.cases import device_of as device
 from tests.ops.shapes import FORMATS, SHAPES, TINY, TINY_FORMATS
 from tests.ops.sparq_checks import assert_right, tokens_read
 from tests.ops.test_sparq_decode import LONG, LONG_FORMATS, exact_tokens, ranked
-from vllm_sparq.config import SparqRead
+from vllm_sparq.reads import SparqRead
 
 MASSES = (
     dict(mass=0.5),

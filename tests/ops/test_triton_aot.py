@@ -42,7 +42,7 @@ class Shape:
     mass: float | None = None
     n_requests: int = 2
     new_tokens: int = 4096
-    noted: bool = False  # positions and scores
+    tracked: bool = False  # positions and scores
     ops: tuple[str, ...] = ("write", "dense_decode", "sparq_decode", "prefill")
 
 
@@ -104,10 +104,10 @@ SHAPES = (
         heads=16,
         group_reduce="probs",
         mass=0.9,
-        noted=True,
+        tracked=True,
         ops=("sparq_decode",),
     ),
-    Shape(head_size=128, dtype="bfloat16", ranking="int4", noted=True, ops=ALL),
+    Shape(head_size=128, dtype="bfloat16", ranking="int4", tracked=True, ops=ALL),
     Shape(
         head_size=64,
         dtype="float16",
@@ -116,12 +116,12 @@ SHAPES = (
         group_reduce="probs",
         block_size=64,
         n_requests=512,
-        noted=True,
+        tracked=True,
         ops=("sparq_decode",),
     ),
-    Shape(head_size=80, dtype="float32", ranking="int4", format="int4", block_size=48, noted=True, ops=("evict",)),
-    Shape(head_size=128, dtype="bfloat16", ranking=None, format="kivi2", noted=True, ops=("write", *DENSE)),
-    Shape(head_size=256, dtype="float16", ranking=None, format="kivi4", block_size=256, noted=True, ops=("evict",)),
+    Shape(head_size=80, dtype="float32", ranking="int4", format="int4", block_size=48, tracked=True, ops=("evict",)),
+    Shape(head_size=128, dtype="bfloat16", ranking=None, format="kivi2", tracked=True, ops=("write", *DENSE)),
+    Shape(head_size=256, dtype="float16", ranking=None, format="kivi4", block_size=256, tracked=True, ops=("evict",)),
     Shape(head_size=128, dtype="bfloat16", ranking="bounds", heads=32, kv_heads=8, alpha_floor=1.0, ops=SPANS),
     Shape(
         head_size=80,
@@ -165,7 +165,7 @@ KERNELS = {
     "choose_kernel",
     "move_kernel",
     "sum_kernel",
-    "note_kernel",
+    "attention_kernel",
     "note_prefill_kernel",
     "write_kernel",
     "encode_kernel",
@@ -226,7 +226,6 @@ def launch_all(shape: Shape) -> None:
     """Call every op once on tensors of this shape."""
     import torch
 
-    from vllm_sparq.config import SpansRead, SparqRead
     from vllm_sparq.layout import PageLayout, Pages
     from vllm_sparq.ops.dense_decode.triton import dense_decode
     from vllm_sparq.ops.evict.triton import evict
@@ -234,6 +233,7 @@ def launch_all(shape: Shape) -> None:
     from vllm_sparq.ops.quest_decode.triton import quest_decode
     from vllm_sparq.ops.sparq_decode.triton import sparq_decode
     from vllm_sparq.ops.write.triton import write
+    from vllm_sparq.reads import SpansRead, SparqRead
 
     dtype, d, b = getattr(torch, shape.dtype), shape.head_size, shape.n_requests
     layout = PageLayout(
@@ -243,8 +243,8 @@ def launch_all(shape: Shape) -> None:
         ranking=shape.ranking,
         value_sum=shape.alpha_floor < 1,
         format=shape.format,
-        positions=shape.noted,
-        scores=shape.noted,
+        positions=shape.tracked,
+        attention=shape.tracked,
     )
     pages = Pages.empty(1, shape.kv_heads, layout)
     query = torch.empty(shape.new_tokens, shape.heads, d, dtype=dtype)
@@ -264,7 +264,7 @@ def launch_all(shape: Shape) -> None:
     spans = SpansRead(min_k=128, k_per_token=Fraction(1, 16), dense_below=1024)
     one = query[:b]
     calls = {
-        "write": lambda: write(key, key, pages, table, starts, lens, lens if shape.noted else None),
+        "write": lambda: write(key, key, pages, table, starts, lens, lens if shape.tracked else None),
         "prefill": lambda: prefill(query, key, key, pages, table, starts, lens, scale=1.0, out=query),
         "dense_decode": lambda: dense_decode(one, pages, table, lens, scale=1.0, out=one),
         "sparq_decode": lambda: sparq_decode(one, pages, table, lens, read=read, scale=1.0, out=one),
@@ -276,7 +276,7 @@ def launch_all(shape: Shape) -> None:
 
 
 def specialise(kernel, args: tuple, options: dict) -> tuple[dict, dict, dict]:  # type: ignore[no-untyped-def]
-    """(signature, constants, attributes) as the launcher makes them: ones are constants, multiples of 16 are noted."""
+    """(signature, constants, attributes) as the launcher makes them: ones are constants, multiples of 16 are marked."""
     import torch
 
     names = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int32: "i32"}

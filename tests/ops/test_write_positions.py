@@ -12,8 +12,8 @@ from tests.ops.cases import device_of as device
 
 CASES = (
     Case(positions=True, lens=(33, 0, 17, 70), new=(33, 0, 1, 40)),
-    Case(scores=True, ranking=None, value_sum=False, block_size=80, lens=(150, 80, 81), new=(100, 80, 1)),
-    Case(scores=True, format="int4", heads=2, kv_heads=1, block_size=32, lens=(64, 0, 70), new=(1, 0, 50)),
+    Case(attention=True, ranking=None, value_sum=False, block_size=80, lens=(150, 80, 81), new=(100, 80, 1)),
+    Case(attention=True, format="int4", heads=2, kv_heads=1, block_size=32, lens=(64, 0, 70), new=(1, 0, 50)),
 )
 
 
@@ -23,7 +23,7 @@ CASES = (
 def test_arrivals_are_noted(implementation: str, case: Case, shifted: bool) -> None:
     """The new tokens' entries alone, from their slots or from the position that is given."""
     world = build(case, written="context", device=device(implementation))
-    parts = ("positions", "scores") if case.scores else ("positions",)
+    parts = ("positions", "attention") if case.attention else ("positions",)
     for name in parts:
         getattr(world.pages, name).fill_(7)
     firsts = [s - n + (1000 * b if shifted else 0) for b, (s, n) in enumerate(zip(case.lens, case.new, strict=True))]
@@ -35,11 +35,11 @@ def test_arrivals_are_noted(implementation: str, case: Case, shifted: bool) -> N
         page, place = world.block_table[b].cpu().long()[slots // case.block_size], slots % case.block_size
         old = slots < context - n_new
         want = torch.where(old, 7, firsts[b] + slots - (context - n_new)).int()
-        noted = world.pages.positions.cpu()[page, :, place]
-        assert torch.equal(noted, want[:, None].expand_as(noted))
-        if case.scores:
-            noted = world.pages.scores.cpu()[page, :, place]
-            assert torch.equal(noted, torch.where(old, 7.0, 0.0)[:, None].expand_as(noted))
+        tracked = world.pages.positions.cpu()[page, :, place]
+        assert torch.equal(tracked, want[:, None].expand_as(tracked))
+        if case.attention:
+            tracked = world.pages.attention.cpu()[page, :, place]
+            assert torch.equal(tracked, torch.where(old, 7.0, 0.0)[:, None].expand_as(tracked))
 
 
 @pytest.mark.parametrize("implementation", ALL)

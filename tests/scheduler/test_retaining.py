@@ -31,8 +31,8 @@ N, N_BLOCKS, MAX_LEN = 16, 26, 200
 PLAIN = FullAttentionSpec(block_size=N, num_kv_heads=1, head_size=16, dtype=torch.float32)
 
 
-def layout_of(fmt: str, *, scores: bool) -> PageLayout:
-    return PageLayout(head_size=16, block_size=N, dtype=torch.float32, format=fmt, positions=True, scores=scores)
+def layout_of(fmt: str, *, attention: bool) -> PageLayout:
+    return PageLayout(head_size=16, block_size=N, dtype=torch.float32, format=fmt, positions=True, attention=attention)
 
 
 def new_manager(spec: FullAttentionSpec) -> KVCacheManager:
@@ -142,7 +142,7 @@ class Retaining(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.layout = layout_of(self.fmt, scores=self.by_score)
+        self.layout = layout_of(self.fmt, attention=self.by_score)
         spec = page_spec(PLAIN, self.layout, self.retention)
         manager = new_manager(spec)
         self.loop: Loop = EvictingLoop(manager) if self.evicting else Loop(manager)
@@ -214,7 +214,7 @@ class Retaining(RuleBasedStateMachine):
         if self.by_score:
             slots = torch.arange(share.arrival.kept, share.seq_len)
             page = self.table(request)[0].long()[slots // N]
-            self.pages.scores[page, 0, slots % N] = attention(positions)
+            self.pages.attention[page, 0, slots % N] = attention(positions)
 
     def table(self, request: Request) -> torch.Tensor:
         return torch.tensor([self.rows[request.request_id]], dtype=torch.int32)
@@ -345,7 +345,7 @@ TestCodesUnderPressure = machine("CodesUnderPressure", retention=WINDOW, fmt="in
 
 
 def spec_of(retention: Retention, fmt: str = "model") -> Any:
-    return page_spec(PLAIN, layout_of(fmt, scores=True), retention)
+    return page_spec(PLAIN, layout_of(fmt, attention=True), retention)
 
 
 def config_for(max_len: int) -> Any:

@@ -38,7 +38,7 @@ _MADV_COLLAPSE = 25  # since Linux 6.1; not in Python's mmap module yet
 
 DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 RANKINGS = {None: 0, "int4": 1, "int8": 2, "model": 3, "bounds": 4}
-PARTS = ("records", "ranking", "scales", "value_sum", "positions", "scores")
+PARTS = ("records", "ranking", "scales", "value_sum", "positions", "attention")
 FORMATS = {"model": 0, "int8": 1, "int4": 2, "kivi4": 3, "kivi2": 4}
 
 REFERENCE_INSTEAD = "the pure-torch reference runs instead, hundreds of times slower"

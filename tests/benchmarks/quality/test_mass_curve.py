@@ -12,7 +12,7 @@ import pytest
 from tests.ops.cases import Case, build, load
 from tests.ops.sparq_checks import tokens_read as tokens_shown
 from vllm_sparq.benchmarks.quality import mass_curve
-from vllm_sparq.config import SparqRead
+from vllm_sparq.reads import SparqRead
 
 CASE = Case(heads=4, kv_heads=2, lens=(40, 0, 65, 12, 100))
 READ = SparqRead(r=8, min_k=30, local=3, mass=0.6)

@@ -22,6 +22,7 @@ from vllm_sparq.benchmarks.serving.demo_report import Row, Run, Side, print_run,
 from vllm_sparq.benchmarks.tasks import generated as tasks
 from vllm_sparq.benchmarks.tiny_model import WEIGHTS
 from vllm_sparq.config import Options
+from vllm_sparq.reads import HeadShape
 
 SHAPE = demo.Shape(head_size=64, n_heads=8, n_kv_heads=2, n_layers=4, max_tokens=4096)
 COMMAND = [sys.executable, "-c", "import sys; from vllm_sparq.cli import main; sys.exit(main(sys.argv[1:]))", "demo"]
@@ -47,13 +48,13 @@ def made_up_run(sparq_text: str, dense_text: str, task: str = "needle") -> Run:
         metric="begins" if task == "needle" else "prefix",
     )
     sparq, dense = Completion(sparq_text, 1000, 6, 0.05), Completion(dense_text, 1000, 6, 0.10)
-    read = options(dense_below=0).sparq_read(head_size=64, n_heads=8, n_kv_heads=2)
+    read = options(dense_below=0).read_of(HeadShape(head_size=64, n_heads=8, n_kv_heads=2))
     return Run(
         model=WEIGHTS,
         bundled=True,
         options=options(dense_below=0),
         read=read,
-        head_size=64,
+        heads=HeadShape(head_size=64, n_heads=8, n_kv_heads=2),
         sides={"sparq": Side(OURS), "dense": Side(DENSE)},
         rows=[Row(example, sparq, dense, read.n_selected(1001), 1001)],
         seconds=60.0,
@@ -90,7 +91,7 @@ def test_questions_alternate_over_even_depths_and_fit() -> None:
 )
 def test_tokens_read(given: dict[str, Any], context: int, expected: int) -> None:
     resolved = options(**given)
-    read = resolved.sparq_read(head_size=64, n_heads=8, n_kv_heads=2)
+    read = resolved.read_of(HeadShape(head_size=64, n_heads=8, n_kv_heads=2))
     assert demo.tokens_read(resolved, read, SHAPE, context) == expected
 
 

@@ -72,11 +72,11 @@ def cached_tokens(pages: Pages, blocks: torch.Tensor, context_len: int, head: in
 
 def add_scores(pages: Pages, blocks: torch.Tensor, head: int, weights: torch.Tensor) -> None:
     """Note the attention [H/G, S] that the first S tokens of a request get; ``blocks`` is int32 [M]."""
-    if not pages.layout.scores:
+    if not pages.layout.attention:
         return
     slots = torch.arange(weights.shape[1], device=weights.device)
     page, place = blocks.long()[slots // pages.layout.block_size], slots % pages.layout.block_size
-    pages.scores[page, head, place] += weights.mean(0)
+    pages.attention[page, head, place] += weights.mean(0)
 
 
 def attend(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float) -> torch.Tensor:

@@ -11,7 +11,7 @@ import torch
 
 from vllm_sparq.layout import Pages
 from vllm_sparq.ops.triton_common.attend import attend
-from vllm_sparq.ops.triton_common.attention_scores import note_attention
+from vllm_sparq.ops.triton_common.attention_scores import track_attention
 from vllm_sparq.ops.triton_common.launch import SCRATCH_BYTES, merge
 
 
@@ -28,7 +28,7 @@ def dense_decode(
     max_tokens = block_table.shape[1] * layout.block_size
     if n_requests == 0:
         return
-    if not layout.scores:
+    if not layout.attention:
         decode_slice(query, pages, block_table, seq_lens, scale, out, max_tokens)
         return
     per_slice = max(1, SCRATCH_BYTES // (4 * n_heads * max_tokens))
@@ -48,11 +48,11 @@ def decode_slice(
 ) -> None:
     """The requests whose logits fit at once; all of them where none are kept."""
     n_rows, logits = query.shape[0] * query.shape[1], None
-    if pages.layout.scores:
+    if pages.layout.attention:
         logits = torch.empty(n_rows, max_tokens, dtype=torch.float32, device=query.device)
     shared = pages, block_table, seq_lens
     partial, weight = attend(query, *shared, scale=scale, out=out, max_tokens=max_tokens, logits=logits)
     if partial.shape[1]:
         merge(partial, weight, out)
     if logits is not None:
-        note_attention(*shared, logits, weight)
+        track_attention(*shared, logits, weight)

@@ -21,7 +21,7 @@ def evict(
     """Leave ``kept_lens[b]`` of the ``seq_lens[b]`` tokens of request b in each KV head, in its first slots.
 
     1. *Who stays*: tokens at positions below ``sinks`` and from ``recent_from[b]`` on, then those with the most
-       attention (`Pages.scores`; NaN is least), or the newest where pages have no scores. Ties: the lowest position.
+       attention (`Pages.attention`; NaN is least), or the newest where pages have no scores. Ties: the lowest position.
     2. *Moves*: the survivors behind slot ``kept_lens[b]``, in ascending order, take the slots of the dead before it, in
        ascending order. Other survivors stay where they are. K, V, position and score move together.
     3. *Pages*: whatever a page derives from its tokens is made again, as `write` makes it, where a token was replaced:

@@ -42,7 +42,7 @@ def survivors(
     """Step 1: bool [S], who stays."""
     page, place = slots
     positions = pages.positions[page, head, place]
-    rank = pages.scores[page, head, place].nan_to_num(-torch.inf) if pages.layout.scores else positions.float()
+    rank = pages.attention[page, head, place].nan_to_num(-torch.inf) if pages.layout.attention else positions.float()
     rank = torch.where((positions < sinks) | (positions >= recent_from), torch.inf, rank)
     by_age = positions.sort(stable=True).indices
     order = by_age[rank[by_age].sort(descending=True, stable=True).indices]
@@ -61,7 +61,7 @@ def move_tokens(
     for old, new in zip(source.tolist(), to.tolist(), strict=True):
         (old_block, old_slot), (block, slot) = divmod(old, block_size), divmod(new, block_size)
         page, target = int(blocks[old_block]), int(blocks[block])
-        for name in ("positions", "scores") if layout.scores else ("positions",):
+        for name in ("positions", "attention") if layout.attention else ("positions",):
             getattr(pages, name)[target, head, slot] = getattr(pages, name)[page, head, old_slot]
         if layout.quantized is None or old_block == newest:
             keys, values = block_tokens(pages, blocks, old_block, head)

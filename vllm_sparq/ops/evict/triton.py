@@ -17,7 +17,7 @@ import triton.language as tl
 from vllm_sparq.layout import RANKING_BITS, Pages
 from vllm_sparq.ops.evict.triton_move import move_kernel
 from vllm_sparq.ops.triton_common.attend import pages_as_records
-from vllm_sparq.ops.triton_common.attention_scores import note_parts
+from vllm_sparq.ops.triton_common.attention_scores import tracked_parts
 from vllm_sparq.ops.triton_common.codes import codes_of
 from vllm_sparq.ops.triton_common.launch import SCRATCH_BYTES, split_count
 from vllm_sparq.ops.triton_common.value_sums import SUM_CHANNELS, SUM_TILE, chain_sums
@@ -29,13 +29,13 @@ CHOOSE_TILE = 1024
 
 @triton.jit
 def keys_of(
-    positions, scores, table, slot, n_held, sinks, recent_from, stride_p, N: tl.constexpr, SCORES: tl.constexpr
+    positions, scores, table, slot, n_held, sinks, recent_from, stride_p, N: tl.constexpr, ATTENTION: tl.constexpr
 ):
     """int64, not negative: who comes first in the order of `evict` has the larger key. All differ."""
     live = slot < n_held
     at = tl.load(table + slot // N, mask=live, other=0).to(tl.int64) * stride_p + slot % N
     position = tl.load(positions + at, mask=live, other=0)
-    if SCORES:
+    if ATTENTION:
         score = tl.load(scores + at, mask=live, other=0.0)
         finite = tl.minimum(tl.maximum(score, -3.4028234663852886e38), 3.4028234663852886e38)
         rank = tl.where(score == score, finite, float("-inf"))
@@ -57,14 +57,14 @@ def choose_kernel(
     recent_from,
     moves,  # int32 [rows, max_tokens], written: by kept slot the slot whose token comes here, or -1
     first_moves,  # int32 [rows], written: the first slot that gets a token, or the kept length
-    notes_stride_p,
-    notes_stride_g,
+    tracked_stride_p,
+    tracked_stride_g,
     table_stride,
     max_tokens,
     sinks,
     G: tl.constexpr,
     N: tl.constexpr,
-    SCORES: tl.constexpr,
+    ATTENTION: tl.constexpr,
     TILE: tl.constexpr,
 ):
     """Grid (B * G). Ten passes at most over 12 bytes a token, all but the first from L1 or L2.
@@ -80,15 +80,15 @@ def choose_kernel(
         return
     recent = tl.load(recent_from + b)
     table = block_table + b * table_stride
-    positions += g * notes_stride_g
-    scores += g * notes_stride_g
+    positions += g * tracked_stride_g
+    scores += g * tracked_stride_g
     moves += row * max_tokens
     lane = tl.arange(0, TILE)
     last = tl.zeros([], tl.int64)  # the least key that stays
     if n_held - n_kept == 1:
         least = tl.full([TILE], 0x7FFFFFFFFFFFFFFF, tl.int64)
         for first in range(0, n_held, TILE):
-            key = keys_of(positions, scores, table, first + lane, n_held, sinks, recent, notes_stride_p, N, SCORES)
+            key = keys_of(positions, scores, table, first + lane, n_held, sinks, recent, tracked_stride_p, N, ATTENTION)
             least = tl.where(first + lane < n_held, tl.minimum(least, key), least)
         last = tl.min(least, 0) + 1
     else:
@@ -98,7 +98,9 @@ def choose_kernel(
         while shift >= 0:
             histogram = tl.zeros([256], tl.int32)
             for first in range(0, n_held, TILE):
-                key = keys_of(positions, scores, table, first + lane, n_held, sinks, recent, notes_stride_p, N, SCORES)
+                key = keys_of(
+                    positions, scores, table, first + lane, n_held, sinks, recent, tracked_stride_p, N, ATTENTION
+                )
                 alive = (first + lane < n_held) & (((key >> shift) >> 8) == ((last >> shift) >> 8))
                 histogram += tl.histogram(((key >> shift) & 255).to(tl.int32), 256, mask=alive)
             above = tl.sum(histogram, 0) - tl.cumsum(histogram, 0)
@@ -112,7 +114,7 @@ def choose_kernel(
     n_waiting = n_kept
     for first in range(n_kept, n_held, TILE):
         slot = first + lane
-        key = keys_of(positions, scores, table, slot, n_held, sinks, recent, notes_stride_p, N, SCORES)
+        key = keys_of(positions, scores, table, slot, n_held, sinks, recent, tracked_stride_p, N, ATTENTION)
         survives = (slot < n_held) & (key >= last)
         tl.store(moves + n_waiting + tl.cumsum(survives.to(tl.int32), 0) - 1, slot, mask=survives)
         n_waiting += tl.sum(survives.to(tl.int32), 0)
@@ -121,7 +123,7 @@ def choose_kernel(
     first_move = tl.zeros([TILE], tl.int32) + n_kept
     for first in range(0, n_kept, TILE):
         slot = first + lane
-        key = keys_of(positions, scores, table, slot, n_held, sinks, recent, notes_stride_p, N, SCORES)
+        key = keys_of(positions, scores, table, slot, n_held, sinks, recent, tracked_stride_p, N, ATTENTION)
         dead = (slot < n_kept) & (key < last)
         source = tl.load(moves + next_waiting + tl.cumsum(dead.to(tl.int32), 0) - 1, mask=dead, other=-1)
         tl.store(moves + slot, source, mask=slot < n_kept)
@@ -194,14 +196,14 @@ def evict_slice(
     n_rows, max_tokens = seq_lens.shape[0] * n_kv_heads, block_table.shape[1] * n
     moves = torch.empty(n_rows, max_tokens, dtype=torch.int32, device=device)
     first_moves = torch.empty(n_rows, dtype=torch.int32, device=device)
-    positions, scores, *notes_strides = note_parts(pages)
+    positions, scores, *tracked_strides = tracked_parts(pages)
     records, codes, table_stride = pages_as_records(pages), codes_of(layout), block_table.stride(0)
     choose_kernel[(n_rows,)](
         *(positions, scores, block_table, seq_lens, kept_lens, recent_from, moves, first_moves),
-        *(*notes_strides, table_stride, max_tokens, sinks),
+        *(*tracked_strides, table_stride, max_tokens, sinks),
         G=n_kv_heads,
         N=n,
-        SCORES=layout.scores,
+        ATTENTION=layout.attention,
         TILE=CHOOSE_TILE,
         num_warps=8,
     )
@@ -212,9 +214,9 @@ def evict_slice(
     elements = codes.keys.runs * codes.keys.run_pad if codes is not None else 1
     move_kernel[(n_rows, split_count(n_rows, max_tokens, device, min_tokens=n))](
         *(records, ranking, scales, positions, scores, block_table, seq_lens, kept_lens, moves),
-        *(*strides, *notes_strides, table_stride, max_tokens),
+        *(*strides, *tracked_strides, table_stride, max_tokens),
         G=n_kv_heads,
-        SCORES=layout.scores,
+        ATTENTION=layout.attention,
         RANKING=layout.ranking,
         FORMAT=codes,
         N=n,

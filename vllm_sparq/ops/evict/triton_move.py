@@ -20,13 +20,13 @@ from vllm_sparq.ops.write.triton_ranking import close_page
 
 
 @triton.jit
-def move_notes(positions, scores, table, to, slot, source, stride_p, N: tl.constexpr, SCORES: tl.constexpr):
+def move_tracked(positions, scores, table, to, slot, source, stride_p, N: tl.constexpr, ATTENTION: tl.constexpr):
     """Positions and scores of the slots ``source`` of a request, where not negative, go to ``slot`` of page ``to``."""
     moved = source >= 0
     page = tl.load(table + source // N, mask=moved, other=0).to(tl.int64)
     at = page * stride_p + source % N
     tl.store(positions + to * stride_p + slot, tl.load(positions + at, mask=moved, other=0), mask=moved)
-    if SCORES:
+    if ATTENTION:
         tl.store(scores + to * stride_p + slot, tl.load(scores + at, mask=moved, other=0.0), mask=moved)
 
 
@@ -193,12 +193,12 @@ def move_kernel(
     ranking_stride_g,
     scales_stride_p,
     scales_stride_g,
-    notes_stride_p,
-    notes_stride_g,
+    tracked_stride_p,
+    tracked_stride_g,
     table_stride,
     max_tokens,
     G: tl.constexpr,
-    SCORES: tl.constexpr,
+    ATTENTION: tl.constexpr,
     RANKING: tl.constexpr,
     FORMAT: tl.constexpr,
     N: tl.constexpr,
@@ -219,8 +219,8 @@ def move_kernel(
     table = block_table + b * table_stride
     moves += row * max_tokens
     records += g * head_stride
-    positions += g * notes_stride_g
-    scores += g * notes_stride_g
+    positions += g * tracked_stride_g
+    scores += g * tracked_stride_g
     for block in range(tl.program_id(1), tl.cdiv(n_kept, N), tl.num_programs(1)):
         slot = tl.arange(0, N_PAD)
         n_slots = tl.minimum(n_kept - block * N, N)
@@ -228,7 +228,7 @@ def move_kernel(
         source = tl.load(here + slot, mask=slot < n_slots, other=-1)
         if tl.max(source, 0) >= 0:
             page = tl.load(table + block).to(tl.int64)
-            move_notes(positions, scores, table, page, slot, source, notes_stride_p, N, SCORES)
+            move_tracked(positions, scores, table, page, slot, source, tracked_stride_p, N, ATTENTION)
             at = as_bytes(records + page * page_stride)
             if FORMAT is None:
                 move_records(records, table, here, page, n_slots, page_stride, N, D, TILE)

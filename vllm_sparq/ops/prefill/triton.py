@@ -2,7 +2,7 @@
 
 The rows of a tile are (token, head of the query group) pairs, so K and V arrive once for the group, and a step of few
 new tokens still fills a tensor core tile. Few tiles with long contexts are split over the keys, as in a decode. Where
-pages have scores, a second pass over K adds to them (`triton_note`).
+pages have scores, a second pass over K adds to them (`triton_attention`).
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from vllm_sparq.layout import Pages
-from vllm_sparq.ops.prefill.triton_note import note_prefill
+from vllm_sparq.ops.prefill.triton_attention import add_prefill_attention
 from vllm_sparq.ops.triton_common.attend import LOG2_E, fold, logits_of, pages_as_records
 from vllm_sparq.ops.triton_common.codes import channel_order, codes_of, load_block_tile, load_records
 from vllm_sparq.ops.triton_common.launch import cast, find_request, merge, split_count, split_tokens
@@ -29,7 +29,7 @@ def prefill_kernel(
     key_start_loc,
     context_lens,
     partial,  # fp32 [T * H, N_SPLITS, D]
-    weight,  # fp32 [T * H, N_SPLITS]; with one split written with NOTE alone
+    weight,  # fp32 [T * H, N_SPLITS]; with one split written with TRACKED alone
     out,  # [T, H, D], written here where there is one split
     query_stride_t,
     query_stride_h,
@@ -55,7 +55,7 @@ def prefill_kernel(
     N_SPLITS: tl.constexpr,
     FORMAT: tl.constexpr,
     KEYS_AHEAD: tl.constexpr,  # whether ``key_start_loc`` differs from ``query_start_loc``
-    NOTE: tl.constexpr,
+    TRACKED: tl.constexpr,
 ):
     """Grid (tiles of all requests, G, N_SPLITS)."""
     TOKENS: tl.constexpr = ROWS // GROUP
@@ -123,7 +123,7 @@ def prefill_kernel(
     y = acc / tl.where(total == 0.0, 1.0, total)[:, None]
     own = own_row[:, None] & in_value[None, :]
     at_split = (row * H + head) * N_SPLITS + split
-    if N_SPLITS > 1 or NOTE:
+    if N_SPLITS > 1 or TRACKED:
         tl.store(weight + at_split, top + tl.log2(total), mask=own_row)
     if N_SPLITS == 1:
         to = out + (row * out_stride_t + head * out_stride_h)[:, None] + d_value[None, :]
@@ -158,8 +158,8 @@ def prefill(
     n_splits = split_count(n_tiles * n_kv_heads, max_tokens, query.device, min_tokens=1024)
     scratch = n_splits if n_splits > 1 else 0
     partial = torch.empty(n_tokens * n_heads, scratch, head_size, dtype=torch.float32, device=query.device)
-    note = pages.layout.scores
-    weight = torch.empty(n_tokens * n_heads, n_splits if note else scratch, dtype=torch.float32, device=query.device)
+    tracked = pages.layout.attention
+    weight = torch.empty(n_tokens * n_heads, n_splits if tracked else scratch, dtype=torch.float32, device=query.device)
     records = pages_as_records(pages)
     strides = [t.stride(i) for t in (query, key, value, records) for i in (0, 1)]
     key_starts = query_start_loc if key_start_loc is None else key_start_loc
@@ -177,15 +177,15 @@ def prefill(
         N_SPLITS=n_splits,
         FORMAT=codes_of(pages.layout),
         KEYS_AHEAD=key_start_loc is not None,
-        NOTE=note,
+        TRACKED=tracked,
         num_warps=n_warps,
         num_stages=3 if pages.layout.quantized is None else 2,
     )
     if n_splits > 1:
         merge(partial, weight, out)
-    if note:
+    if tracked:
         starts = query_start_loc, key_starts, context_lens
-        note_prefill(query, key, pages, block_table, *starts, weight, scale * LOG2_E, n_rows, tile)
+        add_prefill_attention(query, key, pages, block_table, *starts, weight, scale * LOG2_E, n_rows, tile)
 
 
 def tile_sizes(

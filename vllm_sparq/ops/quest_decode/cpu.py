@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from vllm_sparq.config import SpansRead
 from vllm_sparq.layout import Pages
 from vllm_sparq.ops import native
+from vllm_sparq.reads import SpansRead
 
 SIGNATURE = "p pll pll ii plp f llll".replace(" ", "")
 """pages | query | out | B, H | block_table, seq_lens | scale | min_k, k_per_token, dense_below"""

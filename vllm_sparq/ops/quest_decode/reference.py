@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from vllm_sparq.config import SPAN_TOKENS, SpansRead
 from vllm_sparq.layout import Pages
 from vllm_sparq.ops.dense_decode.reference import attend, decode_rows
 from vllm_sparq.ops.write.reference import block_tokens, span_bounds
+from vllm_sparq.reads import SPAN_TOKENS, SpansRead
 
 
 def quest_decode(

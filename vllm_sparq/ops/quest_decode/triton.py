@@ -17,11 +17,10 @@ import torch
 import triton
 import triton.language as tl
 
-from vllm_sparq.config import SPAN_TOKENS, SpansRead
 from vllm_sparq.layout import Pages
 from vllm_sparq.ops.dense_decode.triton import dense_decode
 from vllm_sparq.ops.triton_common.attend import attend, pages_as_records
-from vllm_sparq.ops.triton_common.attention_scores import note_parts
+from vllm_sparq.ops.triton_common.attention_scores import tracked_parts
 from vllm_sparq.ops.triton_common.codes import codes_of, n_in_codes, staged_at
 from vllm_sparq.ops.triton_common.launch import (
     SCRATCH_BYTES,
@@ -35,6 +34,7 @@ from vllm_sparq.ops.triton_common.launch import (
 )
 from vllm_sparq.ops.triton_common.select import N_BINS, count_kernel, finish_kernel, items_of, partition_kernel
 from vllm_sparq.ops.write.triton_ranking import extremes
+from vllm_sparq.reads import SPAN_TOKENS, SpansRead
 
 TILE = 128
 """Spans of one step of the selection kernels."""
@@ -238,14 +238,14 @@ def select(work: Scratch, pages: Pages, block_table: torch.Tensor, seq_lens: tor
     """Step 3: the list of cells. What only `sparq_decode` has is never touched: any pointer does."""
     (n_rows, n_splits), codes = work.extent.shape[:2], codes_of(pages.layout)
     none, max_spans = work.extent, work.scores.stride(0)
-    positions, _, *notes_strides = note_parts(pages)
+    positions, _, *tracked_strides = tracked_parts(pages)
     lists = work.cells, work.candidates, work.pending, none
     strides = block_table.stride(0), max_spans, work.cells.stride(0)
     sizes = dict(G=pages.data.shape[1], HEADS=1, N=pages.layout.block_size, N_SPLITS=n_splits, TILE=TILE)
     sizes |= dict(POSITIONS=False, READ=read)
     count_kernel[(n_rows, n_splits)](
         *(positions, block_table, seq_lens, work.scores, work.scores, work.extent, none, none, work.counts),
-        *(*notes_strides, block_table.stride(0), max_spans),
+        *(*tracked_strides, block_table.stride(0), max_spans),
         PROBS=False,
         **sizes,
     )

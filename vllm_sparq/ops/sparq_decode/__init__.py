@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import torch
 
-from vllm_sparq.config import SparqRead
 from vllm_sparq.layout import Pages
 from vllm_sparq.ops.checks import require
 from vllm_sparq.ops.dense_decode import check_decode
 from vllm_sparq.ops.dispatch import choose
+from vllm_sparq.reads import SparqRead
 
 
 def sparq_decode(

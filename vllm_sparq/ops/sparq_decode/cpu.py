@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from vllm_sparq.config import SparqRead
 from vllm_sparq.layout import Pages
 from vllm_sparq.ops import native
+from vllm_sparq.reads import SparqRead
 
 SIGNATURE = "p pll pll ii plp f illlll di dl".replace(" ", "")
 """pages | query | out | B, H | block_table, seq_lens | scale | the fields of `SparqRead`"""

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import torch
 
-from vllm_sparq.config import SparqRead
 from vllm_sparq.layout import RANKING_BITS, Pages
 from vllm_sparq.ops.codec import unpack
 from vllm_sparq.ops.dense_decode.reference import add_scores, attend, decode_rows
 from vllm_sparq.ops.write.reference import dequantize
+from vllm_sparq.reads import SparqRead
 
 
 def sparq_decode(

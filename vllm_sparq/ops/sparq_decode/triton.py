@@ -12,7 +12,7 @@ files of `triton_common`):
     attend      512 for one token in sixteen: 32                                                    attend.py
     blend       8 D per split and head, once per row
 
-    note        only where pages have scores: 4 of each head's score, then fp32; adds to 4      attention_scores.py
+    track       only where pages track it:    4 of each head's score, then fp32; adds to 4      attention_scores.py
 
 Scratch is that of the scores and 4 bytes for the candidates (with a mass 12 more for its lists), for every token that
 the block table could hold. A batch
@@ -27,11 +27,10 @@ import torch
 import triton
 import triton.language as tl
 
-from vllm_sparq.config import SparqRead
 from vllm_sparq.layout import RANKING_BITS, Pages
 from vllm_sparq.ops.dense_decode.triton import dense_decode
 from vllm_sparq.ops.triton_common.attend import attend, pages_as_records
-from vllm_sparq.ops.triton_common.attention_scores import note_attention, note_parts
+from vllm_sparq.ops.triton_common.attention_scores import track_attention, tracked_parts
 from vllm_sparq.ops.triton_common.codes import codes_of
 from vllm_sparq.ops.triton_common.launch import (
     SCRATCH_BYTES,
@@ -46,6 +45,7 @@ from vllm_sparq.ops.triton_common.launch import (
 from vllm_sparq.ops.triton_common.mass import cut_kernel
 from vllm_sparq.ops.triton_common.score import score_kernel
 from vllm_sparq.ops.triton_common.select import N_BINS, count_kernel, finish_kernel, head_statistics, partition_kernel
+from vllm_sparq.reads import SparqRead
 
 TILE = 1024
 """Tokens of one step of the selection kernels."""
@@ -107,7 +107,7 @@ class Plan:
     least_k: int
     probs: bool
     by_position: bool  # whether slots do not tell which tokens are newest
-    with_scores: bool  # whether the attention that tokens get is noted
+    with_scores: bool  # whether the attention that tokens get is tracked
     head_dtype: torch.dtype
     counts: Counts
 
@@ -160,7 +160,7 @@ def sparq_decode(
     if read.k_per_token <= 1 and read.is_dense(max_tokens):  # so is every shorter context
         dense_decode(query, pages, block_table, seq_lens, scale=scale, out=out)
         return
-    per_head = 8 if pages.layout.scores else 4
+    per_head = 8 if pages.layout.attention else 4
     per_kv_head = 8 if read.mass is None else 20
     per_slice = max(1, SCRATCH_BYTES // (max_tokens * (per_kv_head * n_kv_heads + per_head * n_heads)))
     for first in range(0, n_requests, per_slice):
@@ -198,7 +198,7 @@ def decode_slice(
         merge(partial, weight, out)
     if work.logits is not None:
         paid = work.head_scores, work.tops, work.sums
-        note_attention(pages, block_table, seq_lens, work.logits, weight, paid, plan.counts)
+        track_attention(pages, block_table, seq_lens, work.logits, weight, paid, plan.counts)
 
 
 def make_plan(query: torch.Tensor, pages: Pages, block_table: torch.Tensor, read: SparqRead) -> Plan:
@@ -206,7 +206,7 @@ def make_plan(query: torch.Tensor, pages: Pages, block_table: torch.Tensor, read
     n_kv_heads, block_size = pages.data.shape[1], pages.layout.block_size
     n_rows, max_tokens = query.shape[0] * n_kv_heads, block_table.shape[1] * block_size
     with_mean, probs = read.alpha_floor < 1.0, read.group_reduce == "probs"
-    with_scores = pages.layout.scores
+    with_scores = pages.layout.attention
     per_head = with_mean or probs or with_scores or read.mass is not None
     n_heads = query.shape[1] // n_kv_heads if per_head else 1
     codes = codes_of(pages.layout)
@@ -252,11 +252,11 @@ def score(
     scales = pages.part("scales").view(torch.int32) if scheme in RANKING_BITS else pages.data
     value_sum = pages.value_sum if plan.with_mean else pages.data
     strides = [t.stride(i) for t in (query, records, ranking, scales, value_sum) for i in (0, 1)]
-    positions, _, *notes_strides = note_parts(pages)
+    positions, _, *tracked_strides = tracked_parts(pages)
     score_kernel[(plan.n_rows, plan.n_splits + plan.with_mean)](
         *(query, records, ranking, scales, value_sum, positions, block_table, seq_lens),
         *(work.channels, work.weights, work.scores, work.extent, work.tops, work.sums, work.head_scores, work.mean),
-        *(*strides, *notes_strides, block_table.stride(0), plan.max_tokens, scale),
+        *(*strides, *tracked_strides, block_table.stride(0), plan.max_tokens, scale),
         G=records.shape[1],
         GROUP=query.shape[1] // records.shape[1],
         HEADS=plan.n_heads,
@@ -289,10 +289,10 @@ def select(plan: Plan, work: Scratch, pages: Pages, block_table: torch.Tensor, s
     lists = work.tokens, work.candidates, work.pending, work.shares
     strides = block_table.stride(0), plan.max_tokens, plan.capacity
     sizes |= dict(N=pages.layout.block_size, POSITIONS=plan.by_position)
-    positions, _, *notes_strides = note_parts(pages)
+    positions, _, *tracked_strides = tracked_parts(pages)
     count_kernel[(plan.n_rows, plan.n_splits)](
         *(positions, block_table, seq_lens, *scores, work.extent, *statistics, work.counts),
-        *(*notes_strides, block_table.stride(0), plan.max_tokens),
+        *(*tracked_strides, block_table.stride(0), plan.max_tokens),
         PROBS=plan.probs,
         **sizes,
     )

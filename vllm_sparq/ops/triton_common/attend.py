@@ -80,7 +80,7 @@ def fold_quantized(
     TILE: tl.constexpr,
     LISTED: tl.constexpr,
     FORMAT: tl.constexpr,
-    NOTE: tl.constexpr,
+    TRACKED: tl.constexpr,
 ):
     """(top, total, acc) of the tokens ``start : stop`` of a row: first those in codes, then staged ones."""
     top = tl.full([ROWS], float("-inf"), tl.float32)
@@ -98,7 +98,7 @@ def fold_quantized(
                 records, tokens, first, tl.minimum(stop, n_coded), page_stride, N, D, D_PAD, TILE, FORMAT
             )
         s = logits_of(q, k, live[None, :], scale_log2, ROWS, TILE)
-        if NOTE:
+        if TRACKED:
             if LISTED:
                 t = first + tl.arange(0, TILE)
             else:
@@ -119,7 +119,7 @@ def fold_quantized(
         if tl.max(live.to(tl.int32), 0) > 0:
             k, v = load_records(records, page.to(tl.int64), place, live, page_stride, D, D_PAD, FORMAT)
             s = logits_of(q, k, live[None, :], scale_log2, ROWS, TILE)
-            if NOTE:
+            if TRACKED:
                 keep_logits(logits, s, t, live, is_dense, logits_stride, GROUP, ROWS)
             top, total, acc = fold(s, v, top, total, acc, BLIND=False)
     return top, total, acc
@@ -133,8 +133,8 @@ def attend_kernel(
     seq_lens,  # int32 [B]
     n_listed,  # COUNTED: int32 [rows], cells of a row; else it follows from its length
     partial,  # fp32 [B * H, N_SPLITS, D]
-    weight,  # fp32 [B * H, N_SPLITS]; with one split written with NOTE alone
-    logits,  # fp32 [B * H, logits_stride], written with NOTE: of rows that are read densely, to the base 2
+    weight,  # fp32 [B * H, N_SPLITS]; with one split written with TRACKED alone
+    logits,  # fp32 [B * H, logits_stride], written with TRACKED: of rows that are read densely, to the base 2
     out,  # [B, H, D], written here where there is one split
     query_stride_b,
     query_stride_h,
@@ -154,7 +154,7 @@ def attend_kernel(
     TILE: tl.constexpr,
     N_SPLITS: tl.constexpr,
     FORMAT: tl.constexpr,
-    NOTE: tl.constexpr,
+    TRACKED: tl.constexpr,
     COUNTED: tl.constexpr,
     READ: tl.constexpr,  # None: all tokens of a row; else those that it lists
 ):
@@ -196,21 +196,21 @@ def attend_kernel(
                 page, slot = tl.load(tokens + t // N, mask=live, other=0), t % N
             k, v = load_records(records, page.to(tl.int64), slot, live, page_stride, D, D_PAD, FORMAT)
             s = logits_of(q, k, live[None, :], scale_log2, GROUP_PAD, TILE)
-            if NOTE:
+            if TRACKED:
                 keep_logits(logits, s, t, live, is_dense, logits_stride, GROUP, GROUP_PAD)
             top, total, acc = fold(s, v, top, total, acc, BLIND=False)
     else:
         n_coded = n_in_codes(context_len, N)
         top, total, acc = fold_quantized(
             *(q, records, tokens, start, stop, n_coded, page_stride, scale_log2, logits, logits_stride, is_dense),
-            *(GROUP_PAD, GROUP, N, D, D_PAD, TILE, LISTED, FORMAT, NOTE),
+            *(GROUP_PAD, GROUP, N, D, D_PAD, TILE, LISTED, FORMAT, TRACKED),
         )
 
     d, in_value = channel_order(FORMAT, False, D, D_PAD)
     own = (h < GROUP)[:, None] & in_value[None, :]
     y = acc / tl.where(total == 0.0, 1.0, total)[:, None]
     at_split = (b * G * GROUP + head) * N_SPLITS + split
-    if N_SPLITS > 1 or NOTE:
+    if N_SPLITS > 1 or TRACKED:
         tl.store(weight + at_split, top + tl.log2(total), mask=h < GROUP)
     if N_SPLITS == 1:
         to = out + b * out_stride_b + head[:, None] * out_stride_h + d[None, :]
@@ -273,7 +273,7 @@ def attend(
         TILE=tile_tokens(head_size, query.dtype),
         N_SPLITS=n_splits,
         FORMAT=codes_of(pages.layout),
-        NOTE=logits is not None,
+        TRACKED=logits is not None,
         COUNTED=n_listed is not None,
         READ=read,
         num_warps=4 if pages.layout.quantized is None else 8,  # elements on their way from codes live in registers

@@ -16,7 +16,7 @@ from vllm_sparq.ops.triton_common.launch import Counts, read_counts, split_count
 from vllm_sparq.ops.triton_common.select import row_statistics
 
 
-def note_parts(pages: Pages) -> tuple[torch.Tensor, torch.Tensor, int, int]:
+def tracked_parts(pages: Pages) -> tuple[torch.Tensor, torch.Tensor, int, int]:
     """Positions and scores [P, G, N], and the strides of both in elements (of pages, of KV heads).
 
     A part that the layout lacks is never touched: any pointer does.
@@ -24,17 +24,17 @@ def note_parts(pages: Pages) -> tuple[torch.Tensor, torch.Tensor, int, int]:
     if not pages.layout.positions:
         return pages.data, pages.data, 0, 0
     positions = pages.positions
-    scores = pages.scores if pages.layout.scores else pages.data
+    scores = pages.attention if pages.layout.attention else pages.data
     return positions, scores, positions.stride(0), positions.stride(1)
 
 
 @triton.jit
-def note_arrivals(positions, scores, slot_0, n_old, stop, SCORES: tl.constexpr):
+def track_arrivals(positions, scores, slot_0, n_old, stop, ATTENTION: tl.constexpr):
     """Tokens arrived in the slots ``n_old : stop`` of a page and KV head; a token in slot 0 has position ``slot_0``."""
     for n in range(n_old, stop, 64):
         slot = n + tl.arange(0, 64)
         tl.store(positions + slot, slot_0 + slot, mask=slot < stop)
-        if SCORES:
+        if ATTENTION:
             tl.store(scores + slot, tl.zeros([64], tl.float32), mask=slot < stop)
 
 
@@ -87,7 +87,7 @@ def add_attention(
 
 
 @triton.jit
-def note_kernel(
+def attention_kernel(
     scores,  # fp32 [P, G, N]
     block_table,
     seq_lens,
@@ -135,7 +135,7 @@ def note_kernel(
         )
 
 
-def note_attention(
+def track_attention(
     pages: Pages,
     block_table: torch.Tensor,
     seq_lens: torch.Tensor,
@@ -144,7 +144,7 @@ def note_attention(
     approximate: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None,
     read: Counts | None = None,
 ) -> None:
-    """Add to `Pages.scores` what a decode op paid: ``logits`` [B * H, max_tokens] and ``weight`` of `triton_attend`.
+    """Add to `Pages.attention` what a decode op paid: ``logits`` [B * H, max_tokens] and ``weight`` of `triton_attend`.
 
     With ``read``, rows that are not dense pay by their ``approximate`` scores: head scores, tops and sums of
     `triton_score`.
@@ -152,9 +152,9 @@ def note_attention(
     n_rows, tile = block_table.shape[0] * pages.data.shape[1], 256
     max_tokens = block_table.shape[1] * pages.layout.block_size
     head_scores, tops, sums = approximate or (logits, logits, logits)
-    note_kernel[(n_rows, split_count(n_rows, max_tokens, logits.device, min_tokens=tile))](
-        *(pages.scores, block_table, seq_lens, logits, weight, head_scores, tops, sums),
-        *(pages.scores.stride(0), pages.scores.stride(1), block_table.stride(0), logits.stride(0), max_tokens),
+    attention_kernel[(n_rows, split_count(n_rows, max_tokens, logits.device, min_tokens=tile))](
+        *(pages.attention, block_table, seq_lens, logits, weight, head_scores, tops, sums),
+        *(pages.attention.stride(0), pages.attention.stride(1), block_table.stride(0), logits.stride(0), max_tokens),
         G=pages.data.shape[1],
         GROUP=logits.shape[0] // n_rows,
         N=pages.layout.block_size,

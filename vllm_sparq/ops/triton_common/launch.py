@@ -6,13 +6,12 @@ A *row* is one request and one KV head; `split` programs share a row's tokens. A
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
 
 import torch
 import triton
 import triton.language as tl
 
-from vllm_sparq.config import LEAST_SPANS, SPAN_TOKENS, SpansRead, SparqRead
+from vllm_sparq.reads import Counts, Read
 
 PROGRAMS_PER_SM = 4
 """Programs of a decode kernel per multiprocessor: enough to even out the tail, few enough to merge cheaply."""
@@ -43,33 +42,10 @@ def split_count(n_rows: int, max_tokens: int, device: torch.device, *, min_token
     return triton.next_power_of_2(max(1, min(wanted, useful, limit)))
 
 
-@dataclass(frozen=True, kw_only=True)
-class Counts:
-    """How much of a context is read, as the compile-time argument ``READ``; None stands for all of it.
-
-    Attributes:
-        min_k, slope, per_tokens: k is ``max(min_k, S * slope // per_tokens)``, in whole numbers.
-        local: see `vllm_sparq.config.SparqRead`; -1 where the newest tokens are not among those that are ranked.
-        dense_below: contexts shorter than this are read in full (tokens).
-        span: neighbouring tokens that are read together.
-    """
-
-    min_k: int
-    slope: int
-    per_tokens: int
-    local: int | None
-    dense_below: int
-    span: int
-
-
 @functools.cache
-def counts_of(read: SparqRead | SpansRead) -> Counts:
-    """The ``READ`` of a decode op."""
-    slope = read.k_per_token
-    shared = dict(slope=slope.numerator, per_tokens=slope.denominator, dense_below=read.dense_below)
-    if isinstance(read, SparqRead):
-        return Counts(min_k=read.min_k, local=read.local, span=1, **shared)
-    return Counts(min_k=max(read.min_k, LEAST_SPANS * SPAN_TOKENS), local=-1, span=SPAN_TOKENS, **shared)
+def counts_of(read: Read) -> Counts | None:
+    """The compile-time argument ``READ`` of a decode op; None stands for all tokens."""
+    return read.counts
 
 
 @triton.jit

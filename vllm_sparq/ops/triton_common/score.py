@@ -169,8 +169,8 @@ def score_kernel(
     scales_stride_g,
     sum_stride_p,
     sum_stride_g,
-    notes_stride_p,
-    notes_stride_g,
+    tracked_stride_p,
+    tracked_stride_g,
     table_stride,
     max_tokens,
     scale,
@@ -228,7 +228,7 @@ def score_kernel(
 
     RUN: tl.constexpr = N // RUNS
     n_ranked = context_len - n_local
-    positions += g * notes_stride_g
+    positions += g * tracked_stride_g
     least = tl.full([PAGES, SLOTS], float("inf"), tl.float32)
     most = tl.full([PAGES, SLOTS], float("-inf"), tl.float32)
     lane_tops = (tl.full([PAGES, SLOTS], -1e30, tl.float32),) * HEADS  # finite: a lane may never see a token
@@ -254,7 +254,7 @@ def score_kernel(
                 if not PROBS:
                     s = sum_heads(own, HEADS)
                     if POSITIONS:
-                        s = mark_newest(s, positions, table, t, live, n_local, context_len, notes_stride_p, N)
+                        s = mark_newest(s, positions, table, t, live, n_local, context_len, tracked_stride_p, N)
                     tl.store(scores + t, s, mask=live)
                     ranked = live & is_ranked(s, t, n_ranked, POSITIONS)
                     least = tl.where(ranked, tl.minimum(least, s), least)

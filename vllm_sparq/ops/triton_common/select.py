@@ -113,8 +113,8 @@ def count_kernel(
     tops,
     sums,
     counts,  # int32 [rows, N_SPLITS, N_BINS], written
-    notes_stride_p,
-    notes_stride_g,
+    tracked_stride_p,
+    tracked_stride_g,
     table_stride,
     max_tokens,
     G: tl.constexpr,
@@ -151,9 +151,9 @@ def count_kernel(
                 own = tl.load(head_scores + h * max_tokens + t, mask=live, other=0.0).to(tl.float32)
                 s += tl.exp(own - row_tops[h]) / row_sums[h]
             if POSITIONS:
-                own_positions = positions + row % G * notes_stride_g
+                own_positions = positions + row % G * tracked_stride_g
                 table = block_table + row // G * table_stride
-                s = mark_newest(s, own_positions, table, t, live, n_local, context_len, notes_stride_p, N)
+                s = mark_newest(s, own_positions, table, t, live, n_local, context_len, tracked_stride_p, N)
             tl.store(scores + t, s, mask=live)
         else:
             s = tl.load(scores + t, mask=live, other=0.0)

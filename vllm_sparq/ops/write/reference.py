@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from vllm_sparq.config import SPAN_TOKENS
 from vllm_sparq.layout import RANKING_BITS, Pages
 from vllm_sparq.ops.codec import decode_page, encode_page, pack
+from vllm_sparq.reads import SPAN_TOKENS
 
 FP16_MAX = torch.finfo(torch.float16).max
 
@@ -37,8 +37,8 @@ def write(
                 if pages.layout.positions:
                     position = first if first_positions is None else int(first_positions[b])
                     pages.positions[page, head, slot] = position + row - start
-                if pages.layout.scores:
-                    pages.scores[page, head, slot] = 0
+                if pages.layout.attention:
+                    pages.attention[page, head, slot] = 0
                 if slot == block_size - 1:
                     _fill_page(pages, block_table[b], block, head)
 

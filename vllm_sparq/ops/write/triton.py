@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from vllm_sparq.layout import RANKING_BITS, Pages
-from vllm_sparq.ops.triton_common.attention_scores import note_arrivals, note_parts
+from vllm_sparq.ops.triton_common.attention_scores import track_arrivals, tracked_parts
 from vllm_sparq.ops.triton_common.launch import find_request
 from vllm_sparq.ops.write.triton_quantized import write_quantized
 from vllm_sparq.ops.write.triton_ranking import close_page, ranking_tile
@@ -42,13 +42,13 @@ def write_kernel(
     ranking_stride_g,
     scales_stride_p,
     scales_stride_g,
-    notes_stride_p,  # of positions and of scores
-    notes_stride_g,
+    tracked_stride_p,  # of positions and of scores
+    tracked_stride_g,
     table_stride,
     n_requests,
     RANKING: tl.constexpr,
     POSITIONS: tl.constexpr,
-    SCORES: tl.constexpr,
+    ATTENTION: tl.constexpr,
     SHIFTED: tl.constexpr,  # whether positions differ from slots
     N: tl.constexpr,
     D: tl.constexpr,
@@ -89,11 +89,11 @@ def write_kernel(
         tl.store(records + slot * (2 * D) + d, k, mask=mask)
         tl.store(records + slot * (2 * D) + D + d, v, mask=mask)
     if POSITIONS:
-        at = page * notes_stride_p + g * notes_stride_g
+        at = page * tracked_stride_p + g * tracked_stride_g
         slot_0 = block * N
         if SHIFTED:
             slot_0 += tl.load(first_positions + b) - first
-        note_arrivals(positions + at, scores + at, slot_0, n_old, stop, SCORES)
+        track_arrivals(positions + at, scores + at, slot_0, n_old, stop, ATTENTION)
     if RANKING is not None:  # noqa: SIM102  known at compile time, the rest is not
         if stop == N:
             ranking += page * ranking_stride_p + g * ranking_stride_g
@@ -125,15 +125,15 @@ def write(
     scales = pages.scales if layout.ranking in RANKING_BITS else pages.data
     d_pad = triton.next_power_of_2(head_size)
     strides = [t.stride(i) for t in (key, value, pages.keys, ranking, scales) for i in (0, 1)]
-    positions, scores, *notes_strides = note_parts(pages)
+    positions, scores, *tracked_strides = tracked_parts(pages)
     shifted = layout.positions and first_positions is not None
     write_kernel[(n_tokens // block_size + 2 * n_requests, n_kv_heads)](
         *(key, value, pages.keys, ranking, scales, positions, scores),
         *(block_table, query_start_loc, seq_lens, first_positions if shifted else seq_lens),
-        *(*strides, *notes_strides, block_table.stride(0), n_requests),
+        *(*strides, *tracked_strides, block_table.stride(0), n_requests),
         RANKING=layout.ranking,
         POSITIONS=layout.positions,
-        SCORES=layout.scores,
+        ATTENTION=layout.attention,
         SHIFTED=shifted,
         N=block_size,
         D=head_size,

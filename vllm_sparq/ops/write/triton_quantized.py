@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 
 from vllm_sparq.layout import RANKING_BITS, Pages
-from vllm_sparq.ops.triton_common.attention_scores import note_arrivals, note_parts
+from vllm_sparq.ops.triton_common.attention_scores import track_arrivals, tracked_parts
 from vllm_sparq.ops.triton_common.codes import Rows, as_bytes, codes_of, load_scales
 from vllm_sparq.ops.triton_common.encode import encode, store_scales
 from vllm_sparq.ops.triton_common.launch import find_request, widen
@@ -138,14 +138,14 @@ def encode_kernel(
     ranking_stride_g,
     scales_stride_p,
     scales_stride_g,
-    notes_stride_p,  # of positions and of scores
-    notes_stride_g,
+    tracked_stride_p,  # of positions and of scores
+    tracked_stride_g,
     table_stride,
     n_requests,
     BEGUN: tl.constexpr,  # whether this is the first launch
     RANKING: tl.constexpr,
     POSITIONS: tl.constexpr,
-    SCORES: tl.constexpr,
+    ATTENTION: tl.constexpr,
     SHIFTED: tl.constexpr,  # whether positions differ from slots
     FORMAT: tl.constexpr,
     N: tl.constexpr,
@@ -208,11 +208,11 @@ def encode_kernel(
         )
         return
     if POSITIONS and not BEGUN:  # of every block that tokens come to; staged tokens lie there no more
-        notes_at = page * notes_stride_p + g * notes_stride_g
+        tracked_at = page * tracked_stride_p + g * tracked_stride_g
         slot_0 = block * N
         if SHIFTED:
             slot_0 += tl.load(first_positions + b) - first
-        note_arrivals(positions + notes_at, scores + notes_at, slot_0, n_old, stop, SCORES)
+        track_arrivals(positions + tracked_at, scores + tracked_at, slot_0, n_old, stop, ATTENTION)
     key += g * key_stride_g + row * key_stride_t
     write_side(
         *(key, staged, at, table + block + 1, n_old, stop, is_staged, is_encoded, key_stride_t, page_stride),
@@ -247,18 +247,18 @@ def write_quantized(
     scales = pages.scales if layout.ranking in RANKING_BITS else pages.data
     d_pad = triton.next_power_of_2(head_size)
     strides = [t.stride(i) for t in (key, value, pages.staged, ranking, scales) for i in (0, 1)]
-    positions, scores, *notes_strides = note_parts(pages)
+    positions, scores, *tracked_strides = tracked_parts(pages)
     shifted = layout.positions and first_positions is not None
     for begun in (True, False):
         n_programs = n_requests if begun else n_tokens // block_size + 2 * n_requests
         encode_kernel[(n_programs, n_kv_heads, 2)](
             *(key, value, pages.staged, ranking, scales, positions, scores),
             *(block_table, query_start_loc, seq_lens, first_positions if shifted else seq_lens),
-            *(*strides, *notes_strides, block_table.stride(0), n_requests),
+            *(*strides, *tracked_strides, block_table.stride(0), n_requests),
             BEGUN=begun,
             RANKING=layout.ranking,
             POSITIONS=layout.positions,
-            SCORES=layout.scores,
+            ATTENTION=layout.attention,
             SHIFTED=shifted,
             FORMAT=codes,
             N=block_size,

@@ -5,9 +5,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from vllm_sparq.config import SPAN_TOKENS
 from vllm_sparq.ops.triton_common.codes import gather
 from vllm_sparq.ops.triton_common.launch import cast, widen
+from vllm_sparq.reads import SPAN_TOKENS
 
 SPAN = tl.constexpr(SPAN_TOKENS)
 

@@ -157,7 +157,7 @@ def add_to_scores(scores, table, slot, live, paid, scores_stride_p, N: tl.conste
     tl.store(at, tl.load(at, mask=live, other=0.0) + paid / GROUP, mask=live)
 
 
-def note_prefill(
+def add_prefill_attention(
     query: torch.Tensor,
     key: torch.Tensor,
     pages: Pages,
@@ -170,9 +170,9 @@ def note_prefill(
     n_rows: int,
     tile: int,
 ) -> None:
-    """Add to `Pages.scores`; ``n_rows`` query rows by ``tile`` keys at a time."""
+    """Add to `Pages.attention`; ``n_rows`` query rows by ``tile`` keys at a time."""
     n_requests, n_kv_heads, layout = query_start_loc.shape[0] - 1, key.shape[1], pages.layout
-    records, scores = pages_as_records(pages), pages.scores
+    records, scores = pages_as_records(pages), pages.attention
     max_tokens = block_table.shape[1] * layout.block_size
     strides = [t.stride(i) for t in (query, key, records, scores) for i in (0, 1)]
     n_programs = split_count(n_requests * n_kv_heads, max_tokens, query.device, min_tokens=tile, limit=1024)

@@ -1,4 +1,4 @@
-"""The attention that each token gets, noted by the ops that pay it, against plain softmax maps."""
+"""The attention that each token gets, tracked by the ops that pay it, against plain softmax maps."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from tests.ops.cases import device_of as device
 from tests.ops.rounding import rounded_dense_decode
 from tests.ops.shapes import FORMATS, SHAPES, TINY, TINY_FORMATS
 from tests.ops.test_evict import slots_of
-from vllm_sparq.config import SparqRead
 from vllm_sparq.ops.dense_decode.reference import dense_decode
 from vllm_sparq.ops.prefill.reference import prefill
 from vllm_sparq.ops.sparq_decode.reference import sparq_decode
+from vllm_sparq.reads import SparqRead
 
 BEFORE = 0.25
 """Score of every token before the step, so that adding and overwriting differ."""
@@ -31,19 +31,19 @@ TOLERANCE = {
 
 
 def scored(case: Case) -> Case:
-    return replace(case, scores=True, positions=True)
+    return replace(case, attention=True, positions=True)
 
 
 def with_scores(case: Case, on: str, written: str = "all") -> World:
     world = build(case, device=on, written=written)
-    world.pages.scores[:] = BEFORE
+    world.pages.attention[:] = BEFORE
     return world
 
 
 def scores_of(world: World) -> list[torch.Tensor]:
     """Per request, [S, G]."""
     return [
-        world.pages.scores[page, :, place].cpu()
+        world.pages.attention[page, :, place].cpu()
         for page, place in (slots_of(world, b, n) for b, n in enumerate(world.case.lens))
     ]
 

@@ -1,0 +1,61 @@
+"""What the metadata of a step needs to know of its requests and vLLM's metadata does not carry.
+
+Our worker makes one `StepRequests` for its model runner and hands it to the layers it has loaded; the metadata builder
+of a layer finds it there. So two engines in one process never ask each other's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from vllm_sparq.retention import Phase
+
+
+class StepRequests:
+    """Answers about the requests of a step, from a model runner of either generation.
+
+    Attributes:
+        phases: request id -> the budget that the scheduler has shrunk, as of the step that runs.
+    """
+
+    def __init__(self, runner: Any) -> None:
+        self._runner = runner
+        self.phases: Mapping[str, Phase] = {}
+
+    def prompt_lens(self, step: Any) -> torch.Tensor | None:
+        """Prompt length of each request of a step: int [B], on the CPU, 0 for padding; None where vLLM hides it."""
+        runner = self._runner
+        if not hasattr(runner, "req_states"):
+            known: torch.Tensor = runner.input_batch.num_prompt_tokens_cpu_tensor[: step.num_reqs]
+            return known
+        rows = _rows(step)
+        if rows is None:
+            return None
+        lens = torch.zeros(step.num_reqs, dtype=torch.int32)
+        lens[: len(rows)] = torch.from_numpy(runner.req_states.prompt_len.np)[rows]
+        return lens
+
+    def shrunk(self, step: Any) -> list[Phase | None]:
+        """The shrunk budget of each request of a step, or None."""
+        found: list[Phase | None] = [None] * step.num_reqs
+        if not self.phases:
+            return found
+        if hasattr(self._runner, "req_states"):
+            rows = _rows(step)
+            names = self._runner.req_states.index_to_req_id
+            ids = [] if rows is None else [names.get(row) for row in rows.tolist()]
+        else:
+            ids = self._runner.input_batch.req_ids[: step.num_reqs]
+        for i, request_id in enumerate(ids):
+            found[i] = self.phases.get(request_id)
+        return found
+
+
+def _rows(step: Any) -> torch.Tensor | None:
+    """Model runner V2: the rows of a step's requests in the runner's table, int64 [B]; drafting models name none."""
+    if step.req_idx is None:
+        return None
+    return torch.as_tensor(step.req_idx, device="cpu")[: step.num_reqs].long()

@@ -1,0 +1,34 @@
+"""What a decode step reads of its context: one file per read, one row in `READS`.
+
+A read knows its decode op, which options mean nothing to it, what it needs of a page, and its own arithmetic: when a
+context is read in full, how many tokens are read otherwise, and how many bytes that moves. Everything else (attention
+layers, doctor, benchmarks) asks these questions and never which read it is.
+
+Plain numbers: nothing here knows about vLLM or tensors. S is the context length, the current token included.
+"""
+
+from __future__ import annotations
+
+from vllm_sparq.reads.base import MEASURED_BREAK_EVEN, Counts, HeadShape, PageNeeds, Read, SparseRead
+from vllm_sparq.reads.dense import DenseRead
+from vllm_sparq.reads.spans import LEAST_SPANS, SPAN_TOKENS, SpansRead, spans_of
+from vllm_sparq.reads.sparq import SparqRead
+
+READS: dict[str, type[Read]] = {"sparq": SparqRead, "spans": SpansRead, "dense": DenseRead}
+"""Value of the option ``read`` -> its class."""
+
+__all__ = [
+    "LEAST_SPANS",
+    "MEASURED_BREAK_EVEN",
+    "READS",
+    "SPAN_TOKENS",
+    "Counts",
+    "DenseRead",
+    "HeadShape",
+    "PageNeeds",
+    "Read",
+    "SpansRead",
+    "SparqRead",
+    "SparseRead",
+    "spans_of",
+]
