@@ -12,9 +12,12 @@ from typing import Any
 import pytest
 from packaging.version import Version
 
-from vllm_sparq import cli, compat, doctor, engine_check
+from vllm_sparq import cli, compat
 from vllm_sparq.config import Options
-from vllm_sparq.model_report import model_section
+from vllm_sparq.doctor import command, machine
+from vllm_sparq.doctor import engine as engine_check
+from vllm_sparq.doctor.findings import Section
+from vllm_sparq.doctor.model import model_section
 
 LLAMA = {**engine_check.CONFIG, "max_position_embeddings": 8192, "num_hidden_layers": 3}
 
@@ -24,7 +27,7 @@ def model_folder(folder: Path, **config: Any) -> str:
     return str(folder)
 
 
-def texts(section: doctor.Section, mark: str) -> str:
+def texts(section: Section, mark: str) -> str:
     return "\n".join(finding.text for finding in section.findings if finding.mark == mark)
 
 
@@ -68,19 +71,19 @@ def test_a_bypassed_platform_is_found() -> None:
 )
 def test_environment_variables(name: str, value: str, mark: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(name, value)
-    assert message in texts(doctor.environment(), mark)
+    assert message in texts(machine.environment(), mark)
 
 
 def test_an_unknown_implementation_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VLLM_SPARQ_IMPL", "cuda")
-    assert "VLLM_SPARQ_IMPL='cuda' is not an implementation of write" in texts(doctor.implementations(), "✗")
+    assert "VLLM_SPARQ_IMPL='cuda' is not an implementation of write" in texts(machine.implementations(), "✗")
 
 
 def test_a_check_that_breaks_is_a_finding() -> None:
-    def broken() -> doctor.Section:
+    def broken() -> Section:
         raise RuntimeError("no such thing")
 
-    assert texts(doctor.run_check(broken), "✗") == "RuntimeError: no such thing"
+    assert texts(command.run_check(broken), "✗") == "RuntimeError: no such thing"
 
 
 def test_what_options_mean_for_a_model(tmp_path: Path) -> None:
@@ -182,3 +185,35 @@ def test_an_engine_that_fails_shows_the_cause(tmp_path: Path, monkeypatch: pytes
     with pytest.raises(engine_check.EngineError, match="SPARQ") as caught:
         engine_check.check_engine(tmp_path)
     assert "the engine failed; its log says:" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("backend", "message"),
+    [
+        ("sparq", "r = 8 of 64 channels of the int4 copy of K rank the tokens"),
+        ("quest", "spans of 16 tokens"),
+        ("flexgen", "format int4: a cached token takes"),
+        ("kivi", "format kivi4: a cached token takes"),
+        ("h2o", "retention heavy_hitter: of 8,192 tokens a request keeps 1,024 per KV head"),
+        ("streaming", "the first 4 and the newest"),
+    ],
+)
+def test_each_backend_is_described_as_it_starts(
+    backend: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = model_folder(tmp_path)
+    assert cli.main(["doctor", "--quick", "--model", folder, "--attention-backend", backend.upper()]) == 0
+    out = capsys.readouterr().out
+    assert message in out
+    assert out.rstrip().endswith(f"All is well: vllm serve {folder} --attention-backend {backend}")
+
+
+def test_the_last_line_is_a_command_that_works(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = '{"budget": 512}'
+    folder = model_folder(tmp_path)
+    arguments = ["doctor", "--quick", "--model", folder, "--attention-backend", "h2o", "--options", options]
+    assert cli.main(arguments) == 0
+    last = capsys.readouterr().out.rstrip().splitlines()[-1]
+    assert last.endswith(f"--attention-backend h2o --additional-config '{{\"sparq\": {options}}}'")
+    assert cli.main([*arguments[:4], "--options", options]) == 2  # a budget means nothing while all tokens stay
+    assert "budget=512 means nothing while all tokens stay" in capsys.readouterr().err

@@ -43,8 +43,6 @@ MAY_IMPORT_VLLM = (
     "vllm_sparq.compat",
     "vllm_sparq.cli",
     "vllm_sparq.doctor",
-    "vllm_sparq.engine_check",
-    "vllm_sparq.model_report",
     "vllm_sparq.stat_logger",
     "vllm_sparq.attention_backends",
     "vllm_sparq.scheduler",
@@ -56,9 +54,7 @@ LAZY = {
     "vllm_sparq.cli": ("vllm", "torch", "triton", "vllm_sparq.benchmarks", "vllm_sparq.ops"),
     "vllm_sparq.plugin": ("vllm", "torch", "triton"),
     "vllm_sparq.compat": ("vllm", "torch", "triton"),
-    "vllm_sparq.doctor": ("vllm",),
-    "vllm_sparq.engine_check": ("vllm",),
-    "vllm_sparq.model_report": ("vllm",),
+    **{f"vllm_sparq.doctor.{name}": ("vllm",) for name in ("command", "machine", "model", "engine")},
     "vllm_sparq.ops.dispatch": ("triton",),
 }
 """Module -> what it may import inside functions only."""

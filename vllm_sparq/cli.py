@@ -8,7 +8,7 @@ import json
 import sys
 from collections.abc import Sequence
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from vllm_sparq import __version__
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 BENCHMARKS = "vllm_sparq.benchmarks"
 
 COMMANDS = {
-    "doctor": ("vllm_sparq.doctor", "say whether everything works here, and what options mean for a model"),
+    "doctor": ("vllm_sparq.doctor.command", "say whether everything works here, and what options mean for a model"),
     "demo": (f"{BENCHMARKS}.serving.demo", "two real `vllm serve`, SparQ and dense, answer the same questions"),
     "bench ops": (f"{BENCHMARKS}.ops.bench", "time the attention ops against dense ones on this machine"),
     "eval": (
@@ -79,7 +79,7 @@ def build_parser(words: Sequence[str]) -> tuple[argparse.ArgumentParser, ModuleT
     """The parser of all commands, filled in for the one that `words` begin with, and that one's module."""
     parser = argparse.ArgumentParser(
         prog="vllm-sparq",
-        description="Long contexts in vLLM: read few cached tokens (SparQ), store them small (quantized blocks).",
+        description="Long contexts in vLLM: read few cached tokens, store them small, keep few.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -112,9 +112,9 @@ def comma_numbers(text: str) -> list[int]:
     return [int(part) for part in text.split(",")]
 
 
-def sparq_options(text: str) -> Options:
-    """For argparse: the options in a JSON object, with or without the key "sparq" around it."""
-    from vllm_sparq.config import NAMESPACE, OptionsError, parse_options
+def given_options(text: str) -> dict[str, Any]:
+    """For argparse: a JSON object of options, with or without the key "sparq" around it; not checked yet."""
+    from vllm_sparq.config import NAMESPACE
 
     try:
         given = json.loads(text)
@@ -122,9 +122,23 @@ def sparq_options(text: str) -> Options:
         raise argparse.ArgumentTypeError(
             f"{text!r} is not JSON ({error}): write for example '{{\"compression\": 4}}', in single quotes"
         ) from None
-    if isinstance(given, dict) and list(given) == [NAMESPACE]:
-        given = given[NAMESPACE]
+    if not isinstance(given, dict):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} must be an object of options: write for example '{{\"compression\": 4}}'"
+        )
+    found: Any = given[NAMESPACE] if list(given) == [NAMESPACE] else given
+    if not isinstance(found, dict):
+        raise argparse.ArgumentTypeError(
+            f'{text!r}: "{NAMESPACE}" must be an object of options, such as {{"compression": 4}}'
+        )
+    return found
+
+
+def sparq_options(text: str) -> Options:
+    """For argparse: the options of ``--attention-backend sparq`` in a JSON object."""
+    from vllm_sparq.config import NAMESPACE, OptionsError, parse_options
+
     try:
-        return parse_options({NAMESPACE: given})
+        return parse_options({NAMESPACE: given_options(text)})
     except OptionsError as error:
         raise argparse.ArgumentTypeError(str(error)) from None

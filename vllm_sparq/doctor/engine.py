@@ -1,6 +1,6 @@
 """A real engine of vLLM, as small as can be, with SparQ: what runs inside its worker? Used by `vllm-sparq doctor`.
 
-`python -m vllm_sparq.engine_check FOLDER` does the work in a process of its own, which spawns the engine core, which
+`python -m vllm_sparq.doctor.engine FOLDER` does the work in a process of its own, which spawns the engine core, which
 spawns the worker; it leaves its findings in report.json. `check_engine` runs that and reads them.
 """
 
@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
 from vllm_sparq import processes
+from vllm_sparq.doctor.findings import Section
 
 TIMEOUT_S = 240.0
 PROMPT_LENGTH, N_TOKENS = 300, 8  # two full blocks of 128 and an open one; enough to read sparsely
@@ -70,7 +73,7 @@ def check_engine(folder: Path) -> dict[str, Any]:
     (folder / "config.json").write_text(json.dumps(CONFIG))
     log = folder / "engine.log"
     environment = {name: value for name, value in os.environ.items() if name not in CLEARED} | ENVIRONMENT
-    command = [sys.executable, "-m", "vllm_sparq.engine_check", str(folder)]
+    command = [sys.executable, "-m", "vllm_sparq.doctor.engine", str(folder)]
     started = time.monotonic()
     process = processes.start_group(command, log=log, folder=folder, environment=environment)
     try:
@@ -84,6 +87,30 @@ def check_engine(folder: Path) -> dict[str, Any]:
         reason = f"did not finish in {TIMEOUT_S:.0f} s" if took_too_long else "failed"
         raise EngineError("\n".join([f"the engine {reason}; its log says:", *processes.relevant_lines(log)]))
     return {**json.loads(report.read_text()), "seconds": round(time.monotonic() - started, 1)}
+
+
+def engine_section() -> Section:
+    """starting a small engine (half a minute)"""
+    section = Section("engine")
+    folder = Path(tempfile.mkdtemp(prefix="vllm-sparq-doctor-"))
+    try:
+        report = check_engine(folder)
+    except EngineError as error:
+        section.bad(str(error))
+        return section
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    section.numbers = report
+    layers = report["layers"].values()
+    classes = sorted({f"{layer['impl']} (backend {layer['backend']})" for layer in layers})
+    if layers and all(layer["backend"] == "SPARQ" for layer in layers):
+        section.good(f"spawned engine core and worker; the worker's {len(layers)} layers run {', '.join(classes)}")
+    else:
+        section.bad(f"asked for SparQ, but the worker runs {', '.join(classes) or 'no attention layer'}")
+    section.good(
+        f"it generated {report['n_tokens']} tokens; {report['seconds']:.0f} s in all, nearly all of it imports"
+    )
+    return section
 
 
 def run_engine(folder: Path) -> dict[str, Any]:

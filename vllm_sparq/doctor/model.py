@@ -1,12 +1,13 @@
-"""What SparQ's options mean for one model: what is read, what the cache costs, what is refused. Part of the doctor."""
+"""What a backend and its options mean for one model: what is read, what the cache costs, what is refused."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
 
+from vllm_sparq.backends import PRESETS
 from vllm_sparq.config import Options, check_budget
-from vllm_sparq.doctor import Section
+from vllm_sparq.doctor.findings import Section
 from vllm_sparq.formats import FORMATS
 from vllm_sparq.layout import PageLayout
 from vllm_sparq.reads import HeadShape, Read
@@ -14,14 +15,15 @@ from vllm_sparq.reads import HeadShape, Read
 CONTEXTS = (1024, 4096, 16384, 65536, 131072)
 
 
-def model_section(model: str, options: Options) -> Section:
-    """The report, from the model's configuration alone."""
+def model_section(model: str, options: Options, backend: str = "sparq") -> Section:
+    """The report, from the model's configuration alone; ``backend`` is the name that ``options`` were given to."""
     from vllm.config import ModelConfig
 
     from vllm_sparq.attention_backends.engine import preferred_block_size
     from vllm_sparq.attention_backends.refusals import model_refusals
 
-    section = Section(f"model {model}")
+    section = Section(f"model {model} with --attention-backend {backend}")
+    section.note(f"{backend} {PRESETS[backend].summary}, unless options say otherwise")
     try:
         config = ModelConfig(model=model, skip_tokenizer_init=True)
     except Exception as error:  # vLLM raises many kinds, all of them about this model
@@ -105,15 +107,19 @@ def _describe_read(section: Section, options: Options, shape: dict[str, int], ma
     heads = _heads(shape)
     read = options.read_of(heads)
     section.numbers["contexts"] = []
-    for line in read.describe(options, heads):
-        section.good(line)
-    if read.is_dense(max_model_len):
-        section.note(f"read = {options.read}: no context of this model is read sparsely")
+    lines = read.describe(options, heads)
+    if not read.dials:
+        section.note(f"read = {options.read}: {'; '.join(lines)}")
         return
+    for line in lines:
+        section.good(line)
     if options.dense_layers:
         section.note(f"the first {min(options.dense_layers, shape['n_full'])} layers always read densely")
-    first_sparse = next(n for n in range(max_model_len + 1) if not read.is_dense(n))
-    section.good(f"contexts below {first_sparse:,} tokens are read densely")
+    first_sparse = next((n for n in range(max_model_len + 1) if not read.is_dense(n)), None)
+    if first_sparse is None:
+        section.note(f"no context of up to {max_model_len:,} tokens is long enough to be read sparsely")
+    else:
+        section.good(f"contexts below {first_sparse:,} tokens are read densely")
     for context in sorted({*(c for c in CONTEXTS if c < max_model_len), max_model_len}):
         _describe_context(section, read, context)
 
