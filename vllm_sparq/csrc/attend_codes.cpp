@@ -2,7 +2,7 @@
 
 #include "codes_float.h"
 #include "dot_codes_bf16.h"
-#include "scores.h"
+#include "attention.h"
 #include "softmax_tile.h"
 #include "tile.h"
 
@@ -14,7 +14,7 @@ constexpr int LIST_TILE = 128;  // tokens of a list at a time
 // Arrays of pointers to rows.
 struct RowPointers {
   const uint8_t** codes;
-  const uint8_t** ranges;
+  const uint8_t** scales;
   int n = 0;
 
   static RowPointers in(Arena& arena, int capacity) {
@@ -24,19 +24,19 @@ struct RowPointers {
 
   void push(const Codes& where, const uint8_t* page, int row) {
     codes[n] = page + where.codes + row * where.code_stride;
-    ranges[n++] = page + where.ranges + row * where.range_stride;
+    scales[n++] = page + where.scales + row * where.scale_stride;
   }
   CodeRows rows() const {
     codes[n] = codes[n - 1];  // room: see `in`
-    return {codes, ranges, n};
+    return {codes, scales, n};
   }
 
   // The first n rows of a page.
   CodeRows all(const Codes& where, const CodeShape& shape, const uint8_t* page, int count) {
     n = 0;
     for (int row = 0; row < count; ++row) push(where, page, row);
-    const bool dense = where.range_stride == shape.range_bytes();
-    return {codes, ranges, n, dense ? page + where.ranges : nullptr};
+    const bool dense = where.scale_stride == shape.scale_bytes();
+    return {codes, scales, n, dense ? page + where.scales : nullptr};
   }
 };
 
@@ -90,7 +90,7 @@ void few_heads_at_a_time(const CodeKernels& kernels, const Group& group, const S
 
 // Where the codes of a page end, which begin with those of K.
 int64_t codes_end(const Pages& pages) {
-  return pages.channel_keys() ? pages.value.ranges + pages.block_size * pages.value.range_stride
+  return pages.channel_keys() ? pages.value.scales + pages.block_size * pages.value.scale_stride
                               : pages.key.codes + pages.block_size * pages.key.code_stride;
 }
 
@@ -107,12 +107,12 @@ void touch(const Pages& pages, const uint8_t* page) {
   for (int64_t byte = 0; byte < codes_end(pages); byte += 4096) prefetch_l2(page + byte);
 }
 
-void prefetch_row(const Codes& where, const uint8_t* page, int row, int code_bytes, int range_bytes) {
+void prefetch_row(const Codes& where, const uint8_t* page, int row, int code_bytes, int scale_bytes) {
   const uint8_t *codes = page + where.codes + row * where.code_stride;
-  const uint8_t *ranges = page + where.ranges + row * where.range_stride;
+  const uint8_t *scales = page + where.scales + row * where.scale_stride;
   for (int byte = 0; byte < code_bytes; byte += 64) prefetch_l2(codes + byte);
   prefetch_l2(codes + code_bytes - 1);
-  prefetch_l2(ranges), prefetch_l2(ranges + range_bytes - 1);
+  prefetch_l2(scales), prefetch_l2(scales + scale_bytes - 1);
 }
 
 // The tokens of a list, a tile at a time.
@@ -126,11 +126,11 @@ class Listed {
   const uint8_t* page(int i) const { return sequence_.page(block(i)); }
 
   void prefetch(int first, int last) const {
-    const int value_bytes = kernels_.value.row_bytes(), range_bytes = kernels_.value.range_bytes();
+    const int value_bytes = kernels_.value.row_bytes(), scale_bytes = kernels_.value.scale_bytes();
     for (int i = first; i < last; ++i) {
-      prefetch_row(pages_.value, page(i), slot(i), value_bytes, range_bytes);
+      prefetch_row(pages_.value, page(i), slot(i), value_bytes, scale_bytes);
       if (!pages_.channel_keys())
-        prefetch_row(pages_.key, page(i), slot(i), kernels_.key.row_bytes(), kernels_.key.range_bytes());
+        prefetch_row(pages_.key, page(i), slot(i), kernels_.key.row_bytes(), kernels_.key.scale_bytes());
     }
   }
 
@@ -199,7 +199,7 @@ void attend_blocks(const CodeKernels& kernels, const Group& group, const State& 
     Ahead keys, values;
     if (block + 1 < last_block) page_ahead(pages, sequence.page(block + 1), &keys, &values);
     if (block + 2 < last_block) touch(pages, sequence.page(block + 2));
-    if (state.logits != nullptr) fetch_scores(sequence, block * n, n);
+    if (state.logits != nullptr) fetch_attention(sequence, block * n, n);
     few_heads_at_a_time(kernels, group, state.behind((block - first_block) * n), pages, [&](const Heads4& heads) {
       heads.score_page(page, rows, logits, stride, keys);
       heads.absorb(logits, stride, n, rows.all(pages.value, kernels.value, page, n), values);

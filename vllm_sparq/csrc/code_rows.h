@@ -14,13 +14,13 @@ struct CodeShape {
   int n;  // codes of a row
   int bits;
   int group;
-  bool has_zero;  // ranges are step and zero, else steps alone and the codes are signed
-  DType dtype;    // of the ranges
+  bool has_zero;  // scales are step and zero, else steps alone and the codes are signed
+  DType dtype;    // of the scales
 
   int row_bytes() const { return n * bits / 8; }
   int n_groups() const { return n / group; }
   int n_planes() const { return 8 / bits; }  // codes of a byte, which are row_bytes() apart
-  int range_bytes() const { return n_groups() * (has_zero ? 2 : 1) * (dtype == DType::fp32 ? 4 : 2); }
+  int scale_bytes() const { return n_groups() * (has_zero ? 2 : 1) * (dtype == DType::fp32 ? 4 : 2); }
 
   static CodeShape of(const Pages& pages, int n) {
     const int bits = pages.format == Format::int8 ? 8 : pages.format == Format::kivi2 ? 2 : 4;
@@ -42,9 +42,9 @@ inline int code_at(const CodeShape& shape, int byte, int i) {
 // n rows, anywhere in memory. Codes are read in pairs of rows: if n is odd there is one more pointer, to any row.
 struct CodeRows {
   const uint8_t* const* codes;
-  const uint8_t* const* ranges;
+  const uint8_t* const* scales;
   int n;
-  const uint8_t* all_ranges = nullptr;  // not null: the ranges of all rows, one row after the other
+  const uint8_t* all_scales = nullptr;  // not null: the scales of all rows, one row after the other
 };
 
 // Memory that is wanted soon, to be prefetched bit by bit between other work.

@@ -8,8 +8,8 @@
 
 namespace sparq {
 
-// Decodes K or V of one KV head, sixteen tokens at a time. T is the type of the ranges. Where `fused`, fp32 is rounded once
-// per element and not twice, as vllm_sparq/ops/codec.py does; of 16-bit ranges every product is exact.
+// Decodes K or V of one KV head, sixteen tokens at a time. T is the type of the scales. Where `fused`, fp32 is rounded once
+// per element and not twice, as vllm_sparq/ops/codec.py does; of 16-bit scales every product is exact.
 template <class T, bool fused = true>
 class CodedTokens {
  public:
@@ -50,7 +50,7 @@ class CodedTokens {
   void token_rows(const CodeShape& shape, const Codes& part, const uint8_t* page, int slot, R* to) {
     for (int i = slot; i < slot + TOKENS; ++i, to += d_) {
       const uint8_t* codes = page + part.codes + i * part.code_stride;
-      const T* numbers = (const T*)(page + part.ranges + i * part.range_stride);
+      const T* numbers = (const T*)(page + part.scales + i * part.scale_stride);
       for (int group = 0; group < d_; group += shape.group) {
         fill(steps_ + group, shape.group, *numbers++);
         if (shape.has_zero) fill(zeros_ + group, shape.group, *numbers++);
@@ -77,14 +77,14 @@ class CodedTokens {
     transpose<1>(channels_ + slot, n, d_, TOKENS, codes_, d_);
     int group = -1;
     for (int i = 0; i < TOKENS; ++i, to += d_) {
-      if (group != (slot + i) / shape.group) channel_ranges(page, group = (slot + i) / shape.group);
+      if (group != (slot + i) / shape.group) channel_scales(page, group = (slot + i) / shape.group);
       scale_codes(codes_ + (size_t)i * d_, to);
     }
   }
 
-  void channel_ranges(const uint8_t* page, int group) {
-    const uint8_t* at = page + pages_.key.ranges + 2 * sizeof(T) * group;
-    for (int c = 0; c < d_; ++c, at += pages_.key.range_stride) {
+  void channel_scales(const uint8_t* page, int group) {
+    const uint8_t* at = page + pages_.key.scales + 2 * sizeof(T) * group;
+    for (int c = 0; c < d_; ++c, at += pages_.key.scale_stride) {
       steps_[c] = to_float(((const T*)at)[0]);
       zeros_[c] = to_float(((const T*)at)[1]);
     }

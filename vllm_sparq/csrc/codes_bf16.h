@@ -74,11 +74,11 @@ inline bool can_mix_bf16(const CodeShape& shape) {
 }
 
 // Step and zero of up to MIX_ROWS rows as the dwords they are, [n rounded up, n_groups]; zeros past the end.
-inline const int32_t* stage_ranges(const CodeShape& shape, const CodeRows& rows, int first, int n, int32_t* to) {
+inline const int32_t* stage_scales(const CodeShape& shape, const CodeRows& rows, int first, int n, int32_t* to) {
   const int groups = shape.n_groups();
-  if (rows.all_ranges != nullptr && shape.has_zero && n % 32 == 0)
-    return (const int32_t*)rows.all_ranges + (size_t)first * groups;
-  const uint8_t* const* from = rows.ranges + first;
+  if (rows.all_scales != nullptr && shape.has_zero && n % 32 == 0)
+    return (const int32_t*)rows.all_scales + (size_t)first * groups;
+  const uint8_t* const* from = rows.scales + first;
   if (!shape.has_zero) {
     for (int i = 0; i < n; ++i) {
       uint16_t step;
@@ -96,15 +96,15 @@ inline const int32_t* stage_ranges(const CodeShape& shape, const CodeRows& rows,
   return to;
 }
 
-// Vectors of ranges, lane (row, plane) = row * planes + plane, for the planes of one unit of a row.
+// Vectors of scales, lane (row, plane) = row * planes + plane, for the planes of one unit of a row.
 template <int planes>
-struct RangeLanes {
-  const int32_t* ranges;
+struct ScaleLanes {
+  const int32_t* scales;
   int n_groups;
   bool in_order;  // the lanes are as in memory
   __m512i lanes;
 
-  RangeLanes(const CodeShape& shape, const int32_t* staged, int unit) : ranges(staged), n_groups(shape.n_groups()) {
+  ScaleLanes(const CodeShape& shape, const int32_t* staged, int unit) : scales(staged), n_groups(shape.n_groups()) {
     alignas(64) int32_t at[16];
     int group[planes];
     for (int p = 0; p < planes; ++p) group[p] = (p * shape.row_bytes() + unit * MIX_UNIT) / shape.group;
@@ -117,7 +117,7 @@ struct RangeLanes {
   }
   // From the given row on.
   SPARQ_INLINE __m512i load(int row) const {
-    const int32_t* from = ranges + row * n_groups;
+    const int32_t* from = scales + row * n_groups;
     if (in_order) return _mm512_loadu_si512(from);
     if (n_groups == 2 * planes)
       return _mm512_permutex2var_epi32(_mm512_loadu_si512(from), lanes, _mm512_loadu_si512(from + 16));
@@ -128,7 +128,7 @@ struct RangeLanes {
 // Pairs of bf16 weights x step of neighbouring rows, [n / 2, planes, TERMS] dwords, and the sums of
 // x (zero + middle step), one a plane.
 template <class C, int TERMS>
-void fold(const RangeLanes<C::planes>& ranges, const float* x, int n, int32_t* weights, float* sums) {
+void fold(const ScaleLanes<C::planes>& scales, const float* x, int n, int32_t* weights, float* sums) {
   constexpr int P = C::planes, R = 16 / P;  // rows of a vector
   alignas(64) int32_t of_row[16];
   alignas(64) int16_t of_pair[32];
@@ -137,7 +137,7 @@ void fold(const RangeLanes<C::planes>& ranges, const float* x, int n, int32_t* w
   const __m512i row = _mm512_load_si512(of_row), pair = _mm512_load_si512(of_pair);
   Vec sum = zero();
   const auto product = [&](int first) __attribute__((always_inline)) {
-    const __m512i both = ranges.load(first);
+    const __m512i both = scales.load(first);
     const Vec step = _mm512_castsi512_ps(_mm512_slli_epi32(both, 16));
     const Vec low = _mm512_castsi512_ps(_mm512_and_si512(both, _mm512_set1_epi32((int)0xffff0000)));
     const auto inside = (__mmask16)((1u << std::max(0, std::min(R, n - first))) - 1);
@@ -296,9 +296,9 @@ void mix_heads_bf16(const CodeShape& shape, const CodeRows& rows, const float* x
   const bool by_plane = P % shape.n_groups() == 0;  // all units have the same groups in the same planes
   for (int first = 0; first < rows.n; first += MIX_ROWS) {
     const int n = std::min(MIX_ROWS, rows.n - first);
-    const int32_t* const ranges = stage_ranges(shape, rows, first, n, staged);
+    const int32_t* const scales = stage_scales(shape, rows, first, n, staged);
     const auto prepare = [&](int unit, int to) {
-      const RangeLanes<P> lanes(shape, ranges, unit);
+      const ScaleLanes<P> lanes(shape, scales, unit);
       for (int h = 0; h < HH; ++h)
         fold<C, TERMS>(lanes, x + (size_t)h * x_stride + first, n, weights[to] + h * weight_stride, sums[to] + h * P);
     };

@@ -9,14 +9,14 @@ namespace sparq {
 
 // to [n] = zero + step * code of one row.
 template <class T>
-void decode_row(const CodeShape& shape, const uint8_t* codes, const uint8_t* ranges, float* to) {
+void decode_row(const CodeShape& shape, const uint8_t* codes, const uint8_t* scales, float* to) {
   const int n_bytes = shape.row_bytes(), mask = (1 << shape.bits) - 1, flip = shape.has_zero ? 0 : 128;
   for (int plane = 0; plane < shape.n_planes(); ++plane) {
     const int shift = plane * shape.bits;
     float* part = to + plane * n_bytes;
     for (int i = 0; i < n_bytes; ++i) part[i] = (float)((((codes[i] >> shift) & mask) ^ flip) - flip);
   }
-  const T* numbers = (const T*)ranges;
+  const T* numbers = (const T*)scales;
   for (int group = 0; group < shape.n_groups(); ++group, to += shape.group) {
     const float step = to_float(*numbers++), zero = shape.has_zero ? to_float(*numbers++) : 0.0f;
     for (int i = 0; i < shape.group; ++i) to[i] = zero + step * to[i];
@@ -31,7 +31,7 @@ struct DecodedRows {
   DecodedRows(const CodeShape& shape, const CodeRows& rows, int first, float* memory) {
     for (int i = 0; i < count; ++i) {
       if (first + i < rows.n)
-        decode_row<T>(shape, rows.codes[first + i], rows.ranges[first + i], memory + (size_t)i * shape.n);
+        decode_row<T>(shape, rows.codes[first + i], rows.scales[first + i], memory + (size_t)i * shape.n);
       at[i] = (const uint8_t*)(memory + (size_t)std::min(i, rows.n - 1 - first) * shape.n);
     }
   }

@@ -135,7 +135,7 @@ void attend_range(const Decode& call, const Group& group, const State& state, co
       rows[(i + 2) % 3].range(sequence, first + 2 * TILE, last, bytes);
       rows[(i + 2) % 3].touch(bytes);
     }
-    if (state.logits != nullptr) fetch_scores(sequence, first, now.n);
+    if (state.logits != nullptr) fetch_attention(sequence, first, now.n);
     call.kernels.absorb(group, state.behind(first - begin), now.at, now.n, first + TILE < last ? next.at : nullptr);
   }
 }
@@ -149,7 +149,7 @@ int most_tokens(const Decode& call, const Task& task) {
 }
 
 size_t noted_floats(const Decode& call, const Task& task) {
-  return call.pages.scored() ? Noted::n_floats(call.group_size(), most_tokens(call, task)) : 0;
+  return call.pages.adds_attention() ? Noted::n_floats(call.group_size(), most_tokens(call, task)) : 0;
 }
 
 // In the memory of a part, behind its state.
@@ -157,8 +157,8 @@ Noted noted_in(const Decode& call, const Task& task, float* memory) {
   return Noted::in(memory + call.state_floats(), call.group_size(), most_tokens(call, task));
 }
 
-// Adds to the scores of a task's tokens, from what all parts of its context have noted; `first` is that of the first one.
-void add_scores(const Decode& call, const Task& task, float* first) {
+// Adds to the attention of a task's tokens, from what all parts of its context have noted; `first` is that of the first one.
+void add_attention(const Decode& call, const Task& task, float* first) {
   const int n_heads = call.group_size();
   const size_t apart = part_floats(call, task);
   const auto noted = [&](int part) { return noted_in(call, task, first + part * apart); };
@@ -172,7 +172,7 @@ void add_scores(const Decode& call, const Task& task, float* first) {
       total += noted(part).totals[h] * std::exp2(noted(part).peaks[h] - peak);
     factors[h] = std::exp2(own.peaks[h] - peak) / (total * (float)n_heads);
   }
-  add_scores(call.sequence(task.request, task.head), task.first, task.last - task.first, own.logits, own.stride, n_heads,
+  add_attention(call.sequence(task.request, task.head), task.first, task.last - task.first, own.logits, own.stride, n_heads,
              factors);
 }
 
@@ -198,20 +198,20 @@ void attend_part(const Decode& call, const Task& task, float* memory) {
   if (whole) memory = arena.take<float>(n_floats);
   State state = call.new_state(memory);
   const Sequence sequence = call.sequence(task.request, task.head);
-  if (!call.pages.scored()) {
+  if (!call.pages.adds_attention()) {
     attend_range(call, group, state, sequence, task.first, task.last);
   } else {
     const Noted noted = noted_in(call, task, memory);
     state.logits = noted.logits, state.stride = noted.stride;
     attend_range(call, group, state, sequence, task.first, task.last);
     noted.weigh(state.peak, task.last - task.first);
-    if (whole) add_scores(call, task, memory);
+    if (whole) add_attention(call, task, memory);
   }
   if (whole) call.finish(task.request, task.head, state, nullptr, nullptr);
 }
 
 void finish_part(const Decode& call, const Task& task, float* memory) {
-  if (call.pages.scored()) add_scores(call, task, memory - task.part * part_floats(call, task));
+  if (call.pages.adds_attention()) add_attention(call, task, memory - task.part * part_floats(call, task));
   if (task.part == 0) merge_states(call, task, memory);
 }
 

@@ -8,7 +8,7 @@
 #include "attend.h"
 #include "attend_codes.h"
 #include "paged.h"
-#include "scores.h"
+#include "attention.h"
 #include "scratch.h"
 
 namespace sparq {
@@ -51,7 +51,7 @@ struct Task {
   int request, head, first, last, part, n_parts;
 };
 
-// What a part of a context leaves behind for the others: its state, and its logits where pages have scores; those of one
+// What a part of a context leaves behind for the others: its state, and its logits where pages add up attention; those of one
 // context need the same room.
 size_t part_floats(const Decode& call, const Task& task);
 
@@ -73,7 +73,7 @@ void attend_range(const Decode& call, const Group& group, const State& state, co
 void attend_part(const Decode& call, const Task& task, float* memory);
 
 // What is left to do for a part when all parts of its context are there: the first one finishes it, and each adds to the
-// scores of its tokens. `memory` is that of the part; those of the others lie part_floats() apart.
+// attention of its tokens. `memory` is that of the part; those of the others lie part_floats() apart.
 void finish_part(const Decode& call, const Task& task, float* memory);
 
 // Attention over the tokens listed, in ascending order.

@@ -54,8 +54,8 @@ int cut_segments(const CodeShape& shape, Segment* to) {
   return n;
 }
 
-// Ranges of 16 rows, a lane each: to[g] = step and zero of group g, or step and anything where there is no zero.
-SPARQ_INLINE void turn_ranges_over(const CodeShape& shape, const uint8_t* const* rows, __m512i* to) {
+// Scales of 16 rows, a lane each: to[g] = step and zero of group g, or step and anything where there is no zero.
+SPARQ_INLINE void turn_scales_over(const CodeShape& shape, const uint8_t* const* rows, __m512i* to) {
   const int n_groups = shape.n_groups();
   if (shape.has_zero && n_groups > 1) {  // those of V follow, so whole quads may be read
     for (int g = 0; g < n_groups; g += 4) turn_over(rows, 4 * g, to + g);
@@ -109,7 +109,7 @@ SPARQ_INLINE void dot_segment(const __m512i* turned, const Segment& segment, con
 template <class C, int HH>
 void dot_heads_bf16(const CodeShape& shape, const CodesQuery& query, int h0, const CodeRows& rows, float* logits,
                     int stride, Ahead& ahead) {
-  alignas(64) __m512i words[DOT_BYTES / 4], ranges[DOT_BYTES / 4];
+  alignas(64) __m512i words[DOT_BYTES / 4], scales[DOT_BYTES / 4];
   Segment segments[DOT_BYTES / 4];
   const int n_segments = cut_segments<C::planes>(shape, segments);
   const int n_bytes = shape.row_bytes(), n_groups = shape.n_groups(), share = ahead.share((rows.n + 15) / 16);
@@ -119,15 +119,15 @@ void dot_heads_bf16(const CodeShape& shape, const CodesQuery& query, int h0, con
     const uint8_t *codes[16], *numbers[16];
     for (int i = 0; i < 16; ++i) {
       const int row = std::min(t + i, rows.n - 1);
-      codes[i] = rows.codes[row], numbers[i] = rows.ranges[row];
+      codes[i] = rows.codes[row], numbers[i] = rows.scales[row];
     }
-    turn_ranges_over(shape, numbers, ranges);
+    turn_scales_over(shape, numbers, scales);
     for (int byte = 0; byte < n_bytes; byte += 16) turn_over(codes, byte, words + byte / 4);
     ahead.step(share);
     Vec total[HH];
 #pragma GCC unroll 4
     for (int h = 0; h < HH; ++h) total[h] = zero();
-    const auto step_of = [&](int g) { return _mm512_castsi512_ps(_mm512_slli_epi32(ranges[g], 16)); };
+    const auto step_of = [&](int g) { return _mm512_castsi512_ps(_mm512_slli_epi32(scales[g], 16)); };
     const auto apply = [&](int g, int h, Vec dot) { total[h] = fma(step_of(g), dot, total[h]); };
     for (int s = 0; s < n_segments; ++s) {
       const Segment& segment = segments[s];
@@ -144,7 +144,7 @@ void dot_heads_bf16(const CodeShape& shape, const CodesQuery& query, int h0, con
     }
     // Zeros go by group and not by segment: a group may be in both planes, or in several segments.
     for (int g = 0; g < (shape.has_zero ? n_groups : 0); ++g) {
-      const Vec low = _mm512_castsi512_ps(_mm512_and_si512(ranges[g], _mm512_set1_epi32((int)0xffff0000)));
+      const Vec low = _mm512_castsi512_ps(_mm512_and_si512(scales[g], _mm512_set1_epi32((int)0xffff0000)));
       const Vec base = fma(set1(C::middle), step_of(g), low);
 #pragma GCC unroll 4
       for (int h = 0; h < HH; ++h) total[h] = fma(base, set1(sums[h * n_groups + g]), total[h]);

@@ -57,43 +57,43 @@ SPARQ_INLINE void store_exact(bf16* to, Vec x) {
 }
 
 // Step and zero of W groups; a group that is not `whole` has an infinite element, or a NaN, or too wide a range.
-struct Range {
+struct Scale {
   Vec step, zero;
   unsigned whole;
 };
 
 template <class T, bool has_zero>
-SPARQ_INLINE Range find_range(const T* x, int64_t stride, int group, float top) {
+SPARQ_INLINE Scale find_scale(const T* x, int64_t stride, int group, float top) {
   Vec low = set1(INFINITY), high = set1(-INFINITY), spoilt = zero();
   for (int i = 0; i < group; ++i) {
     const Vec v = load(x + i * stride);
     low = min(v, low), high = max(v, high);
     spoilt = fma(v, zero(), spoilt);  // NaN from the first element on that is not finite
   }
-  Range range{zero(), low, 0};
+  Scale scale{zero(), low, 0};
   if (has_zero) {
-    range.step = not_below<T>(div(sub(high, low), set1(top)));
+    scale.step = not_below<T>(div(sub(high, low), set1(top)));
   } else {
     const Vec largest = max(sub(zero(), low), high);
-    range.step = select(equal(low, high), largest, not_below<T>(div(largest, set1(top))));
-    range.zero = zero();
+    scale.step = select(equal(low, high), largest, not_below<T>(div(largest, set1(top))));
+    scale.zero = zero();
   }
-  range.whole = equal(spoilt, zero()) & greater(set1(INFINITY), range.step);
-  return range;
+  scale.whole = equal(spoilt, zero()) & greater(set1(INFINITY), scale.step);
+  return scale;
 }
 
 // W groups: columns of x, rows `stride` apart; codes one per byte.
 template <class T, bool has_zero>
 void encode_groups(const T* x, int64_t stride, int group, float top, uint8_t* codes, T* steps, T* zeros) {
-  const Range range = find_range<T, has_zero>(x, stride, group, top);
-  const unsigned has_codes = range.whole & greater(range.step, zero());
+  const Scale scale = find_scale<T, has_zero>(x, stride, group, top);
+  const unsigned has_codes = scale.whole & greater(scale.step, zero());
   const Vec least = has_zero ? zero() : set1(-top);
   for (int i = 0; i < group; ++i) {
-    const Vec y = round_even(div(sub(load(x + i * stride), range.zero), range.step));
+    const Vec y = round_even(div(sub(load(x + i * stride), scale.zero), scale.step));
     store_bytes(codes + i * stride, select(has_codes, min(max(y, least), set1(top)), zero()));
   }
-  store_exact(steps, select(range.whole, range.step, set1(NAN)));
-  if (has_zero) store_exact(zeros, select(range.whole, range.zero, set1(NAN)));
+  store_exact(steps, select(scale.whole, scale.step, set1(NAN)));
+  if (has_zero) store_exact(zeros, select(scale.whole, scale.zero, set1(NAN)));
 }
 
 template <class T>
@@ -120,20 +120,20 @@ void pack(const CodeShape& shape, int columns, uint8_t* codes) {
   }
 }
 
-// The columns of x [n, columns] become rows of codes and ranges. Columns are a multiple of 16.
+// The columns of x [n, columns] become rows of codes and scales. Columns are a multiple of 16.
 template <class T>
 void encode_rows(const CodeShape& shape, const T* x, int columns, const Codes& part, uint8_t* page) {
   thread_local Scratch scratch;
-  const size_t n_codes = (size_t)(shape.n + 16) * columns, n_ranges = (size_t)shape.n_groups() * columns;
-  Arena arena = scratch.arena(Arena::room<uint8_t>(n_codes) + 2 * Arena::room<T>(n_ranges));
+  const size_t n_codes = (size_t)(shape.n + 16) * columns, n_scales = (size_t)shape.n_groups() * columns;
+  Arena arena = scratch.arena(Arena::room<uint8_t>(n_codes) + 2 * Arena::room<T>(n_scales));
   uint8_t* const codes = arena.take<uint8_t>(n_codes);
-  T *const steps = arena.take<T>(n_ranges), *const zeros = arena.take<T>(n_ranges);
+  T *const steps = arena.take<T>(n_scales), *const zeros = arena.take<T>(n_scales);
   encode_columns(shape, x, columns, codes, steps, zeros);
   pack(shape, columns, codes);
   transpose_bytes(codes, columns, shape.row_bytes(), columns, page + part.codes, part.code_stride);
   for (int c = 0; c < columns; ++c) {
-    T* to = (T*)(page + part.ranges + c * part.range_stride);
-    for (size_t i = c; i < n_ranges; i += columns) {
+    T* to = (T*)(page + part.scales + c * part.scale_stride);
+    for (size_t i = c; i < n_scales; i += columns) {
       *to++ = steps[i];
       if (shape.has_zero) *to++ = zeros[i];
     }

@@ -1,11 +1,11 @@
-// A full block becomes codes and ranges.
+// A full block becomes codes and scales.
 #pragma once
 
 #include "paged.h"
 
 namespace sparq {
 
-// Quantizes K and V [N, D], dense and in the pages' type, into a page: the codes and ranges of vllm_sparq/ops/codec.py,
+// Quantizes K and V [N, D], dense and in the pages' type, into a page: the codes and scales of vllm_sparq/ops/codec.py,
 // bit for bit (of a zero not its sign, of a NaN not which).
 void encode_block(const Pages& pages, const void* keys, const void* values, uint8_t* page);
 

@@ -12,12 +12,12 @@
 namespace sparq {
 
 enum class DType : int32_t { bf16 = 0, fp16 = 1, fp32 = 2 };
-enum class Scoring : int32_t { none = 0, int4 = 1, int8 = 2, model = 3, bounds = 4 };
+enum class RankingType : int32_t { none = 0, int4 = 1, int8 = 2, model = 3, bounds = 4 };
 enum class Format : int32_t { model = 0, int8 = 1, int4 = 2, kivi4 = 3, kivi2 = 4 };
 
-// Tokens of a span (vllm_sparq/config.py). Scoring `bounds`: [N/16, 2, D] of the model's type, the least K and the largest.
-constexpr int RETRIEVAL_TOKENS = 16;
-inline int spans_of(int n_tokens) { return (n_tokens + RETRIEVAL_TOKENS - 1) / RETRIEVAL_TOKENS; }
+// Tokens of a span (vllm_sparq/reads/spans.py). Ranking `bounds`: [N/16, 2, D] of the model's type, the least K and the largest.
+constexpr int SPAN_TOKENS = 16;
+inline int spans_of(int n_tokens) { return (n_tokens + SPAN_TOKENS - 1) / SPAN_TOKENS; }
 
 // Element types of K, V, query and out. The 16-bit ones are storage only; simd.h converts them.
 struct bf16 {
@@ -27,11 +27,11 @@ struct fp16 {
   uint16_t bits;
 };
 
-// Where K or V of a quantized page is: rows of codes, and their ranges (step, zero) in the model's type. A row is a token,
+// Where K or V of a quantized page is: rows of codes, and their scales (step, zero) in the model's type. A row is a token,
 // but a channel where K is channel-major (KIVI). Byte offsets into a page, and bytes between rows.
 struct Codes {
   int64_t codes, code_stride;
-  int64_t ranges, range_stride;
+  int64_t scales, scale_stride;
 };
 
 // The KV cache of one layer. vllm_sparq/layout.py decides every number in it.
@@ -40,16 +40,16 @@ struct Pages {
   int64_t page_stride;  // bytes between pages
   int64_t head_stride;  // bytes between the KV heads of a page
   int64_t records;      // byte offsets of the parts; -1 where the layout has no such part
-  int64_t scoring;
-  int64_t ranges;
+  int64_t ranking;
+  int64_t scales;
   int64_t value_sum;
   int64_t positions;   // int32 of the token in each slot
-  int64_t scores;      // fp32, the attention it has had
+  int64_t attention;   // fp32, what the token in each slot has had
   int32_t n_kv_heads;  // G
   int32_t block_size;  // N
   int32_t head_size;   // D
   DType dtype;
-  Scoring scoring_type;
+  RankingType ranking_type;
   Format format;
   int32_t group;            // g: elements of a quantization group; 0 where nothing is quantized, like what follows
   int32_t staged_per_page;  // tokens of an unfinished block that fit into a page
@@ -57,7 +57,7 @@ struct Pages {
 
   bool quantized() const { return format != Format::model; }
   bool channel_keys() const { return format == Format::kivi4 || format == Format::kivi2; }
-  bool scored() const { return scores >= 0; }
+  bool adds_attention() const { return attention >= 0; }
   uint8_t* page(int32_t id, int head) const { return data + id * page_stride + head * head_stride; }
   int n_blocks(int n_tokens) const { return (n_tokens + block_size - 1) / block_size; }
   size_t element_bytes() const { return dtype == DType::fp32 ? 4 : 2; }

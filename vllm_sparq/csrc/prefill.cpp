@@ -2,7 +2,7 @@
 //
 // A task is a range of query rows of one request and KV head (all query heads of the group, so a tile of tokens that
 // was packed once serves them all) against a range of its tokens. Few long tasks are cut along the tokens and merged.
-// Where pages have scores there is a second pass, a tile of tokens at a time, so that no two threads add to one score.
+// Where pages add up attention there is a second pass, a tile of tokens at a time: no two threads add to one number.
 #include <omp.h>
 
 #include <cmath>
@@ -30,7 +30,7 @@ struct Call {
   const int32_t* key_start_loc;    // [B + 1]
   int n_heads;
   float scale;
-  float* lses;  // null, or of every row the logarithm (base 2) of the sum over its tokens, where pages have scores
+  float* lses;  // null, or of every row the logarithm (base 2) of the sum over its tokens, where pages add it up
 
   int head_size() const { return pages->head_size; }
   int group() const { return n_heads / pages->n_kv_heads; }
@@ -69,15 +69,15 @@ struct Merge {
   int first_part, n_parts;
 };
 
-// A tile of tokens whose scores grow.
-struct ScoreTask {
+// A tile of tokens that get attention.
+struct AttentionTask {
   int request, kv_head, tile;
 };
 
 struct Plan {
   std::vector<Task> tasks;
   std::vector<Merge> merges;
-  std::vector<ScoreTask> scores;
+  std::vector<AttentionTask> attention;
   int n_parts;
 };
 
@@ -291,7 +291,7 @@ void run_merge(const Call<T>& call, const Merge& merge, float* parts) {
 }
 
 template <class T>
-void plan_scores(const Call<T>& call, std::vector<ScoreTask>& tasks) {
+void plan_attention(const Call<T>& call, std::vector<AttentionTask>& tasks) {
   tasks.clear();
   if (call.lses == nullptr) return;
   for (int b = 0; b < call.requests.n; ++b)
@@ -299,9 +299,9 @@ void plan_scores(const Call<T>& call, std::vector<ScoreTask>& tasks) {
       for (int t = 0; t < n_tiles(call, b, call.n_new(b)); ++t) tasks.push_back({b, head, t});
 }
 
-// The second pass: adds what all rows give to the tokens of a tile to their scores, as the mean over the group.
+// The second pass: adds what all rows give to the tokens of a tile to their attention, as the mean over the group.
 template <class T>
-void note_scores(const Call<T>& call, const ScoreTask& task) {
+void note_attention(const Call<T>& call, const AttentionTask& task) {
   constexpr int TILE = Model<T>::tile, ROWS = PANEL_VECS * W;
   static thread_local Scratch scratch;
   const Pages& pages = *call.pages;
@@ -330,8 +330,8 @@ void note_scores(const Call<T>& call, const ScoreTask& task) {
   }
   for (int i = 0; i < tile.n; ++i) {
     const int block = (tile.first + i) / pages.block_size, slot = (tile.first + i) % pages.block_size;
-    auto* const scores = (float*)(sequence.page(block) + pages.scores);
-    scores[slot] += reduce_add(load(shares + i * W)) / (float)group;
+    auto* const attention = (float*)(sequence.page(block) + pages.attention);
+    attention[slot] += reduce_add(load(shares + i * W)) / (float)group;
   }
 }
 
@@ -345,13 +345,13 @@ void run(Call<T> call) {
   balance(plan, threads);
   const size_t n_floats = plan.n_parts * Partial::floats(MAX_VECS * W, call.head_size());
   const size_t n_rows = (size_t)(call.query_start_loc[call.requests.n] - call.query_start_loc[0]) * call.n_heads;
-  const size_t n_lses = call.pages->scored() ? n_rows : 0;
+  const size_t n_lses = call.pages->adds_attention() ? n_rows : 0;
   Arena arena = scratch.arena(Arena::room<float>(n_floats) + Arena::room<float>(n_lses));
   float* const parts = arena.take<float>(n_floats);
   call.lses = n_lses > 0 ? arena.take<float>(n_lses) : nullptr;
-  plan_scores(call, plan.scores);
+  plan_attention(call, plan.attention);
   const int n_tasks = (int)plan.tasks.size(), n_merges = (int)plan.merges.size();
-  const int n_scores = (int)plan.scores.size();
+  const int n_attention = (int)plan.attention.size();
 #pragma omp parallel if (n_tasks > 1)
   {
 #pragma omp for schedule(dynamic, 1)
@@ -359,7 +359,7 @@ void run(Call<T> call) {
 #pragma omp for schedule(dynamic, 1)
     for (int i = 0; i < n_merges; ++i) run_merge(call, plan.merges[i], parts);
 #pragma omp for schedule(dynamic, 1)
-    for (int i = 0; i < n_scores; ++i) note_scores(call, plan.scores[i]);
+    for (int i = 0; i < n_attention; ++i) note_attention(call, plan.attention[i]);
   }
 }
 

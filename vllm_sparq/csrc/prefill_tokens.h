@@ -122,10 +122,10 @@ class TileLoader {
  private:
   static size_t n_values(int head_size) { return (size_t)head_size / 16 * value_stride(); }
 
-  // Bytes of K and V of a token, rounded down. They come first in a page, ranges of V last.
+  // Bytes of K and V of a token, rounded down. They come first in a page, scales of V last.
   static int coded_token_bytes(const Pages& pages) {
-    const int64_t last = pages.value.ranges + (pages.block_size - 1) * pages.value.range_stride;
-    return (int)(last + CodeShape::values(pages).range_bytes()) / pages.block_size;
+    const int64_t last = pages.value.scales + (pages.block_size - 1) * pages.value.scale_stride;
+    return (int)(last + CodeShape::values(pages).scale_bytes()) / pages.block_size;
   }
 
   void add_records(int group, const T* keys, int count) {

@@ -15,9 +15,9 @@ constexpr int MAX_ROWS = 8;  // heads whose bias is kept in registers
 
 int row_bytes(const Pages& pages) {
   if (pages.channel_keys()) return (int)pages.key.code_stride;
-  switch (pages.scoring_type) {
-    case Scoring::int4: return pages.block_size / 2;
-    case Scoring::int8: return pages.block_size;
+  switch (pages.ranking_type) {
+    case RankingType::int4: return pages.block_size / 2;
+    case RankingType::int8: return pages.block_size;
     default: return pages.block_size * (pages.dtype == DType::fp32 ? 4 : 2);
   }
 }
@@ -48,13 +48,13 @@ float temperature(const float* q, int d, const int32_t* channels, int r, float s
 }
 
 // Step and zero of W channels, from pairs of fp16.
-SPARQ_INLINE void gather_ranges(const uint8_t* ranges, const int32_t* channels, Vec* step, Vec* zero) {
+SPARQ_INLINE void gather_scales(const uint8_t* scales, const int32_t* channels, Vec* step, Vec* zero) {
 #ifdef __AVX512F__
-  const __m512i pairs = _mm512_i32gather_epi32(_mm512_loadu_si512(channels), ranges, 4);
+  const __m512i pairs = _mm512_i32gather_epi32(_mm512_loadu_si512(channels), scales, 4);
   *step = _mm512_cvtph_ps(_mm512_cvtepi32_epi16(pairs));
   *zero = _mm512_cvtph_ps(_mm512_cvtepi32_epi16(_mm512_srli_epi32(pairs, 16)));
 #else
-  const __m256i pairs = _mm256_i32gather_epi32((const int*)ranges, _mm256_loadu_si256((const __m256i*)channels), 4);
+  const __m256i pairs = _mm256_i32gather_epi32((const int*)scales, _mm256_loadu_si256((const __m256i*)channels), 4);
   const __m256i steps = _mm256_and_si256(pairs, _mm256_set1_epi32(0xffff)), zeros = _mm256_srli_epi32(pairs, 16);
   const __m256i words = _mm256_permute4x64_epi64(_mm256_packus_epi32(steps, zeros), 0xd8);
   *step = _mm256_cvtph_ps(_mm256_castsi256_si128(words));
@@ -63,14 +63,14 @@ SPARQ_INLINE void gather_ranges(const uint8_t* ranges, const int32_t* channels, 
 }
 
 // Weights and bias of a page: q (zero + step code) = q zero + (q step) code.
-void apply_ranges(const Ranking& ranking, const uint8_t* page) {
+void apply_scales(const Ranking& ranking, const uint8_t* page) {
   Vec bias[MAX_ROWS];
   for (int first = 0; first < ranking.n_rows; first += MAX_ROWS) {
     const int n_rows = std::min(MAX_ROWS, ranking.n_rows - first);
     for (int row = 0; row < n_rows; ++row) bias[row] = zero();
     for (int i = 0; i < ranking.r; i += W) {
       Vec step, low;
-      gather_ranges(page + ranking.pages->ranges, ranking.channels + i, &step, &low);
+      gather_scales(page + ranking.pages->scales, ranking.channels + i, &step, &low);
       for (int row = 0; row < n_rows; ++row) {
         const int at = (first + row) * ranking.stride + i;
         const Vec q = load(ranking.query + at), w = mul(q, step);  // q is zero from r on
@@ -124,28 +124,28 @@ bool scan_int4_in_bf16(const Ranking& ranking, const uint8_t* copy, Scan scan, f
 #endif
 }
 
-// The chosen rows of channel-major K itself, whose ranges differ from one group of tokens to the next.
+// The chosen rows of channel-major K itself, whose scales differ from one group of tokens to the next.
 void score_key_codes(const Ranking& ranking, const uint8_t* page, const uint8_t* ahead, float* scores, int stride) {
   const Codes& key = ranking.pages->key;
   const CodeKernels& kernels = *ranking.codes;
   constexpr int AT_ONCE = 64;  // channels
-  const uint8_t *codes[AT_ONCE + 1], *ranges[AT_ONCE];
+  const uint8_t *codes[AT_ONCE + 1], *scales[AT_ONCE];
   for (int row = 0; row < ranking.n_rows; ++row) std::fill_n(scores + (size_t)row * stride, kernels.key.n, 0.0f);
   for (int first = 0; first < ranking.r; first += AT_ONCE) {
     const int n = std::min(AT_ONCE, ranking.r - first);
     for (int i = 0; i < n; ++i) {
       const int32_t channel = ranking.channels[first + i];
-      const int64_t code = key.codes + channel * key.code_stride, range = key.ranges + channel * key.range_stride;
-      codes[i] = page + code, ranges[i] = page + range;
+      const int64_t code = key.codes + channel * key.code_stride, scale = key.scales + channel * key.scale_stride;
+      codes[i] = page + code, scales[i] = page + scale;
       if (ahead == nullptr) continue;
       for (int byte = 0; byte < kernels.key.row_bytes(); byte += 64) prefetch_l2(ahead + code + byte);
-      prefetch_l2(ahead + range);
+      prefetch_l2(ahead + scale);
     }
     codes[n] = codes[n - 1];
     for (int row = 0; row < ranking.n_rows; row += MAX_TILE_HEADS) {
       Ahead nothing;
       const int n_rows = std::min(ranking.n_rows - row, MAX_TILE_HEADS);
-      kernels.score_keys(kernels.key, {codes, ranges, n}, ranking.query + row * ranking.stride + first, ranking.stride,
+      kernels.score_keys(kernels.key, {codes, scales, n}, ranking.query + row * ranking.stride + first, ranking.stride,
                          n_rows, scores + (size_t)row * stride, stride, nothing);
     }
   }
@@ -203,10 +203,10 @@ Ranking make_ranking(const Decode& call, int request, int head, int r, ScoreRows
 }
 
 void touch_page(const Pages& pages, const uint8_t* page) {
-  const int64_t first = pages.channel_keys() ? pages.key.codes : pages.scoring;
+  const int64_t first = pages.channel_keys() ? pages.key.codes : pages.ranking;
   const int64_t end = pages.channel_keys() ? pages.value.codes
-                      : pages.ranges  >= 0 ? pages.ranges + 4 * pages.head_size
-                                           : pages.scoring + (int64_t)pages.head_size * row_bytes(pages);
+                      : pages.scales  >= 0 ? pages.scales + 4 * pages.head_size
+                                           : pages.ranking + (int64_t)pages.head_size * row_bytes(pages);
   for (int64_t byte = first; byte < end; byte += 4096) prefetch_l2(page + byte);
   prefetch_l2(page + end - 1);
 }
@@ -214,18 +214,18 @@ void touch_page(const Pages& pages, const uint8_t* page) {
 void score_page(const Ranking& ranking, const uint8_t* page, const uint8_t* ahead, float* scores, int stride) {
   const Pages& pages = *ranking.pages;
   if (pages.channel_keys()) return score_key_codes(ranking, page, ahead, scores, stride);
-  const uint8_t *copy = page + pages.scoring, *next = ahead != nullptr ? ahead + pages.scoring : nullptr;
+  const uint8_t *copy = page + pages.ranking, *next = ahead != nullptr ? ahead + pages.ranking : nullptr;
   const Scan scan{ranking.rows, next, ranking.row_offsets, ranking.r, row_bytes(pages), pages.block_size};
-  if (pages.scoring_type == Scoring::model) {
+  if (pages.ranking_type == RankingType::model) {
     with_dtype(pages.dtype, [&](auto type) {
       scan_page<ModelCodes<decltype(type)>>(ranking, copy, scan, ranking.query, scores, stride);
     });
     return;
   }
-  apply_ranges(ranking, page);
+  apply_scales(ranking, page);
   if (ahead != nullptr)
-    for (int byte = 0; byte < 4 * pages.head_size; byte += 64) prefetch_l2(ahead + pages.ranges + byte);
-  if (pages.scoring_type == Scoring::int8)
+    for (int byte = 0; byte < 4 * pages.head_size; byte += 64) prefetch_l2(ahead + pages.scales + byte);
+  if (pages.ranking_type == RankingType::int8)
     scan_page<Int8Codes>(ranking, copy, scan, ranking.weights, scores, stride);
   else if (!scan_int4_in_bf16(ranking, copy, scan, scores, stride))
     scan_page<Int4Codes>(ranking, copy, scan, ranking.weights, scores, stride);

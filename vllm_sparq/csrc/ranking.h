@@ -15,7 +15,7 @@ struct Ranking {
   const CodeKernels* codes;  // of pages whose K ranks tokens as it is
   int r;
   int n_rows;
-  int32_t* row_offsets;  // [r] bytes from the scoring copy, or the codes of K, to the row of a channel, ascending
+  int32_t* row_offsets;  // [r] bytes from the ranking copy, or the codes of K, to the row of a channel, ascending
   int32_t* channels;     // [r] ascending
   float* query;          // [n_rows, stride] on the channels, with temperature
   float* whole_query;    // [n_rows, D], the same with zeros elsewhere
@@ -45,7 +45,7 @@ Ranking make_ranking(const Decode& call, int request, int head, int r, ScoreRows
 // machines, and walks overlap only if they start together.
 void touch_page(const Pages& pages, const uint8_t* page);
 
-// scores[row][slot] of all tokens of a full page, from its scoring copy or channel-major K; rows are `stride` floats apart and may be
+// scores[row][slot] of all tokens of a full page, from its ranking copy or channel-major K; rows are `stride` floats apart and may be
 // overwritten up to N + 16. The page `ahead` is prefetched, unless null.
 void score_page(const Ranking& ranking, const uint8_t* page, const uint8_t* ahead, float* scores, int stride);
 

@@ -1,4 +1,4 @@
-// Scores of a page from its scoring copy: for each chosen channel one row of codes times one weight per query head.
+// Scores of a page from its ranking copy: for each chosen channel one row of codes times one weight per query head.
 #pragma once
 
 #include <algorithm>
@@ -52,7 +52,7 @@ struct ModelCodes {
 // The chosen rows of one page, and where those of the next page lie.
 struct Scan {
   const uint8_t* rows;   // [r, row_bytes], staged in L1
-  const uint8_t* ahead;  // scoring copy to prefetch from, or null
+  const uint8_t* ahead;  // ranking copy to prefetch from, or null
   const int32_t* row_offsets;
   int r;
   int row_bytes;
@@ -63,7 +63,7 @@ struct Scan {
   }
 };
 
-// Copies the chosen rows of a scoring copy next to each other. Loads that miss L1 wait behind prefetches under way, so
+// Copies the chosen rows of a ranking copy next to each other. Loads that miss L1 wait behind prefetches under way, so
 // they must not be mixed with those of the next page: scanning rows in place took 4.1 ns a token, from a staged copy 2.8
 // (int4, r = 32, one row of weights).
 inline void stage_rows(const uint8_t* copy, const int32_t* row_offsets, int r, int row_bytes, uint8_t* to) {

@@ -1,4 +1,4 @@
-// vllm_sparq/ops/sparq_decode: rank all tokens with a few channels of the scoring copy, attend to the best.
+// vllm_sparq/ops/sparq_decode: rank all tokens with a few channels of the ranking copy, attend to the best.
 #include <algorithm>
 #include <cmath>
 
@@ -10,7 +10,7 @@
 namespace sparq {
 namespace {
 
-// vllm_sparq/config.py: SparqRead.
+// vllm_sparq/reads/sparq.py: SparqRead.
 struct Read {
   int r;
   int64_t min_k, slope, slope_divisor;
@@ -43,7 +43,7 @@ struct Sparq {
   Read read;
 
   // Whether probabilities are wanted, which need the scores of all tokens.
-  bool keeps_scores() const { return read.probs || call.pages.scored(); }
+  bool keeps_scores() const { return read.probs || call.pages.adds_attention(); }
   bool per_head() const { return keeps_candidate_scores() || keeps_scores(); }
   bool keeps_candidate_scores() const { return read.has_mean() || read.cuts(); }
   ScoreRows rows() const { return {call.group_size(), per_head(), !read.probs}; }
@@ -172,7 +172,7 @@ void rank_part(const Sparq& op, const Task& task, int len, Ranked& ranked, const
   ranked.candidates.keep_best();
 }
 
-// Summed probabilities of each token: where pages have scores they are noted, and with group_reduce = probs they are
+// Summed probabilities of each token: where pages add up attention they are noted, and with group_reduce = probs they are
 // step 3, instead of summed scores.
 void use_probs(const Sparq& op, const Sequence& sequence, Ranked& ranked, const AllScores& all) {
   constexpr int STRIP = 128;
@@ -189,7 +189,7 @@ void use_probs(const Sparq& op, const Sequence& sequence, Ranked& ranked, const 
         store(group + i, add(load(group + i),
                              div(exp_below(load(all.data + row * all.stride + first + i), ranked.sums.peak[row]), total)));
     }
-    if (op.call.pages.scored()) add_scores(sequence, first, count, group, 0, 1, &share);
+    if (op.call.pages.adds_attention()) add_attention(sequence, first, count, group, 0, 1, &share);
     if (!op.read.probs) continue;
     local.favour(first, count, group);
     ranked.candidates.push(group, all.data + first, (int)all.stride, first, count);

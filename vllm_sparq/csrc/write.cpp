@@ -6,7 +6,7 @@
 
 #include "encode.h"
 #include "paged.h"
-#include "scoring_copy.h"
+#include "ranking_copy.h"
 #include "scratch.h"
 #include "simd.h"
 #include "value_sum.h"
@@ -82,8 +82,8 @@ void note_tokens(const Target& to) {
   const int first = firsts == nullptr ? block.block * pages.block_size + block.first
                                       : firsts[block.request] + (int)(block.row - to.tokens.query_start_loc[block.request]);
   for (int slot = block.first; slot < block.last; ++slot) positions[slot] = first + slot - block.first;
-  auto* const scores = (float*)(to.page() + pages.scores);
-  if (pages.scored()) std::fill(scores + block.first, scores + block.last, 0.0f);
+  auto* const attention = (float*)(to.page() + pages.attention);
+  if (pages.adds_attention()) std::fill(attention + block.first, attention + block.last, 0.0f);
 }
 
 // K and V of a full block, dense, [N, D] each: tokens of earlier calls from where they are staged, new ones as they come.
@@ -107,14 +107,14 @@ const uint8_t* gather(const Target& from) {
 void close_page(const Target& to) {
   const Pages& pages = to.pages;
   uint8_t* const page = to.page();
-  const bool ranked = pages.scoring_type != Scoring::none;
+  const bool ranked = pages.ranking_type != RankingType::none;
   if (!pages.quantized()) {
-    if (ranked) make_scoring_copy(pages, page + pages.records, 2 * (int64_t)pages.head_size, page);
+    if (ranked) make_ranking_copy(pages, page + pages.records, 2 * (int64_t)pages.head_size, page);
     return;
   }
   const uint8_t* const keys = gather(to);
   encode_block(pages, keys, keys + pages.record_bytes() / 2 * pages.block_size, page);
-  if (ranked) make_scoring_copy(pages, keys, pages.head_size, page);
+  if (ranked) make_ranking_copy(pages, keys, pages.head_size, page);
 }
 
 // Stores the tokens of a block and finishes its page.

@@ -22,7 +22,7 @@ def quest_decode(
     scale: float,
     out: torch.Tensor,
 ) -> None:
-    native.function("sparq_pages_decode", SIGNATURE)(
+    native.function("sparq_quest_decode", SIGNATURE)(
         native.pages_address(pages),
         *native.heads(query),
         *native.heads(out),

@@ -1,7 +1,7 @@
-// vllm_sparq/ops/pages_decode: rank spans of neighbouring tokens by bounds of their keys, attend to the best.
+// vllm_sparq/ops/quest_decode: rank spans of neighbouring tokens by bounds of their keys, attend to the best.
 #include <algorithm>
 
-#include "scoring_copy.h"
+#include "ranking_copy.h"
 #include "select.h"
 #include "simd.h"
 #include "sparse_tasks.h"
@@ -10,7 +10,7 @@
 namespace sparq {
 namespace {
 
-// vllm_sparq/config.py: PagesRead.
+// vllm_sparq/reads/spans.py: SpansRead.
 struct Read {
   static constexpr int LEAST_SPANS = 3;
   int64_t min_k, slope, slope_divisor;
@@ -18,7 +18,7 @@ struct Read {
 
   int n_spans(int len) const {
     const int64_t k = std::max(min_k, len * slope / slope_divisor);
-    return (int)std::min<int64_t>(spans_of(len), std::max<int64_t>(LEAST_SPANS, k / RETRIEVAL_TOKENS));
+    return (int)std::min<int64_t>(spans_of(len), std::max<int64_t>(LEAST_SPANS, k / SPAN_TOKENS));
   }
   bool is_dense(int len) const { return len < dense_below || n_spans(len) == spans_of(len); }
 };
@@ -67,7 +67,7 @@ struct SpanKernels {
   }
 };
 
-struct PagesDecode {
+struct QuestDecode {
   Decode call;
   Read read;
   SpanKernels kernels;
@@ -96,7 +96,7 @@ struct Bounds {
     return of.pages->quantized() ? of.newest_block() : of.len / of.pages->block_size;
   }
 
-  const uint8_t* in_page(int block) const { return sequence.page(block) + sequence.pages->scoring; }
+  const uint8_t* in_page(int block) const { return sequence.page(block) + sequence.pages->ranking; }
   // Pointers to spans first .. first + AT_ONCE, the last one before `last` repeated.
   void list(int first, int last, const uint8_t** rows) const {
     const int n = std::min(AT_ONCE, last - first);
@@ -114,18 +114,18 @@ struct Bounds {
 void bound_newest(const Sequence& sequence, int first, int last, uint8_t* to) {
   const Pages& pages = *sequence.pages;
   for (int span = first; span < last; ++span, to += pages.record_bytes()) {
-    const uint8_t* rows[RETRIEVAL_TOKENS];
-    for (int i = 0; i < RETRIEVAL_TOKENS; ++i) {
-      const int token = span * RETRIEVAL_TOKENS + i;
+    const uint8_t* rows[SPAN_TOKENS];
+    for (int i = 0; i < SPAN_TOKENS; ++i) {
+      const int token = span * SPAN_TOKENS + i;
       rows[i] = sequence.record(token / pages.block_size, token % pages.block_size);
     }
-    bound_span(pages, rows, RETRIEVAL_TOKENS, to);
+    bound_span(pages, rows, SPAN_TOKENS, to);
   }
 }
 
 // What step 2 multiplies the bounds of a span with, as the kernels want it: the negative and the positive elements of
 // the query group, summed over its heads.
-const void* bound_query(const PagesDecode& op, int request, int head, Arena& arena) {
+const void* bound_query(const QuestDecode& op, int request, int head, Arena& arena) {
   const Decode& call = op.call;
   const int d = call.pages.head_size;
   float *const query = arena.take<float>(2 * d), *const row = arena.take<float>(d);
@@ -152,16 +152,16 @@ void touch_blocks(const Bounds& bounds, int block, int first_block, int stop) {
 }
 
 // Steps 1 to 3 over one part of a context.
-void rank_part(const PagesDecode& op, const Task& task, int len, Candidates& candidates) {
+void rank_part(const QuestDecode& op, const Task& task, int len, Candidates& candidates) {
   thread_local Scratch scratch;
   const Pages& pages = op.call.pages;
   const size_t d = pages.head_size, bytes = pages.record_bytes();
-  const int per_block = pages.block_size / RETRIEVAL_TOKENS;
+  const int per_block = pages.block_size / SPAN_TOKENS;
   Arena arena = scratch.arena(5 * Arena::room<float>(d) + Arena::room<uint8_t>(per_block * bytes));
   const void* const query = bound_query(op, task.request, task.head, arena);
   uint8_t* const own = arena.take<uint8_t>(per_block * bytes);
   const Sequence sequence = op.call.sequence(task.request, task.head);
-  const int first = task.first / RETRIEVAL_TOKENS, last = std::min(spans_of(task.last), op.n_ranked(len));
+  const int first = task.first / SPAN_TOKENS, last = std::min(spans_of(task.last), op.n_ranked(len));
   const Bounds bounds{sequence, per_block, Bounds::n_full_blocks(sequence), bytes, own};
   bound_newest(sequence, std::max(first, bounds.n_full * per_block), last, own);
 
@@ -185,18 +185,18 @@ void rank_part(const PagesDecode& op, const Task& task, int len, Candidates& can
 }
 
 // Step 4 for one KV head of one request: the tokens of the spans chosen and of the newest one.
-void finish_request(const PagesDecode& op, const Task& task, int len, const Candidates& chosen) {
+void finish_request(const QuestDecode& op, const Task& task, int len, const Candidates& chosen) {
   thread_local Scratch scratch;
   const Decode& call = op.call;
-  const int room = (chosen.n + 1) * RETRIEVAL_TOKENS;
+  const int room = (chosen.n + 1) * SPAN_TOKENS;
   Arena arena = scratch.arena(call.group_bytes() + call.state_bytes() + Arena::room<int32_t>(room));
   const Group group = call.group(task.request, task.head, arena);
   const State state = call.new_state(arena.take<float>(call.state_floats()));
   int32_t* const tokens = arena.take<int32_t>(room);
   int n = 0;
   for (int i = 0; i <= chosen.n; ++i) {
-    const int first = (i < chosen.n ? chosen.token[i] : op.n_ranked(len)) * RETRIEVAL_TOKENS;
-    for (int token = first; token < std::min(first + RETRIEVAL_TOKENS, len); ++token) tokens[n++] = token;
+    const int first = (i < chosen.n ? chosen.token[i] : op.n_ranked(len)) * SPAN_TOKENS;
+    for (int token = first; token < std::min(first + SPAN_TOKENS, len); ++token) tokens[n++] = token;
   }
   attend_tokens(call, group, state, call.sequence(task.request, task.head), tokens, n);
   call.finish(task.request, task.head, state, nullptr, nullptr);
@@ -209,7 +209,7 @@ struct Part {
   Candidates candidates;
 };
 
-void run_whole(const PagesDecode& op, const Task& task, int len) {
+void run_whole(const QuestDecode& op, const Task& task, int len) {
   thread_local Scratch scratch;
   Arena arena = scratch.arena(op.candidates_bytes(len));
   Candidates candidates = op.new_candidates(len, arena);
@@ -217,14 +217,14 @@ void run_whole(const PagesDecode& op, const Task& task, int len) {
   finish_request(op, task, len, candidates);
 }
 
-void run_part(const PagesDecode& op, const Task& task, int len, Part& part) {
+void run_part(const QuestDecode& op, const Task& task, int len, Part& part) {
   Arena arena(part.memory, part.n_bytes);
   part.candidates = op.new_candidates(len, arena);
   rank_part(op, task, len, part.candidates);
 }
 
 // What the parts of a context found, as if one had found it; spans stay in order.
-void merge_parts(const PagesDecode& op, const Task& first, int len, const Part* parts) {
+void merge_parts(const QuestDecode& op, const Task& first, int len, const Part* parts) {
   thread_local Scratch scratch;
   const int capacity = first.n_parts * op.n_wanted(len) + AT_ONCE;
   Arena arena = scratch.arena(Candidates::n_bytes(capacity, 0));
@@ -235,7 +235,7 @@ void merge_parts(const PagesDecode& op, const Task& first, int len, const Part* 
 }
 
 // Memory for the parts of cut contexts; those of one context lie equally far apart.
-void place_parts(const PagesDecode& op, const std::vector<Task>& tasks, Scratch& scratch, std::vector<Part>& parts) {
+void place_parts(const QuestDecode& op, const std::vector<Task>& tasks, Scratch& scratch, std::vector<Part>& parts) {
   parts.assign(tasks.size(), Part{});
   size_t total = 0;
   for (size_t i = 0; i < tasks.size(); ++i) {
@@ -253,7 +253,7 @@ void place_parts(const PagesDecode& op, const std::vector<Task>& tasks, Scratch&
 }  // namespace
 }  // namespace sparq
 
-SPARQ_API void sparq_pages_decode(const sparq::Pages* pages, const void* query, int64_t query_row, int64_t query_head,
+SPARQ_API void sparq_quest_decode(const sparq::Pages* pages, const void* query, int64_t query_row, int64_t query_head,
                                   void* out, int64_t out_row, int64_t out_head, int32_t n_requests, int32_t n_heads,
                                   const int32_t* block_table, int64_t table_stride, const int32_t* seq_lens,
                                   float scale, int64_t min_k, int64_t slope, int64_t slope_divisor,
@@ -262,5 +262,5 @@ SPARQ_API void sparq_pages_decode(const sparq::Pages* pages, const void* query, 
   const sparq::Decode call =
       sparq::decode_call(*pages, requests, query, query_row, query_head, out, out_row, out_head, n_heads, scale);
   const sparq::Read read{min_k, slope, slope_divisor, dense_below};
-  sparq::run_tasks<sparq::Part>(sparq::PagesDecode{call, read, sparq::SpanKernels::of(*pages)});
+  sparq::run_tasks<sparq::Part>(sparq::QuestDecode{call, read, sparq::SpanKernels::of(*pages)});
 }

@@ -1,4 +1,4 @@
-// The attention that tokens get, added to their `scores`: logits are kept as attention makes them, and become shares once
+// The attention that tokens get, added to the `attention` of their slots: logits are kept as attention makes them, and become shares once
 // the sums over the whole context are known.
 #pragma once
 
@@ -27,11 +27,11 @@ struct Noted {
   void weigh(const float* peaks_of_heads, int n) const;
 };
 
-// Fetches the scores of tokens first .. first + n, into L2, before they are waited for: 2% of a dense read from memory.
-void fetch_scores(const Sequence& sequence, int first, int n);
+// Fetches the attention of tokens first .. first + n, into L2, before they are waited for: 2% of a dense read from memory.
+void fetch_attention(const Sequence& sequence, int first, int n);
 
-// Adds to the scores of tokens first .. first + n the mean over the heads of factors[h] weights[h][token].
-void add_scores(const Sequence& sequence, int first, int n, const float* weights, size_t stride, int n_heads,
+// Adds to the attention of tokens first .. first + n the mean over the heads of factors[h] weights[h][token].
+void add_attention(const Sequence& sequence, int first, int n, const float* weights, size_t stride, int n_heads,
                 const float* factors);
 
 }  // namespace sparq

@@ -1,4 +1,4 @@
-#include "scores.h"
+#include "attention.h"
 
 #include <algorithm>
 #include <cmath>
@@ -22,25 +22,25 @@ void Noted::weigh(const float* peaks_of_heads, int n) const {
   }
 }
 
-void fetch_scores(const Sequence& sequence, int first, int n) {
+void fetch_attention(const Sequence& sequence, int first, int n) {
   const Pages& pages = *sequence.pages;
   for (int token = first; token < first + n; token += 16)
-    prefetch_l2(sequence.page(token / pages.block_size) + pages.scores + token % pages.block_size * sizeof(float));
+    prefetch_l2(sequence.page(token / pages.block_size) + pages.attention + token % pages.block_size * sizeof(float));
 }
 
-void add_scores(const Sequence& sequence, int first, int n, const float* weights, size_t stride, int n_heads,
+void add_attention(const Sequence& sequence, int first, int n, const float* weights, size_t stride, int n_heads,
                 const float* factors) {
   const Pages& pages = *sequence.pages;
   for (int done = 0, run; done < n; done += run) {
     const int block = (first + done) / pages.block_size, slot = (first + done) % pages.block_size;
     run = std::min(n - done, pages.block_size - slot);
-    float* const scores = (float*)(sequence.page(block) + pages.scores) + slot;
+    float* const attention = (float*)(sequence.page(block) + pages.attention) + slot;
     for (int i = 0; i < run; i += W) {
       Vec mean = zero();
       for (int h = 0; h < n_heads; ++h) mean = fma(load(weights + h * stride + done + i), set1(factors[h]), mean);
-      const Vec before = load(scores + i), after = add(before, mean);
+      const Vec before = load(attention + i), after = add(before, mean);
       // Slots behind the last token keep their bytes.
-      store(scores + i, run - i < W ? select((1u << (run - i)) - 1, after, before) : after);
+      store(attention + i, run - i < W ? select((1u << (run - i)) - 1, after, before) : after);
     }
   }
 }
