@@ -1,4 +1,5 @@
 // vllm_sparq/ops/dense_decode: attention of one new token per request over all its pages.
+#include "api.h"
 #include "decode.h"
 
 namespace sparq {

@@ -5,6 +5,7 @@
 #include <climits>
 #include <cmath>
 
+#include "api.h"
 #include "coded_tokens.h"
 #include "encode.h"
 #include "paged.h"

@@ -1,4 +1,5 @@
-// The C ABI: what Python passes, and how the kernels find a token. vllm_sparq/ops/native.py mirrors `Pages` field by field.
+// What Python passes, and how the kernels find a token. vllm_sparq/ops/native.py mirrors the enums, constants and structs of
+// api.h's functions; abi.cpp lists them once more, so that a library refuses to be called with others.
 //
 // Sizes, as in vllm_sparq/ops/__init__.py: B requests, T new tokens, S context length, H query heads, G KV heads,
 // D head size, P pages, N tokens per page, M blocks of the longest request.
@@ -6,8 +7,6 @@
 
 #include <cstddef>
 #include <cstdint>
-
-#define SPARQ_API extern "C" __attribute__((visibility("default")))
 
 namespace sparq {
 
@@ -17,6 +16,7 @@ enum class Format : int32_t { model = 0, int8 = 1, int4 = 2, kivi4 = 3, kivi2 = 
 
 // Tokens of a span (vllm_sparq/reads/spans.py). Ranking `bounds`: [N/16, 2, D] of the model's type, the least K and the largest.
 constexpr int SPAN_TOKENS = 16;
+constexpr int LEAST_SPANS = 3;  // that a read of spans takes
 inline int spans_of(int n_tokens) { return (n_tokens + SPAN_TOKENS - 1) / SPAN_TOKENS; }
 
 // Element types of K, V, query and out. The 16-bit ones are storage only; simd.h converts them.

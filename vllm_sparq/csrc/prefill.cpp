@@ -8,6 +8,7 @@
 #include <cmath>
 #include <vector>
 
+#include "api.h"
 #include "prefill_tokens.h"
 #include "scratch.h"
 

@@ -1,6 +1,7 @@
 // vllm_sparq/ops/quest_decode: rank spans of neighbouring tokens by bounds of their keys, attend to the best.
 #include <algorithm>
 
+#include "api.h"
 #include "ranking_copy.h"
 #include "select.h"
 #include "simd.h"
@@ -12,7 +13,6 @@ namespace {
 
 // vllm_sparq/reads/spans.py: SpansRead.
 struct Read {
-  static constexpr int LEAST_SPANS = 3;
   int64_t min_k, slope, slope_divisor;
   int64_t dense_below;
 

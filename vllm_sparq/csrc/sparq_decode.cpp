@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <cmath>
 
+#include "api.h"
 #include "ranking.h"
 #include "select.h"
 #include "simd.h"

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <vector>
 
+#include "api.h"
 #include "encode.h"
 #include "paged.h"
 #include "ranking_copy.h"

@@ -7,6 +7,7 @@ loaded on first use, with plain ctypes: a call costs a few microseconds, and nee
 from __future__ import annotations
 
 import ctypes
+import enum
 import functools
 import mmap
 import os
@@ -18,6 +19,7 @@ from typing import Any, ClassVar
 import torch  # first: its libgomp must be loaded before ours asks for one, so that both share one pool of threads
 
 from vllm_sparq.layout import PageLayout, Pages
+from vllm_sparq.reads.spans import LEAST_SPANS, SPAN_TOKENS
 
 LIBRARIES = Path(__file__).parents[1] / "lib"
 
@@ -36,10 +38,7 @@ INSTRUCTION_SETS: dict[str, tuple[str, set[str]]] = {
 _HUGE = 2 << 20
 _MADV_COLLAPSE = 25  # since Linux 6.1; not in Python's mmap module yet
 
-DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
-RANKINGS = {None: 0, "int4": 1, "int8": 2, "model": 3, "bounds": 4}
 PARTS = ("records", "ranking", "scales", "value_sum", "positions", "attention")
-FORMATS = {"model": 0, "int8": 1, "int4": 2, "kivi4": 3, "kivi2": 4}
 
 REFERENCE_INSTEAD = "the pure-torch reference runs instead, hundreds of times slower"
 
@@ -59,6 +58,7 @@ def find() -> Found:
 
     Raises:
         ValueError: the override names no instruction set, one that this CPU lacks, or one that was not built.
+        OSError: the library cannot be loaded, or was compiled from other sources than these.
     """
     forced = os.environ.get(OVERRIDE)
     if forced:
@@ -100,39 +100,39 @@ def _library(isa: str) -> Path:
 
 
 def _found(isa: str) -> Found:
+    check_abi(_library(isa))
     return Found(_library(isa), isa, f"{INSTRUCTION_SETS[isa][0]} ({_library(isa).name})")
 
 
-C_TYPES: dict[str, type] = dict(
-    p=ctypes.c_void_p, l=ctypes.c_int64, i=ctypes.c_int32, f=ctypes.c_float, d=ctypes.c_double
-)
-"""Letter of a signature -> type of the argument."""
+class DType(enum.IntEnum):
+    """``sparq::DType`` of csrc/paged.h."""
+
+    bf16 = 0
+    fp16 = 1
+    fp32 = 2
 
 
-@functools.cache
-def function(name: str, signature: str) -> Any:
-    """A C function that returns nothing.
+class RankingType(enum.IntEnum):
+    """``sparq::RankingType`` of csrc/paged.h."""
 
-    Args:
-        name: of the symbol.
-        signature: one letter of `C_TYPES` per argument.
-
-    Raises:
-        RuntimeError: there is no library to take it from.
-    """
-    symbol = getattr(library(), name)
-    symbol.argtypes = [C_TYPES[letter] for letter in signature]
-    symbol.restype = None
-    return symbol
+    none = 0
+    int4 = 1
+    int8 = 2
+    model = 3
+    bounds = 4
 
 
-@functools.cache
-def library() -> ctypes.CDLL:
-    """The loaded library."""
-    found = find()
-    if found.library is None:
-        raise RuntimeError(found.reason)
-    return ctypes.CDLL(str(found.library))
+class Format(enum.IntEnum):
+    """``sparq::Format`` of csrc/paged.h."""
+
+    model = 0
+    int8 = 1
+    int4 = 2
+    kivi4 = 3
+    kivi2 = 4
+
+
+DTYPES = {torch.bfloat16: DType.bf16, torch.float16: DType.fp16, torch.float32: DType.fp32}
 
 
 class CodesStruct(ctypes.Structure):
@@ -155,6 +155,97 @@ class PagesStruct(ctypes.Structure):
     ]
 
 
+C_TYPES: dict[str, type] = dict(
+    p=ctypes.c_void_p, l=ctypes.c_int64, i=ctypes.c_int32, f=ctypes.c_float, d=ctypes.c_double
+)
+"""Letter of a signature -> type of the argument."""
+
+FUNCTIONS: dict[str, str] = {
+    # pages | key | value | B | block_table | query_start_loc | seq_lens | first_positions
+    "sparq_write": "p pll pll i pl p p p",
+    # pages | query | out | B, H | block_table, seq_lens | scale
+    "sparq_dense_decode": "p pll pll ii plp f",
+    # the same | the fields of `SparqRead`
+    "sparq_sparq_decode": "p pll pll ii plp f illlll di dl",
+    # the same | min_k, k_per_token, dense_below
+    "sparq_quest_decode": "p pll pll ii plp f llll",
+    # pages | block_table, context_lens | query_start_loc, key_start_loc, B, H | query | key | value | out | scale
+    "sparq_prefill": "p plp ppii pll pll pll pll f",
+    # pages | B | block_table | seq_lens, kept_lens, recent_from | sinks
+    "sparq_evict": "p i pl ppp i",
+}
+"""C function -> the letters of its arguments."""
+
+STRUCTS = (CodesStruct, PagesStruct)
+ENUMS = (DType, RankingType, Format)
+CONSTANTS = {"SPAN_TOKENS": SPAN_TOKENS, "LEAST_SPANS": LEAST_SPANS}
+
+ABI_VERSION = 1
+"""Raised by hand where the meaning of the interface changes and none of its numbers does."""
+
+
+def abi() -> int:
+    """What `sparq_abi` of a library must return: everything above in one number, as csrc/abi.cpp puts it together."""
+    numbers = [ABI_VERSION, *CONSTANTS.values()]
+    for kind in ENUMS:
+        numbers += list(kind)
+    for struct in STRUCTS:
+        numbers += [ctypes.sizeof(struct), *(getattr(struct, name).offset for name, _ in struct._fields_)]
+    for letters in FUNCTIONS.values():
+        numbers += [ord(letter) for letter in letters.replace(" ", "")]
+    digest = 0xCBF29CE484222325  # FNV-1a, a number at a time
+    for number in numbers:
+        digest = (digest ^ number) * 0x100000001B3 % 2**64
+    return digest
+
+
+def check_abi(path: Path) -> None:
+    """Refuse a library whose functions would read other memory than this code means.
+
+    Raises:
+        OSError: it cannot be loaded, or was compiled from other sources than these.
+    """
+    try:
+        function = ctypes.CDLL(str(path)).sparq_abi
+    except AttributeError:
+        theirs = "none"
+    else:
+        function.restype = ctypes.c_uint64
+        theirs = f"{function():016x}"
+    if theirs != (ours := f"{abi():016x}"):
+        raise OSError(
+            f"{path} has the C interface {theirs}, but this version of vllm-sparq calls {ours}: the compiled kernels "
+            f"are older or newer than the Python code beside them. Compile them again: `make setup` in a checkout, "
+            f"`pip install --force-reinstall --no-deps vllm-sparq` elsewhere."
+        )
+
+
+@functools.cache
+def function(name: str) -> Any:
+    """One of `FUNCTIONS`, which return nothing.
+
+    Raises:
+        RuntimeError: there is no library to take it from.
+    """
+    symbol = getattr(library(), name)
+    symbol.argtypes = [C_TYPES[letter] for letter in FUNCTIONS[name].replace(" ", "")]
+    symbol.restype = None
+    return symbol
+
+
+@functools.cache
+def library() -> ctypes.CDLL:
+    """The loaded library.
+
+    Raises:
+        RuntimeError: there is none.
+    """
+    found = find()
+    if found.library is None:
+        raise RuntimeError(found.reason)
+    return ctypes.CDLL(str(found.library))
+
+
 def pages_address(pages: Pages) -> int:
     """Address of the `PagesStruct` of a layer, built on its first call."""
     data = pages.data
@@ -164,9 +255,15 @@ def pages_address(pages: Pages) -> int:
 @functools.lru_cache(maxsize=4096)  # keyed by value, so a struct that outlives its tensor does no harm
 def _pages_struct(data: int, strides: tuple[int, ...], n_kv_heads: int, layout: PageLayout) -> tuple[PagesStruct, int]:
     offsets = [layout.parts[name].offset if name in layout.parts else -1 for name in PARTS]
-    numbers = (n_kv_heads, layout.block_size, layout.head_size, DTYPES[layout.dtype], RANKINGS[layout.ranking])
+    numbers = (
+        n_kv_heads,
+        layout.block_size,
+        layout.head_size,
+        DTYPES[layout.dtype],
+        RankingType[layout.ranking or "none"],
+    )
     quantized = layout.quantized is not None
-    storage = FORMATS[layout.format], layout.group if quantized else 0, layout.staged_per_page if quantized else 0
+    storage = Format[layout.format], layout.group if quantized else 0, layout.staged_per_page if quantized else 0
     codes = [_codes_struct(layout, name) for name in ("key", "value")]
     struct = PagesStruct(data, strides[0], strides[1], *offsets, *numbers, *storage, *codes)
     return struct, ctypes.addressof(struct)

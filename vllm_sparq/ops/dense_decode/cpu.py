@@ -7,9 +7,6 @@ import torch
 from vllm_sparq.layout import Pages
 from vllm_sparq.ops import native
 
-SIGNATURE = "p pll pll ii plp f".replace(" ", "")
-"""pages | query | out | B, H | block_table, seq_lens | scale"""
-
 
 def dense_decode(
     query: torch.Tensor,
@@ -20,7 +17,7 @@ def dense_decode(
     scale: float,
     out: torch.Tensor,
 ) -> None:
-    native.function("sparq_dense_decode", SIGNATURE)(
+    native.function("sparq_dense_decode")(
         native.pages_address(pages),
         *native.heads(query),
         *native.heads(out),

@@ -7,9 +7,6 @@ import torch
 from vllm_sparq.layout import Pages
 from vllm_sparq.ops import native
 
-SIGNATURE = "p i pl ppp i".replace(" ", "")
-"""pages | B | block_table | seq_lens, kept_lens, recent_from | sinks"""
-
 
 def evict(
     pages: Pages,
@@ -20,7 +17,7 @@ def evict(
     *,
     sinks: int,
 ) -> None:
-    native.function("sparq_evict", SIGNATURE)(
+    native.function("sparq_evict")(
         native.pages_address(pages),
         seq_lens.shape[0],
         block_table.data_ptr(),

@@ -25,5 +25,5 @@ def prefill(
     key_starts = query_start_loc if key_start_loc is None else key_start_loc
     rows = query_start_loc.data_ptr(), key_starts.data_ptr(), query_start_loc.shape[0] - 1, query.shape[1]
     tensors = *native.heads(query), *native.heads(key), *native.heads(value), *native.heads(out)
-    call = native.function("sparq_prefill", "pplppp" + "ii" + 4 * "pll" + "f")
+    call = native.function("sparq_prefill")
     call(native.pages_address(pages), *table, *rows, *tensors, scale)

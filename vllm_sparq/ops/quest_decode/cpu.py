@@ -8,9 +8,6 @@ from vllm_sparq.layout import Pages
 from vllm_sparq.ops import native
 from vllm_sparq.reads import SpansRead
 
-SIGNATURE = "p pll pll ii plp f llll".replace(" ", "")
-"""pages | query | out | B, H | block_table, seq_lens | scale | min_k, k_per_token, dense_below"""
-
 
 def quest_decode(
     query: torch.Tensor,
@@ -22,7 +19,7 @@ def quest_decode(
     scale: float,
     out: torch.Tensor,
 ) -> None:
-    native.function("sparq_quest_decode", SIGNATURE)(
+    native.function("sparq_quest_decode")(
         native.pages_address(pages),
         *native.heads(query),
         *native.heads(out),

@@ -8,9 +8,6 @@ from vllm_sparq.layout import Pages
 from vllm_sparq.ops import native
 from vllm_sparq.reads import SparqRead
 
-SIGNATURE = "p pll pll ii plp f illlll di dl".replace(" ", "")
-"""pages | query | out | B, H | block_table, seq_lens | scale | the fields of `SparqRead`"""
-
 
 def sparq_decode(
     query: torch.Tensor,
@@ -22,7 +19,7 @@ def sparq_decode(
     scale: float,
     out: torch.Tensor,
 ) -> None:
-    native.function("sparq_sparq_decode", SIGNATURE)(
+    native.function("sparq_sparq_decode")(
         native.pages_address(pages),
         *native.heads(query),
         *native.heads(out),

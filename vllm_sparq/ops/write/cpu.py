@@ -7,9 +7,6 @@ import torch
 from vllm_sparq.layout import Pages
 from vllm_sparq.ops import native
 
-SIGNATURE = "p pll pll i pl p p p".replace(" ", "")
-"""pages | key | value | B | block_table | query_start_loc | seq_lens | first_positions"""
-
 
 def write(
     key: torch.Tensor,
@@ -20,7 +17,7 @@ def write(
     seq_lens: torch.Tensor,
     first_positions: torch.Tensor | None = None,
 ) -> None:
-    native.function("sparq_write", SIGNATURE)(
+    native.function("sparq_write")(
         native.pages_address(pages),
         *native.heads(key),
         *native.heads(value),
