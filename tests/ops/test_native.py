@@ -10,8 +10,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
+from tests.ops import tolerances
 from tests.ops.c_interface import differences, of_python, of_source, source
+from tests.ops.cases import Case, build, load, write_in_chunks
+from vllm_sparq.formats import FORMATS, Format
+from vllm_sparq.layout import Pages
 from vllm_sparq.ops import native
 
 COMPILER = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
@@ -38,6 +43,7 @@ def test_every_kind_of_thing_is_compared() -> None:
         (r"(int32_t n_kv_heads;)([^}]*?)(int32_t block_size;)", r"\3\2\1", "structs: Pages"),
         (r"int32_t staged_per_page;", r"int64_t staged_per_page;", "structs: Pages"),
         (r"bf16 = 0, fp16 = 1", r"bf16 = 1, fp16 = 0", "enums: DType"),
+        (r"int4 = 1, int8 = 2", r"int4 = 2, int8 = 1", "enums: RankingType"),
         (r"constexpr int LEAST_SPANS = 3", r"constexpr int LEAST_SPANS = 4", "constants: LEAST_SPANS"),
         (r"int32_t sinks\)", r"int64_t sinks)", "functions: sparq_evict"),
         (r", float scale\)", r", float scale, int32_t more)", "functions: sparq_prefill"),
@@ -135,3 +141,32 @@ def test_the_number_of_the_interface_depends_on_all_of_it(change: str, monkeypat
     else:
         monkeypatch.setattr(native, "ABI_VERSION", native.ABI_VERSION + 1)
     assert native.abi() != before
+
+
+NEW_FORMATS = {
+    "a zero point, 8 bits": Format(bits=8, channel_keys=False, group=64),
+    "2 bits along a token": Format(bits=2, channel_keys=False, group=32),
+    "8 bits along a channel": Format(bits=8, channel_keys=True, group=32),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
+@pytest.mark.parametrize("fmt", NEW_FORMATS.values(), ids=NEW_FORMATS)
+def test_a_format_is_a_row_of_the_table(fmt: Format, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernels are told its numbers; they know none by name."""
+    monkeypatch.setitem(FORMATS, "new", fmt)
+    case = Case(head_size=128, block_size=64, dtype=dtype, format="new", ranking=None, value_sum=False, lens=(200, 64))
+    want, got = build(case), write_in_chunks(case, case.tokens(), load("write", "cpu"), [100], "cpu")
+    for row, s in zip(want.block_table, case.lens, strict=False):
+        full = row[: s // case.block_size].long()
+        for name in ("key_codes", "key_scales", "value_codes", "value_scales"):
+            assert torch.equal(getattr(got.pages, name)[full], getattr(want.pages, name)[full]), name
+    out, reference = want.decode(load("dense_decode", "cpu")), want.decode(load("dense_decode", "reference"))
+    torch.testing.assert_close(out, reference, **tolerances.OUT[dtype])
+
+
+def test_a_format_that_no_kernel_reads_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(FORMATS, "new", Format(bits=4, channel_keys=False, group=0, scale_numbers=1))
+    case = Case(head_size=64, block_size=32, format="new", ranking=None, value_sum=False)
+    with pytest.raises(NotImplementedError, match=r"format 'new' has Format\(bits=4, .*2, 4 or 8 bits with a zero"):
+        native.pages_address(Pages.empty(1, 1, case.layout))

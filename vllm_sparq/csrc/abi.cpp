@@ -57,7 +57,6 @@ constexpr uint64_t digest() {
   digest.add_all({ABI_VERSION, SPAN_TOKENS, LEAST_SPANS});
   digest.add_enum(DType::bf16, DType::fp16, DType::fp32);
   digest.add_enum(RankingType::none, RankingType::int4, RankingType::int8, RankingType::model, RankingType::bounds);
-  digest.add_enum(Format::model, Format::int8, Format::int4, Format::kivi4, Format::kivi2);
   {
     using Type = Codes;
     digest.add_all({sizeof(Type), AT(codes), AT(code_stride), AT(scales), AT(scale_stride)});
@@ -66,7 +65,7 @@ constexpr uint64_t digest() {
     using Type = Pages;
     digest.add_all({sizeof(Type), AT(data), AT(page_stride), AT(head_stride), AT(records), AT(ranking), AT(scales),
                     AT(value_sum), AT(positions), AT(attention), AT(n_kv_heads), AT(block_size), AT(head_size), AT(dtype),
-                    AT(ranking_type), AT(format), AT(group), AT(staged_per_page), AT(key), AT(value)});
+                    AT(ranking_type), AT(bits), AT(has_zero), AT(channel_keys), AT(group), AT(staged_per_page), AT(key), AT(value)});
   }
   digest.add_arguments(sparq_write);
   digest.add_arguments(sparq_dense_decode);

@@ -51,7 +51,7 @@ struct Heads4 {
   // Logits of the tokens of a page, [n, stride].
   void score_page(const uint8_t* page, RowPointers& keys, float* logits, int stride, Ahead& ahead) const {
     const CodesQuery& query = group.codes;
-    if (!pages.channel_keys()) {
+    if (!pages.channel_keys) {
       const CodeRows rows = keys.all(pages.key, kernels.key, page, pages.block_size);
       return kernels.dot(kernels.key, query, h0, n, rows, logits, stride, ahead);
     }
@@ -90,14 +90,14 @@ void few_heads_at_a_time(const CodeKernels& kernels, const Group& group, const S
 
 // Where the codes of a page end, which begin with those of K.
 int64_t codes_end(const Pages& pages) {
-  return pages.channel_keys() ? pages.value.scales + pages.block_size * pages.value.scale_stride
+  return pages.channel_keys ? pages.value.scales + pages.block_size * pages.value.scale_stride
                               : pages.key.codes + pages.block_size * pages.key.code_stride;
 }
 
 // What a page's codes of K and of V span, in the two halves in which it is read.
 void page_ahead(const Pages& pages, const uint8_t* page, Ahead* keys, Ahead* values) {
   const int64_t first = pages.key.codes, last = codes_end(pages);
-  const int64_t middle = pages.channel_keys() ? pages.value.codes : (first + last) / 2;
+  const int64_t middle = pages.channel_keys ? pages.value.codes : (first + last) / 2;
   *keys = Ahead(page + first, middle - first);
   *values = Ahead(page + middle, last - middle);
 }
@@ -129,7 +129,7 @@ class Listed {
     const int value_bytes = kernels_.value.row_bytes(), scale_bytes = kernels_.value.scale_bytes();
     for (int i = first; i < last; ++i) {
       prefetch_row(pages_.value, page(i), slot(i), value_bytes, scale_bytes);
-      if (!pages_.channel_keys())
+      if (!pages_.channel_keys)
         prefetch_row(pages_.key, page(i), slot(i), kernels_.key.row_bytes(), kernels_.key.scale_bytes());
     }
   }
@@ -162,25 +162,24 @@ class Listed {
   int n_;
 };
 
-// Kernels of the bf16 instructions in place of those that they beat.
-void use_bf16(Format format, CodeKernels& kernels) {
+// Kernels of the bf16 instructions in place of those that they beat, where there are some for these codes.
+void use_bf16(const Pages& pages, CodeKernels& kernels) {
 #ifdef __AVX512BF16__
-  const auto token_keys = [&](auto codes) {
+  const auto use = [&](auto codes) {
     using C = decltype(codes);
-    if (can_dot_bf16(kernels.key)) kernels.dot = dot_bf16<C>, kernels.pairs = true;
+    if (C::has_zero != (pages.has_zero != 0)) return;
     if (can_mix_bf16(kernels.value)) kernels.mix_values = mix_bf16<C, 1>;
+    if constexpr (C::has_zero)
+      if (pages.channel_keys && can_mix_bf16(kernels.key))
+        kernels.mix_keys = mix_bf16<C, 2>, kernels.score_keys = mix_bf16<C, 1>;
+    if constexpr (C::planes <= MAX_DOT_PLANES)
+      if (!pages.channel_keys && can_dot_bf16(kernels.key)) kernels.dot = dot_bf16<C>, kernels.pairs = true;
   };
-  const auto channel_keys = [&](auto codes) {
-    using C = decltype(codes);
-    if (can_mix_bf16(kernels.key)) kernels.mix_keys = mix_bf16<C, 2>, kernels.score_keys = mix_bf16<C, 1>;
-    if (can_mix_bf16(kernels.value)) kernels.mix_values = mix_bf16<C, 1>;
-  };
-  if (format == Format::int8) token_keys(EightBits{});
-  if (format == Format::int4) token_keys(FourBits{});
-  if (format == Format::kivi4) channel_keys(FourBits{});
-  if (format == Format::kivi2) channel_keys(TwoBits{});
+  if (pages.bits == 8) use(EightBits{});
+  if (pages.bits == 4) use(FourBits{});
+  if (pages.bits == 2) use(TwoBits{});
 #else
-  (void)format, (void)kernels;
+  (void)pages, (void)kernels;
 #endif
 }
 
@@ -225,7 +224,7 @@ void attend_coded_tokens(const CodeKernels& kernels, const Group& group, const S
     const int last = std::min(n, first + LIST_TILE);
     list.prefetch(last, std::min(n, last + LIST_TILE));
     few_heads_at_a_time(kernels, group, state, pages, [&](const Heads4& heads) {
-      if (pages.channel_keys()) {
+      if (pages.channel_keys) {
         list.score_columns(heads, first, last, rows, page_logits, page_stride, logits, stride);
       } else {
         list.push(first, last, pages.key, rows);
@@ -244,7 +243,7 @@ CodeKernels CodeKernels::of(const Pages& pages) {
     kernels.dot = dot_float<T>;
     kernels.mix_keys = kernels.score_keys = kernels.mix_values = mix_float<T>;
   });
-  use_bf16(pages.format, kernels);
+  use_bf16(pages, kernels);
   return kernels;
 }
 

@@ -23,11 +23,10 @@ struct CodeShape {
   int scale_bytes() const { return n_groups() * (has_zero ? 2 : 1) * (dtype == DType::fp32 ? 4 : 2); }
 
   static CodeShape of(const Pages& pages, int n) {
-    const int bits = pages.format == Format::int8 ? 8 : pages.format == Format::kivi2 ? 2 : 4;
-    return {n, bits, pages.group, pages.format != Format::int8, pages.dtype};
+    return {n, pages.bits, pages.group, pages.has_zero != 0, pages.dtype};
   }
   static CodeShape keys(const Pages& pages) {
-    return of(pages, pages.channel_keys() ? pages.block_size : pages.head_size);
+    return of(pages, pages.channel_keys ? pages.block_size : pages.head_size);
   }
   static CodeShape values(const Pages& pages) { return of(pages, pages.head_size); }
 };

@@ -31,7 +31,7 @@ class CodedTokens {
   // Rows [16, D] of the slots from `slot` (a multiple of 16) on, in fp32 or rounded to another type.
   template <class R>
   void keys(const uint8_t* page, int slot, R* to) {
-    if (pages_.channel_keys()) return channel_keys(page, slot, to);
+    if (pages_.channel_keys) return channel_keys(page, slot, to);
     token_rows(CodeShape::keys(pages_), pages_.key, page, slot, to);
   }
 
@@ -42,7 +42,7 @@ class CodedTokens {
 
  private:
   static size_t channel_codes(const Pages& pages) {
-    return pages.channel_keys() ? (size_t)pages.head_size * pages.block_size : 0;
+    return pages.channel_keys ? (size_t)pages.head_size * pages.block_size : 0;
   }
 
   // Codes are channels of a token, and so are groups.

@@ -36,16 +36,19 @@ struct LookUp {
 // How the codes in a 16-bit word are told apart. A word holds two neighbouring codes of each plane: the planes of its
 // low byte, then those of its high byte. A code is the sum of `parts` look-ups.
 struct TwoBits {
+  static constexpr bool has_zero = true;
   static constexpr int planes = 4, parts = 1, tables = 2;  // the second table spares every other shift
   static constexpr float middle = 1.5f;
   static constexpr LookUp table[2] = {{0, 2, 1.5f, false, 1}, {2, 2, 1.5f, false, 1}};
 };
 struct FourBits {
+  static constexpr bool has_zero = true;
   static constexpr int planes = 2, parts = 1, tables = 1;
   static constexpr float middle = 7.5f;
   static constexpr LookUp table[1] = {{0, 4, 7.5f, false, 1}};
 };
 struct EightBits {
+  static constexpr bool has_zero = false;  // signed
   static constexpr int planes = 1, parts = 2, tables = 2;
   static constexpr float middle = 0;
   static constexpr LookUp table[2] = {{0, 4, 0, false, 1}, {0, 4, 0, true, 16}};

@@ -8,7 +8,8 @@
 
 namespace sparq {
 
-constexpr int DOT_BYTES = 512;  // of a row at most
+constexpr int DOT_BYTES = 512;     // of a row at most
+constexpr int MAX_DOT_PLANES = 2;  // of a byte
 
 inline bool can_dot_bf16(const CodeShape& shape) {
   return shape.dtype == DType::bf16 && shape.row_bytes() <= DOT_BYTES && shape.row_bytes() % 8 == 0;
@@ -34,7 +35,7 @@ SPARQ_INLINE void turn_over(const uint8_t* const* rows, int byte, __m512i* to) {
 // Dwords first .. last of rows, whose codes belong to one group in each plane.
 struct Segment {
   int first, last;
-  int group[2];  // of plane 0 and 1
+  int group[MAX_DOT_PLANES];  // of each plane
 };
 
 // Cuts rows into segments; returns how many.

@@ -156,7 +156,7 @@ void encode_turned(const CodeShape& shape, const T* x, int columns, const Codes&
 void encode_keys(const Pages& pages, const void* keys, uint8_t* page) {
   with_dtype(pages.dtype, [&](auto type) {
     using T = decltype(type);
-    if (pages.channel_keys()) {
+    if (pages.channel_keys) {
       encode_rows(CodeShape::keys(pages), (const T*)keys, pages.head_size, pages.key, page);
     } else {
       encode_turned(CodeShape::keys(pages), (const T*)keys, pages.block_size, pages.key, page);

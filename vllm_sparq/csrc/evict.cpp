@@ -281,9 +281,9 @@ void move_codes(const Held& held, const Move* moves, int n_moves) {
       uint8_t* const to = held.page_of(move->to);
       const int row = held.place(move->from), to_row = held.place(move->to);
       copy_row(pages.value, CodeShape::values(pages), from, row, to, to_row);
-      if (!pages.channel_keys()) copy_row(pages.key, CodeShape::keys(pages), from, row, to, to_row);
+      if (!pages.channel_keys) copy_row(pages.key, CodeShape::keys(pages), from, row, to, to_row);
     }
-    if (!pages.channel_keys()) return;
+    if (!pages.channel_keys) return;
     KeyGroups<T> keys(held, newest, arena);
     each_target(held, moves, n_moves, [&](const Move* first, int n) { keys.remake(first, n); });
   });

@@ -12,7 +12,6 @@ namespace sparq {
 
 enum class DType : int32_t { bf16 = 0, fp16 = 1, fp32 = 2 };
 enum class RankingType : int32_t { none = 0, int4 = 1, int8 = 2, model = 3, bounds = 4 };
-enum class Format : int32_t { model = 0, int8 = 1, int4 = 2, kivi4 = 3, kivi2 = 4 };
 
 // Tokens of a span (vllm_sparq/reads/spans.py). Ranking `bounds`: [N/16, 2, D] of the model's type, the least K and the largest.
 constexpr int SPAN_TOKENS = 16;
@@ -50,13 +49,14 @@ struct Pages {
   int32_t head_size;   // D
   DType dtype;
   RankingType ranking_type;
-  Format format;
-  int32_t group;            // g: elements of a quantization group; 0 where nothing is quantized, like what follows
+  int32_t bits;             // of a code; 0 where nothing is quantized, like what follows
+  int32_t has_zero;         // whether scales are step and zero: codes are unsigned then, else signed
+  int32_t channel_keys;     // whether K is channel-major: a group of it is neighbouring tokens of one channel
+  int32_t group;            // g: elements of a quantization group
   int32_t staged_per_page;  // tokens of an unfinished block that fit into a page
   Codes key, value;
 
-  bool quantized() const { return format != Format::model; }
-  bool channel_keys() const { return format == Format::kivi4 || format == Format::kivi2; }
+  bool quantized() const { return bits > 0; }
   bool adds_attention() const { return attention >= 0; }
   uint8_t* page(int32_t id, int head) const { return data + id * page_stride + head * head_stride; }
   int n_blocks(int n_tokens) const { return (n_tokens + block_size - 1) / block_size; }

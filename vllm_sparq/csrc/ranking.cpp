@@ -14,7 +14,7 @@ namespace {
 constexpr int MAX_ROWS = 8;  // heads whose bias is kept in registers
 
 int row_bytes(const Pages& pages) {
-  if (pages.channel_keys()) return (int)pages.key.code_stride;
+  if (pages.channel_keys) return (int)pages.key.code_stride;
   switch (pages.ranking_type) {
     case RankingType::int4: return pages.block_size / 2;
     case RankingType::int8: return pages.block_size;
@@ -203,8 +203,8 @@ Ranking make_ranking(const Decode& call, int request, int head, int r, ScoreRows
 }
 
 void touch_page(const Pages& pages, const uint8_t* page) {
-  const int64_t first = pages.channel_keys() ? pages.key.codes : pages.ranking;
-  const int64_t end = pages.channel_keys() ? pages.value.codes
+  const int64_t first = pages.channel_keys ? pages.key.codes : pages.ranking;
+  const int64_t end = pages.channel_keys ? pages.value.codes
                       : pages.scales  >= 0 ? pages.scales + 4 * pages.head_size
                                            : pages.ranking + (int64_t)pages.head_size * row_bytes(pages);
   for (int64_t byte = first; byte < end; byte += 4096) prefetch_l2(page + byte);
@@ -213,7 +213,7 @@ void touch_page(const Pages& pages, const uint8_t* page) {
 
 void score_page(const Ranking& ranking, const uint8_t* page, const uint8_t* ahead, float* scores, int stride) {
   const Pages& pages = *ranking.pages;
-  if (pages.channel_keys()) return score_key_codes(ranking, page, ahead, scores, stride);
+  if (pages.channel_keys) return score_key_codes(ranking, page, ahead, scores, stride);
   const uint8_t *copy = page + pages.ranking, *next = ahead != nullptr ? ahead + pages.ranking : nullptr;
   const Scan scan{ranking.rows, next, ranking.row_offsets, ranking.r, row_bytes(pages), pages.block_size};
   if (pages.ranking_type == RankingType::model) {

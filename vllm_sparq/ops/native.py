@@ -38,6 +38,7 @@ INSTRUCTION_SETS: dict[str, tuple[str, set[str]]] = {
 _HUGE = 2 << 20
 _MADV_COLLAPSE = 25  # since Linux 6.1; not in Python's mmap module yet
 
+STORAGE = ("bits", "has_zero", "channel_keys", "group", "staged_per_page")
 PARTS = ("records", "ranking", "scales", "value_sum", "positions", "attention")
 
 REFERENCE_INSTEAD = "the pure-torch reference runs instead, hundreds of times slower"
@@ -122,16 +123,6 @@ class RankingType(enum.IntEnum):
     bounds = 4
 
 
-class Format(enum.IntEnum):
-    """``sparq::Format`` of csrc/paged.h."""
-
-    model = 0
-    int8 = 1
-    int4 = 2
-    kivi4 = 3
-    kivi2 = 4
-
-
 DTYPES = {torch.bfloat16: DType.bf16, torch.float16: DType.fp16, torch.float32: DType.fp32}
 
 
@@ -149,7 +140,7 @@ class PagesStruct(ctypes.Structure):
         *[(name, ctypes.c_int64) for name in ("page_stride", "head_stride")],
         *[(name, ctypes.c_int64) for name in PARTS],
         *[(name, ctypes.c_int32) for name in ("n_kv_heads", "block_size", "head_size", "dtype", "ranking_type")],
-        *[(name, ctypes.c_int32) for name in ("format", "group", "staged_per_page")],
+        *[(name, ctypes.c_int32) for name in STORAGE],
         ("key", CodesStruct),
         ("value", CodesStruct),
     ]
@@ -177,7 +168,7 @@ FUNCTIONS: dict[str, str] = {
 """C function -> the letters of its arguments."""
 
 STRUCTS = (CodesStruct, PagesStruct)
-ENUMS = (DType, RankingType, Format)
+ENUMS = (DType, RankingType)
 CONSTANTS = {"SPAN_TOKENS": SPAN_TOKENS, "LEAST_SPANS": LEAST_SPANS}
 
 ABI_VERSION = 1
@@ -262,11 +253,23 @@ def _pages_struct(data: int, strides: tuple[int, ...], n_kv_heads: int, layout: 
         DTYPES[layout.dtype],
         RankingType[layout.ranking or "none"],
     )
-    quantized = layout.quantized is not None
-    storage = Format[layout.format], layout.group if quantized else 0, layout.staged_per_page if quantized else 0
     codes = [_codes_struct(layout, name) for name in ("key", "value")]
-    struct = PagesStruct(data, strides[0], strides[1], *offsets, *numbers, *storage, *codes)
+    struct = PagesStruct(data, strides[0], strides[1], *offsets, *numbers, *_storage(layout), *codes)
     return struct, ctypes.addressof(struct)
+
+
+def _storage(layout: PageLayout) -> tuple[int, ...]:
+    """The numbers of `STORAGE`: how full blocks are quantized; zeros for ``model``."""
+    fmt = layout.quantized
+    if fmt is None:
+        return (0,) * len(STORAGE)
+    has_zero = fmt.scale_numbers == 2
+    if fmt.bits not in ((2, 4, 8) if has_zero else (8,)) or (fmt.channel_keys and not has_zero):
+        raise NotImplementedError(
+            f"format {layout.format!r} has {fmt}: the CPU kernels take codes of 2, 4 or 8 bits with a zero point, and "
+            f"signed ones of 8 bits whose groups lie along a token. VLLM_SPARQ_IMPL=reference takes any."
+        )
+    return fmt.bits, has_zero, fmt.channel_keys, layout.group, layout.staged_per_page
 
 
 def _codes_struct(layout: PageLayout, name: str) -> CodesStruct:
