@@ -57,6 +57,7 @@ constexpr uint64_t digest() {
   digest.add_all({ABI_VERSION, SPAN_TOKENS, LEAST_SPANS});
   digest.add_enum(DType::bf16, DType::fp16, DType::fp32);
   digest.add_enum(RankingType::none, RankingType::int4, RankingType::int8, RankingType::model, RankingType::bounds);
+  digest.add_enum(Rank::attention, Rank::age);
   {
     using Type = Codes;
     digest.add_all({sizeof(Type), AT(codes), AT(code_stride), AT(scales), AT(scale_stride)});

@@ -42,4 +42,4 @@ SPARQ_API void sparq_prefill(const sparq::Pages* pages, const int32_t* block_tab
 
 SPARQ_API void sparq_evict(const sparq::Pages* pages, int32_t n_requests, const int32_t* block_table,
                            int64_t table_stride, const int32_t* seq_lens, const int32_t* kept_lens,
-                           const int32_t* recent_from, int32_t sinks);
+                           const int32_t* recent_from, int32_t sinks, int32_t rank);

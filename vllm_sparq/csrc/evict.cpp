@@ -24,6 +24,7 @@ struct Evict {
   const int32_t* kept_lens;
   const int32_t* recent_from;
   int sinks;
+  Rank rank;
 };
 
 // The token in slot `from` takes slot `to`.
@@ -36,6 +37,7 @@ struct Held {
   const Pages& pages;
   Sequence sequence;
   int n_kept;
+  bool by_attention;
 
   int n() const { return sequence.len; }
   int block(int slot) const { return slot / pages.block_size; }
@@ -54,11 +56,11 @@ void fetch(const Held& held, int block) {
   const uint8_t* const page = held.sequence.page(block);
   for (int byte = 0; byte < 4 * held.pages.block_size; byte += 64) {
     prefetch_l2(page + held.pages.positions + byte);
-    if (held.pages.adds_attention()) prefetch_l2(page + held.pages.attention + byte);
+    if (held.by_attention) prefetch_l2(page + held.pages.attention + byte);
   }
 }
 
-// Step 1: ranks[slot], what the token has had, infinite where it must stay; infinite behind the last one, too.
+// Step 1: ranks[slot], what the token has had or its position; infinite where it must stay, and behind the last one.
 void rank_tokens(const Held& held, int sinks, int recent_from, float* ranks) {
   const int n = held.pages.block_size;
   const Vec always = set1(INFINITY), never = set1(-INFINITY);
@@ -68,7 +70,7 @@ void rank_tokens(const Held& held, int sinks, int recent_from, float* ranks) {
   for (int first = 0; first < held.n(); first += n) {
     if (first / n + AHEAD < n_blocks) fetch(held, first / n + AHEAD);
     const int32_t* const positions = held.positions(first / n);
-    const float* const attention = held.pages.adds_attention() ? held.attention(first / n) : nullptr;
+    const float* const attention = held.by_attention ? held.attention(first / n) : nullptr;
     for (int i = 0; i < n; i += W) {
       Vec rank = load(positions + i);
       if (attention != nullptr) {
@@ -341,7 +343,8 @@ void remake(const Held& held, const Move* moves, int n_moves) {
 void evict_head(const Evict& call, int request, int head) {
   thread_local Scratch scratch;
   const int n_held = call.requests.lens[request], n_kept = call.kept_lens[request];
-  const Held held{call.pages, {&call.pages, call.requests.blocks(request), head, n_held}, n_kept};
+  const Held held{call.pages, {&call.pages, call.requests.blocks(request), head, n_held}, n_kept,
+                  call.rank == Rank::attention};
   Move* const moves = scratch.arena((size_t)(n_held - n_kept) * sizeof(Move)).take<Move>(n_held - n_kept);
   const int n_moves = plan_moves(held, call.sinks, call.recent_from[request], moves);
   if (n_moves == 0) return;
@@ -375,6 +378,7 @@ void evict(const Evict& call) {
 
 SPARQ_API void sparq_evict(const sparq::Pages* pages, int32_t n_requests, const int32_t* block_table,
                            int64_t table_stride, const int32_t* seq_lens, const int32_t* kept_lens,
-                           const int32_t* recent_from, int32_t sinks) {
-  sparq::evict({*pages, {block_table, table_stride, seq_lens, n_requests}, kept_lens, recent_from, sinks});
+                           const int32_t* recent_from, int32_t sinks, int32_t rank) {
+  sparq::evict({*pages, {block_table, table_stride, seq_lens, n_requests}, kept_lens, recent_from, sinks,
+                (sparq::Rank)rank});
 }

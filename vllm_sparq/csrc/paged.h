@@ -12,6 +12,7 @@ namespace sparq {
 
 enum class DType : int32_t { bf16 = 0, fp16 = 1, fp32 = 2 };
 enum class RankingType : int32_t { none = 0, int4 = 1, int8 = 2, model = 3, bounds = 4 };
+enum class Rank : int32_t { attention = 0, age = 1 };  // of an eviction: what decides who goes first
 
 // Tokens of a span (vllm_sparq/reads/spans.py). Ranking `bounds`: [N/16, 2, D] of the model's type, the least K and the largest.
 constexpr int SPAN_TOKENS = 16;

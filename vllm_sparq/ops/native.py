@@ -123,6 +123,13 @@ class RankingType(enum.IntEnum):
     bounds = 4
 
 
+class Rank(enum.IntEnum):
+    """``sparq::Rank`` of csrc/paged.h, `vllm_sparq.retention.Rank`."""
+
+    attention = 0
+    age = 1
+
+
 DTYPES = {torch.bfloat16: DType.bf16, torch.float16: DType.fp16, torch.float32: DType.fp32}
 
 
@@ -162,13 +169,13 @@ FUNCTIONS: dict[str, str] = {
     "sparq_quest_decode": "p pll pll ii plp f llll",
     # pages | block_table, context_lens | query_start_loc, key_start_loc, B, H | query | key | value | out | scale
     "sparq_prefill": "p plp ppii pll pll pll pll f",
-    # pages | B | block_table | seq_lens, kept_lens, recent_from | sinks
-    "sparq_evict": "p i pl ppp i",
+    # pages | B | block_table | seq_lens, kept_lens, recent_from | sinks, rank
+    "sparq_evict": "p i pl ppp ii",
 }
 """C function -> the letters of its arguments."""
 
 STRUCTS = (CodesStruct, PagesStruct)
-ENUMS = (DType, RankingType)
+ENUMS = (DType, RankingType, Rank)
 CONSTANTS = {"SPAN_TOKENS": SPAN_TOKENS, "LEAST_SPANS": LEAST_SPANS}
 
 ABI_VERSION = 1

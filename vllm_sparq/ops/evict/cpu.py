@@ -6,6 +6,7 @@ import torch
 
 from vllm_sparq.layout import Pages
 from vllm_sparq.ops import native
+from vllm_sparq.retention import Rank
 
 
 def evict(
@@ -16,6 +17,7 @@ def evict(
     recent_from: torch.Tensor,
     *,
     sinks: int,
+    rank: Rank,
 ) -> None:
     native.function("sparq_evict")(
         native.pages_address(pages),
@@ -26,4 +28,5 @@ def evict(
         kept_lens.data_ptr(),
         recent_from.data_ptr(),
         sinks,
+        native.Rank[rank],
     )
