@@ -12,13 +12,20 @@ from vllm_sparq.ops import native
 
 CSRC = Path(native.__file__).parents[1] / "csrc"
 
-KINDS = {"int64_t": "l", "int32_t": "i", "float": "f", "double": "d"}
-"""C type -> the letter of `native.C_TYPES`; a pointer is ``p``, an enum ``i``."""
+KINDS = {"int64_t": "l", "int32_t": "i", "float": "f"}
+"""C type -> the letter of `native.C_TYPES`; a pointer is ``p``, an enum ``i``, a struct's address has its own."""
+
+
+STRUCT_LETTERS = {
+    kind._type_.__name__.removesuffix("Struct"): letter
+    for letter, kind in native.C_TYPES.items()
+    if issubclass(kind, ctypes._Pointer)
+}
 
 
 @dataclass(frozen=True)
 class Interface:
-    """Types are letters of `native.C_TYPES`, or names of structs.
+    """Types are letters of `native.C_TYPES`, or of a field names of structs.
 
     Attributes:
         functions: name -> types of the arguments.
@@ -78,6 +85,8 @@ def _kind(declared: str, enums: Mapping[str, object]) -> str:
     plain = declared.replace("const ", "").replace("sparq::", "").strip()
     if plain.endswith("*"):
         return "p"
+    if plain.endswith("&"):
+        return STRUCT_LETTERS.get(plain[:-1], plain)
     return "i" if plain in enums else KINDS.get(plain, plain)
 
 
@@ -89,7 +98,7 @@ def of_python() -> Interface:
         fields = [(name, letters.get(kind) or _struct_name(kind)) for name, kind in struct._fields_]
         structs[_struct_name(struct)] = tuple(fields)
     return Interface(
-        {name: tuple(signature.replace(" ", "")) for name, signature in native.FUNCTIONS.items()},
+        {name: tuple(signature) for name, signature in native.FUNCTIONS.items()},
         structs,
         {kind.__name__: {member.name: member.value for member in kind} for kind in native.ENUMS},
         native.CONSTANTS | {"ABI_VERSION": native.ABI_VERSION},

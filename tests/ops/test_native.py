@@ -44,8 +44,10 @@ def test_every_kind_of_thing_is_compared() -> None:
         (r"int32_t staged_per_page;", r"int64_t staged_per_page;", "structs: Pages"),
         (r"bf16 = 0, fp16 = 1", r"bf16 = 1, fp16 = 0", "enums: DType"),
         (r"int4 = 1, int8 = 2", r"int4 = 2, int8 = 1", "enums: RankingType"),
+        (r"int32_t r;", r"int32_t probs;", "structs: SparqRead"),
+        (r"int32_t sinks, sparq::Rank", r"int64_t sinks, sparq::Rank", "functions: sparq_evict"),
+        (r"sparq::SparqRead& read", r"sparq::SpansRead& read", "functions: sparq_sparq_decode"),
         (r"constexpr int LEAST_SPANS = 3", r"constexpr int LEAST_SPANS = 4", "constants: LEAST_SPANS"),
-        (r"int32_t sinks\)", r"int64_t sinks)", "functions: sparq_evict"),
         (r", float scale\)", r", float scale, int32_t more)", "functions: sparq_prefill"),
     ],
 )
@@ -137,7 +139,7 @@ def test_the_number_of_the_interface_depends_on_all_of_it(change: str, monkeypat
     elif change == "struct":
         monkeypatch.setattr(native, "STRUCTS", native.STRUCTS[1:])
     elif change == "letter":
-        monkeypatch.setitem(native.FUNCTIONS, "sparq_evict", "p i pl ppp l")
+        monkeypatch.setitem(native.FUNCTIONS, "sparq_evict", "PRppil")
     else:
         monkeypatch.setattr(native, "ABI_VERSION", native.ABI_VERSION + 1)
     assert native.abi() != before
@@ -169,4 +171,4 @@ def test_a_format_that_no_kernel_reads_is_refused(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setitem(FORMATS, "new", Format(bits=4, channel_keys=False, group=0, scale_numbers=1))
     case = Case(head_size=64, block_size=32, format="new", ranking=None, value_sum=False)
     with pytest.raises(NotImplementedError, match=r"format 'new' has Format\(bits=4, .*2, 4 or 8 bits with a zero"):
-        native.pages_address(Pages.empty(1, 1, case.layout))
+        native.pages_struct(Pages.empty(1, 1, case.layout))

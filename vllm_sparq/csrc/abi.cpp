@@ -1,5 +1,5 @@
-// One number for the interface, as vllm_sparq/ops/native.py (`abi`) puts it together: an old library beside newer Python is
-// refused when it is loaded.
+// One number for the interface, as vllm_sparq/ops/native.py (`abi`) puts it together: an old library beside newer Python
+// is refused when it is loaded.
 #include <initializer_list>
 
 #include "api.h"
@@ -8,6 +8,28 @@ namespace sparq {
 namespace {
 
 constexpr int ABI_VERSION = 1;  // raised by hand where the meaning changes and none of these numbers does
+
+// As in `C_TYPES` of native.py.
+template <class T>
+constexpr char LETTER = 0;
+template <>
+constexpr char LETTER<const Pages&> = 'P';
+template <>
+constexpr char LETTER<const Tensor&> = 'T';
+template <>
+constexpr char LETTER<const Requests&> = 'R';
+template <>
+constexpr char LETTER<const SparqRead&> = 'S';
+template <>
+constexpr char LETTER<const SpansRead&> = 'N';
+template <>
+constexpr char LETTER<const int32_t*> = 'p';
+template <>
+constexpr char LETTER<int32_t> = 'i';
+template <>
+constexpr char LETTER<Rank> = 'i';
+template <>
+constexpr char LETTER<float> = 'f';
 
 struct Digest {
   uint64_t value = 0xcbf29ce484222325;  // FNV-1a, a number at a time
@@ -22,32 +44,9 @@ struct Digest {
   }
   template <class... A>
   constexpr void add_arguments(void (*)(A...)) {
-    (add((uint64_t)Letter<A>::value), ...);
+    static_assert(((LETTER<A> != 0) && ...));
+    (add((uint64_t)LETTER<A>), ...);
   }
-
- private:
-  template <class T>
-  struct Letter;
-  template <class T>
-  struct Letter<T*> {
-    static constexpr char value = 'p';
-  };
-};
-template <>
-struct Digest::Letter<int32_t> {
-  static constexpr char value = 'i';
-};
-template <>
-struct Digest::Letter<int64_t> {
-  static constexpr char value = 'l';
-};
-template <>
-struct Digest::Letter<float> {
-  static constexpr char value = 'f';
-};
-template <>
-struct Digest::Letter<double> {
-  static constexpr char value = 'd';
 };
 
 #define AT(member) offsetof(Type, member)
@@ -66,7 +65,25 @@ constexpr uint64_t digest() {
     using Type = Pages;
     digest.add_all({sizeof(Type), AT(data), AT(page_stride), AT(head_stride), AT(records), AT(ranking), AT(scales),
                     AT(value_sum), AT(positions), AT(attention), AT(n_kv_heads), AT(block_size), AT(head_size), AT(dtype),
-                    AT(ranking_type), AT(bits), AT(has_zero), AT(channel_keys), AT(group), AT(staged_per_page), AT(key), AT(value)});
+                    AT(ranking_type), AT(bits), AT(has_zero), AT(channel_keys), AT(group), AT(staged_per_page),
+                    AT(key), AT(value)});
+  }
+  {
+    using Type = Tensor;
+    digest.add_all({sizeof(Type), AT(data), AT(row_stride), AT(head_stride), AT(n_heads)});
+  }
+  {
+    using Type = Requests;
+    digest.add_all({sizeof(Type), AT(block_table), AT(table_stride), AT(lens), AT(n)});
+  }
+  {
+    using Type = SparqRead;
+    digest.add_all({sizeof(Type), AT(min_k), AT(slope), AT(slope_divisor), AT(dense_below), AT(local), AT(least_k),
+                    AT(r), AT(probs), AT(alpha_floor), AT(mass)});
+  }
+  {
+    using Type = SpansRead;
+    digest.add_all({sizeof(Type), AT(min_k), AT(slope), AT(slope_divisor), AT(dense_below)});
   }
   digest.add_arguments(sparq_write);
   digest.add_arguments(sparq_dense_decode);

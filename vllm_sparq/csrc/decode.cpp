@@ -51,14 +51,13 @@ struct Rows {
 
 }  // namespace
 
-Decode decode_call(const Pages& pages, const Requests& requests, const void* query, int64_t query_row,
-                   int64_t query_head, void* out, int64_t out_row, int64_t out_head, int n_heads, float scale) {
+Decode decode_call(const Pages& pages, const Requests& requests, const Tensor& query, const Tensor& out, float scale) {
   const auto bytes = (int64_t)pages.element_bytes();
   return {pages,
           requests,
-          {(const uint8_t*)query, query_row * bytes, query_head * bytes},
-          {(uint8_t*)out, out_row * bytes, out_head * bytes},
-          n_heads,
+          Heads<const uint8_t>(query, bytes),
+          Heads<uint8_t>(out, bytes),
+          query.n_heads,
           scale,
           attend_kernels(pages.dtype, pages.head_size),
           pages.quantized() ? CodeKernels::of(pages) : CodeKernels{}};

@@ -43,8 +43,7 @@ struct Decode {
   void zero_out(int request) const;
 };
 
-Decode decode_call(const Pages& pages, const Requests& requests, const void* query, int64_t query_row,
-                   int64_t query_head, void* out, int64_t out_row, int64_t out_head, int n_heads, float scale);
+Decode decode_call(const Pages& pages, const Requests& requests, const Tensor& query, const Tensor& out, float scale);
 
 // Tokens first .. last of one KV head of one request: part `part` of `n_parts` neighbours in the plan.
 struct Task {

@@ -376,9 +376,7 @@ void evict(const Evict& call) {
 }  // namespace
 }  // namespace sparq
 
-SPARQ_API void sparq_evict(const sparq::Pages* pages, int32_t n_requests, const int32_t* block_table,
-                           int64_t table_stride, const int32_t* seq_lens, const int32_t* kept_lens,
-                           const int32_t* recent_from, int32_t sinks, int32_t rank) {
-  sparq::evict({*pages, {block_table, table_stride, seq_lens, n_requests}, kept_lens, recent_from, sinks,
-                (sparq::Rank)rank});
+SPARQ_API void sparq_evict(const sparq::Pages& pages, const sparq::Requests& requests, const int32_t* kept_lens,
+                           const int32_t* recent_from, int32_t sinks, sparq::Rank rank) {
+  sparq::evict({pages, requests, kept_lens, recent_from, sinks, rank});
 }

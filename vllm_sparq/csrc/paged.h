@@ -14,11 +14,6 @@ enum class DType : int32_t { bf16 = 0, fp16 = 1, fp32 = 2 };
 enum class RankingType : int32_t { none = 0, int4 = 1, int8 = 2, model = 3, bounds = 4 };
 enum class Rank : int32_t { attention = 0, age = 1 };  // of an eviction: what decides who goes first
 
-// Tokens of a span (vllm_sparq/reads/spans.py). Ranking `bounds`: [N/16, 2, D] of the model's type, the least K and the largest.
-constexpr int SPAN_TOKENS = 16;
-constexpr int LEAST_SPANS = 3;  // that a read of spans takes
-inline int spans_of(int n_tokens) { return (n_tokens + SPAN_TOKENS - 1) / SPAN_TOKENS; }
-
 // Element types of K, V, query and out. The 16-bit ones are storage only; simd.h converts them.
 struct bf16 {
   uint16_t bits;
@@ -66,11 +61,26 @@ struct Pages {
 };
 
 // A tensor [rows, heads, D], dense in its last dimension; strides in elements.
+struct Tensor {
+  void* data;
+  int64_t row_stride;
+  int64_t head_stride;
+  int32_t n_heads;
+};
+
+// The same with a type.
 template <class T>
 struct Heads {
   T* data;
   int64_t row_stride;
   int64_t head_stride;
+
+  explicit Heads(const Tensor& tensor) : Heads(tensor, 1) {}
+  // As bytes: strides count them.
+  Heads(const Tensor& tensor, int64_t element_bytes)
+      : data((T*)tensor.data),
+        row_stride(tensor.row_stride * element_bytes),
+        head_stride(tensor.head_stride * element_bytes) {}
 
   T* at(int64_t row, int head) const { return data + row * row_stride + head * head_stride; }
 };

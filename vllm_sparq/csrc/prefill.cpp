@@ -367,27 +367,13 @@ void run(Call<T> call) {
 }  // namespace
 }  // namespace sparq::prefill
 
-// context_lens: int32 [B]; query_start_loc, key_start_loc: int32 [B + 1]; each tensor is its address, row stride and head stride.
-SPARQ_API void sparq_prefill(const sparq::Pages* pages, const int32_t* block_table, int64_t table_stride,
-                             const int32_t* context_lens, const int32_t* query_start_loc,
-                             const int32_t* key_start_loc, int32_t n_requests, int32_t n_heads,
-                             const void* query, int64_t query_row, int64_t query_head,  //
-                             const void* key, int64_t key_row, int64_t key_head,        //
-                             const void* value, int64_t value_row, int64_t value_head,  //
-                             void* out, int64_t out_row, int64_t out_head, float scale) {
+SPARQ_API void sparq_prefill(const sparq::Pages& pages, const sparq::Tensor& query, const sparq::Tensor& key,
+                             const sparq::Tensor& value, const sparq::Tensor& out, const sparq::Requests& requests,
+                             const int32_t* query_start_loc, const int32_t* key_start_loc, float scale) {
   using namespace sparq;
-  with_dtype(pages->dtype, [&](auto element) {
+  with_dtype(pages.dtype, [&](auto element) {
     using T = decltype(element);
-    prefill::run<T>({{(const T*)query, query_row, query_head},
-                     {(const T*)key, key_row, key_head},
-                     {(const T*)value, value_row, value_head},
-                     {(T*)out, out_row, out_head},
-                     pages,
-                     {block_table, table_stride, context_lens, n_requests},
-                     query_start_loc,
-                     key_start_loc,
-                     n_heads,
-                     scale,
-                     nullptr});
+    prefill::run<T>({Heads<const T>(query), Heads<const T>(key), Heads<const T>(value), Heads<T>(out), &pages, requests,
+                     query_start_loc, key_start_loc, query.n_heads, scale, nullptr});
   });
 }

@@ -11,18 +11,6 @@
 namespace sparq {
 namespace {
 
-// vllm_sparq/reads/spans.py: SpansRead.
-struct Read {
-  int64_t min_k, slope, slope_divisor;
-  int64_t dense_below;
-
-  int n_spans(int len) const {
-    const int64_t k = std::max(min_k, len * slope / slope_divisor);
-    return (int)std::min<int64_t>(spans_of(len), std::max<int64_t>(LEAST_SPANS, k / SPAN_TOKENS));
-  }
-  bool is_dense(int len) const { return len < dense_below || n_spans(len) == spans_of(len); }
-};
-
 constexpr int AT_ONCE = 16;  // spans that one call of the dot product takes
 
 // Step 2 for one element type and head size. The query is [2, D] for the least and the largest K; where K is multiplied
@@ -69,7 +57,7 @@ struct SpanKernels {
 
 struct QuestDecode {
   Decode call;
-  Read read;
+  SpansRead read;
   SpanKernels kernels;
 
   // The newest span is read whatever its bounds are.
@@ -253,14 +241,8 @@ void place_parts(const QuestDecode& op, const std::vector<Task>& tasks, Scratch&
 }  // namespace
 }  // namespace sparq
 
-SPARQ_API void sparq_quest_decode(const sparq::Pages* pages, const void* query, int64_t query_row, int64_t query_head,
-                                  void* out, int64_t out_row, int64_t out_head, int32_t n_requests, int32_t n_heads,
-                                  const int32_t* block_table, int64_t table_stride, const int32_t* seq_lens,
-                                  float scale, int64_t min_k, int64_t slope, int64_t slope_divisor,
-                                  int64_t dense_below) {
-  const sparq::Requests requests{block_table, table_stride, seq_lens, n_requests};
-  const sparq::Decode call =
-      sparq::decode_call(*pages, requests, query, query_row, query_head, out, out_row, out_head, n_heads, scale);
-  const sparq::Read read{min_k, slope, slope_divisor, dense_below};
-  sparq::run_tasks<sparq::Part>(sparq::QuestDecode{call, read, sparq::SpanKernels::of(*pages)});
+SPARQ_API void sparq_quest_decode(const sparq::Pages& pages, const sparq::Tensor& query, const sparq::Tensor& out,
+                                  const sparq::Requests& requests, float scale, const sparq::SpansRead& read) {
+  const sparq::Decode call = sparq::decode_call(pages, requests, query, out, scale);
+  sparq::run_tasks<sparq::Part>(sparq::QuestDecode{call, read, sparq::SpanKernels::of(pages)});
 }

@@ -3,6 +3,7 @@
 #include <cmath>
 
 #include "bytes.h"
+#include "reads.h"
 #include "scratch.h"
 #include "transpose.h"
 

@@ -11,28 +11,6 @@
 namespace sparq {
 namespace {
 
-// vllm_sparq/reads/sparq.py: SparqRead.
-struct Read {
-  int r;
-  int64_t min_k, slope, slope_divisor;
-  int64_t local;  // -1: a quarter of k
-  int64_t dense_below;
-  float alpha_floor;
-  bool probs;
-  float mass;  // 1: all of k
-  int64_t least_k;
-
-  int64_t k(int len) const { return std::max(min_k, len * slope / slope_divisor); }
-  int n_selected(int len) const { return (int)std::min<int64_t>(len, k(len) + 1); }
-  int n_local(int len) const {
-    return (int)std::min<int64_t>(len, (local < 0 ? k(len) / 4 : std::min(local, k(len))) + 1);
-  }
-  int n_least(int len) const { return std::max(n_local(len), (int)std::min<int64_t>(n_selected(len), least_k + 1)); }
-  bool is_dense(int len) const { return len < dense_below || len <= k(len) + 1; }
-  bool has_mean() const { return alpha_floor < 1.0f; }
-  bool cuts() const { return mass < 1.0f; }
-};
-
 // What ranking one part of a context leaves behind.
 struct Ranked {
   Candidates candidates;  // probs: empty, since probabilities need the sums of all parts
@@ -41,7 +19,7 @@ struct Ranked {
 
 struct Sparq {
   Decode call;
-  Read read;
+  SparqRead read;
 
   // Whether probabilities are wanted, which need the scores of all tokens.
   bool keeps_scores() const { return read.probs || call.pages.adds_attention(); }
@@ -333,16 +311,7 @@ void place_parts(const Sparq& op, const std::vector<Task>& tasks, Scratch& scrat
 }  // namespace
 }  // namespace sparq
 
-SPARQ_API void sparq_sparq_decode(const sparq::Pages* pages, const void* query, int64_t query_row, int64_t query_head,
-                                  void* out, int64_t out_row, int64_t out_head, int32_t n_requests, int32_t n_heads,
-                                  const int32_t* block_table, int64_t table_stride, const int32_t* seq_lens,
-                                  float scale, int32_t r, int64_t min_k, int64_t slope, int64_t slope_divisor,
-                                  int64_t local, int64_t dense_below, double alpha_floor, int32_t probs, double mass,
-                                  int64_t least_k) {
-  const sparq::Requests requests{block_table, table_stride, seq_lens, n_requests};
-  const sparq::Decode call =
-      sparq::decode_call(*pages, requests, query, query_row, query_head, out, out_row, out_head, n_heads, scale);
-  const sparq::Read read{r, min_k, slope, slope_divisor, local, dense_below, (float)alpha_floor, probs != 0,
-                         (float)mass, least_k};
-  sparq::run_tasks<sparq::Part>(sparq::Sparq{call, read});
+SPARQ_API void sparq_sparq_decode(const sparq::Pages& pages, const sparq::Tensor& query, const sparq::Tensor& out,
+                                  const sparq::Requests& requests, float scale, const sparq::SparqRead& read) {
+  sparq::run_tasks<sparq::Part>(sparq::Sparq{sparq::decode_call(pages, requests, query, out, scale), read});
 }

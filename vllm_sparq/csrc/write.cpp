@@ -194,14 +194,11 @@ void write(const Pages& pages, const NewTokens& tokens, const Requests& requests
 }  // namespace
 }  // namespace sparq
 
-SPARQ_API void sparq_write(const sparq::Pages* pages, const void* key, int64_t key_row, int64_t key_head,
-                           const void* value, int64_t value_row, int64_t value_head, int32_t n_requests,
-                           const int32_t* block_table, int64_t table_stride, const int32_t* query_start_loc,
-                           const int32_t* seq_lens, const int32_t* first_positions) {
-  const int64_t bytes = pages->dtype == sparq::DType::fp32 ? 4 : 2;
-  const sparq::NewTokens tokens{{(const uint8_t*)key, key_row * bytes, key_head * bytes},
-                                {(const uint8_t*)value, value_row * bytes, value_head * bytes},
-                                query_start_loc,
-                                first_positions};
-  sparq::write(*pages, tokens, {block_table, table_stride, seq_lens, n_requests});
+SPARQ_API void sparq_write(const sparq::Pages& pages, const sparq::Tensor& key, const sparq::Tensor& value,
+                           const sparq::Requests& requests, const int32_t* query_start_loc,
+                           const int32_t* first_positions) {
+  const auto bytes = (int64_t)pages.element_bytes();
+  const sparq::NewTokens tokens{sparq::Heads<const uint8_t>(key, bytes), sparq::Heads<const uint8_t>(value, bytes),
+                                query_start_loc, first_positions};
+  sparq::write(pages, tokens, requests);
 }

@@ -153,30 +153,71 @@ class PagesStruct(ctypes.Structure):
     ]
 
 
-C_TYPES: dict[str, type] = dict(
-    p=ctypes.c_void_p, l=ctypes.c_int64, i=ctypes.c_int32, f=ctypes.c_float, d=ctypes.c_double
-)
-"""Letter of a signature -> type of the argument."""
+class TensorStruct(ctypes.Structure):
+    """``sparq::Tensor`` of csrc/paged.h."""
 
-FUNCTIONS: dict[str, str] = {
-    # pages | key | value | B | block_table | query_start_loc | seq_lens | first_positions
-    "sparq_write": "p pll pll i pl p p p",
-    # pages | query | out | B, H | block_table, seq_lens | scale
-    "sparq_dense_decode": "p pll pll ii plp f",
-    # the same | the fields of `SparqRead`
-    "sparq_sparq_decode": "p pll pll ii plp f illlll di dl",
-    # the same | min_k, k_per_token, dense_below
-    "sparq_quest_decode": "p pll pll ii plp f llll",
-    # pages | block_table, context_lens | query_start_loc, key_start_loc, B, H | query | key | value | out | scale
-    "sparq_prefill": "p plp ppii pll pll pll pll f",
-    # pages | B | block_table | seq_lens, kept_lens, recent_from | sinks, rank
-    "sparq_evict": "p i pl ppp ii",
-}
-"""C function -> the letters of its arguments."""
+    _fields_: ClassVar = [
+        ("data", ctypes.c_void_p),
+        ("row_stride", ctypes.c_int64),
+        ("head_stride", ctypes.c_int64),
+        ("n_heads", ctypes.c_int32),
+    ]
 
-STRUCTS = (CodesStruct, PagesStruct)
+
+class RequestsStruct(ctypes.Structure):
+    """``sparq::Requests`` of csrc/paged.h."""
+
+    _fields_: ClassVar = [
+        ("block_table", ctypes.c_void_p),
+        ("table_stride", ctypes.c_int64),
+        ("lens", ctypes.c_void_p),
+        ("n", ctypes.c_int32),
+    ]
+
+
+class SpansReadStruct(ctypes.Structure):
+    """``sparq::SpansRead`` of csrc/reads.h."""
+
+    _fields_: ClassVar = [(name, ctypes.c_int64) for name in ("min_k", "slope", "slope_divisor", "dense_below")]
+
+
+class SparqReadStruct(ctypes.Structure):
+    """``sparq::SparqRead`` of csrc/reads.h."""
+
+    _fields_: ClassVar = [
+        *SpansReadStruct._fields_,
+        *[(name, ctypes.c_int64) for name in ("local", "least_k")],
+        *[(name, ctypes.c_int32) for name in ("r", "probs")],
+        *[(name, ctypes.c_float) for name in ("alpha_floor", "mass")],
+    ]
+
+
+STRUCTS = (CodesStruct, PagesStruct, TensorStruct, RequestsStruct, SparqReadStruct, SpansReadStruct)
 ENUMS = (DType, RankingType, Rank)
 CONSTANTS = {"SPAN_TOKENS": SPAN_TOKENS, "LEAST_SPANS": LEAST_SPANS}
+
+C_TYPES: dict[str, Any] = dict(
+    P=ctypes.POINTER(PagesStruct),
+    T=ctypes.POINTER(TensorStruct),
+    R=ctypes.POINTER(RequestsStruct),
+    S=ctypes.POINTER(SparqReadStruct),
+    N=ctypes.POINTER(SpansReadStruct),
+    p=ctypes.c_void_p,
+    l=ctypes.c_int64,
+    i=ctypes.c_int32,
+    f=ctypes.c_float,
+)
+"""Letter of a signature -> type of the argument. Structs are passed by their address."""
+
+FUNCTIONS: dict[str, str] = {
+    "sparq_write": "PTTRpp",  # pages, key, value, requests, query_start_loc, first_positions
+    "sparq_dense_decode": "PTTRf",  # pages, query, out, requests, scale
+    "sparq_sparq_decode": "PTTRfS",  # the same, read
+    "sparq_quest_decode": "PTTRfN",
+    "sparq_prefill": "PTTTTRppf",  # pages, query, key, value, out, requests, query_start_loc, key_start_loc, scale
+    "sparq_evict": "PRppii",  # pages, requests, kept_lens, recent_from, sinks, rank
+}
+"""C function -> the letters of its arguments."""
 
 ABI_VERSION = 1
 """Raised by hand where the meaning of the interface changes and none of its numbers does."""
@@ -190,7 +231,7 @@ def abi() -> int:
     for struct in STRUCTS:
         numbers += [ctypes.sizeof(struct), *(getattr(struct, name).offset for name, _ in struct._fields_)]
     for letters in FUNCTIONS.values():
-        numbers += [ord(letter) for letter in letters.replace(" ", "")]
+        numbers += [ord(letter) for letter in letters]
     digest = 0xCBF29CE484222325  # FNV-1a, a number at a time
     for number in numbers:
         digest = (digest ^ number) * 0x100000001B3 % 2**64
@@ -226,7 +267,7 @@ def function(name: str) -> Any:
         RuntimeError: there is no library to take it from.
     """
     symbol = getattr(library(), name)
-    symbol.argtypes = [C_TYPES[letter] for letter in FUNCTIONS[name].replace(" ", "")]
+    symbol.argtypes = [C_TYPES[letter] for letter in FUNCTIONS[name]]
     symbol.restype = None
     return symbol
 
@@ -244,14 +285,14 @@ def library() -> ctypes.CDLL:
     return ctypes.CDLL(str(found.library))
 
 
-def pages_address(pages: Pages) -> int:
-    """Address of the `PagesStruct` of a layer, built on its first call."""
+def pages_struct(pages: Pages) -> PagesStruct:
+    """The pages of a layer, put together on its first call."""
     data = pages.data
-    return _pages_struct(data.data_ptr(), data.stride(), data.shape[1], pages.layout)[1]
+    return _pages_struct(data.data_ptr(), data.stride(), data.shape[1], pages.layout)
 
 
 @functools.lru_cache(maxsize=4096)  # keyed by value, so a struct that outlives its tensor does no harm
-def _pages_struct(data: int, strides: tuple[int, ...], n_kv_heads: int, layout: PageLayout) -> tuple[PagesStruct, int]:
+def _pages_struct(data: int, strides: tuple[int, ...], n_kv_heads: int, layout: PageLayout) -> PagesStruct:
     offsets = [layout.parts[name].offset if name in layout.parts else -1 for name in PARTS]
     numbers = (
         n_kv_heads,
@@ -261,8 +302,7 @@ def _pages_struct(data: int, strides: tuple[int, ...], n_kv_heads: int, layout: 
         RankingType[layout.ranking or "none"],
     )
     codes = [_codes_struct(layout, name) for name in ("key", "value")]
-    struct = PagesStruct(data, strides[0], strides[1], *offsets, *numbers, *_storage(layout), *codes)
-    return struct, ctypes.addressof(struct)
+    return PagesStruct(data, strides[0], strides[1], *offsets, *numbers, *_storage(layout), *codes)
 
 
 def _storage(layout: PageLayout) -> tuple[int, ...]:
@@ -307,6 +347,11 @@ def advise_huge_pages(memory: torch.Tensor) -> bool:
     return bool(madvise(*region, mmap.MADV_HUGEPAGE) == 0 and madvise(*region, _MADV_COLLAPSE) == 0)
 
 
-def heads(tensor: torch.Tensor) -> tuple[int, int, int]:
-    """``sparq::Heads`` of a [rows, heads, D] tensor, flat: address, row stride, head stride (elements)."""
-    return tensor.data_ptr(), tensor.stride(0), tensor.stride(1)
+def tensor(x: torch.Tensor) -> TensorStruct:
+    """[rows, heads, D], dense in its last dimension."""
+    return TensorStruct(x.data_ptr(), x.stride(0), x.stride(1), x.shape[1])
+
+
+def requests(block_table: torch.Tensor, lens: torch.Tensor, n: int) -> RequestsStruct:
+    """The first ``n`` rows of a block table, and the tokens of each."""
+    return RequestsStruct(block_table.data_ptr(), block_table.stride(0), lens.data_ptr(), n)

@@ -18,12 +18,9 @@ def dense_decode(
     out: torch.Tensor,
 ) -> None:
     native.function("sparq_dense_decode")(
-        native.pages_address(pages),
-        *native.heads(query),
-        *native.heads(out),
-        *query.shape[:2],
-        block_table.data_ptr(),
-        block_table.stride(0),
-        seq_lens.data_ptr(),
+        native.pages_struct(pages),
+        native.tensor(query),
+        native.tensor(out),
+        native.requests(block_table, seq_lens, query.shape[0]),
         scale,
     )

@@ -20,11 +20,8 @@ def evict(
     rank: Rank,
 ) -> None:
     native.function("sparq_evict")(
-        native.pages_address(pages),
-        seq_lens.shape[0],
-        block_table.data_ptr(),
-        block_table.stride(0),
-        seq_lens.data_ptr(),
+        native.pages_struct(pages),
+        native.requests(block_table, seq_lens, seq_lens.shape[0]),
         kept_lens.data_ptr(),
         recent_from.data_ptr(),
         sinks,
