@@ -5,7 +5,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 TINY   := benchmarks/tiny_model/weights
-SOURCES := $(wildcard vllm_sparq/csrc/*)
+SOURCES := $(wildcard vllm_sparq/csrc/*.* vllm_sparq/csrc/*/*)
 
 .PHONY: help setup demo test lint types unit bench clean
 .DEFAULT_GOAL := help

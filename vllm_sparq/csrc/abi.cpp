@@ -1,5 +1,5 @@
-// One number for the interface, as vllm_sparq/ops/native.py (`abi`) puts it together: an old library beside newer Python
-// is refused when it is loaded.
+// One number for the interface, as vllm_sparq/ops/native.py (`abi`) puts it together: an old library beside newer
+// Python is refused when it is loaded.
 #include <initializer_list>
 
 #include "api.h"
@@ -64,9 +64,9 @@ constexpr uint64_t digest() {
   {
     using Type = Pages;
     digest.add_all({sizeof(Type), AT(data), AT(page_stride), AT(head_stride), AT(records), AT(ranking), AT(scales),
-                    AT(value_sum), AT(positions), AT(attention), AT(n_kv_heads), AT(block_size), AT(head_size), AT(dtype),
-                    AT(ranking_type), AT(bits), AT(has_zero), AT(channel_keys), AT(group), AT(staged_per_page),
-                    AT(key), AT(value)});
+                    AT(value_sum), AT(positions), AT(attention), AT(n_kv_heads), AT(block_size), AT(head_size),
+                    AT(dtype), AT(ranking_type), AT(bits), AT(has_zero), AT(channel_keys), AT(group),
+                    AT(staged_per_page), AT(key), AT(value)});
   }
   {
     using Type = Tensor;

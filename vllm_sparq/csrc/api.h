@@ -2,8 +2,8 @@
 // signatures; what the arguments mean is in vllm_sparq/ops/<op>/__init__.py. int32_t pointers are dense tensors.
 #pragma once
 
-#include "paged.h"
-#include "reads.h"
+#include "base/paged.h"
+#include "base/reads.h"
 
 #define SPARQ_API extern "C" __attribute__((visibility("default")))
 

@@ -1,6 +1,6 @@
 // vllm_sparq/ops/dense_decode: attention of one new token per request over all its pages.
 #include "api.h"
-#include "decode.h"
+#include "decode/dense.h"
 
 namespace sparq {
 namespace {

@@ -6,14 +6,14 @@
 #include <cmath>
 
 #include "api.h"
-#include "coded_tokens.h"
-#include "encode.h"
-#include "paged.h"
-#include "ranking_copy.h"
-#include "scratch.h"
-#include "select.h"
-#include "simd.h"
-#include "value_sum.h"
+#include "codes/coded_tokens.h"
+#include "codes/encode.h"
+#include "base/paged.h"
+#include "rank/ranking_copy.h"
+#include "base/scratch.h"
+#include "rank/select.h"
+#include "base/simd.h"
+#include "codes/value_sum.h"
 
 namespace sparq {
 namespace {
@@ -145,7 +145,8 @@ int plan_moves(const Held& held, int sinks, int recent_from, Move* moves) {
 
 // Bytes of a page that codes and scales reach; those of V come last.
 size_t coded_bytes(const Pages& pages) {
-  return pages.value.scales + (pages.block_size - 1) * pages.value.scale_stride + CodeShape::values(pages).scale_bytes();
+  const int64_t last = pages.value.scales + (pages.block_size - 1) * pages.value.scale_stride;
+  return last + CodeShape::values(pages).scale_bytes();
 }
 
 // The newest block of a quantized format, which waits in the model's own type, made to look like any other.
@@ -176,7 +177,8 @@ struct Newest {
 };
 
 void copy_row(const Codes& where, const CodeShape& shape, const uint8_t* from, int row, uint8_t* to, int to_row) {
-  memcpy(to + where.codes + to_row * where.code_stride, from + where.codes + row * where.code_stride, shape.row_bytes());
+  memcpy(to + where.codes + to_row * where.code_stride, from + where.codes + row * where.code_stride,
+         shape.row_bytes());
   memcpy(to + where.scales + to_row * where.scale_stride, from + where.scales + row * where.scale_stride,
          shape.scale_bytes());
 }
@@ -207,9 +209,13 @@ class KeyGroups {
     const Pages& pages = held_.pages;
     const int d = pages.head_size;
     uint8_t* const page = held_.page_of(moves[0].to);
-    for (int slot = 0; slot < pages.block_size; slot += Decoder::TOKENS) old_.keys(page, slot, rows_ + (size_t)slot * d);
+    for (int slot = 0; slot < pages.block_size; slot += Decoder::TOKENS)
+      old_.keys(page, slot, rows_ + (size_t)slot * d);
     std::fill_n(mask_, CodeShape::keys(pages).row_bytes(), uint8_t{0});
-    for (int i = 0; i < n; ++i) memcpy((void*)(rows_ + (size_t)held_.place(moves[i].to) * d), key(moves[i].from), d * sizeof(T));
+    for (int i = 0; i < n; ++i) {
+      T* const row = rows_ + (size_t)held_.place(moves[i].to) * d;
+      memcpy((void*)row, key(moves[i].from), d * sizeof(T));
+    }
     encode_keys(pages, rows_, newest_.page);
     for (int i = 0, last = -1; i < n; ++i) {
       const int group = held_.place(moves[i].to) / pages.group;
@@ -297,7 +303,8 @@ void move_tokens(const Held& held, const Move* moves, int n_moves) {
   for (const Move* move = moves; move < moves + n_moves; ++move) {
     const int block = held.block(move->from), place = held.place(move->from);
     held.position(move->to) = held.position(move->from);
-    if (pages.adds_attention()) held.attention(held.block(move->to))[held.place(move->to)] = held.attention(block)[place];
+    if (pages.adds_attention())
+      held.attention(held.block(move->to))[held.place(move->to)] = held.attention(block)[place];
     if (!pages.quantized())
       memcpy(held.sequence.record(held.block(move->to), held.place(move->to)), held.sequence.record(block, place),
              pages.record_bytes());

@@ -9,8 +9,8 @@
 #include <vector>
 
 #include "api.h"
-#include "prefill_tokens.h"
-#include "scratch.h"
+#include "prefill/tokens.h"
+#include "base/scratch.h"
 
 namespace sparq::prefill {
 namespace {
@@ -307,7 +307,8 @@ void note_attention(const Call<T>& call, const AttentionTask& task) {
   static thread_local Scratch scratch;
   const Pages& pages = *call.pages;
   const int d = call.head_size(), group = call.group(), n_new = call.n_new(task.request);
-  Arena arena = scratch.arena(2 * Arena::room<float>(ROWS * d) + Arena::room<float>(TILE * W) + TileLoader<T>::room(pages));
+  Arena arena = scratch.arena(2 * Arena::room<float>(ROWS * d) + Arena::room<float>(TILE * W) +
+                              TileLoader<T>::room(pages));
   float *const query = arena.take<float>(ROWS * d), *const staging = arena.take<float>(ROWS * d);
   float* const shares = arena.take<float>(TILE * W);
   TileLoader<T> loader(pages, arena, true);

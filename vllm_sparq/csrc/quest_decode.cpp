@@ -2,11 +2,11 @@
 #include <algorithm>
 
 #include "api.h"
-#include "ranking_copy.h"
-#include "select.h"
-#include "simd.h"
-#include "sparse_tasks.h"
-#include "tile.h"
+#include "rank/ranking_copy.h"
+#include "rank/select.h"
+#include "base/simd.h"
+#include "decode/sparse_tasks.h"
+#include "base/tile.h"
 
 namespace sparq {
 namespace {
@@ -195,9 +195,16 @@ struct Part {
   uint8_t* memory;
   size_t n_bytes;
   Candidates candidates;
+
+  static void run_whole(const QuestDecode& op, const Task& task, int len);
+  void run(const QuestDecode& op, const Task& task, int len);
+  // What the parts of a context found, as if one had found it; in the order of the tokens.
+  static void merge(const QuestDecode& op, const Task& first, int len, const Part* parts);
+  // Memory for the parts of cut contexts; those of one context lie equally far apart.
+  static void place(const QuestDecode& op, const std::vector<Task>& tasks, Scratch& scratch, std::vector<Part>& parts);
 };
 
-void run_whole(const QuestDecode& op, const Task& task, int len) {
+void Part::run_whole(const QuestDecode& op, const Task& task, int len) {
   thread_local Scratch scratch;
   Arena arena = scratch.arena(op.candidates_bytes(len));
   Candidates candidates = op.new_candidates(len, arena);
@@ -205,14 +212,13 @@ void run_whole(const QuestDecode& op, const Task& task, int len) {
   finish_request(op, task, len, candidates);
 }
 
-void run_part(const QuestDecode& op, const Task& task, int len, Part& part) {
-  Arena arena(part.memory, part.n_bytes);
-  part.candidates = op.new_candidates(len, arena);
-  rank_part(op, task, len, part.candidates);
+void Part::run(const QuestDecode& op, const Task& task, int len) {
+  Arena arena(memory, n_bytes);
+  candidates = op.new_candidates(len, arena);
+  rank_part(op, task, len, candidates);
 }
 
-// What the parts of a context found, as if one had found it; spans stay in order.
-void merge_parts(const QuestDecode& op, const Task& first, int len, const Part* parts) {
+void Part::merge(const QuestDecode& op, const Task& first, int len, const Part* parts) {
   thread_local Scratch scratch;
   const int capacity = first.n_parts * op.n_wanted(len) + AT_ONCE;
   Arena arena = scratch.arena(Candidates::n_bytes(capacity, 0));
@@ -222,8 +228,7 @@ void merge_parts(const QuestDecode& op, const Task& first, int len, const Part* 
   finish_request(op, first, len, all);
 }
 
-// Memory for the parts of cut contexts; those of one context lie equally far apart.
-void place_parts(const QuestDecode& op, const std::vector<Task>& tasks, Scratch& scratch, std::vector<Part>& parts) {
+void Part::place(const QuestDecode& op, const std::vector<Task>& tasks, Scratch& scratch, std::vector<Part>& parts) {
   parts.assign(tasks.size(), Part{});
   size_t total = 0;
   for (size_t i = 0; i < tasks.size(); ++i) {

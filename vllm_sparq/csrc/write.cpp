@@ -5,12 +5,12 @@
 #include <vector>
 
 #include "api.h"
-#include "encode.h"
-#include "paged.h"
-#include "ranking_copy.h"
-#include "scratch.h"
-#include "simd.h"
-#include "value_sum.h"
+#include "codes/encode.h"
+#include "base/paged.h"
+#include "rank/ranking_copy.h"
+#include "base/scratch.h"
+#include "base/simd.h"
+#include "codes/value_sum.h"
 
 namespace sparq {
 namespace {
@@ -29,8 +29,8 @@ struct Block {
   bool next_opens;  // the next block gets its first token in this call
 };
 
-// Blocks of all requests, in block order: where one request goes on from blocks that another one brings in the same call,
-// sums are chained across both.
+// Blocks of all requests, in block order: where one request goes on from blocks that another one brings in the same
+// call, sums are chained across both.
 void plan_blocks(const Pages& pages, const NewTokens& tokens, const Requests& requests, std::vector<Block>& blocks) {
   const int n = pages.block_size;
   blocks.clear();
@@ -80,14 +80,15 @@ void note_tokens(const Target& to) {
   const Block& block = to.block;
   auto* const positions = (int32_t*)(to.page() + pages.positions);
   const int32_t* const firsts = to.tokens.first_positions;
-  const int first = firsts == nullptr ? block.block * pages.block_size + block.first
-                                      : firsts[block.request] + (int)(block.row - to.tokens.query_start_loc[block.request]);
+  const int nth = (int)(block.row - to.tokens.query_start_loc[block.request]);
+  const int first = firsts == nullptr ? block.block * pages.block_size + block.first : firsts[block.request] + nth;
   for (int slot = block.first; slot < block.last; ++slot) positions[slot] = first + slot - block.first;
   auto* const attention = (float*)(to.page() + pages.attention);
   if (pages.adds_attention()) std::fill(attention + block.first, attention + block.last, 0.0f);
 }
 
-// K and V of a full block, dense, [N, D] each: tokens of earlier calls from where they are staged, new ones as they come.
+// K and V of a full block, dense, [N, D] each: tokens of earlier calls from where they are staged, new ones as they
+// come.
 const uint8_t* gather(const Target& from) {
   thread_local Scratch scratch;
   const Pages& pages = from.pages;
@@ -127,8 +128,8 @@ void write_block(const Target& to) {
   if (to.fills()) close_page(to);
 }
 
-// The sum of a block's V goes where the next page wants it; `chain_sums` then turns sums of single pages into sums of all
-// pages before.
+// The sum of a block's V goes where the next page wants it; `chain_sums` then turns sums of single pages into sums of
+// all pages before.
 void sum_block(const Target& of) {
   const Pages& pages = of.pages;
   const Block& block = of.block;
@@ -157,7 +158,8 @@ void chain_sums(const Pages& pages, const Requests& requests, const Block* block
 size_t work(const Pages& pages, const std::vector<Block>& blocks) {
   size_t n_tokens = 0;
   for (const Block& block : blocks)
-    n_tokens += block.last - block.first + (block.next_opens || block.last == pages.block_size ? 8 * pages.block_size : 0);
+    n_tokens +=
+        block.last - block.first + (block.next_opens || block.last == pages.block_size ? 8 * pages.block_size : 0);
   return n_tokens * pages.n_kv_heads * pages.head_size * 4;
 }
 

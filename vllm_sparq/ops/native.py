@@ -106,7 +106,7 @@ def _found(isa: str) -> Found:
 
 
 class DType(enum.IntEnum):
-    """``sparq::DType`` of csrc/paged.h."""
+    """``sparq::DType`` of csrc/base/paged.h."""
 
     bf16 = 0
     fp16 = 1
@@ -114,7 +114,7 @@ class DType(enum.IntEnum):
 
 
 class RankingType(enum.IntEnum):
-    """``sparq::RankingType`` of csrc/paged.h."""
+    """``sparq::RankingType`` of csrc/base/paged.h."""
 
     none = 0
     int4 = 1
@@ -124,7 +124,7 @@ class RankingType(enum.IntEnum):
 
 
 class Rank(enum.IntEnum):
-    """``sparq::Rank`` of csrc/paged.h, `vllm_sparq.retention.Rank`."""
+    """``sparq::Rank`` of csrc/base/paged.h, `vllm_sparq.retention.Rank`."""
 
     attention = 0
     age = 1
@@ -134,13 +134,13 @@ DTYPES = {torch.bfloat16: DType.bf16, torch.float16: DType.fp16, torch.float32: 
 
 
 class CodesStruct(ctypes.Structure):
-    """``sparq::Codes`` of csrc/paged.h."""
+    """``sparq::Codes`` of csrc/base/paged.h."""
 
     _fields_: ClassVar = [(name, ctypes.c_int64) for name in ("codes", "code_stride", "scales", "scale_stride")]
 
 
 class PagesStruct(ctypes.Structure):
-    """``sparq::Pages`` of csrc/paged.h."""
+    """``sparq::Pages`` of csrc/base/paged.h."""
 
     _fields_ = [
         ("data", ctypes.c_void_p),
@@ -154,7 +154,7 @@ class PagesStruct(ctypes.Structure):
 
 
 class TensorStruct(ctypes.Structure):
-    """``sparq::Tensor`` of csrc/paged.h."""
+    """``sparq::Tensor`` of csrc/base/paged.h."""
 
     _fields_: ClassVar = [
         ("data", ctypes.c_void_p),
@@ -165,7 +165,7 @@ class TensorStruct(ctypes.Structure):
 
 
 class RequestsStruct(ctypes.Structure):
-    """``sparq::Requests`` of csrc/paged.h."""
+    """``sparq::Requests`` of csrc/base/paged.h."""
 
     _fields_: ClassVar = [
         ("block_table", ctypes.c_void_p),
@@ -176,13 +176,13 @@ class RequestsStruct(ctypes.Structure):
 
 
 class SpansReadStruct(ctypes.Structure):
-    """``sparq::SpansRead`` of csrc/reads.h."""
+    """``sparq::SpansRead`` of csrc/base/reads.h."""
 
     _fields_: ClassVar = [(name, ctypes.c_int64) for name in ("min_k", "slope", "slope_divisor", "dense_below")]
 
 
 class SparqReadStruct(ctypes.Structure):
-    """``sparq::SparqRead`` of csrc/reads.h."""
+    """``sparq::SparqRead`` of csrc/base/reads.h."""
 
     _fields_: ClassVar = [
         *SpansReadStruct._fields_,
