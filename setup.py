@@ -6,6 +6,7 @@ Static metadata (name, version, dependencies) lives in pyproject.toml; here is o
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 import subprocess
 from pathlib import Path
@@ -60,7 +61,8 @@ class BuildKernels(build_ext):
             )
             return
         include = f"-I{SOURCES.relative_to(ROOT)}"
-        command = [compiler, *COMMON_FLAGS, *flags, include, "-shared", *ext.sources, "-o", str(target)]
+        more = shlex.split(os.environ.get("CXXFLAGS", ""))  # `make sanitize` uses it
+        command = [compiler, *COMMON_FLAGS, *flags, *more, include, "-shared", *ext.sources, "-o", str(target)]
         subprocess.run(command, check=True)
 
     def copy_extensions_to_source(self) -> None:

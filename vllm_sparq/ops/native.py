@@ -21,7 +21,8 @@ import torch  # first: its libgomp must be loaded before ours asks for one, so t
 from vllm_sparq.layout import PageLayout, Pages
 from vllm_sparq.reads.spans import LEAST_SPANS, SPAN_TOKENS
 
-LIBRARIES = Path(__file__).parents[1] / "lib"
+LIBRARIES = Path(os.environ.get("VLLM_SPARQ_LIBRARIES") or Path(__file__).parents[1] / "lib")
+"""Where the libraries are; `make sanitize` has others elsewhere."""
 
 OVERRIDE = "VLLM_SPARQ_ISA"
 """Environment variable that restricts the search to one instruction set, for tests and measurements."""
