@@ -6,6 +6,7 @@ Static metadata (name, version, dependencies) lives in pyproject.toml; here is o
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 import subprocess
 from pathlib import Path
@@ -59,7 +60,10 @@ class BuildKernels(build_ext):
                 "reference on CPU, hundreds of times slower. Install g++ and reinstall."
             )
             return
-        subprocess.run([compiler, *COMMON_FLAGS, *flags, "-shared", *ext.sources, "-o", str(target)], check=True)
+        include = f"-I{SOURCES.relative_to(ROOT)}"
+        more = shlex.split(os.environ.get("CXXFLAGS", ""))  # `make sanitize` uses it
+        command = [compiler, *COMMON_FLAGS, *flags, *more, include, "-shared", *ext.sources, "-o", str(target)]
+        subprocess.run(command, check=True)
 
     def copy_extensions_to_source(self) -> None:
         """For an editable install: the folder is not in the repository, since all it holds is built."""
@@ -79,8 +83,8 @@ class AnyPythonWheel(bdist_wheel):
 
 
 def kernel_libraries() -> list[Extension]:
-    sources = sorted(str(path.relative_to(ROOT)) for path in SOURCES.glob("*.cpp"))
-    headers = sorted(str(path.relative_to(ROOT)) for path in SOURCES.glob("*.h"))
+    sources = sorted(str(path.relative_to(ROOT)) for path in SOURCES.rglob("*.cpp"))
+    headers = sorted(str(path.relative_to(ROOT)) for path in SOURCES.rglob("*.h"))
     names = [f"vllm_sparq.lib.libsparq_{isa}" for isa in INSTRUCTION_SETS]
     # optional: without a compiler there is no library to put in place, and that is not an error
     return [Extension(name, sources, depends=headers, optional=True) for name in names]

@@ -91,7 +91,7 @@ class PagedImpl(AttentionImpl[PagedMetadata | EvictingMetadata]):
             if turn.eviction is not None:
                 eviction = turn.eviction
                 lens = eviction.seq_lens, eviction.kept_lens, eviction.recent_from
-                self._evict(pages, eviction.block_table, *lens, sinks=eviction.sinks)
+                self._evict(pages, eviction.block_table, *lens, sinks=eviction.sinks, rank=eviction.rank)
             if turn.rows is None:
                 self._attend(turn.step, query, key, value, pages, output)
                 continue

@@ -17,6 +17,7 @@ def retentions(draw: st.DrawFn) -> Retention:
         budget=draw(st.one_of(st.integers(1, 900), st.floats(0.01, 1.0))),
         recent=draw(st.one_of(st.none(), st.integers(1, 50))),
         sinks=draw(st.integers(0, 9)),
+        rank="attention",
         bounded=draw(st.booleans()),
         interval=draw(st.sampled_from([1, block_size])),
         block_size=block_size,
@@ -62,13 +63,13 @@ def test_nothing_is_evicted_between_cuts(retention: Retention, prompt_len: int, 
 
 
 def test_by_hand() -> None:
-    h2o = Retention(budget=100, recent=50, sinks=0, bounded=False, interval=1, block_size=128)
+    h2o = Retention(budget=100, recent=50, sinks=0, rank="attention", bounded=False, interval=1, block_size=128)
     assert h2o.arrival(299, 300) == Arrival(held=299, kept=299)
     assert h2o.arrival(300, 300) == Arrival(held=300, kept=99)
     assert h2o.arrival(301, 300) == Arrival(held=100, kept=99)
     assert h2o.most_slots(300, 300, answering=False) == 300
     assert h2o.most_slots(5000, 300, answering=True) == 100
-    blocks = Retention(budget=0.5, recent=None, sinks=4, bounded=True, interval=128, block_size=128)
+    blocks = Retention(budget=0.5, recent=None, sinks=4, rank="attention", bounded=True, interval=128, block_size=128)
     assert blocks.budget_of(1000) == 512
     assert blocks.recent_of(512) == 256
     assert blocks.arrival(768, 1000) == Arrival(held=768, kept=512)

@@ -112,6 +112,7 @@ class Options(BaseModel):
             budget=DEFAULT_BUDGET if self.budget is None else self.budget,
             recent=1 if self.retention == "window" else self.recent,
             sinks=DEFAULT_SINKS.get(self.retention, 0) if self.sinks is None else self.sinks,
+            rank="age" if self.retention == "window" else "attention",
             bounded=self.prefill == "bounded",
             interval=1 if pages_hold_tokens_only else block_size,
             block_size=block_size,

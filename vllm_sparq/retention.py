@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 SEGMENT = 256
 """Prompt tokens after which ``prefill: bounded`` evicts; rounded up to whole blocks."""
@@ -24,6 +25,10 @@ SEGMENT = 256
 
 PHASES = "sparq_phases"
 """Attribute of a scheduler's output: request id -> `Phase` of the requests whose budget has been shrunk."""
+
+
+Rank = Literal["attention", "age"]
+"""What decides who goes first: least ``attention`` so far (heavy hitters stay), or ``age`` (a window stays)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +60,7 @@ class Retention:
         budget: tokens that a request keeps per KV head, or their share of its prompt.
         recent: newest tokens that always stay, the arriving one included; None for half of the budget.
         sinks: first tokens that always stay.
+        rank: what decides who goes first.
         bounded: whether prompts are evicted from while they are read.
         interval: tokens that go at a time: 1, or a block where pages have to be finished (codes, ranking copies).
         block_size: N.
@@ -63,6 +69,7 @@ class Retention:
     budget: int | float
     recent: int | None
     sinks: int
+    rank: Rank
     bounded: bool
     interval: int
     block_size: int

@@ -20,7 +20,7 @@ from vllm_sparq.attention_backends.steps.rows import PagedMetadata, PrefillRows
 from vllm_sparq.attention_backends.steps.staged import int64
 from vllm_sparq.attention_backends.steps.staged_rows import staged_rows
 from vllm_sparq.config import Options
-from vllm_sparq.retention import Arrival, Phase, Retention
+from vllm_sparq.retention import Arrival, Phase, Rank, Retention
 from vllm_sparq.scheduler.spec import RetainedSpec
 
 
@@ -54,6 +54,7 @@ class Eviction:
     kept_lens: torch.Tensor
     recent_from: torch.Tensor
     sinks: int
+    rank: Rank
 
 
 @dataclass(frozen=True)
@@ -164,5 +165,6 @@ def _turn(shares: list[Share], block_table: torch.Tensor, spec: RetainedSpec, op
             kept_lens=int32([share.arrival.kept for share in shares]),
             recent_from=int32([share.recent_from for share in shares]),
             sinks=spec.retention.sinks,
+            rank=spec.retention.rank,
         )
     return Turn(rows=rows, eviction=eviction, step=step)

@@ -42,7 +42,7 @@ def test_the_kernels_are_built(isa: str) -> None:
     """Without this, a machine that can compile them would skip every test of the kernels and look green."""
     path = native.LIBRARIES / f"libsparq_{isa}.so"
     assert path.is_file(), f"{path} is missing although there is a C++ compiler: python setup.py build_ext --inplace"
-    sources = [p for p in (native.LIBRARIES.parent / "csrc").glob("*") if p.suffix in (".cpp", ".h")]
+    sources = [p for p in (native.LIBRARIES.parent / "csrc").rglob("*") if p.suffix in (".cpp", ".h")]
     newest = max(sources, key=lambda p: p.stat().st_mtime, default=path)  # an installed package has no sources
     assert path.stat().st_mtime >= newest.stat().st_mtime, f"{path} is older than {newest}: build the kernels again"
 

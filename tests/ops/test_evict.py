@@ -13,8 +13,10 @@ from tests.ops.cases import HUGE_BYTE, KERNELS, Case, World, build, each, int32,
 from tests.ops.cases import device_of as device
 from tests.ops.shapes import FORMATS, SHAPES, TINY, TINY_FORMATS
 from vllm_sparq.ops.dense_decode.reference import cached_tokens
+from vllm_sparq.ops.evict import evict as contract
 from vllm_sparq.ops.evict.reference import evict as reference
 from vllm_sparq.ops.write.reference import write as reference_write
+from vllm_sparq.retention import Rank
 
 LONGER = (7, 40, 100, 333)
 """Tokens more than a shape's own, so that there is something to evict."""
@@ -51,11 +53,15 @@ def kept_lens(case: Case, keep: float) -> list[int]:
     return [case.lens[0], *(max(int(s * keep) // unit * unit, unit if s > unit else 0) for s in case.lens[1:])]
 
 
-def run_evict(world: World, run: Callable[..., None], kept: list[int], *, sinks: int, recent: int) -> None:
+def run_evict(
+    world: World, run: Callable[..., None], kept: list[int], *, sinks: int, recent: int, rank: Rank | None = None
+) -> None:
+    """``rank`` is that of the pages, if not given."""
     case, on = world.case, world.buffer.device
     recent_from = int32([s - recent for s in case.lens]).to(on)
     seq_lens = world.seq_lens[: len(case.lens)].contiguous()
-    run(world.pages, world.block_table, seq_lens, int32(kept).to(on), recent_from, sinks=sinks)
+    rank = rank or ("attention" if case.attention else "age")
+    run(world.pages, world.block_table, seq_lens, int32(kept).to(on), recent_from, sinks=sinks, rank=rank)
 
 
 def assert_same_tokens(got: World, want: World, kept: list[int]) -> None:
@@ -115,7 +121,7 @@ def test_one_token_goes_at_a_time(implementation: str, case: Case) -> None:
             seq_lens, where = int32(case.lens).to(names[1]), world.pages.data.device
             recent_from = int32([s + step - 6 for s in case.lens]).to(where)
             load("evict", names[0])(
-                world.pages, world.block_table, seq_lens, int32(kept).to(where), recent_from, sinks=1
+                world.pages, world.block_table, seq_lens, int32(kept).to(where), recent_from, sinks=1, rank="attention"
             )
             starts = torch.arange(len(case.lens) + 1, dtype=torch.int32, device=where)
             positions = int32([s + step for s in case.lens]).to(where)
@@ -145,10 +151,12 @@ def test_by_hand(implementation: str) -> None:
 
 
 @pytest.mark.parametrize("implementation", [pytest.param(name, id=name) for name in (*KERNELS, "reference")])
-def test_without_scores_the_oldest_go(implementation: str) -> None:
-    case = Case(positions=True, ranking=None, value_sum=False, lens=(37,))
-    world = build(case, device=device(implementation))
-    run_evict(world, load("evict", implementation), [20], sinks=3, recent=1)
+@pytest.mark.parametrize("attention", [False, True], ids=["", "attention"])
+def test_by_age_the_oldest_go(implementation: str, attention: bool) -> None:
+    """Whether pages add up attention or not: a page's parts do not decide who stays."""
+    case = Case(positions=True, attention=attention, ranking=None, value_sum=False, lens=(37,))
+    world = with_scores(case, on=device(implementation))
+    run_evict(world, load("evict", implementation), [20], sinks=3, recent=1, rank="age")
     page, place = slots_of(world, 0, 20)
     for head in range(case.kv_heads):
         stayed = world.pages.positions[page, head, place].tolist()
@@ -200,9 +208,18 @@ def test_many_small_evictions_are_one_large_one() -> None:
     case = Case(positions=True, attention=True, ranking=None, value_sum=False, lens=(120,))
     small, large = with_scores(case), with_scores(case)
     for n in range(120, 70, -1):
-        reference(small.pages, small.block_table, int32([n]), int32([n - 1]), int32([110]), sinks=2)
-    reference(large.pages, large.block_table, int32([120]), int32([70]), int32([110]), sinks=2)
+        reference(small.pages, small.block_table, int32([n]), int32([n - 1]), int32([110]), sinks=2, rank="attention")
+    reference(large.pages, large.block_table, int32([120]), int32([70]), int32([110]), sinks=2, rank="attention")
     page, place = slots_of(small, 0, 70)
     for head in range(case.kv_heads):
         one, other = (sorted(world.pages.positions[page, head, place].tolist()) for world in (small, large))
         assert one == other
+
+
+def test_attention_that_was_not_added_up_cannot_decide() -> None:
+    world = build(Case(positions=True, lens=(37,)))
+    lens = int32([37]), int32([20]), int32([36])
+    with pytest.raises(ValueError, match=r"rank='attention' needs pages that add it up; .* use rank='age'"):
+        contract(world.pages, world.block_table, *lens, sinks=0, rank="attention")
+    with pytest.raises(ValueError, match=r"rank must be one of \['attention', 'age'\], got 'luck'"):
+        contract(world.pages, world.block_table, *lens, sinks=0, rank="luck")  # type: ignore[arg-type]

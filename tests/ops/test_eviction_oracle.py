@@ -68,9 +68,11 @@ class Definition:
 
 LAYOUT = dict(head_size=D, block_size=N, dtype=torch.float32, positions=True)
 RETENTIONS = {
-    "h2o": Retention(budget=40, recent=12, sinks=0, bounded=False, interval=1, block_size=N),
-    "h2o with sinks": Retention(budget=33, recent=1, sinks=3, bounded=False, interval=1, block_size=N),
-    "streaming": Retention(budget=37, recent=1, sinks=4, bounded=False, interval=1, block_size=N),
+    "h2o": Retention(budget=40, recent=12, sinks=0, rank="attention", bounded=False, interval=1, block_size=N),
+    "h2o with sinks": Retention(
+        budget=33, recent=1, sinks=3, rank="attention", bounded=False, interval=1, block_size=N
+    ),
+    "streaming": Retention(budget=37, recent=1, sinks=4, rank="age", bounded=False, interval=1, block_size=N),
 }
 
 
@@ -105,7 +107,7 @@ def test_survivors_and_outputs_step_by_step(implementation: str, name: str) -> N
             position, query[position].double().cpu().numpy(), budget, recent, retention.sinks, by_score=by_score
         )
         lens = (int32([n]).to(on) for n in (arrival.held, arrival.kept, position + 1 - recent))
-        run["evict"](pages, table, *lens, sinks=retention.sinks)
+        run["evict"](pages, table, *lens, sinks=retention.sinks, rank=retention.rank)
         now = slice(position, position + 1)
         length, one = int32([arrival.kept + 1]).to(on), int32([0, 1]).to(on)
         run["write"](key[now], value[now], pages, table, one, length, int32([position]).to(on))

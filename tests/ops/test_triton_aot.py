@@ -269,7 +269,9 @@ def launch_all(shape: Shape) -> None:
         "dense_decode": lambda: dense_decode(one, pages, table, lens, scale=1.0, out=one),
         "sparq_decode": lambda: sparq_decode(one, pages, table, lens, read=read, scale=1.0, out=one),
         "quest_decode": lambda: quest_decode(one, pages, table, lens, read=spans, scale=1.0, out=one),
-        "evict": lambda: evict(pages, table, lens, lens, lens, sinks=4),
+        "evict": lambda: evict(
+            pages, table, lens, lens, lens, sinks=4, rank="attention" if pages.layout.attention else "age"
+        ),
     }
     for op in shape.ops:
         calls[op]()

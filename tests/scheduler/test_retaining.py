@@ -138,7 +138,7 @@ class Retaining(RuleBasedStateMachine):
     fmt = "model"
     evicting = False
     by_score = True
-    retention = Retention(budget=70, recent=20, sinks=2, bounded=False, interval=1, block_size=N)
+    retention = Retention(budget=70, recent=20, sinks=2, rank="attention", bounded=False, interval=1, block_size=N)
 
     def __init__(self) -> None:
         super().__init__()
@@ -200,7 +200,7 @@ class Retaining(RuleBasedStateMachine):
         lens = [
             torch.tensor([n], dtype=torch.int32) for n in (share.arrival.held, share.arrival.kept, share.recent_from)
         ]
-        evict(self.pages, self.table(request), *lens, sinks=self.retention.sinks)
+        evict(self.pages, self.table(request), *lens, sinks=self.retention.sinks, rank=self.retention.rank)
 
     def write(self, request: Request, share: Any) -> None:
         positions = torch.arange(share.position, share.position + share.stop - share.start)
@@ -292,9 +292,9 @@ def machine(name: str, **settings_of_it: Any) -> type:
     return case
 
 
-BOUNDED = Retention(budget=64, recent=None, sinks=0, bounded=True, interval=1, block_size=N)
-BLOCKS = Retention(budget=0.5, recent=8, sinks=1, bounded=True, interval=N, block_size=N)
-WINDOW = Retention(budget=80, recent=1, sinks=4, bounded=False, interval=N, block_size=N)
+BOUNDED = Retention(budget=64, recent=None, sinks=0, rank="attention", bounded=True, interval=1, block_size=N)
+BLOCKS = Retention(budget=0.5, recent=8, sinks=1, rank="attention", bounded=True, interval=N, block_size=N)
+WINDOW = Retention(budget=80, recent=1, sinks=4, rank="age", bounded=False, interval=N, block_size=N)
 
 
 def test_pressure_is_met() -> None:

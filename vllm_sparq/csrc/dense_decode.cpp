@@ -1,5 +1,6 @@
 // vllm_sparq/ops/dense_decode: attention of one new token per request over all its pages.
-#include "decode.h"
+#include "api.h"
+#include "decode/dense.h"
 
 namespace sparq {
 namespace {
@@ -30,11 +31,7 @@ void dense_decode(const Decode& call) {
 }  // namespace
 }  // namespace sparq
 
-SPARQ_API void sparq_dense_decode(const sparq::Pages* pages, const void* query, int64_t query_row, int64_t query_head,
-                                  void* out, int64_t out_row, int64_t out_head, int32_t n_requests, int32_t n_heads,
-                                  const int32_t* block_table, int64_t table_stride, const int32_t* seq_lens,
-                                  float scale) {
-  const sparq::Requests requests{block_table, table_stride, seq_lens, n_requests};
-  sparq::dense_decode(sparq::decode_call(*pages, requests, query, query_row, query_head, out, out_row, out_head,
-                                         n_heads, scale));
+SPARQ_API void sparq_dense_decode(const sparq::Pages& pages, const sparq::Tensor& query, const sparq::Tensor& out,
+                                  const sparq::Requests& requests, float scale) {
+  sparq::dense_decode(sparq::decode_call(pages, requests, query, out, scale));
 }

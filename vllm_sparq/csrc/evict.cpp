@@ -5,14 +5,15 @@
 #include <climits>
 #include <cmath>
 
-#include "coded_tokens.h"
-#include "encode.h"
-#include "paged.h"
-#include "scoring_copy.h"
-#include "scratch.h"
-#include "select.h"
-#include "simd.h"
-#include "value_sum.h"
+#include "api.h"
+#include "codes/coded_tokens.h"
+#include "codes/encode.h"
+#include "base/paged.h"
+#include "rank/ranking_copy.h"
+#include "base/scratch.h"
+#include "rank/select.h"
+#include "base/simd.h"
+#include "codes/value_sum.h"
 
 namespace sparq {
 namespace {
@@ -23,6 +24,7 @@ struct Evict {
   const int32_t* kept_lens;
   const int32_t* recent_from;
   int sinks;
+  Rank rank;
 };
 
 // The token in slot `from` takes slot `to`.
@@ -35,13 +37,14 @@ struct Held {
   const Pages& pages;
   Sequence sequence;
   int n_kept;
+  bool by_attention;
 
   int n() const { return sequence.len; }
   int block(int slot) const { return slot / pages.block_size; }
   int place(int slot) const { return slot % pages.block_size; }
   uint8_t* page_of(int slot) const { return sequence.page(block(slot)); }
   int32_t* positions(int block) const { return (int32_t*)(sequence.page(block) + pages.positions); }
-  float* scores(int block) const { return (float*)(sequence.page(block) + pages.scores); }
+  float* attention(int block) const { return (float*)(sequence.page(block) + pages.attention); }
   int32_t& position(int slot) const { return positions(block(slot))[place(slot)]; }
 };
 
@@ -53,11 +56,11 @@ void fetch(const Held& held, int block) {
   const uint8_t* const page = held.sequence.page(block);
   for (int byte = 0; byte < 4 * held.pages.block_size; byte += 64) {
     prefetch_l2(page + held.pages.positions + byte);
-    if (held.pages.scored()) prefetch_l2(page + held.pages.scores + byte);
+    if (held.by_attention) prefetch_l2(page + held.pages.attention + byte);
   }
 }
 
-// Step 1: ranks[slot], what the token has had, infinite where it must stay; infinite behind the last one, too.
+// Step 1: ranks[slot], what the token has had or its position; infinite where it must stay, and behind the last one.
 void rank_tokens(const Held& held, int sinks, int recent_from, float* ranks) {
   const int n = held.pages.block_size;
   const Vec always = set1(INFINITY), never = set1(-INFINITY);
@@ -67,11 +70,11 @@ void rank_tokens(const Held& held, int sinks, int recent_from, float* ranks) {
   for (int first = 0; first < held.n(); first += n) {
     if (first / n + AHEAD < n_blocks) fetch(held, first / n + AHEAD);
     const int32_t* const positions = held.positions(first / n);
-    const float* const scores = held.pages.scored() ? held.scores(first / n) : nullptr;
+    const float* const attention = held.by_attention ? held.attention(first / n) : nullptr;
     for (int i = 0; i < n; i += W) {
       Vec rank = load(positions + i);
-      if (scores != nullptr) {
-        rank = load(scores + i);
+      if (attention != nullptr) {
+        rank = load(attention + i);
         rank = select(equal(rank, rank), rank, never);
       }
       const unsigned stay = above(positions + i, recent_from - 1) | ~above(positions + i, sinks - 1);
@@ -140,9 +143,10 @@ int plan_moves(const Held& held, int sinks, int recent_from, Move* moves) {
   return n_moves;
 }
 
-// Bytes of a page that codes and ranges reach; those of V come last.
+// Bytes of a page that codes and scales reach; those of V come last.
 size_t coded_bytes(const Pages& pages) {
-  return pages.value.ranges + (pages.block_size - 1) * pages.value.range_stride + CodeShape::values(pages).range_bytes();
+  const int64_t last = pages.value.scales + (pages.block_size - 1) * pages.value.scale_stride;
+  return last + CodeShape::values(pages).scale_bytes();
 }
 
 // The newest block of a quantized format, which waits in the model's own type, made to look like any other.
@@ -173,9 +177,10 @@ struct Newest {
 };
 
 void copy_row(const Codes& where, const CodeShape& shape, const uint8_t* from, int row, uint8_t* to, int to_row) {
-  memcpy(to + where.codes + to_row * where.code_stride, from + where.codes + row * where.code_stride, shape.row_bytes());
-  memcpy(to + where.ranges + to_row * where.range_stride, from + where.ranges + row * where.range_stride,
-         shape.range_bytes());
+  memcpy(to + where.codes + to_row * where.code_stride, from + where.codes + row * where.code_stride,
+         shape.row_bytes());
+  memcpy(to + where.scales + to_row * where.scale_stride, from + where.scales + row * where.scale_stride,
+         shape.scale_bytes());
 }
 
 // Channel-major K of one block that tokens have moved to: groups that one of them joined are quantized again.
@@ -204,9 +209,13 @@ class KeyGroups {
     const Pages& pages = held_.pages;
     const int d = pages.head_size;
     uint8_t* const page = held_.page_of(moves[0].to);
-    for (int slot = 0; slot < pages.block_size; slot += Decoder::TOKENS) old_.keys(page, slot, rows_ + (size_t)slot * d);
+    for (int slot = 0; slot < pages.block_size; slot += Decoder::TOKENS)
+      old_.keys(page, slot, rows_ + (size_t)slot * d);
     std::fill_n(mask_, CodeShape::keys(pages).row_bytes(), uint8_t{0});
-    for (int i = 0; i < n; ++i) memcpy((void*)(rows_ + (size_t)held_.place(moves[i].to) * d), key(moves[i].from), d * sizeof(T));
+    for (int i = 0; i < n; ++i) {
+      T* const row = rows_ + (size_t)held_.place(moves[i].to) * d;
+      memcpy((void*)row, key(moves[i].from), d * sizeof(T));
+    }
     encode_keys(pages, rows_, newest_.page);
     for (int i = 0, last = -1; i < n; ++i) {
       const int group = held_.place(moves[i].to) / pages.group;
@@ -225,12 +234,12 @@ class KeyGroups {
     return source_rows_ + (size_t)(place % Decoder::TOKENS) * d;
   }
 
-  // Its ranges now, and which bits of a row are its codes.
+  // Its scales now, and which bits of a row are its codes.
   void take_group(int group, uint8_t* page) {
     const Pages& pages = held_.pages;
     const CodeShape shape = CodeShape::keys(pages);
     for (int c = 0; c < pages.head_size; ++c) {
-      const int64_t at = pages.key.ranges + c * pages.key.range_stride + group * 2 * (int64_t)sizeof(T);
+      const int64_t at = pages.key.scales + c * pages.key.scale_stride + group * 2 * (int64_t)sizeof(T);
       memcpy(page + at, newest_.page + at, 2 * sizeof(T));
     }
     for (int slot = group * shape.group; slot < (group + 1) * shape.group; ++slot) {
@@ -280,9 +289,9 @@ void move_codes(const Held& held, const Move* moves, int n_moves) {
       uint8_t* const to = held.page_of(move->to);
       const int row = held.place(move->from), to_row = held.place(move->to);
       copy_row(pages.value, CodeShape::values(pages), from, row, to, to_row);
-      if (!pages.channel_keys()) copy_row(pages.key, CodeShape::keys(pages), from, row, to, to_row);
+      if (!pages.channel_keys) copy_row(pages.key, CodeShape::keys(pages), from, row, to, to_row);
     }
-    if (!pages.channel_keys()) return;
+    if (!pages.channel_keys) return;
     KeyGroups<T> keys(held, newest, arena);
     each_target(held, moves, n_moves, [&](const Move* first, int n) { keys.remake(first, n); });
   });
@@ -294,7 +303,8 @@ void move_tokens(const Held& held, const Move* moves, int n_moves) {
   for (const Move* move = moves; move < moves + n_moves; ++move) {
     const int block = held.block(move->from), place = held.place(move->from);
     held.position(move->to) = held.position(move->from);
-    if (pages.scored()) held.scores(held.block(move->to))[held.place(move->to)] = held.scores(block)[place];
+    if (pages.adds_attention())
+      held.attention(held.block(move->to))[held.place(move->to)] = held.attention(block)[place];
     if (!pages.quantized())
       memcpy(held.sequence.record(held.block(move->to), held.place(move->to)), held.sequence.record(block, place),
              pages.record_bytes());
@@ -302,9 +312,9 @@ void move_tokens(const Held& held, const Move* moves, int n_moves) {
   if (pages.quantized()) move_codes(held, moves, n_moves);
 }
 
-// The scoring copy of a page some of whose tokens are new.
+// The ranking copy of a page some of whose tokens are new.
 void remake_copy(const Pages& pages, uint8_t* page) {
-  if (!pages.quantized()) return make_scoring_copy(pages, page + pages.records, 2 * (int64_t)pages.head_size, page);
+  if (!pages.quantized()) return make_ranking_copy(pages, page + pages.records, 2 * (int64_t)pages.head_size, page);
   thread_local Scratch scratch;
   with_dtype(pages.dtype, [&](auto type) {
     using T = decltype(type);
@@ -314,14 +324,14 @@ void remake_copy(const Pages& pages, uint8_t* page) {
     Decoder tokens(pages, arena);
     T* const rows = arena.take<T>(n * d);
     for (size_t slot = 0; slot < n; slot += Decoder::TOKENS) tokens.keys(page, (int)slot, rows + slot * d);
-    make_scoring_copy(pages, rows, (int64_t)d, page);
+    make_ranking_copy(pages, rows, (int64_t)d, page);
   });
 }
 
 // Step 3: what pages derive from their tokens.
 void remake(const Held& held, const Move* moves, int n_moves) {
   const Pages& pages = held.pages;
-  if (pages.scoring_type != Scoring::none) {
+  if (pages.ranking_type != RankingType::none) {
     each_target(held, moves, n_moves, [&](const Move* first, int) {
       const int block = held.block(first->to);
       if ((block + 1) * pages.block_size <= held.n_kept) remake_copy(pages, held.sequence.page(block));
@@ -340,7 +350,8 @@ void remake(const Held& held, const Move* moves, int n_moves) {
 void evict_head(const Evict& call, int request, int head) {
   thread_local Scratch scratch;
   const int n_held = call.requests.lens[request], n_kept = call.kept_lens[request];
-  const Held held{call.pages, {&call.pages, call.requests.blocks(request), head, n_held}, n_kept};
+  const Held held{call.pages, {&call.pages, call.requests.blocks(request), head, n_held}, n_kept,
+                  call.rank == Rank::attention};
   Move* const moves = scratch.arena((size_t)(n_held - n_kept) * sizeof(Move)).take<Move>(n_held - n_kept);
   const int n_moves = plan_moves(held, call.sinks, call.recent_from[request], moves);
   if (n_moves == 0) return;
@@ -351,7 +362,7 @@ void evict_head(const Evict& call, int request, int head) {
 // Rough cost in bytes moved, to decide whether threads are worth waking.
 size_t work(const Evict& call) {
   const Pages& pages = call.pages;
-  const bool derives = pages.quantized() || pages.scoring_type != Scoring::none || pages.value_sum >= 0;
+  const bool derives = pages.quantized() || pages.ranking_type != RankingType::none || pages.value_sum >= 0;
   size_t total = 0;
   for (int b = 0; b < call.requests.n; ++b) {
     const size_t n_held = call.requests.lens[b], n_kept = call.kept_lens[b];
@@ -372,8 +383,7 @@ void evict(const Evict& call) {
 }  // namespace
 }  // namespace sparq
 
-SPARQ_API void sparq_evict(const sparq::Pages* pages, int32_t n_requests, const int32_t* block_table,
-                           int64_t table_stride, const int32_t* seq_lens, const int32_t* kept_lens,
-                           const int32_t* recent_from, int32_t sinks) {
-  sparq::evict({*pages, {block_table, table_stride, seq_lens, n_requests}, kept_lens, recent_from, sinks});
+SPARQ_API void sparq_evict(const sparq::Pages& pages, const sparq::Requests& requests, const int32_t* kept_lens,
+                           const int32_t* recent_from, int32_t sinks, sparq::Rank rank) {
+  sparq::evict({pages, requests, kept_lens, recent_from, sinks, rank});
 }

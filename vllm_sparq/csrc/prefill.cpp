@@ -2,14 +2,15 @@
 //
 // A task is a range of query rows of one request and KV head (all query heads of the group, so a tile of tokens that
 // was packed once serves them all) against a range of its tokens. Few long tasks are cut along the tokens and merged.
-// Where pages have scores there is a second pass, a tile of tokens at a time, so that no two threads add to one score.
+// Where pages add up attention there is a second pass, a tile of tokens at a time: no two threads add to one number.
 #include <omp.h>
 
 #include <cmath>
 #include <vector>
 
-#include "prefill_tokens.h"
-#include "scratch.h"
+#include "api.h"
+#include "prefill/tokens.h"
+#include "base/scratch.h"
 
 namespace sparq::prefill {
 namespace {
@@ -30,7 +31,7 @@ struct Call {
   const int32_t* key_start_loc;    // [B + 1]
   int n_heads;
   float scale;
-  float* lses;  // null, or of every row the logarithm (base 2) of the sum over its tokens, where pages have scores
+  float* lses;  // null, or of every row the logarithm (base 2) of the sum over its tokens, where pages add it up
 
   int head_size() const { return pages->head_size; }
   int group() const { return n_heads / pages->n_kv_heads; }
@@ -69,15 +70,15 @@ struct Merge {
   int first_part, n_parts;
 };
 
-// A tile of tokens whose scores grow.
-struct ScoreTask {
+// A tile of tokens that get attention.
+struct AttentionTask {
   int request, kv_head, tile;
 };
 
 struct Plan {
   std::vector<Task> tasks;
   std::vector<Merge> merges;
-  std::vector<ScoreTask> scores;
+  std::vector<AttentionTask> attention;
   int n_parts;
 };
 
@@ -291,7 +292,7 @@ void run_merge(const Call<T>& call, const Merge& merge, float* parts) {
 }
 
 template <class T>
-void plan_scores(const Call<T>& call, std::vector<ScoreTask>& tasks) {
+void plan_attention(const Call<T>& call, std::vector<AttentionTask>& tasks) {
   tasks.clear();
   if (call.lses == nullptr) return;
   for (int b = 0; b < call.requests.n; ++b)
@@ -299,14 +300,15 @@ void plan_scores(const Call<T>& call, std::vector<ScoreTask>& tasks) {
       for (int t = 0; t < n_tiles(call, b, call.n_new(b)); ++t) tasks.push_back({b, head, t});
 }
 
-// The second pass: adds what all rows give to the tokens of a tile to their scores, as the mean over the group.
+// The second pass: adds what all rows give to the tokens of a tile to their attention, as the mean over the group.
 template <class T>
-void note_scores(const Call<T>& call, const ScoreTask& task) {
+void note_attention(const Call<T>& call, const AttentionTask& task) {
   constexpr int TILE = Model<T>::tile, ROWS = PANEL_VECS * W;
   static thread_local Scratch scratch;
   const Pages& pages = *call.pages;
   const int d = call.head_size(), group = call.group(), n_new = call.n_new(task.request);
-  Arena arena = scratch.arena(2 * Arena::room<float>(ROWS * d) + Arena::room<float>(TILE * W) + TileLoader<T>::room(pages));
+  Arena arena = scratch.arena(2 * Arena::room<float>(ROWS * d) + Arena::room<float>(TILE * W) +
+                              TileLoader<T>::room(pages));
   float *const query = arena.take<float>(ROWS * d), *const staging = arena.take<float>(ROWS * d);
   float* const shares = arena.take<float>(TILE * W);
   TileLoader<T> loader(pages, arena, true);
@@ -330,8 +332,8 @@ void note_scores(const Call<T>& call, const ScoreTask& task) {
   }
   for (int i = 0; i < tile.n; ++i) {
     const int block = (tile.first + i) / pages.block_size, slot = (tile.first + i) % pages.block_size;
-    auto* const scores = (float*)(sequence.page(block) + pages.scores);
-    scores[slot] += reduce_add(load(shares + i * W)) / (float)group;
+    auto* const attention = (float*)(sequence.page(block) + pages.attention);
+    attention[slot] += reduce_add(load(shares + i * W)) / (float)group;
   }
 }
 
@@ -345,13 +347,13 @@ void run(Call<T> call) {
   balance(plan, threads);
   const size_t n_floats = plan.n_parts * Partial::floats(MAX_VECS * W, call.head_size());
   const size_t n_rows = (size_t)(call.query_start_loc[call.requests.n] - call.query_start_loc[0]) * call.n_heads;
-  const size_t n_lses = call.pages->scored() ? n_rows : 0;
+  const size_t n_lses = call.pages->adds_attention() ? n_rows : 0;
   Arena arena = scratch.arena(Arena::room<float>(n_floats) + Arena::room<float>(n_lses));
   float* const parts = arena.take<float>(n_floats);
   call.lses = n_lses > 0 ? arena.take<float>(n_lses) : nullptr;
-  plan_scores(call, plan.scores);
+  plan_attention(call, plan.attention);
   const int n_tasks = (int)plan.tasks.size(), n_merges = (int)plan.merges.size();
-  const int n_scores = (int)plan.scores.size();
+  const int n_attention = (int)plan.attention.size();
 #pragma omp parallel if (n_tasks > 1)
   {
 #pragma omp for schedule(dynamic, 1)
@@ -359,34 +361,20 @@ void run(Call<T> call) {
 #pragma omp for schedule(dynamic, 1)
     for (int i = 0; i < n_merges; ++i) run_merge(call, plan.merges[i], parts);
 #pragma omp for schedule(dynamic, 1)
-    for (int i = 0; i < n_scores; ++i) note_scores(call, plan.scores[i]);
+    for (int i = 0; i < n_attention; ++i) note_attention(call, plan.attention[i]);
   }
 }
 
 }  // namespace
 }  // namespace sparq::prefill
 
-// context_lens: int32 [B]; query_start_loc, key_start_loc: int32 [B + 1]; each tensor is its address, row stride and head stride.
-SPARQ_API void sparq_prefill(const sparq::Pages* pages, const int32_t* block_table, int64_t table_stride,
-                             const int32_t* context_lens, const int32_t* query_start_loc,
-                             const int32_t* key_start_loc, int32_t n_requests, int32_t n_heads,
-                             const void* query, int64_t query_row, int64_t query_head,  //
-                             const void* key, int64_t key_row, int64_t key_head,        //
-                             const void* value, int64_t value_row, int64_t value_head,  //
-                             void* out, int64_t out_row, int64_t out_head, float scale) {
+SPARQ_API void sparq_prefill(const sparq::Pages& pages, const sparq::Tensor& query, const sparq::Tensor& key,
+                             const sparq::Tensor& value, const sparq::Tensor& out, const sparq::Requests& requests,
+                             const int32_t* query_start_loc, const int32_t* key_start_loc, float scale) {
   using namespace sparq;
-  with_dtype(pages->dtype, [&](auto element) {
+  with_dtype(pages.dtype, [&](auto element) {
     using T = decltype(element);
-    prefill::run<T>({{(const T*)query, query_row, query_head},
-                     {(const T*)key, key_row, key_head},
-                     {(const T*)value, value_row, value_head},
-                     {(T*)out, out_row, out_head},
-                     pages,
-                     {block_table, table_stride, context_lens, n_requests},
-                     query_start_loc,
-                     key_start_loc,
-                     n_heads,
-                     scale,
-                     nullptr});
+    prefill::run<T>({Heads<const T>(query), Heads<const T>(key), Heads<const T>(value), Heads<T>(out), &pages, requests,
+                     query_start_loc, key_start_loc, query.n_heads, scale, nullptr});
   });
 }

@@ -4,12 +4,13 @@
 #include <algorithm>
 #include <vector>
 
-#include "encode.h"
-#include "paged.h"
-#include "scoring_copy.h"
-#include "scratch.h"
-#include "simd.h"
-#include "value_sum.h"
+#include "api.h"
+#include "codes/encode.h"
+#include "base/paged.h"
+#include "rank/ranking_copy.h"
+#include "base/scratch.h"
+#include "base/simd.h"
+#include "codes/value_sum.h"
 
 namespace sparq {
 namespace {
@@ -28,8 +29,8 @@ struct Block {
   bool next_opens;  // the next block gets its first token in this call
 };
 
-// Blocks of all requests, in block order: where one request goes on from blocks that another one brings in the same call,
-// sums are chained across both.
+// Blocks of all requests, in block order: where one request goes on from blocks that another one brings in the same
+// call, sums are chained across both.
 void plan_blocks(const Pages& pages, const NewTokens& tokens, const Requests& requests, std::vector<Block>& blocks) {
   const int n = pages.block_size;
   blocks.clear();
@@ -79,14 +80,15 @@ void note_tokens(const Target& to) {
   const Block& block = to.block;
   auto* const positions = (int32_t*)(to.page() + pages.positions);
   const int32_t* const firsts = to.tokens.first_positions;
-  const int first = firsts == nullptr ? block.block * pages.block_size + block.first
-                                      : firsts[block.request] + (int)(block.row - to.tokens.query_start_loc[block.request]);
+  const int nth = (int)(block.row - to.tokens.query_start_loc[block.request]);
+  const int first = firsts == nullptr ? block.block * pages.block_size + block.first : firsts[block.request] + nth;
   for (int slot = block.first; slot < block.last; ++slot) positions[slot] = first + slot - block.first;
-  auto* const scores = (float*)(to.page() + pages.scores);
-  if (pages.scored()) std::fill(scores + block.first, scores + block.last, 0.0f);
+  auto* const attention = (float*)(to.page() + pages.attention);
+  if (pages.adds_attention()) std::fill(attention + block.first, attention + block.last, 0.0f);
 }
 
-// K and V of a full block, dense, [N, D] each: tokens of earlier calls from where they are staged, new ones as they come.
+// K and V of a full block, dense, [N, D] each: tokens of earlier calls from where they are staged, new ones as they
+// come.
 const uint8_t* gather(const Target& from) {
   thread_local Scratch scratch;
   const Pages& pages = from.pages;
@@ -107,14 +109,14 @@ const uint8_t* gather(const Target& from) {
 void close_page(const Target& to) {
   const Pages& pages = to.pages;
   uint8_t* const page = to.page();
-  const bool ranked = pages.scoring_type != Scoring::none;
+  const bool ranked = pages.ranking_type != RankingType::none;
   if (!pages.quantized()) {
-    if (ranked) make_scoring_copy(pages, page + pages.records, 2 * (int64_t)pages.head_size, page);
+    if (ranked) make_ranking_copy(pages, page + pages.records, 2 * (int64_t)pages.head_size, page);
     return;
   }
   const uint8_t* const keys = gather(to);
   encode_block(pages, keys, keys + pages.record_bytes() / 2 * pages.block_size, page);
-  if (ranked) make_scoring_copy(pages, keys, pages.head_size, page);
+  if (ranked) make_ranking_copy(pages, keys, pages.head_size, page);
 }
 
 // Stores the tokens of a block and finishes its page.
@@ -126,8 +128,8 @@ void write_block(const Target& to) {
   if (to.fills()) close_page(to);
 }
 
-// The sum of a block's V goes where the next page wants it; `chain_sums` then turns sums of single pages into sums of all
-// pages before.
+// The sum of a block's V goes where the next page wants it; `chain_sums` then turns sums of single pages into sums of
+// all pages before.
 void sum_block(const Target& of) {
   const Pages& pages = of.pages;
   const Block& block = of.block;
@@ -156,7 +158,8 @@ void chain_sums(const Pages& pages, const Requests& requests, const Block* block
 size_t work(const Pages& pages, const std::vector<Block>& blocks) {
   size_t n_tokens = 0;
   for (const Block& block : blocks)
-    n_tokens += block.last - block.first + (block.next_opens || block.last == pages.block_size ? 8 * pages.block_size : 0);
+    n_tokens +=
+        block.last - block.first + (block.next_opens || block.last == pages.block_size ? 8 * pages.block_size : 0);
   return n_tokens * pages.n_kv_heads * pages.head_size * 4;
 }
 
@@ -193,14 +196,11 @@ void write(const Pages& pages, const NewTokens& tokens, const Requests& requests
 }  // namespace
 }  // namespace sparq
 
-SPARQ_API void sparq_write(const sparq::Pages* pages, const void* key, int64_t key_row, int64_t key_head,
-                           const void* value, int64_t value_row, int64_t value_head, int32_t n_requests,
-                           const int32_t* block_table, int64_t table_stride, const int32_t* query_start_loc,
-                           const int32_t* seq_lens, const int32_t* first_positions) {
-  const int64_t bytes = pages->dtype == sparq::DType::fp32 ? 4 : 2;
-  const sparq::NewTokens tokens{{(const uint8_t*)key, key_row * bytes, key_head * bytes},
-                                {(const uint8_t*)value, value_row * bytes, value_head * bytes},
-                                query_start_loc,
-                                first_positions};
-  sparq::write(*pages, tokens, {block_table, table_stride, seq_lens, n_requests});
+SPARQ_API void sparq_write(const sparq::Pages& pages, const sparq::Tensor& key, const sparq::Tensor& value,
+                           const sparq::Requests& requests, const int32_t* query_start_loc,
+                           const int32_t* first_positions) {
+  const auto bytes = (int64_t)pages.element_bytes();
+  const sparq::NewTokens tokens{sparq::Heads<const uint8_t>(key, bytes), sparq::Heads<const uint8_t>(value, bytes),
+                                query_start_loc, first_positions};
+  sparq::write(pages, tokens, requests);
 }

@@ -61,7 +61,7 @@ def environment() -> Section:
         section.bad(f"VLLM_PLUGINS={allowed!r} switches vllm-sparq off: unset it, or add sparq to it")
     if os.environ.get("VLLM_TARGET_DEVICE") == "cpu":
         section.bad("VLLM_TARGET_DEVICE=cpu makes vLLM skip platform plugins, and SparQ is refused: unset it")
-    for name in ("VLLM_SPARQ_IMPL", "VLLM_SPARQ_ISA"):
+    for name in ("VLLM_SPARQ_IMPL", "VLLM_SPARQ_ISA", "VLLM_SPARQ_LIBRARIES"):
         if os.environ.get(name):
             section.note(f"{name}={os.environ[name]} overrides which implementation runs: unset it when done debugging")
     return section

@@ -7,6 +7,7 @@ loaded on first use, with plain ctypes: a call costs a few microseconds, and nee
 from __future__ import annotations
 
 import ctypes
+import enum
 import functools
 import mmap
 import os
@@ -18,8 +19,10 @@ from typing import Any, ClassVar
 import torch  # first: its libgomp must be loaded before ours asks for one, so that both share one pool of threads
 
 from vllm_sparq.layout import PageLayout, Pages
+from vllm_sparq.reads.spans import LEAST_SPANS, SPAN_TOKENS
 
-LIBRARIES = Path(__file__).parents[1] / "lib"
+LIBRARIES = Path(os.environ.get("VLLM_SPARQ_LIBRARIES") or Path(__file__).parents[1] / "lib")
+"""Where the libraries are; `make sanitize` has others elsewhere."""
 
 OVERRIDE = "VLLM_SPARQ_ISA"
 """Environment variable that restricts the search to one instruction set, for tests and measurements."""
@@ -36,10 +39,8 @@ INSTRUCTION_SETS: dict[str, tuple[str, set[str]]] = {
 _HUGE = 2 << 20
 _MADV_COLLAPSE = 25  # since Linux 6.1; not in Python's mmap module yet
 
-DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
-RANKINGS = {None: 0, "int4": 1, "int8": 2, "model": 3, "bounds": 4}
+STORAGE = ("bits", "has_zero", "channel_keys", "group", "staged_per_page")
 PARTS = ("records", "ranking", "scales", "value_sum", "positions", "attention")
-FORMATS = {"model": 0, "int8": 1, "int4": 2, "kivi4": 3, "kivi2": 4}
 
 REFERENCE_INSTEAD = "the pure-torch reference runs instead, hundreds of times slower"
 
@@ -59,6 +60,7 @@ def find() -> Found:
 
     Raises:
         ValueError: the override names no instruction set, one that this CPU lacks, or one that was not built.
+        OSError: the library cannot be loaded, or was compiled from other sources than these.
     """
     forced = os.environ.get(OVERRIDE)
     if forced:
@@ -100,76 +102,222 @@ def _library(isa: str) -> Path:
 
 
 def _found(isa: str) -> Found:
+    check_abi(_library(isa))
     return Found(_library(isa), isa, f"{INSTRUCTION_SETS[isa][0]} ({_library(isa).name})")
 
 
-C_TYPES: dict[str, type] = dict(
-    p=ctypes.c_void_p, l=ctypes.c_int64, i=ctypes.c_int32, f=ctypes.c_float, d=ctypes.c_double
-)
-"""Letter of a signature -> type of the argument."""
+class DType(enum.IntEnum):
+    """``sparq::DType`` of csrc/base/paged.h."""
+
+    bf16 = 0
+    fp16 = 1
+    fp32 = 2
 
 
-@functools.cache
-def function(name: str, signature: str) -> Any:
-    """A C function that returns nothing.
+class RankingType(enum.IntEnum):
+    """``sparq::RankingType`` of csrc/base/paged.h."""
 
-    Args:
-        name: of the symbol.
-        signature: one letter of `C_TYPES` per argument.
-
-    Raises:
-        RuntimeError: there is no library to take it from.
-    """
-    symbol = getattr(library(), name)
-    symbol.argtypes = [C_TYPES[letter] for letter in signature]
-    symbol.restype = None
-    return symbol
+    none = 0
+    int4 = 1
+    int8 = 2
+    model = 3
+    bounds = 4
 
 
-@functools.cache
-def library() -> ctypes.CDLL:
-    """The loaded library."""
-    found = find()
-    if found.library is None:
-        raise RuntimeError(found.reason)
-    return ctypes.CDLL(str(found.library))
+class Rank(enum.IntEnum):
+    """``sparq::Rank`` of csrc/base/paged.h, `vllm_sparq.retention.Rank`."""
+
+    attention = 0
+    age = 1
+
+
+DTYPES = {torch.bfloat16: DType.bf16, torch.float16: DType.fp16, torch.float32: DType.fp32}
 
 
 class CodesStruct(ctypes.Structure):
-    """``sparq::Codes`` of csrc/paged.h."""
+    """``sparq::Codes`` of csrc/base/paged.h."""
 
     _fields_: ClassVar = [(name, ctypes.c_int64) for name in ("codes", "code_stride", "scales", "scale_stride")]
 
 
 class PagesStruct(ctypes.Structure):
-    """``sparq::Pages`` of csrc/paged.h."""
+    """``sparq::Pages`` of csrc/base/paged.h."""
 
     _fields_ = [
         ("data", ctypes.c_void_p),
         *[(name, ctypes.c_int64) for name in ("page_stride", "head_stride")],
         *[(name, ctypes.c_int64) for name in PARTS],
         *[(name, ctypes.c_int32) for name in ("n_kv_heads", "block_size", "head_size", "dtype", "ranking_type")],
-        *[(name, ctypes.c_int32) for name in ("format", "group", "staged_per_page")],
+        *[(name, ctypes.c_int32) for name in STORAGE],
         ("key", CodesStruct),
         ("value", CodesStruct),
     ]
 
 
-def pages_address(pages: Pages) -> int:
-    """Address of the `PagesStruct` of a layer, built on its first call."""
+class TensorStruct(ctypes.Structure):
+    """``sparq::Tensor`` of csrc/base/paged.h."""
+
+    _fields_: ClassVar = [
+        ("data", ctypes.c_void_p),
+        ("row_stride", ctypes.c_int64),
+        ("head_stride", ctypes.c_int64),
+        ("n_heads", ctypes.c_int32),
+    ]
+
+
+class RequestsStruct(ctypes.Structure):
+    """``sparq::Requests`` of csrc/base/paged.h."""
+
+    _fields_: ClassVar = [
+        ("block_table", ctypes.c_void_p),
+        ("table_stride", ctypes.c_int64),
+        ("lens", ctypes.c_void_p),
+        ("n", ctypes.c_int32),
+    ]
+
+
+class SpansReadStruct(ctypes.Structure):
+    """``sparq::SpansRead`` of csrc/base/reads.h."""
+
+    _fields_: ClassVar = [(name, ctypes.c_int64) for name in ("min_k", "slope", "slope_divisor", "dense_below")]
+
+
+class SparqReadStruct(ctypes.Structure):
+    """``sparq::SparqRead`` of csrc/base/reads.h."""
+
+    _fields_: ClassVar = [
+        *SpansReadStruct._fields_,
+        *[(name, ctypes.c_int64) for name in ("local", "least_k")],
+        *[(name, ctypes.c_int32) for name in ("r", "probs")],
+        *[(name, ctypes.c_float) for name in ("alpha_floor", "mass")],
+    ]
+
+
+STRUCTS = (CodesStruct, PagesStruct, TensorStruct, RequestsStruct, SparqReadStruct, SpansReadStruct)
+ENUMS = (DType, RankingType, Rank)
+CONSTANTS = {"SPAN_TOKENS": SPAN_TOKENS, "LEAST_SPANS": LEAST_SPANS}
+
+C_TYPES: dict[str, Any] = dict(
+    P=ctypes.POINTER(PagesStruct),
+    T=ctypes.POINTER(TensorStruct),
+    R=ctypes.POINTER(RequestsStruct),
+    S=ctypes.POINTER(SparqReadStruct),
+    N=ctypes.POINTER(SpansReadStruct),
+    p=ctypes.c_void_p,
+    l=ctypes.c_int64,
+    i=ctypes.c_int32,
+    f=ctypes.c_float,
+)
+"""Letter of a signature -> type of the argument. Structs are passed by their address."""
+
+FUNCTIONS: dict[str, str] = {
+    "sparq_write": "PTTRpp",  # pages, key, value, requests, query_start_loc, first_positions
+    "sparq_dense_decode": "PTTRf",  # pages, query, out, requests, scale
+    "sparq_sparq_decode": "PTTRfS",  # the same, read
+    "sparq_quest_decode": "PTTRfN",
+    "sparq_prefill": "PTTTTRppf",  # pages, query, key, value, out, requests, query_start_loc, key_start_loc, scale
+    "sparq_evict": "PRppii",  # pages, requests, kept_lens, recent_from, sinks, rank
+}
+"""C function -> the letters of its arguments."""
+
+ABI_VERSION = 1
+"""Raised by hand where the meaning of the interface changes and none of its numbers does."""
+
+
+def abi() -> int:
+    """What `sparq_abi` of a library must return: everything above in one number, as csrc/abi.cpp puts it together."""
+    numbers = [ABI_VERSION, *CONSTANTS.values()]
+    for kind in ENUMS:
+        numbers += list(kind)
+    for struct in STRUCTS:
+        numbers += [ctypes.sizeof(struct), *(getattr(struct, name).offset for name, _ in struct._fields_)]
+    for letters in FUNCTIONS.values():
+        numbers += [ord(letter) for letter in letters]
+    digest = 0xCBF29CE484222325  # FNV-1a, a number at a time
+    for number in numbers:
+        digest = (digest ^ number) * 0x100000001B3 % 2**64
+    return digest
+
+
+def check_abi(path: Path) -> None:
+    """Refuse a library whose functions would read other memory than this code means.
+
+    Raises:
+        OSError: it cannot be loaded, or was compiled from other sources than these.
+    """
+    try:
+        function = ctypes.CDLL(str(path)).sparq_abi
+    except AttributeError:
+        theirs = "none"
+    else:
+        function.restype = ctypes.c_uint64
+        theirs = f"{function():016x}"
+    if theirs != (ours := f"{abi():016x}"):
+        raise OSError(
+            f"{path} has the C interface {theirs}, but this version of vllm-sparq calls {ours}: the compiled kernels "
+            f"are older or newer than the Python code beside them. Compile them again: `make setup` in a checkout, "
+            f"`pip install --force-reinstall --no-deps vllm-sparq` elsewhere."
+        )
+
+
+@functools.cache
+def function(name: str) -> Any:
+    """One of `FUNCTIONS`, which return nothing.
+
+    Raises:
+        RuntimeError: there is no library to take it from.
+    """
+    symbol = getattr(library(), name)
+    symbol.argtypes = [C_TYPES[letter] for letter in FUNCTIONS[name]]
+    symbol.restype = None
+    return symbol
+
+
+@functools.cache
+def library() -> ctypes.CDLL:
+    """The loaded library.
+
+    Raises:
+        RuntimeError: there is none.
+    """
+    found = find()
+    if found.library is None:
+        raise RuntimeError(found.reason)
+    return ctypes.CDLL(str(found.library))
+
+
+def pages_struct(pages: Pages) -> PagesStruct:
+    """The pages of a layer, put together on its first call."""
     data = pages.data
-    return _pages_struct(data.data_ptr(), data.stride(), data.shape[1], pages.layout)[1]
+    return _pages_struct(data.data_ptr(), data.stride(), data.shape[1], pages.layout)
 
 
 @functools.lru_cache(maxsize=4096)  # keyed by value, so a struct that outlives its tensor does no harm
-def _pages_struct(data: int, strides: tuple[int, ...], n_kv_heads: int, layout: PageLayout) -> tuple[PagesStruct, int]:
+def _pages_struct(data: int, strides: tuple[int, ...], n_kv_heads: int, layout: PageLayout) -> PagesStruct:
     offsets = [layout.parts[name].offset if name in layout.parts else -1 for name in PARTS]
-    numbers = (n_kv_heads, layout.block_size, layout.head_size, DTYPES[layout.dtype], RANKINGS[layout.ranking])
-    quantized = layout.quantized is not None
-    storage = FORMATS[layout.format], layout.group if quantized else 0, layout.staged_per_page if quantized else 0
+    numbers = (
+        n_kv_heads,
+        layout.block_size,
+        layout.head_size,
+        DTYPES[layout.dtype],
+        RankingType[layout.ranking or "none"],
+    )
     codes = [_codes_struct(layout, name) for name in ("key", "value")]
-    struct = PagesStruct(data, strides[0], strides[1], *offsets, *numbers, *storage, *codes)
-    return struct, ctypes.addressof(struct)
+    return PagesStruct(data, strides[0], strides[1], *offsets, *numbers, *_storage(layout), *codes)
+
+
+def _storage(layout: PageLayout) -> tuple[int, ...]:
+    """The numbers of `STORAGE`: how full blocks are quantized; zeros for ``model``."""
+    fmt = layout.quantized
+    if fmt is None:
+        return (0,) * len(STORAGE)
+    has_zero = fmt.scale_numbers == 2
+    if fmt.bits not in ((2, 4, 8) if has_zero else (8,)) or (fmt.channel_keys and not has_zero):
+        raise NotImplementedError(
+            f"format {layout.format!r} has {fmt}: the CPU kernels take codes of 2, 4 or 8 bits with a zero point, and "
+            f"signed ones of 8 bits whose groups lie along a token. VLLM_SPARQ_IMPL=reference takes any."
+        )
+    return fmt.bits, has_zero, fmt.channel_keys, layout.group, layout.staged_per_page
 
 
 def _codes_struct(layout: PageLayout, name: str) -> CodesStruct:
@@ -200,6 +348,11 @@ def advise_huge_pages(memory: torch.Tensor) -> bool:
     return bool(madvise(*region, mmap.MADV_HUGEPAGE) == 0 and madvise(*region, _MADV_COLLAPSE) == 0)
 
 
-def heads(tensor: torch.Tensor) -> tuple[int, int, int]:
-    """``sparq::Heads`` of a [rows, heads, D] tensor, flat: address, row stride, head stride (elements)."""
-    return tensor.data_ptr(), tensor.stride(0), tensor.stride(1)
+def tensor(x: torch.Tensor) -> TensorStruct:
+    """[rows, heads, D], dense in its last dimension."""
+    return TensorStruct(x.data_ptr(), x.stride(0), x.stride(1), x.shape[1])
+
+
+def requests(block_table: torch.Tensor, lens: torch.Tensor, n: int) -> RequestsStruct:
+    """The first ``n`` rows of a block table, and the tokens of each."""
+    return RequestsStruct(block_table.data_ptr(), block_table.stride(0), lens.data_ptr(), n)

@@ -7,9 +7,6 @@ import torch
 from vllm_sparq.layout import Pages
 from vllm_sparq.ops import native
 
-SIGNATURE = "p pll pll ii plp f".replace(" ", "")
-"""pages | query | out | B, H | block_table, seq_lens | scale"""
-
 
 def dense_decode(
     query: torch.Tensor,
@@ -20,13 +17,10 @@ def dense_decode(
     scale: float,
     out: torch.Tensor,
 ) -> None:
-    native.function("sparq_dense_decode", SIGNATURE)(
-        native.pages_address(pages),
-        *native.heads(query),
-        *native.heads(out),
-        *query.shape[:2],
-        block_table.data_ptr(),
-        block_table.stride(0),
-        seq_lens.data_ptr(),
+    native.function("sparq_dense_decode")(
+        native.pages_struct(pages),
+        native.tensor(query),
+        native.tensor(out),
+        native.requests(block_table, seq_lens, query.shape[0]),
         scale,
     )

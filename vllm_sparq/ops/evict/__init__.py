@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 import torch
 
 from vllm_sparq.layout import Pages
 from vllm_sparq.ops.checks import check_table, require
 from vllm_sparq.ops.dispatch import choose
+from vllm_sparq.retention import Rank
 
 
 def evict(
@@ -17,11 +20,12 @@ def evict(
     recent_from: torch.Tensor,
     *,
     sinks: int,
+    rank: Rank,
 ) -> None:
     """Leave ``kept_lens[b]`` of the ``seq_lens[b]`` tokens of request b in each KV head, in its first slots.
 
     1. *Who stays*: tokens at positions below ``sinks`` and from ``recent_from[b]`` on, then those with the most
-       attention (`Pages.attention`; NaN is least), or the newest where pages have no scores. Ties: the lowest position.
+       attention (`Pages.attention`; NaN is least), or the newest where ``rank`` is ``age``. Ties: the lowest position.
     2. *Moves*: the survivors behind slot ``kept_lens[b]``, in ascending order, take the slots of the dead before it, in
        ascending order. Other survivors stay where they are. K, V, position and score move together.
     3. *Pages*: whatever a page derives from its tokens is made again, as `write` makes it, where a token was replaced:
@@ -42,11 +46,17 @@ def evict(
         kept_lens: int32 [B], at most ``seq_lens``; a request that keeps all is left alone.
         recent_from: int32 [B], tokens at this position and behind it always stay.
         sinks: first tokens of a request that always stay.
+        rank: ``attention`` or ``age``: what decides among the others.
 
     Raises:
-        ValueError: a shape or type that does not fit, or pages without positions.
+        ValueError: a shape or type that does not fit, or pages that do not hold what tokens are ranked by.
     """
     require(pages.layout.positions, "evict needs pages with positions; this layout has none")
+    require(rank in get_args(Rank), f"rank must be one of {list(get_args(Rank))}, got {rank!r}")
+    require(
+        pages.layout.attention or rank != "attention",
+        "evict by rank='attention' needs pages that add it up; this layout does not, so use rank='age'",
+    )
     check_table(block_table, seq_lens.shape[0], seq_lens=seq_lens, kept_lens=kept_lens, recent_from=recent_from)
     run = choose("evict", pages.data.device.type).load()
-    run(pages, block_table, seq_lens, kept_lens, recent_from, sinks=sinks)
+    run(pages, block_table, seq_lens, kept_lens, recent_from, sinks=sinks, rank=rank)

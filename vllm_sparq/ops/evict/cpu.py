@@ -6,9 +6,7 @@ import torch
 
 from vllm_sparq.layout import Pages
 from vllm_sparq.ops import native
-
-SIGNATURE = "p i pl ppp i".replace(" ", "")
-"""pages | B | block_table | seq_lens, kept_lens, recent_from | sinks"""
+from vllm_sparq.retention import Rank
 
 
 def evict(
@@ -19,14 +17,13 @@ def evict(
     recent_from: torch.Tensor,
     *,
     sinks: int,
+    rank: Rank,
 ) -> None:
-    native.function("sparq_evict", SIGNATURE)(
-        native.pages_address(pages),
-        seq_lens.shape[0],
-        block_table.data_ptr(),
-        block_table.stride(0),
-        seq_lens.data_ptr(),
+    native.function("sparq_evict")(
+        native.pages_struct(pages),
+        native.requests(block_table, seq_lens, seq_lens.shape[0]),
         kept_lens.data_ptr(),
         recent_from.data_ptr(),
         sinks,
+        native.Rank[rank],
     )

@@ -7,6 +7,7 @@ import torch
 from vllm_sparq.layout import Pages
 from vllm_sparq.ops.codec import decode_page, dequantize, pack, quantize, unpack
 from vllm_sparq.ops.write.reference import block_tokens, close_page, open_page
+from vllm_sparq.retention import Rank
 
 
 def evict(
@@ -17,6 +18,7 @@ def evict(
     recent_from: torch.Tensor,
     *,
     sinks: int,
+    rank: Rank,
 ) -> None:
     for b in range(len(seq_lens)):
         n_held, n_kept = int(seq_lens[b]), int(kept_lens[b])
@@ -24,7 +26,7 @@ def evict(
             continue
         for head in range(pages.data.shape[1]):
             slots = request_slots(pages, block_table[b], n_held)
-            staying = survivors(pages, slots, head, n_kept, sinks=sinks, recent_from=int(recent_from[b]))
+            staying = survivors(pages, slots, head, n_kept, sinks=sinks, recent_from=int(recent_from[b]), rank=rank)
             to, source = (~staying[:n_kept]).nonzero()[:, 0], staying[n_kept:].nonzero()[:, 0] + n_kept
             move_tokens(pages, block_table[b], head, source, to, n_held)
             _remake(pages, block_table[b], head, to, n_kept)
@@ -37,15 +39,22 @@ def request_slots(pages: Pages, blocks: torch.Tensor, n_slots: int) -> tuple[tor
 
 
 def survivors(
-    pages: Pages, slots: tuple[torch.Tensor, torch.Tensor], head: int, n_kept: int, *, sinks: int, recent_from: int
+    pages: Pages,
+    slots: tuple[torch.Tensor, torch.Tensor],
+    head: int,
+    n_kept: int,
+    *,
+    sinks: int,
+    recent_from: int,
+    rank: Rank,
 ) -> torch.Tensor:
     """Step 1: bool [S], who stays."""
     page, place = slots
     positions = pages.positions[page, head, place]
-    rank = pages.attention[page, head, place].nan_to_num(-torch.inf) if pages.layout.attention else positions.float()
-    rank = torch.where((positions < sinks) | (positions >= recent_from), torch.inf, rank)
+    ranks = pages.attention[page, head, place].nan_to_num(-torch.inf) if rank == "attention" else positions.float()
+    ranks = torch.where((positions < sinks) | (positions >= recent_from), torch.inf, ranks)
     by_age = positions.sort(stable=True).indices
-    order = by_age[rank[by_age].sort(descending=True, stable=True).indices]
+    order = by_age[ranks[by_age].sort(descending=True, stable=True).indices]
     staying = torch.zeros(len(positions), dtype=torch.bool, device=positions.device)
     staying[order[:n_kept]] = True
     return staying

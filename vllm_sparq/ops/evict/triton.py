@@ -22,6 +22,7 @@ from vllm_sparq.ops.triton_common.codes import codes_of
 from vllm_sparq.ops.triton_common.launch import SCRATCH_BYTES, split_count
 from vllm_sparq.ops.triton_common.value_sums import SUM_CHANNELS, SUM_TILE, chain_sums
 from vllm_sparq.ops.write.triton_ranking import ranking_tile
+from vllm_sparq.retention import Rank
 
 CHOOSE_TILE = 1024
 """Tokens of one step of `choose_kernel`."""
@@ -172,6 +173,7 @@ def evict(
     recent_from: torch.Tensor,
     *,
     sinks: int,
+    rank: Rank,
 ) -> None:
     n_requests, max_tokens = seq_lens.shape[0], block_table.shape[1] * pages.layout.block_size
     if n_requests == 0 or max_tokens == 0:
@@ -179,7 +181,7 @@ def evict(
     per_slice = max(1, SCRATCH_BYTES // (4 * max_tokens * pages.data.shape[1]))
     for first in range(0, n_requests, per_slice):
         rows = slice(first, min(first + per_slice, n_requests))
-        evict_slice(pages, block_table[rows], seq_lens[rows], kept_lens[rows], recent_from[rows], sinks)
+        evict_slice(pages, block_table[rows], seq_lens[rows], kept_lens[rows], recent_from[rows], sinks, rank)
 
 
 def evict_slice(
@@ -189,6 +191,7 @@ def evict_slice(
     kept_lens: torch.Tensor,
     recent_from: torch.Tensor,
     sinks: int,
+    rank: Rank,
 ) -> None:
     """The requests whose scratch fits at once."""
     layout, n_kv_heads, device = pages.layout, pages.data.shape[1], pages.data.device
@@ -203,7 +206,7 @@ def evict_slice(
         *(*tracked_strides, table_stride, max_tokens, sinks),
         G=n_kv_heads,
         N=n,
-        ATTENTION=layout.attention,
+        ATTENTION=rank == "attention",
         TILE=CHOOSE_TILE,
         num_warps=8,
     )

@@ -21,9 +21,11 @@ def prefill(
     out: torch.Tensor,
     key_start_loc: torch.Tensor | None = None,
 ) -> None:
-    table = block_table.data_ptr(), block_table.stride(0), context_lens.data_ptr()
-    key_starts = query_start_loc if key_start_loc is None else key_start_loc
-    rows = query_start_loc.data_ptr(), key_starts.data_ptr(), query_start_loc.shape[0] - 1, query.shape[1]
-    tensors = *native.heads(query), *native.heads(key), *native.heads(value), *native.heads(out)
-    call = native.function("sparq_prefill", "pplppp" + "ii" + 4 * "pll" + "f")
-    call(native.pages_address(pages), *table, *rows, *tensors, scale)
+    native.function("sparq_prefill")(
+        native.pages_struct(pages),
+        *(native.tensor(x) for x in (query, key, value, out)),
+        native.requests(block_table, context_lens, query_start_loc.shape[0] - 1),
+        query_start_loc.data_ptr(),
+        (query_start_loc if key_start_loc is None else key_start_loc).data_ptr(),
+        scale,
+    )

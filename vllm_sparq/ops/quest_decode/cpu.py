@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
 from vllm_sparq.layout import Pages
 from vllm_sparq.ops import native
 from vllm_sparq.reads import SpansRead
-
-SIGNATURE = "p pll pll ii plp f llll".replace(" ", "")
-"""pages | query | out | B, H | block_table, seq_lens | scale | min_k, k_per_token, dense_below"""
 
 
 def quest_decode(
@@ -22,16 +21,17 @@ def quest_decode(
     scale: float,
     out: torch.Tensor,
 ) -> None:
-    native.function("sparq_pages_decode", SIGNATURE)(
-        native.pages_address(pages),
-        *native.heads(query),
-        *native.heads(out),
-        *query.shape[:2],
-        block_table.data_ptr(),
-        block_table.stride(0),
-        seq_lens.data_ptr(),
+    native.function("sparq_quest_decode")(
+        native.pages_struct(pages),
+        native.tensor(query),
+        native.tensor(out),
+        native.requests(block_table, seq_lens, query.shape[0]),
         scale,
-        read.min_k,
-        *read.k_per_token.as_integer_ratio(),
-        read.dense_below,
+        read_struct(read),
     )
+
+
+@functools.lru_cache(maxsize=256)
+def read_struct(read: SpansRead) -> native.SpansReadStruct:
+    """A read as C++ takes it."""
+    return native.SpansReadStruct(read.min_k, *read.k_per_token.as_integer_ratio(), read.dense_below)

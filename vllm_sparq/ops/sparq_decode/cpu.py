@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
 from vllm_sparq.layout import Pages
 from vllm_sparq.ops import native
 from vllm_sparq.reads import SparqRead
-
-SIGNATURE = "p pll pll ii plp f illlll di dl".replace(" ", "")
-"""pages | query | out | B, H | block_table, seq_lens | scale | the fields of `SparqRead`"""
 
 
 def sparq_decode(
@@ -22,22 +21,29 @@ def sparq_decode(
     scale: float,
     out: torch.Tensor,
 ) -> None:
-    native.function("sparq_sparq_decode", SIGNATURE)(
-        native.pages_address(pages),
-        *native.heads(query),
-        *native.heads(out),
-        *query.shape[:2],
-        block_table.data_ptr(),
-        block_table.stride(0),
-        seq_lens.data_ptr(),
+    native.function("sparq_sparq_decode")(
+        native.pages_struct(pages),
+        native.tensor(query),
+        native.tensor(out),
+        native.requests(block_table, seq_lens, query.shape[0]),
         scale,
-        read.r,
-        read.min_k,
-        *read.k_per_token.as_integer_ratio(),
-        -1 if read.local is None else read.local,
-        read.dense_below,
-        read.alpha_floor,
-        read.group_reduce == "probs",
-        1.0 if read.mass is None else read.mass,
-        read.least_k,
+        read_struct(read),
+    )
+
+
+@functools.lru_cache(maxsize=256)
+def read_struct(read: SparqRead) -> native.SparqReadStruct:
+    """A read as C++ takes it."""
+    slope, divisor = read.k_per_token.as_integer_ratio()
+    return native.SparqReadStruct(
+        min_k=read.min_k,
+        slope=slope,
+        slope_divisor=divisor,
+        dense_below=read.dense_below,
+        local=-1 if read.local is None else read.local,
+        least_k=read.least_k,
+        r=read.r,
+        probs=read.group_reduce == "probs",
+        alpha_floor=read.alpha_floor,
+        mass=1.0 if read.mass is None else read.mass,
     )

@@ -7,9 +7,6 @@ import torch
 from vllm_sparq.layout import Pages
 from vllm_sparq.ops import native
 
-SIGNATURE = "p pll pll i pl p p p".replace(" ", "")
-"""pages | key | value | B | block_table | query_start_loc | seq_lens | first_positions"""
-
 
 def write(
     key: torch.Tensor,
@@ -20,14 +17,12 @@ def write(
     seq_lens: torch.Tensor,
     first_positions: torch.Tensor | None = None,
 ) -> None:
-    native.function("sparq_write", SIGNATURE)(
-        native.pages_address(pages),
-        *native.heads(key),
-        *native.heads(value),
-        query_start_loc.shape[0] - 1,
-        block_table.data_ptr(),
-        block_table.stride(0),
+    requests = native.requests(block_table, seq_lens, query_start_loc.shape[0] - 1)
+    native.function("sparq_write")(
+        native.pages_struct(pages),
+        native.tensor(key),
+        native.tensor(value),
+        requests,
         query_start_loc.data_ptr(),
-        seq_lens.data_ptr(),
         None if first_positions is None else first_positions.data_ptr(),
     )

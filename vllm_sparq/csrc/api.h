@@ -1,0 +1,33 @@
+// The C interface: the functions that Python calls, one a file. vllm_sparq/ops/native.py has the same structs and
+// signatures; what the arguments mean is in vllm_sparq/ops/<op>/__init__.py. int32_t pointers are dense tensors.
+#pragma once
+
+#include "base/paged.h"
+#include "base/reads.h"
+
+#define SPARQ_API extern "C" __attribute__((visibility("default")))
+
+// The whole interface in one number: differs wherever a caller must not call.
+SPARQ_API uint64_t sparq_abi();
+
+SPARQ_API void sparq_write(const sparq::Pages& pages, const sparq::Tensor& key, const sparq::Tensor& value,
+                           const sparq::Requests& requests, const int32_t* query_start_loc,
+                           const int32_t* first_positions);
+
+SPARQ_API void sparq_dense_decode(const sparq::Pages& pages, const sparq::Tensor& query, const sparq::Tensor& out,
+                                  const sparq::Requests& requests, float scale);
+
+SPARQ_API void sparq_sparq_decode(const sparq::Pages& pages, const sparq::Tensor& query, const sparq::Tensor& out,
+                                  const sparq::Requests& requests, float scale, const sparq::SparqRead& read);
+
+SPARQ_API void sparq_quest_decode(const sparq::Pages& pages, const sparq::Tensor& query, const sparq::Tensor& out,
+                                  const sparq::Requests& requests, float scale, const sparq::SpansRead& read);
+
+// requests.lens: the tokens that pages hold; query_start_loc, key_start_loc: [B + 1].
+SPARQ_API void sparq_prefill(const sparq::Pages& pages, const sparq::Tensor& query, const sparq::Tensor& key,
+                             const sparq::Tensor& value, const sparq::Tensor& out, const sparq::Requests& requests,
+                             const int32_t* query_start_loc, const int32_t* key_start_loc, float scale);
+
+// requests.lens: slots taken.
+SPARQ_API void sparq_evict(const sparq::Pages& pages, const sparq::Requests& requests, const int32_t* kept_lens,
+                           const int32_t* recent_from, int32_t sinks, sparq::Rank rank);

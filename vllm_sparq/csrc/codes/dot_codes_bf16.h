@@ -1,0 +1,171 @@
+// Logits of tokens whose K is a row of codes, where the CPU multiplies bf16: 16 tokens at a time are turned over, so
+// that a lane is a token and a group's step and zero are applied to 16 logits at once, in fp32.
+#pragma once
+
+#include "codes/codes_bf16.h"
+
+#ifdef __AVX512BF16__
+
+namespace sparq {
+
+constexpr int DOT_BYTES = 512;     // of a row at most
+constexpr int MAX_DOT_PLANES = 2;  // of a byte
+
+inline bool can_dot_bf16(const CodeShape& shape) {
+  return shape.dtype == DType::bf16 && shape.row_bytes() <= DOT_BYTES && shape.row_bytes() % 8 == 0;
+}
+
+// Dwords 0 .. 3 of 16 rows, a lane each, from byte `byte` on.
+SPARQ_INLINE void turn_over(const uint8_t* const* rows, int byte, __m512i* to) {
+  __m512i x[4];
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    const auto part = [&](int row) { return _mm_loadu_si128((const __m128i*)(rows[row] + byte)); };
+    x[i] = _mm512_castsi128_si512(part(i));
+    x[i] = _mm512_inserti32x4(x[i], part(4 + i), 1);
+    x[i] = _mm512_inserti32x4(x[i], part(8 + i), 2);
+    x[i] = _mm512_inserti32x4(x[i], part(12 + i), 3);
+  }
+  const __m512i a = _mm512_unpacklo_epi32(x[0], x[1]), b = _mm512_unpackhi_epi32(x[0], x[1]);
+  const __m512i c = _mm512_unpacklo_epi32(x[2], x[3]), d = _mm512_unpackhi_epi32(x[2], x[3]);
+  to[0] = _mm512_unpacklo_epi64(a, c), to[1] = _mm512_unpackhi_epi64(a, c);
+  to[2] = _mm512_unpacklo_epi64(b, d), to[3] = _mm512_unpackhi_epi64(b, d);
+}
+
+// Dwords first .. last of rows, whose codes belong to one group in each plane.
+struct Segment {
+  int first, last;
+  int group[MAX_DOT_PLANES];  // of each plane
+};
+
+// Cuts rows into segments; returns how many.
+template <int planes>
+int cut_segments(const CodeShape& shape, Segment* to) {
+  int n = 0;
+  const int n_bytes = shape.row_bytes();
+  for (int byte = 0, last; byte < n_bytes; byte = last, ++n) {
+    last = n_bytes;
+    for (int plane = 0; plane < planes; ++plane) {
+      const int code = plane * n_bytes + byte;
+      last = std::min(last, byte + shape.group - code % shape.group);
+      to[n].group[plane] = code / shape.group;
+    }
+    to[n].first = byte / 4, to[n].last = last / 4;
+  }
+  return n;
+}
+
+// Scales of 16 rows, a lane each: to[g] = step and zero of group g, or step and anything where there is no zero.
+SPARQ_INLINE void turn_scales_over(const CodeShape& shape, const uint8_t* const* rows, __m512i* to) {
+  const int n_groups = shape.n_groups();
+  if (shape.has_zero && n_groups > 1) {  // those of V follow, so whole quads may be read
+    for (int g = 0; g < n_groups; g += 4) turn_over(rows, 4 * g, to + g);
+    return;
+  }
+  alignas(64) int32_t only[16];
+  const auto copy = [&](auto number) {
+    for (int i = 0; i < 16; ++i) memcpy(&number, rows[i], sizeof(number)), only[i] = (int32_t)number;
+  };
+  if (shape.has_zero)
+    copy(uint32_t{});
+  else
+    copy(uint16_t{});
+  to[0] = _mm512_load_si512(only);
+}
+
+// acc[h][nibble] = q . codes.
+template <class C, int HH>
+SPARQ_INLINE void dot_segment(const __m512i* turned, const Segment& segment, const int32_t* pairs, int pair_stride,
+                              Vec (&acc)[HH][4]) {
+  constexpr int CHAINS = HH == 1 ? 2 : 1;  // sums wait for sums: four of them are too few to keep the CPU busy
+  const __m512i even = C::table[0].load(), odd = C::table[C::tables - 1].load();
+  Vec sum[CHAINS][HH][4];
+#pragma GCC unroll 16
+  for (int i = 0; i < CHAINS * HH * 4; ++i) (&sum[0][0][0])[i] = zero();
+  const auto add_dword = [&](int k, Vec (&to)[HH][4]) __attribute__((always_inline)) {
+    const __m512i words = turned[k];
+    const __m512i codes[4] = {
+        _mm512_permutexvar_epi16(words, even), _mm512_permutexvar_epi16(_mm512_srli_epi16(words, 4), odd),
+        _mm512_permutexvar_epi16(_mm512_srli_epi16(words, 8), even),
+        _mm512_permutexvar_epi16(_mm512_srli_epi16(words, 12), odd)};
+#pragma GCC unroll 4
+    for (int h = 0; h < HH; ++h)
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i) {
+        const auto q = (__m512bh)_mm512_set1_epi32(pairs[h * pair_stride + k * 4 + i]);
+        to[h][i] = _mm512_dpbf16_ps(to[h][i], (__m512bh)codes[i], q);
+      }
+  };
+  for (int k = segment.first; k < segment.last; k += 2) {  // groups are whole pairs of dwords
+    add_dword(k, sum[0]);
+    add_dword(k + 1, sum[CHAINS - 1]);
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < HH * 4; ++i) {
+    const Vec first = (&sum[0][0][0])[i];
+    (&acc[0][0])[i] = CHAINS == 2 ? add(first, (&sum[CHAINS - 1][0][0])[i]) : first;
+  }
+}
+
+template <class C, int HH>
+void dot_heads_bf16(const CodeShape& shape, const CodesQuery& query, int h0, const CodeRows& rows, float* logits,
+                    int stride, Ahead& ahead) {
+  alignas(64) __m512i words[DOT_BYTES / 4], scales[DOT_BYTES / 4];
+  Segment segments[DOT_BYTES / 4];
+  const int n_segments = cut_segments<C::planes>(shape, segments);
+  const int n_bytes = shape.row_bytes(), n_groups = shape.n_groups(), share = ahead.share((rows.n + 15) / 16);
+  const int32_t* const pairs = query.pairs + (size_t)h0 * query.n_pairs;
+  const float* const sums = query.sums + (size_t)h0 * n_groups;
+  for (int t = 0; t < rows.n; t += 16) {
+    const uint8_t *codes[16], *numbers[16];
+    for (int i = 0; i < 16; ++i) {
+      const int row = std::min(t + i, rows.n - 1);
+      codes[i] = rows.codes[row], numbers[i] = rows.scales[row];
+    }
+    turn_scales_over(shape, numbers, scales);
+    for (int byte = 0; byte < n_bytes; byte += 16) turn_over(codes, byte, words + byte / 4);
+    ahead.step(share);
+    Vec total[HH];
+#pragma GCC unroll 4
+    for (int h = 0; h < HH; ++h) total[h] = zero();
+    const auto step_of = [&](int g) { return _mm512_castsi512_ps(_mm512_slli_epi32(scales[g], 16)); };
+    const auto apply = [&](int g, int h, Vec dot) { total[h] = fma(step_of(g), dot, total[h]); };
+    for (int s = 0; s < n_segments; ++s) {
+      const Segment& segment = segments[s];
+      Vec acc[HH][4];
+      dot_segment<C, HH>(words, segment, pairs, query.n_pairs, acc);
+#pragma GCC unroll 4
+      for (int h = 0; h < HH; ++h) {
+        const Vec even = add(acc[h][0], acc[h][2]), odd = add(acc[h][1], acc[h][3]);
+        if constexpr (C::planes == 1)
+          apply(0, h, add(even, odd));
+        else
+          apply(segment.group[0], h, even), apply(segment.group[1], h, odd);
+      }
+    }
+    // Zeros go by group and not by segment: a group may be in both planes, or in several segments.
+    for (int g = 0; g < (shape.has_zero ? n_groups : 0); ++g) {
+      const Vec low = _mm512_castsi512_ps(_mm512_and_si512(scales[g], _mm512_set1_epi32((int)0xffff0000)));
+      const Vec base = fma(set1(C::middle), step_of(g), low);
+#pragma GCC unroll 4
+      for (int h = 0; h < HH; ++h) total[h] = fma(base, set1(sums[h * n_groups + g]), total[h]);
+    }
+#pragma GCC unroll 4
+    for (int h = 0; h < HH; ++h) store(logits + (size_t)h * stride + t, total[h]);
+  }
+}
+
+template <class C>
+void dot_bf16(const CodeShape& shape, const CodesQuery& query, int h0, int n_heads, const CodeRows& rows,
+              float* logits, int stride, Ahead& ahead) {
+  switch (n_heads) {
+    case 1: return dot_heads_bf16<C, 1>(shape, query, h0, rows, logits, stride, ahead);
+    case 2: return dot_heads_bf16<C, 2>(shape, query, h0, rows, logits, stride, ahead);
+    case 3: return dot_heads_bf16<C, 3>(shape, query, h0, rows, logits, stride, ahead);
+    default: return dot_heads_bf16<C, 4>(shape, query, h0, rows, logits, stride, ahead);
+  }
+}
+
+}  // namespace sparq
+
+#endif

@@ -1,0 +1,175 @@
+// Groups always run down the columns of a matrix, W columns at a time, so that nothing is reduced across lanes and any
+// group size will do: tokens of a channel in channel-major K, and channels of a token in a block that was turned over.
+#include "codes/encode.h"
+
+#include <cmath>
+
+#include "base/bytes.h"
+#include "codes/code_rows.h"
+#include "base/scratch.h"
+#include "base/transpose.h"
+
+namespace sparq {
+namespace {
+
+// The smallest number of type T that is not below x >= 0.
+template <class T>
+SPARQ_INLINE Vec not_below(Vec x);
+
+template <>
+SPARQ_INLINE Vec not_below<float>(Vec x) {
+  return x;
+}
+
+template <>
+SPARQ_INLINE Vec not_below<fp16>(Vec x) {
+#ifdef __AVX512F__
+  return _mm512_cvtph_ps(_mm512_cvtps_ph(x, _MM_FROUND_TO_POS_INF | _MM_FROUND_NO_EXC));
+#else
+  return _mm256_cvtph_ps(_mm256_cvtps_ph(x, _MM_FROUND_TO_POS_INF | _MM_FROUND_NO_EXC));
+#endif
+}
+
+template <>
+SPARQ_INLINE Vec not_below<bf16>(Vec x) {
+#ifdef __AVX512F__
+  const __m512i up = _mm512_add_epi32(_mm512_castps_si512(x), _mm512_set1_epi32(0xffff));
+  return _mm512_castsi512_ps(_mm512_and_si512(up, _mm512_set1_epi32((int)0xffff0000)));
+#else
+  const __m256i up = _mm256_add_epi32(_mm256_castps_si256(x), _mm256_set1_epi32(0xffff));
+  return _mm256_castsi256_ps(_mm256_and_si256(up, _mm256_set1_epi32((int)0xffff0000)));
+#endif
+}
+
+// Numbers that the type can hold. The conversion to bf16 in simd.h may flush denormals.
+template <class T>
+SPARQ_INLINE void store_exact(T* to, Vec x) {
+  store(to, x);
+}
+
+SPARQ_INLINE void store_exact(bf16* to, Vec x) {
+#ifdef __AVX512F__
+  _mm256_storeu_si256((__m256i*)to, _mm512_cvtepi32_epi16(_mm512_srli_epi32(_mm512_castps_si512(x), 16)));
+#else
+  const __m256i high = _mm256_srli_epi32(_mm256_castps_si256(x), 16);
+  _mm_storeu_si128((__m128i*)to, _mm_packus_epi32(_mm256_castsi256_si128(high), _mm256_extracti128_si256(high, 1)));
+#endif
+}
+
+// Step and zero of W groups; a group that is not `whole` has an infinite element, or a NaN, or too wide a range.
+struct Scale {
+  Vec step, zero;
+  unsigned whole;
+};
+
+template <class T, bool has_zero>
+SPARQ_INLINE Scale find_scale(const T* x, int64_t stride, int group, float top) {
+  Vec low = set1(INFINITY), high = set1(-INFINITY), spoilt = zero();
+  for (int i = 0; i < group; ++i) {
+    const Vec v = load(x + i * stride);
+    low = min(v, low), high = max(v, high);
+    spoilt = fma(v, zero(), spoilt);  // NaN from the first element on that is not finite
+  }
+  Scale scale{zero(), low, 0};
+  if (has_zero) {
+    scale.step = not_below<T>(div(sub(high, low), set1(top)));
+  } else {
+    const Vec largest = max(sub(zero(), low), high);
+    scale.step = select(equal(low, high), largest, not_below<T>(div(largest, set1(top))));
+    scale.zero = zero();
+  }
+  scale.whole = equal(spoilt, zero()) & greater(set1(INFINITY), scale.step);
+  return scale;
+}
+
+// W groups: columns of x, rows `stride` apart; codes one per byte.
+template <class T, bool has_zero>
+void encode_groups(const T* x, int64_t stride, int group, float top, uint8_t* codes, T* steps, T* zeros) {
+  const Scale scale = find_scale<T, has_zero>(x, stride, group, top);
+  const unsigned has_codes = scale.whole & greater(scale.step, zero());
+  const Vec least = has_zero ? zero() : set1(-top);
+  for (int i = 0; i < group; ++i) {
+    const Vec y = round_even(div(sub(load(x + i * stride), scale.zero), scale.step));
+    store_bytes(codes + i * stride, select(has_codes, min(max(y, least), set1(top)), zero()));
+  }
+  store_exact(steps, select(scale.whole, scale.step, set1(NAN)));
+  if (has_zero) store_exact(zeros, select(scale.whole, scale.zero, set1(NAN)));
+}
+
+template <class T>
+void encode_columns(const CodeShape& shape, const T* x, int columns, uint8_t* codes, T* steps, T* zeros) {
+  const float top = shape.has_zero ? (float)((1 << shape.bits) - 1) : 127.0f;
+  for (int c = 0; c < columns; c += W) {
+    for (int i = 0; i < shape.n_groups(); ++i) {
+      const int64_t from = (int64_t)i * shape.group * columns + c, to = (int64_t)i * columns + c;
+      if (shape.has_zero) {
+        encode_groups<T, true>(x + from, columns, shape.group, top, codes + from, steps + to, zeros + to);
+      } else {
+        encode_groups<T, false>(x + from, columns, shape.group, top, codes + from, steps + to, zeros + to);
+      }
+    }
+  }
+}
+
+// codes [n, columns], one per byte, to [n * bits/8, columns] in place: row i holds row i of each of 8 / bits runs.
+void pack(const CodeShape& shape, int columns, uint8_t* codes) {
+  const int64_t run = (int64_t)shape.row_bytes() * columns;
+  for (int plane = 1; plane < shape.n_planes(); ++plane) {
+    const uint8_t* from = codes + plane * run;
+    for (int64_t i = 0; i < run; ++i) codes[i] = (uint8_t)(codes[i] | from[i] << (plane * shape.bits));
+  }
+}
+
+// The columns of x [n, columns] become rows of codes and scales. Columns are a multiple of 16.
+template <class T>
+void encode_rows(const CodeShape& shape, const T* x, int columns, const Codes& part, uint8_t* page) {
+  thread_local Scratch scratch;
+  const size_t n_codes = (size_t)(shape.n + 16) * columns, n_scales = (size_t)shape.n_groups() * columns;
+  Arena arena = scratch.arena(Arena::room<uint8_t>(n_codes) + 2 * Arena::room<T>(n_scales));
+  uint8_t* const codes = arena.take<uint8_t>(n_codes);
+  T *const steps = arena.take<T>(n_scales), *const zeros = arena.take<T>(n_scales);
+  encode_columns(shape, x, columns, codes, steps, zeros);
+  pack(shape, columns, codes);
+  transpose_bytes(codes, columns, shape.row_bytes(), columns, page + part.codes, part.code_stride);
+  for (int c = 0; c < columns; ++c) {
+    T* to = (T*)(page + part.scales + c * part.scale_stride);
+    for (size_t i = c; i < n_scales; i += columns) {
+      *to++ = steps[i];
+      if (shape.has_zero) *to++ = zeros[i];
+    }
+  }
+}
+
+// The same for the rows of x [columns, n].
+template <class T>
+void encode_turned(const CodeShape& shape, const T* x, int columns, const Codes& part, uint8_t* page) {
+  thread_local Scratch scratch;
+  const size_t n = (size_t)shape.n * columns;
+  T* const turned = scratch.arena(Arena::room<T>(n)).template take<T>(n);
+  constexpr int bytes = sizeof(T);
+  transpose<bytes>((const uint8_t*)x, shape.n * bytes, columns, shape.n, (uint8_t*)turned, columns * bytes);
+  encode_rows(shape, turned, columns, part, page);
+}
+
+}  // namespace
+
+void encode_keys(const Pages& pages, const void* keys, uint8_t* page) {
+  with_dtype(pages.dtype, [&](auto type) {
+    using T = decltype(type);
+    if (pages.channel_keys) {
+      encode_rows(CodeShape::keys(pages), (const T*)keys, pages.head_size, pages.key, page);
+    } else {
+      encode_turned(CodeShape::keys(pages), (const T*)keys, pages.block_size, pages.key, page);
+    }
+  });
+}
+
+void encode_block(const Pages& pages, const void* keys, const void* values, uint8_t* page) {
+  encode_keys(pages, keys, page);
+  with_dtype(pages.dtype, [&](auto type) {
+    using T = decltype(type);
+    encode_turned(CodeShape::values(pages), (const T*)values, pages.block_size, pages.value, page);
+  });
+}
+
+}  // namespace sparq

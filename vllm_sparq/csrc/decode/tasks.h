@@ -1,0 +1,27 @@
+// How the contexts of a decode call are divided over threads.
+#pragma once
+
+#include <omp.h>
+
+#include <vector>
+
+#include "base/paged.h"
+
+namespace sparq {
+
+// Tokens first .. last of one KV head of one request: part `part` of `n_parts` neighbours in the plan.
+struct Task {
+  int request, head, first, last, part, n_parts;
+};
+
+// All (request, KV head) pairs, long contexts cut so that the threads have about equal work. Requests without tokens
+// have no task. The same lengths and threads give the same tasks, so results do not depend on timing.
+void plan_tasks(const Requests& requests, int n_kv_heads, int block_size, int n_threads, std::vector<Task>& tasks);
+
+// Threads worth waking for this many tasks.
+inline int team_size(size_t n_tasks) {
+  const int n = omp_get_max_threads();
+  return n_tasks < (size_t)n ? (int)(n_tasks > 0 ? n_tasks : 1) : n;
+}
+
+}  // namespace sparq

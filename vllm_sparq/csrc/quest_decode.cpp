@@ -1,0 +1,253 @@
+// vllm_sparq/ops/quest_decode: rank spans of neighbouring tokens by bounds of their keys, attend to the best.
+#include <algorithm>
+
+#include "api.h"
+#include "rank/ranking_copy.h"
+#include "rank/select.h"
+#include "base/simd.h"
+#include "decode/sparse_tasks.h"
+#include "base/tile.h"
+
+namespace sparq {
+namespace {
+
+constexpr int AT_ONCE = 16;  // spans that one call of the dot product takes
+
+// Step 2 for one element type and head size. The query is [2, D] for the least and the largest K; where K is multiplied
+// in bf16 it is the sum of two bf16, as good as 16 bits of mantissa, so that a score is one dot product of each.
+template <class T, int D>
+struct SpanDot {
+  using Query = typename Mac<T>::Query;
+  static constexpr int PARTS = sizeof(Query) == sizeof(float) ? 1 : 2;
+
+  static void split(const float* query, int n, void* to) {
+    for (int part = 0; part < PARTS; ++part)
+      for (int c = 0; c < n; c += W) {
+        Vec x = load(query + c);
+        for (int before = 0; before < part; ++before) x = sub(x, load((const Query*)to + before * n + c));
+        store((Query*)to + part * n + c, x);
+      }
+  }
+  static void upper(const void* query, int n, const uint8_t* const* rows, const uint8_t* const* ahead, float* scores) {
+    alignas(64) float sums[PARTS * AT_ONCE];
+    dot_tile<Mac<T>, T, PARTS, 2 * D>((const Query*)query, n, rows, AT_ONCE, ahead, sums, AT_ONCE);
+    for (int i = 0; i < AT_ONCE; i += W) {
+      Vec sum = load(sums + i);
+      for (int part = 1; part < PARTS; ++part) sum = add(sum, load(sums + part * AT_ONCE + i));
+      store(scores + i, sum);
+    }
+  }
+};
+
+struct SpanKernels {
+  void (*split)(const float* query, int n, void* to);  // [2 D] to at most as many bytes
+  void (*upper)(const void* query, int n, const uint8_t* const* rows, const uint8_t* const* ahead, float* scores);
+
+  static SpanKernels of(const Pages& pages) {
+    SpanKernels kernels{};
+    with_dtype(pages.dtype, [&](auto type) {
+      with_head_size(pages.head_size, [&](auto size) {
+        using Dot = SpanDot<decltype(type), decltype(size)::value>;
+        kernels = {Dot::split, Dot::upper};
+      });
+    });
+    return kernels;
+  }
+};
+
+struct QuestDecode {
+  Decode call;
+  SpansRead read;
+  SpanKernels kernels;
+
+  // The newest span is read whatever its bounds are.
+  int n_ranked(int len) const { return spans_of(len) - 1; }
+  int n_wanted(int len) const { return read.n_spans(len) - 1; }
+  size_t candidates_bytes(int len) const { return Candidates::n_bytes(capacity(len), 0); }
+  Candidates new_candidates(int len, Arena& arena) const {
+    return Candidates::in(arena, n_wanted(len), capacity(len), 0);
+  }
+
+ private:
+  int capacity(int len) const { return Candidates::capacity_for(n_wanted(len), AT_ONCE); }
+};
+
+// The bounds of the spans of one KV head of one request: those of full pages in place, the others made from K.
+struct Bounds {
+  const Sequence& sequence;
+  int per_block;       // spans
+  int n_full;          // blocks whose pages hold their bounds
+  size_t bytes;        // of a span
+  const uint8_t* own;  // bounds of the spans behind the full blocks
+
+  static int n_full_blocks(const Sequence& of) {
+    return of.pages->quantized() ? of.newest_block() : of.len / of.pages->block_size;
+  }
+
+  const uint8_t* in_page(int block) const { return sequence.page(block) + sequence.pages->ranking; }
+  // Pointers to spans first .. first + AT_ONCE, the last one before `last` repeated.
+  void list(int first, int last, const uint8_t** rows) const {
+    const int n = std::min(AT_ONCE, last - first);
+    for (int i = 0; i < n;) {
+      const int block = (first + i) / per_block, place = (first + i) % per_block;
+      const bool full = block < n_full;
+      const uint8_t* row = full ? in_page(block) + place * bytes : own + (first + i - n_full * per_block) * bytes;
+      for (const int stop = full ? std::min(n, i + per_block - place) : n; i < stop; ++i, row += bytes) rows[i] = row;
+    }
+    std::fill(rows + n, rows + AT_ONCE, rows[n - 1]);
+  }
+};
+
+// Step 1 for the spans behind the full blocks that are ranked.
+void bound_newest(const Sequence& sequence, int first, int last, uint8_t* to) {
+  const Pages& pages = *sequence.pages;
+  for (int span = first; span < last; ++span, to += pages.record_bytes()) {
+    const uint8_t* rows[SPAN_TOKENS];
+    for (int i = 0; i < SPAN_TOKENS; ++i) {
+      const int token = span * SPAN_TOKENS + i;
+      rows[i] = sequence.record(token / pages.block_size, token % pages.block_size);
+    }
+    bound_span(pages, rows, SPAN_TOKENS, to);
+  }
+}
+
+// What step 2 multiplies the bounds of a span with, as the kernels want it: the negative and the positive elements of
+// the query group, summed over its heads.
+const void* bound_query(const QuestDecode& op, int request, int head, Arena& arena) {
+  const Decode& call = op.call;
+  const int d = call.pages.head_size;
+  float *const query = arena.take<float>(2 * d), *const row = arena.take<float>(d);
+  void* const split = arena.take<float>(2 * d);
+  std::fill_n(query, 2 * d, 0.0f);
+  for (int h = 0; h < call.group_size(); ++h) {
+    call.kernels.widen(call.query.at(request, head * call.group_size() + h), d, row);
+    for (int c = 0; c < d; c += W) {
+      const Vec q = load(row + c);
+      store(query + c, add(load(query + c), min(q, zero())));
+      store(query + d + c, add(load(query + d + c), max(q, zero())));
+    }
+  }
+  op.kernels.split(query, 2 * d, split);
+  return split;
+}
+
+// Every TOUCH blocks, starts the page walks for the bounds of the next but one TOUCH of full blocks.
+void touch_blocks(const Bounds& bounds, int block, int first_block, int stop) {
+  constexpr int TOUCH = 16;
+  if ((block - first_block) % TOUCH != 0) return;
+  const int from = block == first_block ? block : block + TOUCH;
+  for (int b = from; b < std::min(block + 2 * TOUCH, stop); ++b) prefetch_l2(bounds.in_page(b));
+}
+
+// Steps 1 to 3 over one part of a context.
+void rank_part(const QuestDecode& op, const Task& task, int len, Candidates& candidates) {
+  thread_local Scratch scratch;
+  const Pages& pages = op.call.pages;
+  const size_t d = pages.head_size, bytes = pages.record_bytes();
+  const int per_block = pages.block_size / SPAN_TOKENS;
+  Arena arena = scratch.arena(5 * Arena::room<float>(d) + Arena::room<uint8_t>(per_block * bytes));
+  const void* const query = bound_query(op, task.request, task.head, arena);
+  uint8_t* const own = arena.take<uint8_t>(per_block * bytes);
+  const Sequence sequence = op.call.sequence(task.request, task.head);
+  const int first = task.first / SPAN_TOKENS, last = std::min(spans_of(task.last), op.n_ranked(len));
+  const Bounds bounds{sequence, per_block, Bounds::n_full_blocks(sequence), bytes, own};
+  bound_newest(sequence, std::max(first, bounds.n_full * per_block), last, own);
+
+  // Two calls ahead is best (one or four take a tenth longer). What is left of the time is mostly prefetches that wait
+  // for each other: runs of a block's bounds are short, so the processor's own prefetcher hardly starts.
+  const uint8_t* rows[3][AT_ONCE];
+  alignas(64) float upper[AT_ONCE];
+  for (int i = 0; i < 2; ++i)
+    if (first + i * AT_ONCE < last) bounds.list(first + i * AT_ONCE, last, rows[i]);
+  const int first_block = task.first / pages.block_size;
+  int touched = first_block;
+  for (int span = first, i = 0; span < last; span += AT_ONCE, ++i) {
+    const uint8_t** const ahead = span + 2 * AT_ONCE < last ? rows[(i + 2) % 3] : nullptr;
+    if (ahead != nullptr) bounds.list(span + 2 * AT_ONCE, last, ahead);
+    for (const int block = span / per_block; touched <= block; ++touched)
+      touch_blocks(bounds, touched, first_block, std::min(bounds.n_full, task.last / pages.block_size));
+    op.kernels.upper(query, (int)(2 * d), rows[i % 3], ahead, upper);
+    candidates.push(upper, nullptr, 0, span, std::min(AT_ONCE, last - span));
+  }
+  candidates.keep_best();
+}
+
+// Step 4 for one KV head of one request: the tokens of the spans chosen and of the newest one.
+void finish_request(const QuestDecode& op, const Task& task, int len, const Candidates& chosen) {
+  thread_local Scratch scratch;
+  const Decode& call = op.call;
+  const int room = (chosen.n + 1) * SPAN_TOKENS;
+  Arena arena = scratch.arena(call.group_bytes() + call.state_bytes() + Arena::room<int32_t>(room));
+  const Group group = call.group(task.request, task.head, arena);
+  const State state = call.new_state(arena.take<float>(call.state_floats()));
+  int32_t* const tokens = arena.take<int32_t>(room);
+  int n = 0;
+  for (int i = 0; i <= chosen.n; ++i) {
+    const int first = (i < chosen.n ? chosen.token[i] : op.n_ranked(len)) * SPAN_TOKENS;
+    for (int token = first; token < std::min(first + SPAN_TOKENS, len); ++token) tokens[n++] = token;
+  }
+  attend_tokens(call, group, state, call.sequence(task.request, task.head), tokens, n);
+  call.finish(task.request, task.head, state, nullptr, nullptr);
+}
+
+// A part of a cut context, kept until all parts are there.
+struct Part {
+  uint8_t* memory;
+  size_t n_bytes;
+  Candidates candidates;
+
+  static void run_whole(const QuestDecode& op, const Task& task, int len);
+  void run(const QuestDecode& op, const Task& task, int len);
+  // What the parts of a context found, as if one had found it; in the order of the tokens.
+  static void merge(const QuestDecode& op, const Task& first, int len, const Part* parts);
+  // Memory for the parts of cut contexts; those of one context lie equally far apart.
+  static void place(const QuestDecode& op, const std::vector<Task>& tasks, Scratch& scratch, std::vector<Part>& parts);
+};
+
+void Part::run_whole(const QuestDecode& op, const Task& task, int len) {
+  thread_local Scratch scratch;
+  Arena arena = scratch.arena(op.candidates_bytes(len));
+  Candidates candidates = op.new_candidates(len, arena);
+  rank_part(op, task, len, candidates);
+  finish_request(op, task, len, candidates);
+}
+
+void Part::run(const QuestDecode& op, const Task& task, int len) {
+  Arena arena(memory, n_bytes);
+  candidates = op.new_candidates(len, arena);
+  rank_part(op, task, len, candidates);
+}
+
+void Part::merge(const QuestDecode& op, const Task& first, int len, const Part* parts) {
+  thread_local Scratch scratch;
+  const int capacity = first.n_parts * op.n_wanted(len) + AT_ONCE;
+  Arena arena = scratch.arena(Candidates::n_bytes(capacity, 0));
+  Candidates all = Candidates::in(arena, op.n_wanted(len), capacity, 0);
+  for (int i = 0; i < first.n_parts; ++i) all.push(parts[i].candidates);
+  all.keep_best();
+  finish_request(op, first, len, all);
+}
+
+void Part::place(const QuestDecode& op, const std::vector<Task>& tasks, Scratch& scratch, std::vector<Part>& parts) {
+  parts.assign(tasks.size(), Part{});
+  size_t total = 0;
+  for (size_t i = 0; i < tasks.size(); ++i) {
+    if (tasks[i].n_parts == 1) continue;
+    const int len = op.call.requests.lens[tasks[i].request];
+    const bool dense = op.read.is_dense(len);
+    parts[i].n_bytes = dense ? part_floats(op.call, tasks[i]) * sizeof(float) : op.candidates_bytes(len);
+    total += round_up(parts[i].n_bytes, 64);
+  }
+  Arena arena = scratch.arena(total);
+  for (Part& part : parts)
+    if (part.n_bytes > 0) part.memory = arena.take<uint8_t>(part.n_bytes);
+}
+
+}  // namespace
+}  // namespace sparq
+
+SPARQ_API void sparq_quest_decode(const sparq::Pages& pages, const sparq::Tensor& query, const sparq::Tensor& out,
+                                  const sparq::Requests& requests, float scale, const sparq::SpansRead& read) {
+  const sparq::Decode call = sparq::decode_call(pages, requests, query, out, scale);
+  sparq::run_tasks<sparq::Part>(sparq::QuestDecode{call, read, sparq::SpanKernels::of(pages)});
+}

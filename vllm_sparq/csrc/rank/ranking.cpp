@@ -1,0 +1,234 @@
+#include "rank/ranking.h"
+
+#include <algorithm>
+#include <cmath>
+
+#include "rank/scan.h"
+#include "rank/scan_bf16.h"
+#include "rank/select.h"
+#include "base/tile.h"
+
+namespace sparq {
+namespace {
+
+constexpr int MAX_ROWS = 8;  // heads whose bias is kept in registers
+
+int row_bytes(const Pages& pages) {
+  if (pages.channel_keys) return (int)pages.key.code_stride;
+  switch (pages.ranking_type) {
+    case RankingType::int4: return pages.block_size / 2;
+    case RankingType::int8: return pages.block_size;
+    default: return pages.block_size * (pages.dtype == DType::fp32 ? 4 : 2);
+  }
+}
+
+// The r channels with the largest sum of |q| over the group q [n_heads, D], ascending (ties: lowest channel).
+void pick_channels(const float* q, int n_heads, int d, int r, int32_t* channels, float* importance) {
+  for (int c = 0; c < d; c += W) {
+    Vec sum = zero();
+    for (int h = 0; h < n_heads; ++h) {
+      const Vec x = load(q + (size_t)h * d + c);
+      sum = add(sum, max(x, sub(zero(), x)));
+    }
+    store(importance + c, sum);
+  }
+  int n = 0, n_ties = 0;
+  const float least = kth_largest(importance, d, r, &n_ties);
+  for (int c = 0; c < d && n < r; ++c)
+    if (importance[c] > least || (importance[c] == least && n_ties-- > 0)) channels[n++] = c;
+  for (int c = 0; n < r; ++c) channels[n++] = c;  // only if q holds NaN
+}
+
+// scale * sqrt(|q|_1 / |q[channels]|_1); scale where the chosen part is zero.
+float temperature(const float* q, int d, const int32_t* channels, int r, float scale) {
+  float all = 0, chosen = 0;
+  for (int c = 0; c < d; ++c) all += std::fabs(q[c]);
+  for (int i = 0; i < r; ++i) chosen += std::fabs(q[channels[i]]);
+  return chosen > 0 ? scale / std::sqrt(chosen / all) : scale;
+}
+
+// Step and zero of W channels, from pairs of fp16.
+SPARQ_INLINE void gather_scales(const uint8_t* scales, const int32_t* channels, Vec* step, Vec* zero) {
+#ifdef __AVX512F__
+  const __m512i pairs = _mm512_i32gather_epi32(_mm512_loadu_si512(channels), scales, 4);
+  *step = _mm512_cvtph_ps(_mm512_cvtepi32_epi16(pairs));
+  *zero = _mm512_cvtph_ps(_mm512_cvtepi32_epi16(_mm512_srli_epi32(pairs, 16)));
+#else
+  const __m256i pairs = _mm256_i32gather_epi32((const int*)scales, _mm256_loadu_si256((const __m256i*)channels), 4);
+  const __m256i steps = _mm256_and_si256(pairs, _mm256_set1_epi32(0xffff)), zeros = _mm256_srli_epi32(pairs, 16);
+  const __m256i words = _mm256_permute4x64_epi64(_mm256_packus_epi32(steps, zeros), 0xd8);
+  *step = _mm256_cvtph_ps(_mm256_castsi256_si128(words));
+  *zero = _mm256_cvtph_ps(_mm256_extracti128_si256(words, 1));
+#endif
+}
+
+// Weights and bias of a page: q (zero + step code) = q zero + (q step) code.
+void apply_scales(const Ranking& ranking, const uint8_t* page) {
+  Vec bias[MAX_ROWS];
+  for (int first = 0; first < ranking.n_rows; first += MAX_ROWS) {
+    const int n_rows = std::min(MAX_ROWS, ranking.n_rows - first);
+    for (int row = 0; row < n_rows; ++row) bias[row] = zero();
+    for (int i = 0; i < ranking.r; i += W) {
+      Vec step, low;
+      gather_scales(page + ranking.pages->scales, ranking.channels + i, &step, &low);
+      for (int row = 0; row < n_rows; ++row) {
+        const int at = (first + row) * ranking.stride + i;
+        const Vec q = load(ranking.query + at), w = mul(q, step);  // q is zero from r on
+        bias[row] = fma(q, low, bias[row]);
+        store(ranking.weights + at, w);
+        store(ranking.short_weights + at, w);
+      }
+    }
+    for (int row = 0; row < n_rows; ++row) ranking.bias[first + row] = reduce_add(bias[row]);
+  }
+}
+
+// Calls f with the number of rows as a constant, at most five at a time: four heads and their sum. Only the first ones
+// prefetch.
+template <class F>
+void few_rows_at_a_time(int n_rows, Scan& scan, F&& f) {
+  for (int row = 0; row < n_rows; row += 5, scan.ahead = nullptr) {
+    switch (std::min(n_rows - row, 5)) {
+      case 1: f(std::integral_constant<int, 1>{}, row); break;
+      case 2: f(std::integral_constant<int, 2>{}, row); break;
+      case 3: f(std::integral_constant<int, 3>{}, row); break;
+      case 4: f(std::integral_constant<int, 4>{}, row); break;
+      default: f(std::integral_constant<int, 5>{}, row);
+    }
+  }
+}
+
+template <class Codes>
+void scan_page(const Ranking& ranking, const uint8_t* copy, Scan scan, const float* weights, float* scores,
+               int stride) {
+  stage_rows(copy, ranking.row_offsets, ranking.r, scan.row_bytes, ranking.rows);
+  few_rows_at_a_time(ranking.n_rows, scan, [&](auto heads, int row) {
+    scan_heads<Codes, decltype(heads)::value>(scan, weights + row * ranking.stride, ranking.stride, ranking.bias + row,
+                                              scores + (size_t)row * stride, stride);
+  });
+}
+
+// Where the CPU multiplies bf16 and the model is bf16, so are the weights of the scan.
+bool scan_int4_in_bf16(const Ranking& ranking, const uint8_t* copy, Scan scan, float* scores, int stride) {
+#ifdef __AVX512BF16__
+  if (ranking.pages->dtype != DType::bf16 || scan.n % PAIR_TOKENS != 0) return false;
+  stage_pairs(copy, ranking.row_offsets, ranking.r, scan.row_bytes, ranking.rows);
+  few_rows_at_a_time(ranking.n_rows, scan, [&](auto heads, int row) {
+    scan_heads_bf16<decltype(heads)::value>(scan, ranking.short_weights + row * ranking.stride, ranking.stride,
+                                            ranking.bias + row, scores + (size_t)row * stride, stride);
+  });
+  return true;
+#else
+  (void)ranking, (void)copy, (void)scan, (void)scores, (void)stride;
+  return false;
+#endif
+}
+
+// The chosen rows of channel-major K itself, whose scales differ from one group of tokens to the next.
+void score_key_codes(const Ranking& ranking, const uint8_t* page, const uint8_t* ahead, float* scores, int stride) {
+  const Codes& key = ranking.pages->key;
+  const CodeKernels& kernels = *ranking.codes;
+  constexpr int AT_ONCE = 64;  // channels
+  const uint8_t *codes[AT_ONCE + 1], *scales[AT_ONCE];
+  for (int row = 0; row < ranking.n_rows; ++row) std::fill_n(scores + (size_t)row * stride, kernels.key.n, 0.0f);
+  for (int first = 0; first < ranking.r; first += AT_ONCE) {
+    const int n = std::min(AT_ONCE, ranking.r - first);
+    for (int i = 0; i < n; ++i) {
+      const int32_t channel = ranking.channels[first + i];
+      const int64_t code = key.codes + channel * key.code_stride, scale = key.scales + channel * key.scale_stride;
+      codes[i] = page + code, scales[i] = page + scale;
+      if (ahead == nullptr) continue;
+      for (int byte = 0; byte < kernels.key.row_bytes(); byte += 64) prefetch_l2(ahead + code + byte);
+      prefetch_l2(ahead + scale);
+    }
+    codes[n] = codes[n - 1];
+    for (int row = 0; row < ranking.n_rows; row += MAX_TILE_HEADS) {
+      Ahead nothing;
+      const int n_rows = std::min(ranking.n_rows - row, MAX_TILE_HEADS);
+      kernels.score_keys(kernels.key, {codes, scales, n}, ranking.query + row * ranking.stride + first, ranking.stride,
+                         n_rows, scores + (size_t)row * stride, stride, nothing);
+    }
+  }
+}
+
+}  // namespace
+
+size_t Ranking::n_bytes(const Pages& pages, int r, int n_rows) {
+  const size_t stride = round_up((size_t)pages.head_size, 16);
+  return 2 * Arena::room<int32_t>(stride) + 3 * Arena::room<float>(n_rows * stride) +
+         Arena::room<bf16>(n_rows * stride) + Arena::room<float>(n_rows) +
+         Arena::room<uint8_t>((size_t)(r + 1) * row_bytes(pages) + 64);
+}
+
+Ranking Ranking::in(Arena& arena, const Decode& call, int r, int n_rows) {
+  const Pages& pages = call.pages;
+  const size_t d = pages.head_size, stride = round_up(d, 16);
+  const Ranking ranking{&pages, &call.codes, r, n_rows, arena.take<int32_t>(stride), arena.take<int32_t>(stride),
+                        arena.take<float>(n_rows * stride), arena.take<float>(n_rows * d),
+                        arena.take<float>(n_rows * stride), arena.take<bf16>(n_rows * stride),
+                        arena.take<float>(n_rows), arena.take<uint8_t>((size_t)(r + 1) * row_bytes(pages) + 64),
+                        (int)stride};
+  std::fill_n(ranking.channels, stride, 0);
+  std::fill_n(ranking.query, n_rows * stride, 0.0f);
+  std::fill_n(ranking.whole_query, n_rows * d, 0.0f);
+  std::fill_n(ranking.bias, n_rows, 0.0f);
+  return ranking;
+}
+
+Ranking make_ranking(const Decode& call, int request, int head, int r, ScoreRows rows, Arena& arena) {
+  const int d = call.pages.head_size, n_heads = call.group_size();
+  const Ranking ranking = Ranking::in(arena, call, r, rows.n());
+  const int stride = ranking.stride, bytes = row_bytes(call.pages);
+  thread_local Scratch heads;
+  float* importance = heads.arena(((size_t)n_heads + 1) * d * sizeof(float)).take<float>(((size_t)n_heads + 1) * d);
+  float* q = importance + d;
+  for (int h = 0; h < n_heads; ++h)
+    call.kernels.widen(call.query.at(request, head * n_heads + h), d, q + (size_t)h * d);
+  pick_channels(q, n_heads, d, r, ranking.channels, importance);
+  for (int i = 0; i < r; ++i) ranking.row_offsets[i] = ranking.channels[i] * bytes;
+  for (int h = 0; h < n_heads; ++h) {
+    const float* from = q + (size_t)h * d;
+    const float factor = temperature(from, d, ranking.channels, r, call.scale);
+    const auto add_to_row = [&](int row) {
+      for (int i = 0; i < r; ++i) {
+        const float x = from[ranking.channels[i]] * factor;
+        ranking.query[row * stride + i] += x;
+        ranking.whole_query[row * d + ranking.channels[i]] += x;
+      }
+    };
+    if (rows.heads) add_to_row(h);
+    if (rows.has_sum()) add_to_row(ranking.n_rows - 1);
+  }
+  return ranking;
+}
+
+void touch_page(const Pages& pages, const uint8_t* page) {
+  const int64_t first = pages.channel_keys ? pages.key.codes : pages.ranking;
+  const int64_t end = pages.channel_keys ? pages.value.codes
+                      : pages.scales  >= 0 ? pages.scales + 4 * pages.head_size
+                                           : pages.ranking + (int64_t)pages.head_size * row_bytes(pages);
+  for (int64_t byte = first; byte < end; byte += 4096) prefetch_l2(page + byte);
+  prefetch_l2(page + end - 1);
+}
+
+void score_page(const Ranking& ranking, const uint8_t* page, const uint8_t* ahead, float* scores, int stride) {
+  const Pages& pages = *ranking.pages;
+  if (pages.channel_keys) return score_key_codes(ranking, page, ahead, scores, stride);
+  const uint8_t *copy = page + pages.ranking, *next = ahead != nullptr ? ahead + pages.ranking : nullptr;
+  const Scan scan{ranking.rows, next, ranking.row_offsets, ranking.r, row_bytes(pages), pages.block_size};
+  if (pages.ranking_type == RankingType::model) {
+    with_dtype(pages.dtype, [&](auto type) {
+      scan_page<ModelCodes<decltype(type)>>(ranking, copy, scan, ranking.query, scores, stride);
+    });
+    return;
+  }
+  apply_scales(ranking, page);
+  if (ahead != nullptr)
+    for (int byte = 0; byte < 4 * pages.head_size; byte += 64) prefetch_l2(ahead + pages.scales + byte);
+  if (pages.ranking_type == RankingType::int8)
+    scan_page<Int8Codes>(ranking, copy, scan, ranking.weights, scores, stride);
+  else if (!scan_int4_in_bf16(ranking, copy, scan, scores, stride))
+    scan_page<Int4Codes>(ranking, copy, scan, ranking.weights, scores, stride);
+}
+
+}  // namespace sparq

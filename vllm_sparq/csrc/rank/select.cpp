@@ -1,0 +1,202 @@
+#include "rank/select.h"
+
+#include <algorithm>
+#include <cmath>
+
+#include "base/simd.h"
+
+namespace sparq {
+namespace {
+
+constexpr int LANES = 16;  // of SoftmaxSums::total
+
+// Floats in their order as integers, and back.
+int32_t ordered(float x) {
+  int32_t bits;
+  memcpy(&bits, &x, 4);
+  return bits ^ ((bits >> 31) & 0x7fffffff);
+}
+float unordered(int32_t i) {
+  i ^= (i >> 31) & 0x7fffffff;
+  float x;
+  memcpy(&x, &i, 4);
+  return x;
+}
+
+SPARQ_INLINE unsigned first_lanes(int n) { return n >= W ? (1u << W) - 1 : (1u << n) - 1; }
+
+int count_greater(const float* values, int n, float than) {
+  const Vec bar = set1(than);
+  int count = 0, i = 0;
+  for (; i + W <= n; i += W) count += __builtin_popcount(greater(load(values + i), bar));
+  for (; i < n; ++i) count += values[i] > than;
+  return count;
+}
+
+// The sum of the shares whose values are greater. It never rises with `than`: lanes are added in the same order always.
+float share_greater(const float* values, const float* shares, int n, float than) {
+  const Vec bar = set1(than);
+  Vec sum = zero();
+  for (int i = 0; i < n; i += W)
+    sum = add(sum, select(greater(load(values + i), bar) & first_lanes(n - i), load(shares + i), zero()));
+  return reduce_add(sum);
+}
+
+SPARQ_INLINE void store_tokens(int32_t* to, int first, unsigned bits) {
+#ifdef __AVX512F__
+  const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  _mm512_storeu_si512(to, compress(bits, _mm512_add_epi32(_mm512_set1_epi32(first), lane)));
+#else
+  const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+  _mm256_storeu_si256((__m256i*)to, compress(bits, _mm256_add_epi32(_mm256_set1_epi32(first), lane)));
+#endif
+}
+
+}  // namespace
+
+// Bisection over the 32 bits of the answer: a pass counts n values in n / W instructions, which for the few hundred or
+// thousand candidates in L1 or L2 beats any selection that moves them.
+float kth_largest(const float* values, int n, int k, int* n_ties) {
+  int64_t low = ordered(-INFINITY), high = ordered(INFINITY);  // the answer is in low .. high
+  while (low < high) {
+    const int64_t middle = low + (high - low) / 2;
+    if (count_greater(values, n, unordered((int32_t)middle)) >= k)
+      low = middle + 1;
+    else
+      high = middle;
+  }
+  const float answer = unordered((int32_t)low);
+  *n_ties = k - count_greater(values, n, answer);
+  return answer;
+}
+
+int Candidates::capacity_for(int wanted, int block_size) {
+  return (int)round_up((size_t)wanted + std::max(wanted, 512) + block_size, 16);
+}
+
+size_t Candidates::n_bytes(int capacity, int n_rows) { const size_t room = capacity + 16;
+  return Arena::room<float>(room) + Arena::room<int32_t>(room) + Arena::room<float>(room * n_rows); }
+
+Candidates Candidates::in(Arena& arena, int wanted, int capacity, int n_rows) {
+  const size_t room = capacity + 16;  // whole vectors are stored
+  return {arena.take<float>(room), arena.take<int32_t>(room),
+          n_rows > 0 ? arena.take<float>(room * n_rows) : nullptr, n_rows, capacity, wanted, 0, -INFINITY};
+}
+
+void Candidates::push(const float* scores, const float* heads, int stride, int first, int count) {
+  if (n + count > capacity) keep_best();
+  const Vec bar = set1(threshold);
+  for (int i = 0; i < count; i += W) {
+    const Vec x = load(scores + i);
+    const unsigned bits = greater(x, bar) & first_lanes(count - i);
+    if (bits == 0) continue;
+    store(score + n, compress(bits, x));
+    store_tokens(token + n, first + i, bits);
+    for (int row = 0; row < n_rows; ++row)
+      store(head_scores + (size_t)row * (capacity + 16) + n, compress(bits, load(heads + (size_t)row * stride + i)));
+    n += __builtin_popcount(bits);
+  }
+}
+
+void Candidates::push(const Candidates& other) {
+  std::copy_n(other.score, other.n, score + n);
+  std::copy_n(other.token, other.n, token + n);
+  for (int row = 0; row < n_rows; ++row)
+    std::copy_n(other.head_scores + (size_t)row * (other.capacity + 16), other.n,
+                head_scores + (size_t)row * (capacity + 16) + n);
+  n += other.n;
+}
+
+void Candidates::keep_best() {
+  if (n <= wanted) return;
+  int n_ties = 0;
+  threshold = kth_largest(score, n, wanted, &n_ties);
+  const Vec bar = set1(threshold);
+  int kept = 0;
+  for (int i = 0; i < n; i += W) {
+    const Vec x = load(score + i);
+    unsigned ties = equal(x, bar) & first_lanes(n - i);
+    while (__builtin_popcount(ties) > n_ties) ties &= ~(1u << (31 - __builtin_clz(ties)));  // the oldest stay
+    n_ties -= __builtin_popcount(ties);
+    const unsigned bits = (greater(x, bar) & first_lanes(n - i)) | ties;
+    store(score + kept, compress(bits, x));
+    Vec tokens;
+    memcpy(&tokens, token + i, sizeof(Vec));
+    tokens = compress(bits, tokens);
+    memcpy(token + kept, &tokens, sizeof(Vec));
+    for (int row = 0; row < n_rows; ++row) {
+      float* heads = head_scores + (size_t)row * (capacity + 16);
+      store(heads + kept, compress(bits, load(heads + i)));
+    }
+    kept += __builtin_popcount(bits);
+  }
+  n = kept;
+}
+
+// Bisection as in kth_largest, for the lowest score that is needed: those above it hold too little.
+int Candidates::n_holding(const float* shares, float mass) const {
+  int64_t low = ordered(-INFINITY), high = ordered(INFINITY);
+  while (low < high) {
+    const int64_t middle = low + (high - low) / 2;
+    if (share_greater(score, shares, n, unordered((int32_t)middle)) >= mass)
+      low = middle + 1;
+    else
+      high = middle;
+  }
+  const float last = unordered((int32_t)low);
+  int holding = count_greater(score, n, last);
+  float held = share_greater(score, shares, n, last);
+  for (int i = 0; i < n && held < mass; ++i)
+    if (score[i] == last) held += shares[i], ++holding;  // the oldest first
+  return holding;
+}
+
+size_t SoftmaxSums::n_bytes(int n_rows) {
+  return Arena::room<float>(n_rows) + Arena::room<float>((size_t)n_rows * LANES);
+}
+
+SoftmaxSums SoftmaxSums::in(Arena& arena, int n_rows) {
+  const SoftmaxSums sums{arena.take<float>(n_rows), arena.take<float>((size_t)n_rows * LANES), n_rows};
+  std::fill_n(sums.peak, n_rows, -INFINITY);
+  std::fill_n(sums.total, (size_t)n_rows * LANES, 0.0f);
+  return sums;
+}
+
+void SoftmaxSums::add_scores(float* scores, int stride, int count) {
+  const int n_padded = (int)round_up((size_t)count, LANES);
+  for (int row = 0; row < n_rows; ++row) {
+    float* x = scores + (size_t)row * stride;
+    std::fill(x + count, x + n_padded, -INFINITY);
+    Vec highest = load(x);
+    for (int i = W; i < n_padded; i += W) highest = max(highest, load(x + i));
+    float* lanes = total + row * LANES;
+    if (greater(highest, set1(peak[row])) != 0) {  // rare after the first blocks
+      const float now = reduce_max(highest), rescale = std::exp(peak[row] - now);
+      for (int i = 0; i < LANES; i += W) store(lanes + i, mul(load(lanes + i), set1(rescale)));
+      peak[row] = now;
+    }
+    Vec sum[LANES / W];
+    for (int i = 0; i < LANES / W; ++i) sum[i] = load(lanes + i * W);
+    for (int i = 0; i < n_padded; i += LANES)
+      for (int k = 0; k < LANES / W; ++k) sum[k] = add(sum[k], exp_below(load(x + i + k * W), peak[row]));
+    for (int i = 0; i < LANES / W; ++i) store(lanes + i * W, sum[i]);
+  }
+}
+
+void SoftmaxSums::merge(const SoftmaxSums& other) {
+  for (int row = 0; row < n_rows; ++row) {
+    const float now = std::max(peak[row], other.peak[row]);
+    const float a = std::exp(peak[row] - now), b = std::exp(other.peak[row] - now);
+    for (int i = 0; i < LANES; ++i)
+      total[row * LANES + i] = total[row * LANES + i] * a + other.total[row * LANES + i] * b;
+    peak[row] = now;
+  }
+}
+
+float SoftmaxSums::total_of(int row) const {
+  float sum = 0;
+  for (int i = 0; i < LANES; ++i) sum += total[row * LANES + i];
+  return sum;
+}
+
+}  // namespace sparq
