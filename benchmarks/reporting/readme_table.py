@@ -1,4 +1,4 @@
-"""The tables of the README that are made of this project's own results.
+"""The tables of the README and of docs/results.md that are made of this project's own results.
 
 Each stands between two comments, ``<!-- engine -->`` and ``<!-- /engine -->``. The command
 `python -m vllm_sparq.benchmarks.reporting.readme_table` writes them anew.
@@ -14,9 +14,10 @@ from typing import Any
 
 from vllm_sparq.benchmarks.common.methods import DENSE
 from vllm_sparq.benchmarks.common.records import read_records
+from vllm_sparq.benchmarks.reporting.methods_table import methods_rows
 
 RESULTS = Path(__file__).parents[1] / "results"
-README = Path(__file__).parents[2] / "README.md"
+ROOT = Path(__file__).parents[2]
 
 Record = Mapping[str, Any]
 
@@ -120,22 +121,33 @@ def _times(speed: float) -> str:
 
 
 TABLES: dict[str, Callable[[Sequence[Record]], list[str]]] = {
+    "methods": methods_rows,
     "engine": engine_rows,
     "pressure": pressure_rows,
     "memory": memory_rows,
     "quality": quality_rows,
 }
-"""Name in the README's comments -> how the table is made."""
+"""Name in a document's comments -> how the table is made."""
+
+DOCUMENTS = {
+    ROOT / "README.md": ("methods",),
+    ROOT / "docs" / "results.md": ("engine", "pressure", "memory", "quality"),
+}
+"""Document -> its tables."""
 
 
-def filled(text: str, records: Sequence[Record]) -> str:
-    """The README with its tables made anew."""
-    for name, make in TABLES.items():
+def filled(text: str, names: Sequence[str], records: Sequence[Record]) -> str:
+    """A document with its tables made anew.
+
+    Raises:
+        ValueError: there is no place for one of them.
+    """
+    for name in names:
         begin, end = f"<!-- {name} -->\n", f"<!-- /{name} -->"
         if begin not in text or end not in text:
-            raise ValueError(f"the README has no place for the table {name!r}: <!-- {name} --> .. <!-- /{name} -->")
+            raise ValueError(f"there is no place for the table {name!r}: add <!-- {name} --> and <!-- /{name} -->")
         before, after = text.split(begin)[0], text.split(end)[1]
-        text = before + begin + "\n".join(make(records)) + "\n" + end + after
+        text = before + begin + "\n".join(TABLES[name](records)) + "\n" + end + after
     return text
 
 
@@ -143,8 +155,10 @@ def main() -> None:
     """Write the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.parse_args()
-    README.write_text(filled(README.read_text(encoding="utf-8"), read_records(RESULTS)), encoding="utf-8")
-    print(f"{README.name}: {', '.join(TABLES)}")
+    records = read_records(RESULTS)
+    for path, names in DOCUMENTS.items():
+        path.write_text(filled(path.read_text(encoding="utf-8"), names, records), encoding="utf-8")
+        print(f"{path.relative_to(ROOT)}: {', '.join(names)}")
 
 
 if __name__ == "__main__":
