@@ -47,10 +47,10 @@ class Row:
 
 
 ROWS = (
-    Row(title="vLLM, dense", idea="reads and keeps everything", engine="dense", op="vllm", answers="dense"),
+    Row(title="vLLM, dense", idea="", engine="dense", op="vllm", answers="dense"),
     Row(
         title="`sparq`",
-        idea="read the k best tokens, at 1/8",
+        idea="read best tokens, 1/8",
         paper="2312.04985",
         where=("vllm_sparq/ops/sparq_decode",),
         engine='sparq {"r": 16, "k": 128}',
@@ -59,7 +59,7 @@ ROWS = (
     ),
     Row(
         title="`quest`",
-        idea="read the best spans of 16 tokens, at 1/8",
+        idea="read best spans, 1/8",
         paper="2406.10774",
         where=("vllm_sparq/ops/quest_decode",),
         engine="quest",
@@ -86,7 +86,7 @@ ROWS = (
     ),
     Row(
         title="`h2o`",
-        idea="keep half: most attended, newest",
+        idea="keep most attended, 1/2",
         paper="2306.14048",
         where=("vllm_sparq/ops/evict",),
         engine="h2o",
@@ -95,7 +95,7 @@ ROWS = (
     ),
     Row(
         title="`streaming`",
-        idea="keep half: first, newest",
+        idea="keep first and newest, 1/2",
         paper="2309.17453",
         where=("vllm_sparq/ops/evict",),
         engine="streaming",
@@ -112,12 +112,13 @@ ABSENT = "–"
 def methods_rows(records: Sequence[Record]) -> list[str]:
     """Markdown: a line per method, dense first."""
     clean = [record for record in records if not record.get("dirty")]
-    names = ["method", "speed", "memory", f"answers: {', '.join(TASKS)}", "paper", "code"]
+    names = ["method", "speed", "memory", f"{', '.join(TASKS)}", "paper", "code"]
     lines = [f"| {' | '.join(names)} |", "|" + "---|" * len(names)]
     for row in ROWS:
         paper = f"[{row.paper}](https://arxiv.org/abs/{row.paper})" if row.paper else ""
         files = ", ".join(f"[{path.rpartition('/')[2]}]({path})" for path in row.where)
-        cells = [f"{row.title}: {row.idea}", speed(row, clean), *memory_and_answers(row, clean), paper, files]
+        title = f"{row.title}: {row.idea}" if row.idea else row.title
+        cells = [title, speed(row, clean), *memory_and_answers(row, clean), paper, files]
         lines.append(f"| {' | '.join(cells)} |")
     return lines
 
@@ -126,7 +127,7 @@ def speed(row: Row, records: Sequence[Record]) -> str:
     """Times vLLM's speed: per output token through the engine, and of the attention op alone; newest run of each."""
     token = newest(records, bench="engine", method=row.engine, context=CONTEXT, batch=BATCH)
     op = newest(records, bench="ops", method=row.op, context=CONTEXT, **LAYER)
-    return " / ".join(ABSENT if found is None else f"{found['speedup_vs_vllm']:.1f}x" for found in (token, op))
+    return ", ".join(ABSENT if found is None else f"{found['speedup_vs_vllm']:.1f}x" for found in (token, op))
 
 
 def memory_and_answers(row: Row, records: Sequence[Record]) -> tuple[str, str]:

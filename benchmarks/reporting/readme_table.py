@@ -14,7 +14,7 @@ from typing import Any
 
 from vllm_sparq.benchmarks.common.methods import DENSE
 from vllm_sparq.benchmarks.common.records import read_records
-from vllm_sparq.benchmarks.reporting.methods_table import methods_rows
+from vllm_sparq.benchmarks.reporting.methods_table import LAYER, methods_rows
 
 RESULTS = Path(__file__).parents[1] / "results"
 ROOT = Path(__file__).parents[2]
@@ -24,6 +24,40 @@ Record = Mapping[str, Any]
 SPARQ = 'sparq {"r": 16, "k": 128}'
 BESIDE = {"SparQ over `int4`": "sparq+int4", "`kivi4`, dense": "kivi", "H2O, 1,024 tokens": "h2o"}
 """Column -> method, in the table of `bench engine`."""
+
+
+OPS = {
+    "dense": "our dense op",
+    "int8": "`int8`",
+    "int4": "`int4`",
+    "kivi4": "`kivi4`",
+    "kivi2": "`kivi2`",
+    "sparq": "SparQ",
+    "sparq+int8": "SparQ over `int8`",
+    "sparq+int4": "SparQ over `int4`",
+    "sparq+kivi4": "SparQ over `kivi4`",
+    "sparq+kivi2": "SparQ over `kivi2`",
+}
+"""Method of `bench ops` -> its name in the table."""
+
+
+def ops_rows(records: Sequence[Record]) -> list[str]:
+    """Markdown: a line per method, a column per context; the newest clean run of each."""
+    found = [r for r in records if r.get("bench") == "ops" and not r["dirty"]]
+    newest = {(r["method"], r["context"]): r for r in found if all(r[key] == LAYER[key] for key in LAYER)}
+    contexts = sorted({context for _, context in newest})
+    last = contexts[-1]
+    lines = [
+        f"| | {' | '.join(f'{c:,}' for c in contexts)} | GB/s at {last // 1024}k |",
+        "|---" * (len(contexts) + 2) + "|",
+    ]
+    vllm = [newest["vllm", c] for c in contexts]
+    times = [f"{r['median_us'] / 1e3:.2f} ms" for r in vllm]
+    lines.append(f"| vLLM (CPU_ATTN) | {' | '.join(times)} | {vllm[-1]['gb_per_s']:.0f} |")
+    for method, name in OPS.items():
+        speeds = [f"{newest[method, c]['speedup_vs_vllm']:.1f}x" for c in contexts]
+        lines.append(f"| {name} | {' | '.join(speeds)} | {newest[method, last]['gb_per_s']:.0f} |")
+    return lines
 
 
 def engine_rows(records: Sequence[Record]) -> list[str]:
@@ -122,6 +156,7 @@ def _times(speed: float) -> str:
 
 TABLES: dict[str, Callable[[Sequence[Record]], list[str]]] = {
     "methods": methods_rows,
+    "ops": ops_rows,
     "engine": engine_rows,
     "pressure": pressure_rows,
     "memory": memory_rows,
@@ -131,7 +166,7 @@ TABLES: dict[str, Callable[[Sequence[Record]], list[str]]] = {
 
 DOCUMENTS = {
     ROOT / "README.md": ("methods",),
-    ROOT / "docs" / "results.md": ("engine", "pressure", "memory", "quality"),
+    ROOT / "docs" / "results.md": ("ops", "engine", "pressure", "memory", "quality"),
 }
 """Document -> its tables."""
 
