@@ -55,9 +55,7 @@ def main() -> None:
     def count(text: str) -> int:
         return len(tokenizer(text).input_ids)
 
-    examples = [
-        make_example("recall", n_tokens=LENGTH, count_tokens=count, seed=seed) for seed in range(N_QUESTIONS)
-    ]
+    examples = [make_example("recall", n_tokens=LENGTH, count_tokens=count, seed=seed) for seed in range(N_QUESTIONS)]
     params = SamplingParams(temperature=0, max_tokens=8)
     for name, (backend, options) in METHODS.items():
         with engine(model, backend, options) as llm:

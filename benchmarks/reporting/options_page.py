@@ -39,7 +39,6 @@ SECTIONS: dict[str, tuple[str, tuple[str, ...]]] = {
             "min_k",
             "mass",
             "ranking",
-            "scoring",
             "mean_value",
             "group_reduce",
             "dense_layers",
@@ -70,7 +69,6 @@ APPLIES = {
     "min_k": EVERY_SPARSE,
     "mass": SPARQ,
     "ranking": f"{SPARQ}, unless K itself is channel-major (`kivi4`, `kivi2`)",
-    "scoring": f"{SPARQ}, unless K itself is channel-major (`kivi4`, `kivi2`)",
     "mean_value": SPARQ,
     "group_reduce": SPARQ,
     "dense_layers": EVERY_SPARSE,
@@ -94,8 +92,7 @@ def page() -> str:
     for heading, (note, names) in SECTIONS.items():
         lines += ["", f"## {heading}", "", note]
         for name in names:
-            if name in Options.model_fields:
-                lines += ["", *option(name)]
+            lines += ["", *option(name)]
     return "\n".join(lines) + "\n"
 
 
