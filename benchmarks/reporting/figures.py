@@ -21,7 +21,7 @@ FOLDER = Path(__file__).parents[2] / "docs" / "figures"
 Record = Mapping[str, Any]
 Point = tuple[float, float]
 
-STYLE = {
+STYLE: dict[Any, Any] = {
     "svg.hashsalt": "vllm-sparq",  # else ids are drawn at random
     "svg.fonttype": "none",  # text stays text
     "font.family": "sans-serif",
