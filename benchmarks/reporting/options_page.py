@@ -11,7 +11,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from vllm_sparq.config import PRESETS, Options
+from vllm_sparq.backends import PRESETS
+from vllm_sparq.config import Options
+from vllm_sparq.reads import READS
 
 PAGE = Path(__file__).parents[2] / "docs" / "options.md"
 
@@ -56,26 +58,12 @@ SECTIONS: dict[str, tuple[str, tuple[str, ...]]] = {
 }
 """Heading -> what holds for all of it, and its options in the order of the page."""
 
-EVERY_SPARSE = "`read` `sparq`, `spans`"
-SPARQ = "`read` `sparq`"
 EVICTING = "`retention` `heavy_hitter`, `window`"
-QUANTIZED = "`format` `int8`, `int4`, `kivi4`, `kivi2`"
 APPLIES = {
     "read": "all",
-    "compression": EVERY_SPARSE,
-    "r": SPARQ,
-    "k": EVERY_SPARSE,
-    "local": SPARQ,
-    "min_k": EVERY_SPARSE,
-    "mass": SPARQ,
-    "ranking": f"{SPARQ}, unless K itself is channel-major (`kivi4`, `kivi2`)",
-    "mean_value": SPARQ,
-    "group_reduce": SPARQ,
-    "dense_layers": EVERY_SPARSE,
-    "dense_below": EVERY_SPARSE,
     "format": "all",
     "group_size": "`format` `int4`, `kivi4`, `kivi2`",
-    "chunk": QUANTIZED,
+    "chunk": "`format` `int8`, `int4`, `kivi4`, `kivi2`",
     "retention": "all",
     "budget": EVICTING,
     "recent": "`retention` `heavy_hitter`",
@@ -83,7 +71,13 @@ APPLIES = {
     "prefill": EVICTING,
     "pressure": EVICTING,
 }
-"""Option -> where it means something."""
+"""Option -> where it means something. Those of reads are said by the reads themselves (`Read.dials`)."""
+
+
+def applies(name: str) -> str:
+    """Where an option means something."""
+    reads = [f"`{read}`" for read, kind in READS.items() if name in kind.dials]
+    return f"`read` {', '.join(reads)}" if reads else APPLIES[name]
 
 
 def page() -> str:
@@ -100,10 +94,11 @@ def presets() -> Iterator[str]:
     """What each `--attention-backend` changes."""
     yield "`--attention-backend` names a set of defaults; any option given beside it wins."
     yield ""
-    yield "| `--attention-backend` | the same as `sparq` with |"
-    yield "|---|---|"
-    for name, changed in PRESETS.items():
-        yield f"| `{name}` | {f'`{json.dumps(changed)}`' if changed else 'these defaults'} |"
+    yield "| `--attention-backend` | | the same as `sparq` with |"
+    yield "|---|---|---|"
+    for name, preset in PRESETS.items():
+        changed = f"`{json.dumps(preset.options)}`" if preset.options else "these defaults"
+        yield f"| `{name}` | {preset.summary} | {changed} |"
 
 
 def option(name: str) -> Iterator[str]:
@@ -111,12 +106,12 @@ def option(name: str) -> Iterator[str]:
     field = Options.model_fields[name]
     schema = Options.model_json_schema()["properties"][name]
     defaults = [shown(field.default)]
-    defaults += [f"{preset}: {shown(given[name])}" for preset, given in PRESETS.items() if name in given]
+    defaults += [f"{key}: {shown(preset.options[name])}" for key, preset in PRESETS.items() if name in preset.options]
     yield f"### `{name}`"
     yield ""
     yield f"* Values: {values(schema)}"
     yield f"* Default: {'; '.join(defaults)}"
-    yield f"* For: {APPLIES[name]}"
+    yield f"* For: {applies(name)}"
     yield ""
     assert field.description is not None
     yield field.description

@@ -14,7 +14,8 @@ from typing import Any
 
 from tests.docs.markdown import ROOT, code_lines, files_and_folders, inline_code
 from vllm_sparq import cli
-from vllm_sparq.config import NAMESPACE, PRESETS, OptionsError, parse_options
+from vllm_sparq.backends import PRESETS
+from vllm_sparq.config import NAMESPACE, OptionsError, parse_options
 
 PROGRAMS = ("vllm-sparq", "vllm", "make", "pip", "python", ".venv/bin/pytest", "serve", "pre-commit")
 """First words of what a reader may paste."""

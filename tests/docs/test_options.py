@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from vllm_sparq.benchmarks.reporting import options_page
 from vllm_sparq.config import Options
+from vllm_sparq.reads import READS
 
 
 def test_the_page_is_what_the_code_says() -> None:
@@ -14,7 +15,9 @@ def test_the_page_is_what_the_code_says() -> None:
 def test_every_option_has_its_place() -> None:
     placed = [name for _, names in options_page.SECTIONS.values() for name in names]
     assert sorted(placed) == sorted(Options.model_fields)
-    assert set(options_page.APPLIES) == set(placed)
+    dials = {name for read in READS.values() for name in read.dials}
+    assert set(options_page.APPLIES) | dials == set(placed)
+    assert not set(options_page.APPLIES) & dials
     assert all(f"### `{name}`" in options_page.page() for name in placed)
 
 

@@ -102,6 +102,16 @@ def test_what_is_imported_is_listed() -> None:
     assert not missing, f"docs/seams.md says nothing of {sorted(missing)}"
 
 
+def test_what_is_extended_is_listed() -> None:
+    """Methods that the vLLM side of the product overrides and calls on."""
+    extended = set()
+    for path in [path for folder in ("attention_backends", "scheduler") for path in (ROOT / folder).rglob("*.py")]:
+        extended |= set(re.findall(r"super\(\)\.(\w+)", path.read_text(encoding="utf-8")))
+    assert len(extended) > 5
+    missing = extended - {re.split(r"[:.]", seam)[-1] for seam, _ in seams()} - {"__init__"}
+    assert not missing, f"docs/seams.md says nothing of {sorted(missing)}"
+
+
 def test_what_does_not_exist_is_found_out() -> None:
     registry = "vllm.v1.kv_cache_spec_registry"
     assert exists(f"{registry}:KVCacheSpecRegistry.register")

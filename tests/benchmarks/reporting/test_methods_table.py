@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from vllm_sparq.backends import PRESETS
 from vllm_sparq.benchmarks.reporting.methods_table import (
     ABSENT,
     BATCH,
@@ -14,7 +15,6 @@ from vllm_sparq.benchmarks.reporting.methods_table import (
     TASKS,
     methods_rows,
 )
-from vllm_sparq.config import PRESETS
 
 SPARQ = next(row for row in ROWS if row.title == "`sparq`")
 
