@@ -39,7 +39,7 @@ def wheel_without_compiler(tmp_path_factory: pytest.TempPathFactory) -> tuple[zi
 def test_wheel_holds_only_our_package(wheel_without_compiler: tuple[zipfile.ZipFile, str]) -> None:
     names = wheel_without_compiler[0].namelist()
     assert all(re.match(r"vllm_sparq(/|-[^/]+\.dist-info/)", name) for name in names), names
-    assert "vllm_sparq/benchmarks/tiny_model/weights/model.safetensors" in names
+    assert {"vllm_sparq/benchmarks/tiny_model/weights/model.safetensors", "vllm_sparq/py.typed"} <= set(names)
 
 
 def test_wheel_holds_every_module(wheel_without_compiler: tuple[zipfile.ZipFile, str]) -> None:

@@ -1,4 +1,4 @@
-"""The tables of the README that are made of this project's own results.
+"""The tables of the README and of docs/results.md that are made of this project's own results.
 
 Each stands between two comments, ``<!-- engine -->`` and ``<!-- /engine -->``. The command
 `python -m vllm_sparq.benchmarks.reporting.readme_table` writes them anew.
@@ -14,15 +14,50 @@ from typing import Any
 
 from vllm_sparq.benchmarks.common.methods import DENSE
 from vllm_sparq.benchmarks.common.records import read_records
+from vllm_sparq.benchmarks.reporting.methods_table import LAYER, methods_rows
 
 RESULTS = Path(__file__).parents[1] / "results"
-README = Path(__file__).parents[2] / "README.md"
+ROOT = Path(__file__).parents[2]
 
 Record = Mapping[str, Any]
 
 SPARQ = 'sparq {"r": 16, "k": 128}'
 BESIDE = {"SparQ over `int4`": "sparq+int4", "`kivi4`, dense": "kivi", "H2O, 1,024 tokens": "h2o"}
 """Column -> method, in the table of `bench engine`."""
+
+
+OPS = {
+    "dense": "our dense op",
+    "int8": "`int8`",
+    "int4": "`int4`",
+    "kivi4": "`kivi4`",
+    "kivi2": "`kivi2`",
+    "sparq": "SparQ",
+    "sparq+int8": "SparQ over `int8`",
+    "sparq+int4": "SparQ over `int4`",
+    "sparq+kivi4": "SparQ over `kivi4`",
+    "sparq+kivi2": "SparQ over `kivi2`",
+}
+"""Method of `bench ops` -> its name in the table."""
+
+
+def ops_rows(records: Sequence[Record]) -> list[str]:
+    """Markdown: a line per method, a column per context; the newest clean run of each."""
+    found = [r for r in records if r.get("bench") == "ops" and not r["dirty"]]
+    newest = {(r["method"], r["context"]): r for r in found if all(r[key] == LAYER[key] for key in LAYER)}
+    contexts = sorted({context for _, context in newest})
+    last = contexts[-1]
+    lines = [
+        f"| | {' | '.join(f'{c:,}' for c in contexts)} | GB/s at {last // 1024}k |",
+        "|---" * (len(contexts) + 2) + "|",
+    ]
+    vllm = [newest["vllm", c] for c in contexts]
+    times = [f"{r['median_us'] / 1e3:.2f} ms" for r in vllm]
+    lines.append(f"| vLLM (CPU_ATTN) | {' | '.join(times)} | {vllm[-1]['gb_per_s']:.0f} |")
+    for method, name in OPS.items():
+        speeds = [f"{newest[method, c]['speedup_vs_vllm']:.1f}x" for c in contexts]
+        lines.append(f"| {name} | {' | '.join(speeds)} | {newest[method, last]['gb_per_s']:.0f} |")
+    return lines
 
 
 def engine_rows(records: Sequence[Record]) -> list[str]:
@@ -120,22 +155,34 @@ def _times(speed: float) -> str:
 
 
 TABLES: dict[str, Callable[[Sequence[Record]], list[str]]] = {
+    "methods": methods_rows,
+    "ops": ops_rows,
     "engine": engine_rows,
     "pressure": pressure_rows,
     "memory": memory_rows,
     "quality": quality_rows,
 }
-"""Name in the README's comments -> how the table is made."""
+"""Name in a document's comments -> how the table is made."""
+
+DOCUMENTS = {
+    ROOT / "README.md": ("methods",),
+    ROOT / "docs" / "results.md": ("ops", "engine", "pressure", "memory", "quality"),
+}
+"""Document -> its tables."""
 
 
-def filled(text: str, records: Sequence[Record]) -> str:
-    """The README with its tables made anew."""
-    for name, make in TABLES.items():
+def filled(text: str, names: Sequence[str], records: Sequence[Record]) -> str:
+    """A document with its tables made anew.
+
+    Raises:
+        ValueError: there is no place for one of them.
+    """
+    for name in names:
         begin, end = f"<!-- {name} -->\n", f"<!-- /{name} -->"
         if begin not in text or end not in text:
-            raise ValueError(f"the README has no place for the table {name!r}: <!-- {name} --> .. <!-- /{name} -->")
+            raise ValueError(f"there is no place for the table {name!r}: add <!-- {name} --> and <!-- /{name} -->")
         before, after = text.split(begin)[0], text.split(end)[1]
-        text = before + begin + "\n".join(make(records)) + "\n" + end + after
+        text = before + begin + "\n".join(TABLES[name](records)) + "\n" + end + after
     return text
 
 
@@ -143,8 +190,10 @@ def main() -> None:
     """Write the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.parse_args()
-    README.write_text(filled(README.read_text(encoding="utf-8"), read_records(RESULTS)), encoding="utf-8")
-    print(f"{README.name}: {', '.join(TABLES)}")
+    records = read_records(RESULTS)
+    for path, names in DOCUMENTS.items():
+        path.write_text(filled(path.read_text(encoding="utf-8"), names, records), encoding="utf-8")
+        print(f"{path.relative_to(ROOT)}: {', '.join(names)}")
 
 
 if __name__ == "__main__":

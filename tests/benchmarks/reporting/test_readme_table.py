@@ -1,11 +1,13 @@
-"""The tables of the README are those of the recorded results."""
+"""The tables of the documents are those of the recorded results."""
 
 from __future__ import annotations
+
+from pathlib import Path
 
 import pytest
 
 from vllm_sparq.benchmarks.common.records import read_records
-from vllm_sparq.benchmarks.reporting.readme_table import README, RESULTS, TABLES, engine_rows, filled
+from vllm_sparq.benchmarks.reporting.readme_table import DOCUMENTS, RESULTS, TABLES, engine_rows, filled
 
 
 def engine(method: str, speed: float, bound: float = 2.0) -> dict[str, object]:
@@ -18,20 +20,28 @@ def engine(method: str, speed: float, bound: float = 2.0) -> dict[str, object]:
     }
 
 
-def test_the_readme_says_what_was_measured() -> None:
-    text = README.read_text(encoding="utf-8")
-    assert filled(text, read_records(RESULTS)) == text, "run python -m vllm_sparq.benchmarks.reporting.readme_table"
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_documents_say_what_was_measured(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    again = filled(text, DOCUMENTS[path], read_records(RESULTS))
+    assert again == text, "run python -m vllm_sparq.benchmarks.reporting.readme_table"
 
 
 def test_a_figure_that_was_not_measured_does_not_stay() -> None:
-    text, records = README.read_text(encoding="utf-8"), read_records(RESULTS)
-    for name in TABLES:
-        start = text.index(f"<!-- {name} -->")
-        digit = next(i for i in range(text.index("|---", start), len(text)) if text[i].isdigit())
-        wrong = text[:digit] + str((int(text[digit]) + 1) % 10) + text[digit + 1 :]
-        assert wrong != filled(wrong, records) == text
+    records = read_records(RESULTS)
+    for path, names in DOCUMENTS.items():
+        text = path.read_text(encoding="utf-8")
+        for name in names:
+            start = text.index(f"<!-- {name} -->")
+            digit = next(i for i in range(text.index("|---", start), len(text)) if text[i].isdigit())
+            wrong = text[:digit] + str((int(text[digit]) + 1) % 10) + text[digit + 1 :]
+            assert wrong != filled(wrong, names, records) == text
     with pytest.raises(ValueError, match="no place for the table 'engine'"):
-        filled("# nothing", records)
+        filled("# nothing", ["engine"], records)
+
+
+def test_every_table_has_its_document() -> None:
+    assert sorted(name for names in DOCUMENTS.values() for name in names) == sorted(TABLES)
 
 
 def test_the_newest_run_counts_and_another_run_brings_its_own_bound() -> None:

@@ -1,0 +1,148 @@
+"""docs/options.md, made of `vllm_sparq.config.Options`: `python -m vllm_sparq.benchmarks.reporting.options_page`.
+
+A checkout's file is written anew; a test compares it with what the code says.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from vllm_sparq.backends import PRESETS
+from vllm_sparq.config import Options
+from vllm_sparq.reads import READS
+
+PAGE = Path(__file__).parents[2] / "docs" / "options.md"
+
+TITLE = """\
+# Options
+
+Keys of `additional_config["sparq"]`: `--additional-config '{"sparq": {"compression": 4}}'` on the command line,
+`additional_config={"sparq": {"compression": 4}}` in Python. Unknown keys, values out of range and options that mean
+nothing together are refused before the model loads, with the value, the rule and the remedy.
+
+What options come to for one model: `vllm-sparq doctor --model MODEL --options '{"compression": 4}'`.
+
+This page is generated from `vllm_sparq/config.py` by `python -m vllm_sparq.benchmarks.reporting.options_page`.
+"""
+
+SECTIONS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "What a step reads": (
+        "Prompts are always attended to densely; these options act on decoded tokens.",
+        (
+            "read",
+            "compression",
+            "r",
+            "k",
+            "local",
+            "min_k",
+            "mass",
+            "ranking",
+            "mean_value",
+            "group_reduce",
+            "dense_layers",
+            "dense_below",
+        ),
+    ),
+    "How a block is stored": (
+        "A block is quantized once, when it fills; until then its tokens are in the model's own type.",
+        ("format", "group_size", "chunk"),
+    ),
+    "Which tokens stay": (
+        "A request keeps the same number of tokens in every KV head, and each KV head keeps its own.",
+        ("retention", "budget", "recent", "sinks", "prefill", "pressure"),
+    ),
+}
+"""Heading -> what holds for all of it, and its options in the order of the page."""
+
+EVICTING = "`retention` `heavy_hitter`, `window`"
+APPLIES = {
+    "read": "all",
+    "format": "all",
+    "group_size": "`format` `int4`, `kivi4`, `kivi2`",
+    "chunk": "`format` `int8`, `int4`, `kivi4`, `kivi2`",
+    "retention": "all",
+    "budget": EVICTING,
+    "recent": "`retention` `heavy_hitter`",
+    "sinks": EVICTING,
+    "prefill": EVICTING,
+    "pressure": EVICTING,
+}
+"""Option -> where it means something. Those of reads are said by the reads themselves (`Read.dials`)."""
+
+
+def applies(name: str) -> str:
+    """Where an option means something."""
+    reads = [f"`{read}`" for read, kind in READS.items() if name in kind.dials]
+    return f"`read` {', '.join(reads)}" if reads else APPLIES[name]
+
+
+def page() -> str:
+    """The whole file."""
+    lines = [TITLE, "## Presets", "", *presets()]
+    for heading, (note, names) in SECTIONS.items():
+        lines += ["", f"## {heading}", "", note]
+        for name in names:
+            lines += ["", *option(name)]
+    return "\n".join(lines) + "\n"
+
+
+def presets() -> Iterator[str]:
+    """What each `--attention-backend` changes."""
+    yield "`--attention-backend` names a set of defaults; any option given beside it wins."
+    yield ""
+    yield "| `--attention-backend` | | the same as `sparq` with |"
+    yield "|---|---|---|"
+    for name, preset in PRESETS.items():
+        changed = f"`{json.dumps(preset.options)}`" if preset.options else "these defaults"
+        yield f"| `{name}` | {preset.summary} | {changed} |"
+
+
+def option(name: str) -> Iterator[str]:
+    """Heading, values, default and meaning of one option."""
+    field = Options.model_fields[name]
+    schema = Options.model_json_schema()["properties"][name]
+    defaults = [shown(field.default)]
+    defaults += [f"{key}: {shown(preset.options[name])}" for key, preset in PRESETS.items() if name in preset.options]
+    yield f"### `{name}`"
+    yield ""
+    yield f"* Values: {values(schema)}"
+    yield f"* Default: {'; '.join(defaults)}"
+    yield f"* For: {applies(name)}"
+    yield ""
+    assert field.description is not None
+    yield field.description
+
+
+def shown(value: Any) -> str:
+    """A default, in words where it is none."""
+    return "none" if value is None else f"`{json.dumps(value)}`"
+
+
+def values(schema: Mapping[str, Any]) -> str:
+    """What a JSON schema allows, in words."""
+    if "anyOf" in schema:
+        return ", or ".join(values(one) for one in schema["anyOf"] if one.get("type") != "null")
+    if "enum" in schema:
+        return ", ".join(f"`{json.dumps(value)}`" for value in schema["enum"])
+    if "const" in schema:
+        return f"`{json.dumps(schema['const'])}`"
+    kind = {"integer": "a whole number", "number": "a number"}[schema["type"]]
+    bounds = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
+    limits = [f"{sign} {schema[key]:g}" for key, sign in bounds.items() if key in schema]
+    return f"{kind} {' and '.join(limits)}".rstrip()
+
+
+def main() -> None:
+    """Write the page."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.parse_args()
+    PAGE.write_text(page(), encoding="utf-8")
+    print(f"{PAGE.name}: {len(Options.model_fields)} options")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""What the documents say is so: every command, path, option, test and name of vLLM's that they mention."""

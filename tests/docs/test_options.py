@@ -1,0 +1,33 @@
+"""docs/options.md is what the code says of its options."""
+
+from __future__ import annotations
+
+from vllm_sparq.benchmarks.reporting import options_page
+from vllm_sparq.config import Options
+from vllm_sparq.reads import READS
+
+
+def test_the_page_is_what_the_code_says() -> None:
+    text = options_page.PAGE.read_text(encoding="utf-8")
+    assert text == options_page.page(), "run python -m vllm_sparq.benchmarks.reporting.options_page"
+
+
+def test_every_option_has_its_place() -> None:
+    placed = [name for _, names in options_page.SECTIONS.values() for name in names]
+    assert sorted(placed) == sorted(Options.model_fields)
+    dials = {name for read in READS.values() for name in read.dials}
+    assert set(options_page.APPLIES) | dials == set(placed)
+    assert not set(options_page.APPLIES) & dials
+    assert all(f"### `{name}`" in options_page.page() for name in placed)
+
+
+def test_values_in_words() -> None:
+    properties = Options.model_json_schema()["properties"]
+    said = {name: options_page.values(properties[name]) for name in ("chunk", "k", "mass", "dense_below", "budget")}
+    assert said == {
+        "chunk": '`"codes"`, `"exact"`',
+        "k": "a whole number >= 1",
+        "mass": "a number > 0 and < 1",
+        "dense_below": '`"auto"`, or a whole number >= 0',
+        "budget": "a whole number >= 1, or a number > 0 and <= 1",
+    }

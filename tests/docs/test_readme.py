@@ -1,0 +1,82 @@
+"""The README is short, and each of its commands is run by a test or by a target that CI runs."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+
+from tests.docs.commands import commands, served
+from tests.docs.markdown import ROOT
+from tests.docs.test_promises import missing
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+MAX_WORDS = 900
+
+SERVED = "tests/docs/test_readme.py::test_servers_of_the_readme_run_our_attention"
+PROVEN_BY = {
+    "make demo": "tests/benchmarks/serving/test_demo.py::test_a_real_run_answers_and_leaves_nothing",
+    "make test": "tests/docs/test_readme.py::test_ci_runs_what_the_readme_names",
+    "pip install .": "tests/test_packaging.py::test_wheel_holds_every_module",
+    "pip install ./packaging/vllm_cpu_name": "tests/docs/test_readme.py::test_make_installs_what_the_readme_names",
+    "vllm-sparq doctor": "tests/test_doctor.py::test_a_real_engine_runs_our_class_in_a_spawned_worker",
+    "vllm-sparq doctor --model MODEL": "tests/test_doctor.py::test_what_options_mean_for_a_model",
+    "vllm-sparq eval --model MODEL --methods sparq,int4,h2o": (
+        "tests/benchmarks/quality/test_engine.py::test_methods_tell_and_forcing_is_right"
+    ),
+}
+"""Command -> the test that runs it; those of `vllm serve` are run by `SERVED`, taken from the README itself."""
+
+
+def of_the_readme() -> set[str]:
+    return set(commands(README))
+
+
+def serving() -> list[str]:
+    return sorted(command for command in of_the_readme() if command.startswith("vllm serve "))
+
+
+def test_it_is_read_in_minutes() -> None:
+    assert len(README.split()) <= MAX_WORDS
+
+
+def test_every_command_is_run_by_a_test() -> None:
+    assert of_the_readme() - set(serving()) == set(PROVEN_BY)
+    assert not missing(" ".join(f"`{test}`" for test in (*PROVEN_BY.values(), SERVED)))
+
+
+def test_ci_runs_what_the_readme_names() -> None:
+    """`make test` is lint, types and every test; the workflow runs these targets."""
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    needs = re.search(r"^test:([^#\n]*)", makefile, flags=re.M)
+    assert needs
+    workflow = (ROOT / ".github" / "workflows" / "ci.yml").read_text(encoding="utf-8")
+    run = set(re.findall(r"[a-z-]+", " ".join(re.findall(r"run: make (.*)", workflow))))
+    assert set(needs.group(1).split()) <= run
+
+
+def test_make_installs_what_the_readme_names() -> None:
+    assert "./packaging/vllm_cpu_name" in (ROOT / "Makefile").read_text(encoding="utf-8")
+
+
+def test_python_takes_what_the_readme_shows() -> None:
+    """`LLM(...)` with our options, as a call whose arguments Python can read."""
+    call = re.search(r"`LLM\(MODEL, ([^`]*)\)`", README)
+    assert call
+    given = eval(f"dict({call.group(1)})", {"dict": dict})
+    assert given == {"attention_backend": "sparq", "additional_config": {"sparq": {"compression": 4}}}
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize("command", serving())
+def test_servers_of_the_readme_run_our_attention(command: str) -> None:
+    """The same engine in this process, on the bundled model: our class attends, and it answers."""
+    from tests.engine.conftest import running_engine
+    from tests.engine.support import Prompts
+
+    backend, options = served(command)
+    with running_engine(backend, options) as llm:
+        report: dict[str, Any] = llm.collective_rpc("attention_report")[0]
+        assert {layer["backend"] for layer in report.values()} == {backend.upper()}
+        assert len(Prompts.answers(llm, [list(range(5, 205))], n_tokens=4)[0]) == 4
