@@ -30,7 +30,7 @@ PARTS = ("attention_backends", "scheduler", "benchmarks")
 
 @dataclass(frozen=True)
 class Mutation:
-    """``find`` becomes ``replace``; ``tests`` are arguments of pytest, of which paths that do not exist are left out."""
+    """``find`` becomes ``replace``; ``tests`` are arguments of pytest; paths that do not exist are left out."""
 
     name: str
     find: str
@@ -156,7 +156,7 @@ def locate(root: Path, find: str) -> Path:
     places = [path for path in sorted(files) for _ in range(path.read_text().count(find))]
     if len(places) != 1:
         names = [str(path.relative_to(root)) for path in places]
-        raise SystemExit(f"{find!r} must stand once in {', '.join(SOURCES)}; found in {names}: adapt tests/mutations.py")
+        raise SystemExit(f"{find!r} must stand once in the sources; found in {names}: adapt tests/mutations.py")
     return places[0]
 
 
