@@ -7,8 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.engine.support import EXACT, Prompts
-from tests.engine.test_processes import run_engine
+from tests.engine.support import EXACT, NGRAM, Prompts, accepted_drafts
 from tests.engine.test_sameness import RUNS
 
 pytestmark = pytest.mark.engine
@@ -70,15 +69,20 @@ def test_preemption(engine: Any) -> None:
     assert answers == alone
 
 
-def test_speculative_decoding_and_two_workers(prompts: Prompts, alone: list[list[int]]) -> None:
+@pytest.mark.parametrize(
+    "arguments", [dict(speculative_config=NGRAM), dict(tensor_parallel_size=2)], ids=["drafts", "2"]
+)
+def test_speculative_decoding_and_two_workers(
+    arguments: dict[str, Any], engine: Any, prompts: Prompts, alone: list[list[int]]
+) -> None:
     """Draft tokens are verified with the reads that decoding them one by one would have made."""
-    ngram = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 4, "prompt_lookup_min": 2}
-    options = {"sparq": {**SPARSE, "dense_layers": 0}}
-    for arguments in (dict(speculative_config=ngram), dict(tensor_parallel_size=2)):
-        result = run_engine(prompts.mixed, attention_backend="quest", additional_config=options, **arguments)
-        assert result["tokens"] == alone
+    options = {**SPARSE, "dense_layers": 0}
+    with engine("quest", options, disable_log_stats=False, **arguments) as llm:
+        assert prompts.answers(llm, prompts.mixed) == alone
         if "speculative_config" in arguments:
-            assert result["metrics"]["vllm:spec_decode_num_accepted_tokens"] > 0
-        for report in result["reports"]:
-            assert {layer["backend"] for layer in report.values()} == {"QUEST"}
-            assert all("quest_decode" in layer["ops"] for layer in report.values())
+            assert accepted_drafts(llm) > 0
+        reports = llm.collective_rpc("attention_report")
+    assert len(reports) == arguments.get("tensor_parallel_size", 1)
+    for report in reports:
+        assert {layer["backend"] for layer in report.values()} == {"QUEST"}
+        assert all("quest_decode" in layer["ops"] for layer in report.values())
