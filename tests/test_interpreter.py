@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from tests import interpreter
-from vllm_sparq.config import SparqRead
+from vllm_sparq.reads import SparqRead
 
 pytest.importorskip("triton", reason="triton is not installed")
 
