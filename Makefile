@@ -7,11 +7,11 @@ READY  := $(VENV)/.ready
 TINY   := benchmarks/tiny_model/weights
 SOURCES := $(wildcard vllm_sparq/csrc/*)
 
-.PHONY: help setup demo test lint types unit bench clean
+.PHONY: help setup demo test test-fast lint types unit mutations bench clean
 .DEFAULT_GOAL := help
 
 help:  ## what can be made
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 16
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
 
 setup: $(READY)  ## .venv with everything, from the lock; compiles the CPU kernels
 
@@ -27,6 +27,9 @@ demo: $(READY)  ## a real `vllm serve` with SparQ on the bundled model, beside d
 
 test: lint types unit  ## what CI runs: lint, types, every test
 
+test-fast: lint  ## the inner loop, under two minutes: lint, and the tests without engines and interpreted kernels
+	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not engine and not slow" -k "not triton"
+
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -36,9 +39,12 @@ types: $(READY)  ## mypy, over the packages as they install
 	ln -s $(CURDIR)/vllm_sparq/* $(CURDIR)/attention_backends $(CURDIR)/scheduler $(CURDIR)/benchmarks build/types/vllm_sparq/
 	cd build/types && $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml -p vllm_sparq
 
-# In the order of the files: xdist would leave those with few tests to the end, and they are the slow ones.
+# In the order of tests/conftest.py, the longest files first: xdist would begin with those of the most tests.
 unit: $(READY)
 	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
+
+mutations: $(READY)  ## faults put into a copy of the sources, one by one: whether the tests find them
+	$(BIN)/python tests/mutations.py
 
 bench: $(READY)  ## a small run of ops, engine and Ray on the bundled model, and a page of it: build/bench.html
 	mkdir -p build/bench

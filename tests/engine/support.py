@@ -21,9 +21,6 @@ EXACT: dict[str, dict[str, Any]] = {
     # Three spans of 16 tokens.
     "sparse spans": {"read": "spans", "k": 1, "dense_below": 0},
 }
-NGRAM = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 4, "prompt_lookup_min": 2}
-"""Drafts that a prompt gives without another model."""
-
 N_ANSWER = 24
 
 
@@ -72,9 +69,3 @@ class Prompts:
         params = SamplingParams(temperature=0, max_tokens=n_tokens, ignore_eos=True, detokenize=False)
         requests = [{"prompt_token_ids": prompt} for prompt in prompts]
         return [list(out.outputs[0].token_ids) for out in llm.generate(requests, params, use_tqdm=False)]
-
-
-def accepted_drafts(llm: Any) -> float:
-    """Draft tokens that an engine with statistics has taken for its own."""
-    name = "vllm:spec_decode_num_accepted_tokens"
-    return float(next(metric.value for metric in llm.get_metrics() if metric.name == name))

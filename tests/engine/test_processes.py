@@ -6,11 +6,10 @@ import json
 import os
 import subprocess
 import sys
-from typing import Any
 
 import pytest
 
-from tests.engine.support import EXACT, MODEL, NGRAM, Prompts, accepted_drafts
+from tests.engine.support import EXACT, MODEL, Prompts
 
 pytestmark = pytest.mark.engine
 
@@ -24,15 +23,22 @@ def main(settings):
     outputs = llm.generate([{"prompt_token_ids": p} for p in settings["prompts"]], params, use_tqdm=False)
     reports = llm.collective_rpc("attention_report")
     tokens = [list(o.outputs[0].token_ids) for o in outputs]
-    print("RESULT" + json.dumps({"tokens": tokens, "reports": reports}))
+    metrics = {m.name: m.value for m in llm.get_metrics() if hasattr(m, "value")}
+    print("RESULT" + json.dumps({"tokens": tokens, "reports": reports, "metrics": metrics}))
 
 if __name__ == "__main__":
     main(json.loads(sys.argv[1]))
 """
 
+NGRAM = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 4, "prompt_lookup_min": 2}
+"""Drafts that the prompt itself gives. They load llvmlite, over which vLLM stumbles when it starts a second engine."""
+
+ONE_PROCESS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+"""Spares loading vLLM once more, for an engine core of its own."""
+
 
 def run_engine(prompts: list[list[int]], env: dict[str, str] | None = None, **engine_args: object) -> dict:
-    """Tokens and attention reports of an engine in a fresh process, which spawns its core and workers."""
+    """Tokens, attention reports and metrics of an engine in a fresh process, which spawns its core and workers."""
     settings = {
         "engine": {
             "model": str(MODEL),
@@ -40,6 +46,7 @@ def run_engine(prompts: list[list[int]], env: dict[str, str] | None = None, **en
             "enforce_eager": True,
             "max_model_len": 2048,
             "kv_cache_memory_bytes": 64 << 20,
+            "disable_log_stats": False,
             "attention_backend": "sparq",
             "additional_config": {"sparq": EXACT["sparse"]},
             **engine_args,
@@ -70,11 +77,11 @@ def test_class_in_the_worker(workers: int, prompts: Prompts, sparse_alone: dict[
     assert result["tokens"] == [sparse_alone[i] for i in chosen]
 
 
-def test_speculative_decoding(engine: Any, prompts: Prompts, sparse_alone: dict[int, list[int]]) -> None:
+def test_speculative_decoding(prompts: Prompts, sparse_alone: dict[int, list[int]]) -> None:
     """Draft tokens are verified with the reads that decoding them one by one would have made."""
-    with engine("sparq", EXACT["sparse"], speculative_config=NGRAM, disable_log_stats=False) as llm:
-        assert prompts.answers(llm, prompts.mixed) == list(sparse_alone.values())
-        assert accepted_drafts(llm) > 0
+    result = run_engine(prompts.mixed, env=ONE_PROCESS, speculative_config=NGRAM)
+    assert result["metrics"]["vllm:spec_decode_num_accepted_tokens"] > 0
+    assert result["tokens"] == list(sparse_alone.values())
 
 
 @pytest.mark.parametrize(
