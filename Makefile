@@ -7,11 +7,11 @@ READY  := $(VENV)/.ready
 TINY   := benchmarks/tiny_model/weights
 SOURCES := $(wildcard vllm_sparq/csrc/*.* vllm_sparq/csrc/*/*)
 
-.PHONY: help setup demo test lint types unit sanitize bench clean
+.PHONY: help setup demo test test-fast lint types unit mutations sanitize bench clean
 .DEFAULT_GOAL := help
 
 help:  ## what can be made
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 16
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
 
 setup: $(READY)  ## .venv with everything, from the lock; compiles the CPU kernels
 
@@ -27,6 +27,9 @@ demo: $(READY)  ## a real `vllm serve` with SparQ on the bundled model, beside d
 
 test: lint types unit  ## what CI runs: lint, types, every test
 
+test-fast: lint  ## the inner loop, under two minutes: lint, and the tests without engines and interpreted kernels
+	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not engine and not slow" -k "not triton"
+
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -36,7 +39,7 @@ types: $(READY)  ## mypy, over the packages as they install
 	ln -s $(CURDIR)/vllm_sparq/* $(CURDIR)/attention_backends $(CURDIR)/scheduler $(CURDIR)/benchmarks build/types/vllm_sparq/
 	cd build/types && $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml -p vllm_sparq
 
-# In the order of the files: xdist would leave those with few tests to the end, and they are the slow ones.
+# In the order of tests/conftest.py, the longest files first: xdist would begin with those of the most tests.
 unit: $(READY)
 	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
 
@@ -49,6 +52,9 @@ sanitize: $(READY)  ## the op tests over CPU kernels compiled with the address a
 	VLLM_SPARQ_LIBRARIES=$(CURDIR)/$(SANITIZED)/vllm_sparq/lib LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so)" \
 		ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 		$(BIN)/pytest -n 2 tests/ops --ignore tests/ops/test_triton_aot.py -k "cpu and not other_instruction_sets"
+
+mutations: $(READY)  ## faults put into a copy of the sources, one by one: whether the tests find them
+	$(BIN)/python tests/mutations.py
 
 bench: $(READY)  ## a small run of ops, engine and Ray on the bundled model, and a page of it: build/bench.html
 	mkdir -p build/bench

@@ -1,15 +1,57 @@
-"""What every test shares: the Triton interpreter where there is no CUDA device."""
+"""What every test shares: threads, and the Triton interpreter where there is no CUDA device."""
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
+
+# Read when libgomp is loaded, so before torch. Two workers of pytest-xdist with a team of threads each would wait for
+# each other at every barrier, of which a step of an engine has hundreds: most of the time of the engine tests.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # the tests of kernels ask for three threads on any machine
+
 import torch
+
+from tests import interpreter
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is decorated, so before anything imports triton
+    if importlib.util.find_spec("triton"):
+        interpreter.speed_up()
+
+LONGEST = (
+    "ops/test_triton_aot.py",
+    "engine/test_eviction.py",
+    "benchmarks/serving/test_demo.py",
+    "benchmarks/quality/test_engine.py",
+    "engine/test_formats.py",
+    "engine/test_processes.py",
+    "engine/test_identity.py",
+    "ops/test_sparq_decode.py",
+    "engine/test_sameness.py",
+    "benchmarks/cluster/test_bench.py",
+    "ops/test_dispatch.py",
+    "engine/test_serve.py",
+    "engine/test_serve_eviction.py",
+    "engine/test_spans.py",
+    "test_doctor.py",
+    "engine/test_models.py",
+)
+"""Files that take more than half a minute, the longest first: they begin before the others, so that no worker of
+pytest-xdist ends with one of them while the other has nothing to do (`--dist loadfile --no-loadscope-reorder`)."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    here = Path(__file__).parent
+    rank = {here / name: i for i, name in enumerate(LONGEST)}
+    missing = [str(path) for path in rank if not path.is_file()]
+    if missing:
+        raise pytest.UsageError(f"LONGEST in tests/conftest.py names files that are not there: {missing}")
+    items.sort(key=lambda item: rank.get(item.path, len(rank)))
 
 
 @pytest.fixture(autouse=True)

@@ -180,6 +180,7 @@ def test_a_real_engine_runs_our_class_in_a_spawned_worker(tmp_path: Path) -> Non
     assert report["n_tokens"] == engine_check.N_TOKENS
 
 
+@pytest.mark.engine
 def test_an_engine_that_fails_shows_the_cause(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VLLM_PLUGINS", "")  # vLLM loads no plugin, so it does not know sparq
     with pytest.raises(engine_check.EngineError, match="SPARQ") as caught:

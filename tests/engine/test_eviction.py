@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 
 from tests.engine.support import EXACT, Prompts
-from tests.engine.test_processes import run_engine
 
 pytestmark = pytest.mark.engine
 
@@ -108,10 +107,11 @@ def test_tensor_parallel(engine: Any, some: list[list[int]]) -> None:
     common = dict(num_gpu_blocks_override=24, block_size=32, max_model_len=640)
     with engine(backend, options, **common) as llm:
         one = Prompts.answers(llm, batch)
-    settings = dict(attention_backend=backend, additional_config={"sparq": options}, **common)
-    two = run_engine(batch, tensor_parallel_size=2, **settings)
-    assert two["tokens"] == one
-    assert {layer["backend"] for report in two["reports"] for layer in report.values()} == {"H2O"}
+    with engine(backend, options, **common, tensor_parallel_size=2) as llm:
+        assert Prompts.answers(llm, batch) == one
+        reports = llm.collective_rpc("attention_report")
+    assert len(reports) == 2
+    assert {layer["backend"] for report in reports for layer in report.values()} == {"H2O"}
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from tests.engine.support import EXACT, Prompts
-from tests.engine.test_processes import run_engine
 from vllm_sparq.layout import PageLayout
 
 pytestmark = pytest.mark.engine
@@ -101,9 +100,11 @@ def test_tensor_parallel(prompts: Prompts, engine: Any) -> None:
     backend, options = METHODS["sparq over int8"]
     with engine(backend, options) as llm:
         one = prompts.answers(llm, chosen)
-    two = run_engine(chosen, tensor_parallel_size=2, attention_backend=backend, additional_config={"sparq": options})
-    assert two["tokens"] == one
-    assert {layer["backend"] for report in two["reports"] for layer in report.values()} == {"SPARQ"}
+    with engine(backend, options, tensor_parallel_size=2) as llm:
+        assert prompts.answers(llm, chosen) == one
+        reports = llm.collective_rpc("attention_report")
+    assert len(reports) == 2
+    assert {layer["backend"] for report in reports for layer in report.values()} == {"SPARQ"}
 
 
 def test_capacity(engine: Any) -> None:

@@ -30,9 +30,15 @@ if __name__ == "__main__":
     main(json.loads(sys.argv[1]))
 """
 
+NGRAM = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 4, "prompt_lookup_min": 2}
+"""Drafts that the prompt itself gives. They load llvmlite, over which vLLM stumbles when it starts a second engine."""
+
+ONE_PROCESS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+"""Spares loading vLLM once more, for an engine core of its own."""
+
 
 def run_engine(prompts: list[list[int]], env: dict[str, str] | None = None, **engine_args: object) -> dict:
-    """Tokens and attention reports of an engine in a fresh process, which spawns its core and workers."""
+    """Tokens, attention reports and metrics of an engine in a fresh process, which spawns its core and workers."""
     settings = {
         "engine": {
             "model": str(MODEL),
@@ -73,8 +79,7 @@ def test_class_in_the_worker(workers: int, prompts: Prompts, sparse_alone: dict[
 
 def test_speculative_decoding(prompts: Prompts, sparse_alone: dict[int, list[int]]) -> None:
     """Draft tokens are verified with the reads that decoding them one by one would have made."""
-    ngram = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 4, "prompt_lookup_min": 2}
-    result = run_engine(prompts.mixed, speculative_config=ngram)
+    result = run_engine(prompts.mixed, env=ONE_PROCESS, speculative_config=NGRAM)
     assert result["metrics"]["vllm:spec_decode_num_accepted_tokens"] > 0
     assert result["tokens"] == list(sparse_alone.values())
 

@@ -8,12 +8,14 @@ from typing import Any
 import pytest
 
 from tests.engine.support import EXACT, Prompts
-from tests.engine.test_processes import run_engine
+from tests.engine.test_processes import NGRAM, ONE_PROCESS, run_engine
 from tests.engine.test_sameness import RUNS
 
 pytestmark = pytest.mark.engine
 
 SPARSE = EXACT["sparse spans"]
+UNIFORM = {**SPARSE, "dense_layers": 0}
+"""The same for the preset, which would read its first layers densely."""
 
 
 @pytest.fixture(scope="module")
@@ -70,15 +72,23 @@ def test_preemption(engine: Any) -> None:
     assert answers == alone
 
 
-def test_speculative_decoding_and_two_workers(prompts: Prompts, alone: list[list[int]]) -> None:
+def test_speculative_decoding(prompts: Prompts, alone: list[list[int]]) -> None:
     """Draft tokens are verified with the reads that decoding them one by one would have made."""
-    ngram = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 4, "prompt_lookup_min": 2}
-    options = {"sparq": {**SPARSE, "dense_layers": 0}}
-    for arguments in (dict(speculative_config=ngram), dict(tensor_parallel_size=2)):
-        result = run_engine(prompts.mixed, attention_backend="quest", additional_config=options, **arguments)
-        assert result["tokens"] == alone
-        if "speculative_config" in arguments:
-            assert result["metrics"]["vllm:spec_decode_num_accepted_tokens"] > 0
-        for report in result["reports"]:
-            assert {layer["backend"] for layer in report.values()} == {"QUEST"}
-            assert all("quest_decode" in layer["ops"] for layer in report.values())
+    quest = dict(attention_backend="quest", additional_config={"sparq": UNIFORM})
+    result = run_engine(prompts.mixed, env=ONE_PROCESS, speculative_config=NGRAM, **quest)
+    assert result["tokens"] == alone
+    assert result["metrics"]["vllm:spec_decode_num_accepted_tokens"] > 0
+    assert_quest(result["reports"], 1)
+
+
+def test_tensor_parallel(engine: Any, prompts: Prompts, alone: list[list[int]]) -> None:
+    with engine("quest", UNIFORM, tensor_parallel_size=2) as llm:
+        assert prompts.answers(llm, prompts.mixed) == alone
+        assert_quest(llm.collective_rpc("attention_report"), 2)
+
+
+def assert_quest(reports: list[dict[str, Any]], n_workers: int) -> None:
+    assert len(reports) == n_workers
+    for report in reports:
+        assert {layer["backend"] for layer in report.values()} == {"QUEST"}
+        assert all("quest_decode" in layer["ops"] for layer in report.values())

@@ -8,6 +8,7 @@ past the end are NaN.
 from __future__ import annotations
 
 import functools
+import hashlib
 import zlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -31,6 +32,11 @@ UNUSED = 2**31 - 1
 
 THREADS = 3
 """Of the CPU kernels: odd, so that nothing divides evenly."""
+
+MOST_WRITTEN = 200
+"""Buffers that `build` keeps, as the reference wrote them: every implementation gets the same ones, turn after turn."""
+
+_WRITTEN: dict[object, torch.Tensor] = {}
 
 SHORT = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 
@@ -214,14 +220,16 @@ def build(
 
     context = [s - t for s, t in zip(case.lens, case.n_new, strict=True)]
     fill = list(case.lens) if written == "all" else context
-    reference_write(
-        torch.cat([k[:n] for k, n in zip(tokens.key, fill, strict=True)]),
-        torch.cat([v[:n] for v, n in zip(tokens.value, fill, strict=True)]),
-        pages_of(buffer),
-        table,
-        int32([0, *torch.tensor(fill).cumsum(0).tolist()]),
-        int32(fill),
-    )
+    new = [torch.cat([x[:n] for x, n in zip(of, fill, strict=True)]) for of in (tokens.key, tokens.value)]
+    starts = int32([0, *torch.tensor(fill).cumsum(0).tolist()])
+    given = b"".join(x.contiguous().view(torch.uint8).numpy().tobytes() for x in (*new, table))
+    key = (hashlib.sha1(given).digest(), layout, n_kv, tuple(fill), poison)
+    if key not in _WRITTEN:
+        reference_write(*new, pages_of(buffer), table, starts, int32(fill))
+        _WRITTEN[key] = buffer
+        if len(_WRITTEN) > MOST_WRITTEN:
+            del _WRITTEN[next(iter(_WRITTEN))]
+    buffer = _WRITTEN[key].clone()
 
     fresh = [
         torch.cat([q.flatten(1), k[n:].flatten(1), v[n:].flatten(1)], 1)

@@ -76,16 +76,16 @@ SHOWN = 2.0**15
 """An element of V whose token is shown: far from underflow, and sums of it are finite in fp16."""
 
 
-def show(world: World, b: int, first: int, width: int) -> None:
-    """Make V of request b zero, but `SHOWN` on channels ``width * i ..`` of token ``first + i``."""
-    case, pages = world.case, world.pages
-    s, n, layout, n_shown = case.lens[b], case.block_size, case.layout, case.head_size // width
-    units = torch.zeros(s, n_shown)
-    shown = torch.arange(first, max(first, min(first + n_shown, s)))
-    units[shown, shown - first] = SHOWN
-    newest = (s - 1) // n
-    for block in range(-(-s // n)):
-        page, rows = int(world.block_table[b, block]), units[block * n : block * n + n].to(world.buffer.device)
+def show(world: World, b: int, shown: range, width: int, blocks: range) -> None:
+    """In some blocks of request b make V zero, but `SHOWN` on channels ``width * i ..`` of the i-th token ``shown``."""
+    case, pages, n, layout = world.case, world.pages, world.case.block_size, world.case.layout
+    newest = (case.lens[b] - 1) // n
+    for block in blocks:
+        slots = [(i, t - block * n) for i, t in enumerate(shown) if block * n <= t < min(block * n + n, case.lens[b])]
+        rows = torch.zeros(min(n, case.lens[b] - block * n), case.head_size // width, device=world.buffer.device)
+        for i, slot in slots:
+            rows[slot, i] = SHOWN
+        page = int(world.block_table[b, block])
         if layout.quantized is None:
             pages.values[page, :, : len(rows)] = rows.to(case.dtype)
         elif block == newest:
@@ -100,6 +100,14 @@ def show(world: World, b: int, first: int, width: int) -> None:
             pages.value_scales[page] = torch.stack([torch.zeros_like(rows), rows], -1).to(case.dtype)
 
 
+def copy_of(world: World) -> World:
+    """The same, in a buffer of its own."""
+    buffer, data = world.buffer.clone(), world.pages.data
+    return replace(
+        world, buffer=buffer, pages=Pages(buffer.as_strided(data.shape, data.stride(), 128), world.case.layout)
+    )
+
+
 def tokens_read(run: Callable[..., None], world: World, read: SparqRead | SpansRead) -> dict[tuple[int, int], Array]:
     """(request, KV head) -> ascending positions that ``run`` reads, for requests that are not read densely.
 
@@ -111,13 +119,17 @@ def tokens_read(run: Callable[..., None], world: World, read: SparqRead | SpansR
     exact = replace(read, alpha_floor=1.0) if isinstance(read, SparqRead) else read
     group, fmt = case.heads // case.kv_heads, case.layout.quantized
     width = 1 if fmt is None or fmt.scale_numbers == 1 else case.layout.group
+    n, n_shown = case.block_size, case.head_size // width
+    hidden = copy_of(world)
+    for b, s in enumerate(case.lens):
+        show(hidden, b, range(0), width, range(-(-s // n)))
     seen: dict[tuple[int, int], list[int]] = {}
-    for first in range(0, max(case.lens), case.head_size // width):
-        probe = replace(world, buffer=world.buffer.clone())
-        strides = world.pages.data.stride()
-        probe.pages = Pages(probe.buffer.as_strided(world.pages.data.shape, strides, 128), case.layout)
-        for b in range(len(case.lens)):
-            show(probe, b, first, width)
+    for first in range(0, max(case.lens), n_shown):
+        probe = copy_of(hidden)
+        for b, s in enumerate(case.lens):
+            shown = range(first, max(first, min(first + n_shown, s)))
+            if shown:
+                show(probe, b, shown, width, range(first // n, shown[-1] // n + 1))
         out = probe.decode(run, read=exact).cpu()
         for b, s in enumerate(case.lens):
             for g in range(case.kv_heads if s and not read.is_dense(s) else 0):

@@ -141,6 +141,7 @@ OTHERS = RUNNABLE[1:] if not os.environ.get(native.OVERRIDE) else []
 """Instruction sets that the rest of the suite does not run with."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("isa", OTHERS)
 def test_other_instruction_sets_pass_the_op_tests(isa: str) -> None:
     """The cases of the four ops once more, in a process that loads the library of ``isa``."""

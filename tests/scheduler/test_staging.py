@@ -161,7 +161,7 @@ class Staging(RuleBasedStateMachine):
         assert all(n == 1 for n in owners.values())
 
 
-TestStaging = Staging.TestCase
+TestStaging = pytest.mark.slow(Staging.TestCase)
 TestStaging.settings = settings(max_examples=60, stateful_step_count=60, deadline=None)
 
 
@@ -202,6 +202,7 @@ def test_model_format_needs_no_staging() -> None:
     assert type(page_spec(PLAIN, layout)) is FullAttentionSpec
 
 
+@pytest.mark.slow
 def test_a_process_that_gets_a_spec_knows_its_manager() -> None:
     """As vLLM's engine core gets it from a worker: pickled, nothing of ours imported before."""
     code = (
