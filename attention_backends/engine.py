@@ -17,7 +17,7 @@ from vllm_sparq.backends import BACKENDS
 from vllm_sparq.config import NAMESPACE, Options, parse_options
 from vllm_sparq.layout import PageLayout
 from vllm_sparq.reads import READS, HeadShape, Read
-from vllm_sparq.retention import Retention
+from vllm_sparq.retention import RETENTIONS, Retention
 
 PREFERRED_BLOCK_SIZE = 128
 """Tokens per block where the user sets none: rows of int4 codes are whole cache lines then."""
@@ -114,7 +114,7 @@ def preferred_block_size(options: Options, max_model_len: int) -> int:
     Not longer where blocks are quantized or evicted from: what waits for quantization, and what a budget must hold,
     grows with the block.
     """
-    pays = READS[options.read].prefers_long_blocks(options) and options.retention == "all"
+    pays = READS[options.read].prefers_long_blocks(options) and RETENTIONS[options.retention] is None
     return LONG_BLOCK_SIZE if pays and max_model_len >= LONG_CONTEXT else PREFERRED_BLOCK_SIZE
 
 
@@ -124,7 +124,7 @@ def page_layout(options: Options, heads: HeadShape, block_size: int, dtype: torc
     Raises:
         ValueError: pages that cannot be cut so.
     """
-    needs = READS[options.read].needs(options, grouped=heads.grouped)
+    needs, policy = READS[options.read].needs(options, grouped=heads.grouped), RETENTIONS[options.retention]
     return PageLayout(
         head_size=heads.head_size,
         block_size=block_size,
@@ -133,6 +133,6 @@ def page_layout(options: Options, heads: HeadShape, block_size: int, dtype: torc
         group_size=options.group_size,
         ranking=needs.ranking,
         value_sum=needs.value_sum,
-        positions=options.retention != "all",
-        attention=options.retention == "heavy_hitter",
+        positions=policy is not None,
+        attention=policy is not None and policy.rank == "attention",
     )

@@ -10,22 +10,28 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Mapping
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from vllm_sparq.backends import PRESETS
+from vllm_sparq.formats import FORMATS
 from vllm_sparq.reads import READS, HeadShape, PageNeeds, Read
-from vllm_sparq.retention import Retention
+from vllm_sparq.retention import RETENTIONS, Retention
 
 DEFAULT_BUDGET = 1024
 """Tokens that a request keeps per KV head where tokens are evicted and the user names no budget."""
 
-DEFAULT_SINKS = {"window": 4}
-"""Retention -> first tokens that stay: StreamingLLM's four (arXiv 2309.17453); H2O has none."""
-
 NAMESPACE = "sparq"
 """Our key in vLLM's ``additional_config``."""
+
+
+if TYPE_CHECKING:  # the tables say at run time which names there are
+    FormatName: TypeAlias = str
+    ReadName: TypeAlias = str
+    RetentionName: TypeAlias = str
+else:
+    FormatName, ReadName, RetentionName = (Literal[tuple(table)] for table in (FORMATS, READS, RETENTIONS))
 
 
 class Options(BaseModel):
@@ -33,7 +39,7 @@ class Options(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
 
-    format: Literal["model", "int8", "int4", "kivi4", "kivi2"] = "model"
+    format: FormatName = "model"
     """How full blocks are stored: the model's type, or codes (int4: FlexGen; kivi: KIVI). 1/2 to 1/5 of the memory."""
     group_size: int | None = Field(default=None, ge=8)
     """Elements that share a scale, for int4 (default 64) and kivi (default 32)."""
@@ -42,7 +48,7 @@ class Options(BaseModel):
 
     With codes an answer does not depend on how its prompt was cut, cached or computed again. Exactly suits 2 bits.
     """
-    retention: Literal["all", "heavy_hitter", "window"] = "all"
+    retention: RetentionName = "all"
     """Which tokens stay: all, those with the most attention and the newest (H2O), or the first and the newest."""
     budget: Annotated[int, Field(ge=1)] | Annotated[float, Field(gt=0, le=1)] | None = None
     """Tokens that a request keeps per KV head, or their share of its prompt. Default: 1024."""
@@ -57,7 +63,7 @@ class Options(BaseModel):
     """
     pressure: Literal["preempt", "evict"] = "preempt"
     """When the pool is full: preempt a request, as vLLM does, or evict more tokens of those that run."""
-    read: Literal["sparq", "spans", "dense"] = "sparq"
+    read: ReadName = "sparq"
     """What a decode step reads: the tokens SparQ picks, the spans of 16 tokens Quest picks, or all tokens."""
     compression: float = Field(default=8.0, ge=1.0, allow_inf_nan=False)
     """Bytes of a dense read per byte of a sparse one: sets r = D / compression and k = S / (2 * compression).
@@ -105,14 +111,15 @@ class Options(BaseModel):
 
     def retained(self, block_size: int) -> Retention | None:
         """What stays of a request and when tokens go, in numbers; None where all stay."""
-        if self.retention == "all":
+        policy = RETENTIONS[self.retention]
+        if policy is None:
             return None
         pages_hold_tokens_only = self.format == "model" and READS[self.read].needs(self, grouped=True) == PageNeeds()
         return Retention(
             budget=DEFAULT_BUDGET if self.budget is None else self.budget,
-            recent=1 if self.retention == "window" else self.recent,
-            sinks=DEFAULT_SINKS.get(self.retention, 0) if self.sinks is None else self.sinks,
-            rank="age" if self.retention == "window" else "attention",
+            recent=self.recent if policy.recent is None else policy.recent,
+            sinks=policy.sinks if self.sinks is None else self.sinks,
+            rank=policy.rank,
             bounded=self.prefill == "bounded",
             interval=1 if pages_hold_tokens_only else block_size,
             block_size=block_size,
@@ -169,14 +176,15 @@ def _refuse(options: Options, names: Iterable[str], where: str) -> None:
 
 def _check_retention(options: Options) -> None:
     """Options of eviction that mean nothing, or too much, together."""
-    if options.retention == "all":
+    policy = RETENTIONS[options.retention]
+    if policy is None:
         meaningless = ("budget", "recent", "sinks", "prefill", "pressure")
         _refuse(options, meaningless, "while all tokens stay: add retention 'heavy_hitter' or 'window'")
         return
-    if options.retention == "window" and options.recent is not None:
+    if policy.recent is not None and options.recent is not None:
         raise OptionsError(
-            f"sparq option recent={options.recent} means nothing with retention 'window', which keeps the newest "
-            "budget - sinks tokens: set budget and sinks instead"
+            f"sparq option recent={options.recent} means nothing with retention {options.retention!r}, which keeps the "
+            "newest budget - sinks tokens: set budget and sinks instead"
         )
     check_budget(options, 1)
 

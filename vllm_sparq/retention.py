@@ -53,6 +53,34 @@ class Arrival:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Policy:
+    """A rule for which tokens stay.
+
+    Attributes:
+        rank: what decides who goes first; see `vllm_sparq.ops.evict`.
+        sinks: first tokens that stay unless the user says otherwise.
+        recent: newest tokens that stay whatever their rank, the arriving one included; None where the user may choose.
+        summary: what stays beside the sinks, for people; ``{recent}`` stands for the newest tokens.
+    """
+
+    rank: Rank
+    sinks: int
+    recent: int | None
+    summary: str
+
+
+RETENTIONS: dict[str, Policy | None] = {
+    "all": None,
+    "heavy_hitter": Policy(
+        rank="attention", sinks=0, recent=None, summary="the {recent} newest and those with the most attention"
+    ),
+    "window": Policy(rank="age", sinks=4, recent=1, summary="the newest"),
+}
+"""Value of the option ``retention`` -> its rule. ``heavy_hitter``: H2O (arXiv 2306.14048); ``window``: StreamingLLM
+(arXiv 2309.17453), whose four sinks stay."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Retention:
     """What stays of the requests of one engine.
 

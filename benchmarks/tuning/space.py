@@ -10,6 +10,7 @@ from vllm_sparq.benchmarks.common.methods import Method
 from vllm_sparq.benchmarks.quality.cache_bytes import CacheShape
 from vllm_sparq.formats import FORMATS
 from vllm_sparq.reads import READS
+from vllm_sparq.retention import RETENTIONS
 
 DEFAULT: dict[str, Any] = {}
 """Options of `--attention-backend sparq` as it comes: what every other setting is compared with."""
@@ -73,7 +74,7 @@ def _evicts(chosen: Mapping[str, Any]) -> bool:
 
 SPACE = (
     Dial(name="read", values=lambda w: list(READS)),
-    Dial(name="retention", values=lambda w: ["all", "heavy_hitter", "window"], when=_can_evict),
+    Dial(name="retention", values=lambda w: list(RETENTIONS), when=_can_evict),
     Dial(name="budget", values=lambda w: [0.25, 0.5, 0.75], when=_evicts),
     Dial(name="format", values=lambda w: list(FORMATS)),
     Dial(name="ranking", values=lambda w: ["int4", "int8", "model"], when=_has_ranking_copy),

@@ -153,16 +153,16 @@ NEW_FORMATS = {
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
-@pytest.mark.parametrize("fmt", NEW_FORMATS.values(), ids=NEW_FORMATS)
-def test_a_format_is_a_row_of_the_table(fmt: Format, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", NEW_FORMATS)
+def test_a_format_is_a_row_of_the_table(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """The kernels are told its numbers; they know none by name."""
-    monkeypatch.setitem(FORMATS, "new", fmt)
-    case = Case(head_size=128, block_size=64, dtype=dtype, format="new", ranking=None, value_sum=False, lens=(200, 64))
+    monkeypatch.setitem(FORMATS, name, NEW_FORMATS[name])
+    case = Case(head_size=128, block_size=64, dtype=dtype, format=name, ranking=None, value_sum=False, lens=(200, 64))
     want, got = build(case), write_in_chunks(case, case.tokens(), load("write", "cpu"), [100], "cpu")
     for row, s in zip(want.block_table, case.lens, strict=False):
         full = row[: s // case.block_size].long()
-        for name in ("key_codes", "key_scales", "value_codes", "value_scales"):
-            assert torch.equal(getattr(got.pages, name)[full], getattr(want.pages, name)[full]), name
+        for part in ("key_codes", "key_scales", "value_codes", "value_scales"):
+            assert torch.equal(getattr(got.pages, part)[full], getattr(want.pages, part)[full]), part
     out, reference = want.decode(load("dense_decode", "cpu")), want.decode(load("dense_decode", "reference"))
     torch.testing.assert_close(out, reference, **tolerances.OUT[dtype])
 

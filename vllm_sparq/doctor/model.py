@@ -11,6 +11,7 @@ from vllm_sparq.doctor.findings import Section
 from vllm_sparq.formats import FORMATS
 from vllm_sparq.layout import PageLayout
 from vllm_sparq.reads import HeadShape, Read
+from vllm_sparq.retention import RETENTIONS
 
 CONTEXTS = (1024, 4096, 16384, 65536, 131072)
 
@@ -88,13 +89,14 @@ def _describe_retention(section: Section, options: Options, max_model_len: int) 
     peak = retention.most_slots(max_model_len, max_model_len, answering=False)
     blocks = {"dense": -(-max_model_len // size), "answer": -(-budget // size), "prompt": -(-peak // size)}
     section.numbers["retention"] = {"budget": budget, "interval": retention.interval, "blocks": blocks}
+    policy = RETENTIONS[options.retention]
+    assert policy is not None
     first = f"the first {retention.sinks} and " if retention.sinks else ""
-    others = "the newest" if options.retention == "window" else f"the {retention.recent_of(budget):,} newest and"
-    heavy = " those with the most attention" if options.retention == "heavy_hitter" else ""
+    others = policy.summary.format(recent=f"{retention.recent_of(budget):,}")
     kept = min(budget, max_model_len)
     section.good(
         f"retention {options.retention}: of {max_model_len:,} tokens a request keeps {kept:,} per KV "
-        f"head: {first}{others}{heavy}; {retention.interval} go at a time"
+        f"head: {first}{others}; {retention.interval} go at a time"
     )
     section.good(
         f"its answer holds {blocks['answer']} blocks of {size} tokens, its prompt up to {blocks['prompt']} while it is "

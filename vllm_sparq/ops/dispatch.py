@@ -7,37 +7,13 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from vllm_sparq.reads import READS
+
+OPS = ("write", "prefill", *sorted({read.op for read in READS.values()}), "evict")
+"""What layers call. The decode ops are those of the reads."""
+
 IMPLEMENTATIONS = {
-    "write": {
-        "reference": "vllm_sparq.ops.write.reference:write",
-        "cpu": "vllm_sparq.ops.write.cpu:write",
-        "triton": "vllm_sparq.ops.write.triton:write",
-    },
-    "dense_decode": {
-        "reference": "vllm_sparq.ops.dense_decode.reference:dense_decode",
-        "cpu": "vllm_sparq.ops.dense_decode.cpu:dense_decode",
-        "triton": "vllm_sparq.ops.dense_decode.triton:dense_decode",
-    },
-    "sparq_decode": {
-        "reference": "vllm_sparq.ops.sparq_decode.reference:sparq_decode",
-        "cpu": "vllm_sparq.ops.sparq_decode.cpu:sparq_decode",
-        "triton": "vllm_sparq.ops.sparq_decode.triton:sparq_decode",
-    },
-    "quest_decode": {
-        "reference": "vllm_sparq.ops.quest_decode.reference:quest_decode",
-        "cpu": "vllm_sparq.ops.quest_decode.cpu:quest_decode",
-        "triton": "vllm_sparq.ops.quest_decode.triton:quest_decode",
-    },
-    "evict": {
-        "reference": "vllm_sparq.ops.evict.reference:evict",
-        "cpu": "vllm_sparq.ops.evict.cpu:evict",
-        "triton": "vllm_sparq.ops.evict.triton:evict",
-    },
-    "prefill": {
-        "reference": "vllm_sparq.ops.prefill.reference:prefill",
-        "cpu": "vllm_sparq.ops.prefill.cpu:prefill",
-        "triton": "vllm_sparq.ops.prefill.triton:prefill",
-    },
+    op: {name: f"vllm_sparq.ops.{op}.{name}:{op}" for name in ("reference", "cpu", "triton")} for op in OPS
 }
 """op -> implementation -> where it is. Strings, so that nothing is imported before it is chosen."""
 

@@ -230,7 +230,7 @@ def abi() -> int:
     for kind in ENUMS:
         numbers += list(kind)
     for struct in STRUCTS:
-        numbers += [ctypes.sizeof(struct), *(getattr(struct, name).offset for name, _ in struct._fields_)]
+        numbers += [ctypes.sizeof(struct), *(getattr(struct, name).offset for name, *_ in struct._fields_)]
     for letters in FUNCTIONS.values():
         numbers += [ord(letter) for letter in letters]
     digest = 0xCBF29CE484222325  # FNV-1a, a number at a time
