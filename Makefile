@@ -43,14 +43,15 @@ types: $(READY)  ## mypy, over the packages as they install
 unit: $(READY)
 	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-# Reads and writes past the end of anything, and undefined behaviour, in csrc. Python never frees all, so leaks are not asked
-# for; torch is not instrumented.
+# What reads or writes past the end of anything in csrc, and undefined behaviour. `make sanitize ISA=avx2` takes another library
+# than the best one. Leaks are not asked for, since Python never frees all; torch is not instrumented.
 SANITIZED := build/sanitized
+ISA ?= $(shell $(BIN)/python -c "from vllm_sparq.ops.native import find; print(find().isa)")
 sanitize: $(READY)  ## the op tests over CPU kernels compiled with the address and undefined-behaviour sanitizers
-	CXXFLAGS="-O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer" \
+	VLLM_SPARQ_BUILD_ISA=$(ISA) CXXFLAGS="-O1 -g1 -fsanitize=address,undefined -fno-sanitize-recover=all" \
 		$(BIN)/python setup.py -q build_ext --build-lib $(SANITIZED) --build-temp $(SANITIZED)/temp
-	VLLM_SPARQ_LIBRARIES=$(CURDIR)/$(SANITIZED)/vllm_sparq/lib LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so)" \
-		ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+	VLLM_SPARQ_ISA=$(ISA) VLLM_SPARQ_LIBRARIES=$(CURDIR)/$(SANITIZED)/vllm_sparq/lib \
+		LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so)" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 		$(BIN)/pytest -n 2 tests/ops --ignore tests/ops/test_triton_aot.py -k "cpu and not other_instruction_sets"
 
 mutations: $(READY)  ## faults put into a copy of the sources, one by one: whether the tests find them

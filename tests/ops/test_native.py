@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -172,3 +173,12 @@ def test_a_format_that_no_kernel_reads_is_refused(monkeypatch: pytest.MonkeyPatc
     case = Case(head_size=64, block_size=32, format="new", ranking=None, value_sum=False)
     with pytest.raises(NotImplementedError, match=r"format 'new' has Format\(bits=4, .*2, 4 or 8 bits with a zero"):
         native.pages_struct(Pages.empty(1, 1, case.layout))
+
+
+def test_the_libraries_may_lie_elsewhere(tmp_path: Path) -> None:
+    """As those of `make sanitize` do."""
+    code = "from vllm_sparq.ops import native; print(native.find().reason)"
+    env = {**os.environ, "VLLM_SPARQ_LIBRARIES": str(tmp_path)}
+    env.pop(native.OVERRIDE, None)
+    said = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True).stdout
+    assert f"no compiled kernels in {tmp_path}" in said or "has no AVX2" in said

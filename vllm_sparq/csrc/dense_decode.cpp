@@ -12,7 +12,7 @@ void dense_decode(const Decode& call) {
   plan_tasks(call.requests, call.pages.n_kv_heads, call.pages.block_size, omp_get_max_threads(), tasks);
   ends.assign(1, 0);
   for (const Task& task : tasks) ends.push_back(ends.back() + (task.n_parts > 1 ? part_floats(call, task) : 0));
-  float* const memory = scratch.arena(Arena::room<float>(ends.back())).take<float>(ends.back());
+  float* const memory = scratch.arena().take<float>(ends.back());
   const size_t* const at = ends.data();
   const Task* const task = tasks.data();
   const int n_tasks = (int)tasks.size();

@@ -125,7 +125,7 @@ Bar find_bar(const Held& held, const float* ranks, int32_t* ties) {
 int plan_moves(const Held& held, int sinks, int recent_from, Move* moves) {
   thread_local Scratch scratch;
   const size_t n = n_ranks(held.n(), held.pages.block_size);
-  Arena arena = scratch.arena(Arena::room<float>(n) + Arena::room<int32_t>(n));
+  Arena arena = scratch.arena();
   float* const ranks = arena.take<float>(n);
   rank_tokens(held, sinks, recent_from, ranks);
   if (held.n_kept == held.n() - 1) {  // a step of an answer: nothing to sort
@@ -153,11 +153,6 @@ size_t coded_bytes(const Pages& pages) {
 struct Newest {
   uint8_t* keys;  // [N, D] in the pages' type
   uint8_t* page;  // its codes, as a page has them; else room for them
-
-  static size_t n_bytes(const Pages& pages) {
-    const size_t rows = pages.block_size * pages.record_bytes() / 2;
-    return 2 * Arena::room<uint8_t>(rows) + Arena::room<uint8_t>(coded_bytes(pages));
-  }
 
   static Newest of(const Held& held, bool wanted, Arena& arena) {
     const Pages& pages = held.pages;
@@ -189,12 +184,6 @@ class KeyGroups {
   using Decoder = CodedTokens<T, false>;
 
  public:
-  static size_t n_bytes(const Pages& pages) {
-    const size_t d = pages.head_size;
-    return 2 * Decoder::room(pages) + Arena::room<T>(pages.block_size * d) + Arena::room<T>(Decoder::TOKENS * d) +
-           Arena::room<uint8_t>(CodeShape::keys(pages).row_bytes());
-  }
-
   KeyGroups(const Held& held, const Newest& newest, Arena& arena)
       : held_(held),
         newest_(newest),
@@ -281,7 +270,7 @@ void move_codes(const Held& held, const Move* moves, int n_moves) {
   const Pages& pages = held.pages;
   with_dtype(pages.dtype, [&](auto type) {
     using T = decltype(type);
-    Arena arena = scratch.arena(Newest::n_bytes(pages) + KeyGroups<T>::n_bytes(pages));
+    Arena arena = scratch.arena();
     const int first_staged = held.sequence.newest_block() * pages.block_size;
     const Newest newest = Newest::of(held, moves[n_moves - 1].from >= first_staged, arena);
     for (const Move* move = moves; move < moves + n_moves; ++move) {
@@ -320,7 +309,7 @@ void remake_copy(const Pages& pages, uint8_t* page) {
     using T = decltype(type);
     using Decoder = CodedTokens<T, false>;
     const size_t d = pages.head_size, n = pages.block_size;
-    Arena arena = scratch.arena(Decoder::room(pages) + Arena::room<T>(n * d));
+    Arena arena = scratch.arena();
     Decoder tokens(pages, arena);
     T* const rows = arena.take<T>(n * d);
     for (size_t slot = 0; slot < n; slot += Decoder::TOKENS) tokens.keys(page, (int)slot, rows + slot * d);
@@ -352,7 +341,7 @@ void evict_head(const Evict& call, int request, int head) {
   const int n_held = call.requests.lens[request], n_kept = call.kept_lens[request];
   const Held held{call.pages, {&call.pages, call.requests.blocks(request), head, n_held}, n_kept,
                   call.rank == Rank::attention};
-  Move* const moves = scratch.arena((size_t)(n_held - n_kept) * sizeof(Move)).take<Move>(n_held - n_kept);
+  Move* const moves = scratch.arena().take<Move>(n_held - n_kept);
   const int n_moves = plan_moves(held, call.sinks, call.recent_from[request], moves);
   if (n_moves == 0) return;
   move_tokens(held, moves, n_moves);

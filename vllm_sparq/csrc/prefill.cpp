@@ -158,7 +158,7 @@ void balance(Plan& plan, int threads) {
 template <class T>
 class Buffers {
  public:
-  explicit Buffers(const Pages& pages) : Buffers(pages, arena(pages)) {}
+  explicit Buffers(const Pages& pages) : Buffers(pages, scratch().arena()) {}
 
   float *query, *staging, *scores, *partial;
   TileLoader<T> loader;
@@ -169,11 +169,9 @@ class Buffers {
   static constexpr size_t N_SCORES = (size_t)Model<T>::tile * PANEL_VECS * W;
   static size_t n_partial(int d) { return Partial::floats(MAX_VECS * W, d); }
 
-  static Arena arena(const Pages& pages) {
-    static thread_local Scratch scratch;
-    const int d = pages.head_size;
-    return scratch.arena(Arena::room<float>(n_query(d)) + Arena::room<float>(n_staging(d)) +
-                         Arena::room<float>(N_SCORES) + Arena::room<float>(n_partial(d)) + TileLoader<T>::room(pages));
+  static Scratch& scratch() {
+    static thread_local Scratch of_thread;
+    return of_thread;
   }
 
   Buffers(const Pages& pages, Arena arena)
@@ -307,8 +305,7 @@ void note_attention(const Call<T>& call, const AttentionTask& task) {
   static thread_local Scratch scratch;
   const Pages& pages = *call.pages;
   const int d = call.head_size(), group = call.group(), n_new = call.n_new(task.request);
-  Arena arena = scratch.arena(2 * Arena::room<float>(ROWS * d) + Arena::room<float>(TILE * W) +
-                              TileLoader<T>::room(pages));
+  Arena arena = scratch.arena();
   float *const query = arena.take<float>(ROWS * d), *const staging = arena.take<float>(ROWS * d);
   float* const shares = arena.take<float>(TILE * W);
   TileLoader<T> loader(pages, arena, true);
@@ -348,7 +345,7 @@ void run(Call<T> call) {
   const size_t n_floats = plan.n_parts * Partial::floats(MAX_VECS * W, call.head_size());
   const size_t n_rows = (size_t)(call.query_start_loc[call.requests.n] - call.query_start_loc[0]) * call.n_heads;
   const size_t n_lses = call.pages->adds_attention() ? n_rows : 0;
-  Arena arena = scratch.arena(Arena::room<float>(n_floats) + Arena::room<float>(n_lses));
+  Arena arena = scratch.arena();
   float* const parts = arena.take<float>(n_floats);
   call.lses = n_lses > 0 ? arena.take<float>(n_lses) : nullptr;
   plan_attention(call, plan.attention);

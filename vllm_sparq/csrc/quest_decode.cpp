@@ -63,7 +63,6 @@ struct QuestDecode {
   // The newest span is read whatever its bounds are.
   int n_ranked(int len) const { return spans_of(len) - 1; }
   int n_wanted(int len) const { return read.n_spans(len) - 1; }
-  size_t candidates_bytes(int len) const { return Candidates::n_bytes(capacity(len), 0); }
   Candidates new_candidates(int len, Arena& arena) const {
     return Candidates::in(arena, n_wanted(len), capacity(len), 0);
   }
@@ -145,7 +144,7 @@ void rank_part(const QuestDecode& op, const Task& task, int len, Candidates& can
   const Pages& pages = op.call.pages;
   const size_t d = pages.head_size, bytes = pages.record_bytes();
   const int per_block = pages.block_size / SPAN_TOKENS;
-  Arena arena = scratch.arena(5 * Arena::room<float>(d) + Arena::room<uint8_t>(per_block * bytes));
+  Arena arena = scratch.arena();
   const void* const query = bound_query(op, task.request, task.head, arena);
   uint8_t* const own = arena.take<uint8_t>(per_block * bytes);
   const Sequence sequence = op.call.sequence(task.request, task.head);
@@ -177,7 +176,7 @@ void finish_request(const QuestDecode& op, const Task& task, int len, const Cand
   thread_local Scratch scratch;
   const Decode& call = op.call;
   const int room = (chosen.n + 1) * SPAN_TOKENS;
-  Arena arena = scratch.arena(call.group_bytes() + call.state_bytes() + Arena::room<int32_t>(room));
+  Arena arena = scratch.arena();
   const Group group = call.group(task.request, task.head, arena);
   const State state = call.new_state(arena.take<float>(call.state_floats()));
   int32_t* const tokens = arena.take<int32_t>(room);
@@ -192,8 +191,7 @@ void finish_request(const QuestDecode& op, const Task& task, int len, const Cand
 
 // A part of a cut context, kept until all parts are there.
 struct Part {
-  uint8_t* memory;
-  size_t n_bytes;
+  float* memory;  // dense reads
   Candidates candidates;
 
   static void run_whole(const QuestDecode& op, const Task& task, int len);
@@ -206,22 +204,20 @@ struct Part {
 
 void Part::run_whole(const QuestDecode& op, const Task& task, int len) {
   thread_local Scratch scratch;
-  Arena arena = scratch.arena(op.candidates_bytes(len));
+  Arena arena = scratch.arena();
   Candidates candidates = op.new_candidates(len, arena);
   rank_part(op, task, len, candidates);
   finish_request(op, task, len, candidates);
 }
 
 void Part::run(const QuestDecode& op, const Task& task, int len) {
-  Arena arena(memory, n_bytes);
-  candidates = op.new_candidates(len, arena);
   rank_part(op, task, len, candidates);
 }
 
 void Part::merge(const QuestDecode& op, const Task& first, int len, const Part* parts) {
   thread_local Scratch scratch;
   const int capacity = first.n_parts * op.n_wanted(len) + AT_ONCE;
-  Arena arena = scratch.arena(Candidates::n_bytes(capacity, 0));
+  Arena arena = scratch.arena();
   Candidates all = Candidates::in(arena, op.n_wanted(len), capacity, 0);
   for (int i = 0; i < first.n_parts; ++i) all.push(parts[i].candidates);
   all.keep_best();
@@ -230,17 +226,16 @@ void Part::merge(const QuestDecode& op, const Task& first, int len, const Part* 
 
 void Part::place(const QuestDecode& op, const std::vector<Task>& tasks, Scratch& scratch, std::vector<Part>& parts) {
   parts.assign(tasks.size(), Part{});
-  size_t total = 0;
+  Arena arena = scratch.arena();
   for (size_t i = 0; i < tasks.size(); ++i) {
-    if (tasks[i].n_parts == 1) continue;
-    const int len = op.call.requests.lens[tasks[i].request];
-    const bool dense = op.read.is_dense(len);
-    parts[i].n_bytes = dense ? part_floats(op.call, tasks[i]) * sizeof(float) : op.candidates_bytes(len);
-    total += round_up(parts[i].n_bytes, 64);
+    const Task& task = tasks[i];
+    const int len = op.call.requests.lens[task.request];
+    if (task.n_parts == 1) continue;
+    if (op.read.is_dense(len))
+      parts[i].memory = place_part(op.call, task, task.part > 0 ? parts[i - 1].memory : nullptr, arena);
+    else
+      parts[i].candidates = op.new_candidates(len, arena);
   }
-  Arena arena = scratch.arena(total);
-  for (Part& part : parts)
-    if (part.n_bytes > 0) part.memory = arena.take<uint8_t>(part.n_bytes);
 }
 
 }  // namespace

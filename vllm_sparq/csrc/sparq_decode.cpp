@@ -48,8 +48,7 @@ void finish_request(const Sparq& op, const Task& task, int len, Ranked& ranked) 
   thread_local Scratch scratch;
   const Decode& call = op.call;
   const size_t d = call.pages.head_size, n_heads = call.group_size();
-  Arena arena = scratch.arena(call.group_bytes() + call.state_bytes() + Arena::room<float>(n_heads) +
-                              Arena::room<float>(n_heads * d) + Arena::room<float>(d));
+  Arena arena = scratch.arena();
   const Group group = call.group(task.request, task.head, arena);
   const State state = call.new_state(arena.take<float>(call.state_floats()));
   const Sequence sequence = call.sequence(task.request, task.head);
@@ -64,9 +63,8 @@ void finish_request(const Sparq& op, const Task& task, int len, Ranked& ranked) 
 
 // A part of a cut context, kept until all parts are there.
 struct Part {
-  uint8_t* memory;
-  size_t n_bytes;
-  AllScores scores;
+  float* memory;     // dense reads
+  AllScores scores;  // of the whole context
   Ranked ranked;
 
   static void run_whole(const Sparq& op, const Task& task, int len);
@@ -79,7 +77,7 @@ struct Part {
 
 void Part::run_whole(const Sparq& op, const Task& task, int len) {
   thread_local Scratch scratch;
-  Arena arena = scratch.arena(op.ranked_bytes(len) + AllScores::n_bytes(op, len));
+  Arena arena = scratch.arena();
   Ranked ranked = op.new_ranked(len, arena);
   const AllScores scores = AllScores::in(op, len, arena);
   rank_part(op, task, len, ranked, scores);
@@ -88,15 +86,13 @@ void Part::run_whole(const Sparq& op, const Task& task, int len) {
 }
 
 void Part::run(const Sparq& op, const Task& task, int len) {
-  Arena arena(memory, n_bytes);
-  ranked = op.new_ranked(len, arena);
   rank_part(op, task, len, ranked, scores);
 }
 
 void Part::merge(const Sparq& op, const Task& first, int len, const Part* parts) {
   thread_local Scratch scratch;
   const int wanted = op.read.n_selected(len), capacity = std::max(first.n_parts, 2) * wanted + 128;
-  Arena arena = scratch.arena(Candidates::n_bytes(capacity, op.n_kept_rows()));
+  Arena arena = scratch.arena();
   Ranked ranked{Candidates::in(arena, wanted, capacity, op.n_kept_rows()), parts[0].ranked.sums};
   for (int i = 0; i < first.n_parts; ++i) {
     ranked.candidates.push(parts[i].ranked.candidates);
@@ -109,24 +105,17 @@ void Part::merge(const Sparq& op, const Task& first, int len, const Part* parts)
 
 void Part::place(const Sparq& op, const std::vector<Task>& tasks, Scratch& scratch, std::vector<Part>& parts) {
   parts.assign(tasks.size(), Part{});
-  size_t total = 0;
-  auto place = [&](auto&& each) {
-    for (size_t i = 0; i < tasks.size(); ++i) {
-      const int len = op.call.requests.lens[tasks[i].request];
-      if (tasks[i].n_parts > 1) each(tasks[i], len, parts[i], op.read.is_dense(len));
-    }
-  };
-  place([&](const Task& task, int len, Part& part, bool dense) {
-    part.n_bytes = dense ? part_floats(op.call, task) * sizeof(float) : op.ranked_bytes(len);
-    total += part.n_bytes + (task.part == 0 && !dense ? AllScores::n_bytes(op, len) : 0);
-  });
-  Arena arena = scratch.arena(total);
-  place([&](const Task&, int, Part& part, bool) { part.memory = arena.take<uint8_t>(part.n_bytes); });
-  AllScores scores;
-  place([&](const Task& task, int len, Part& part, bool dense) {
-    if (task.part == 0 && !dense) scores = AllScores::in(op, len, arena);
-    part.scores = scores;
-  });
+  Arena arena = scratch.arena();
+  for (size_t i = 0; i < tasks.size(); ++i) {
+    const Task& task = tasks[i];
+    const int len = op.call.requests.lens[task.request];
+    if (task.n_parts == 1) continue;
+    if (op.read.is_dense(len))
+      parts[i].memory = place_part(op.call, task, task.part > 0 ? parts[i - 1].memory : nullptr, arena);
+    else
+      parts[i].ranked = op.new_ranked(len, arena),
+      parts[i].scores = task.part > 0 ? parts[i - 1].scores : AllScores::in(op, len, arena);
+  }
 }
 
 }  // namespace

@@ -93,7 +93,7 @@ const uint8_t* gather(const Target& from) {
   thread_local Scratch scratch;
   const Pages& pages = from.pages;
   const size_t row_bytes = pages.record_bytes() / 2, all_values = row_bytes * pages.block_size;
-  uint8_t* const rows = scratch.arena(2 * all_values).take<uint8_t>(2 * all_values);
+  uint8_t* const rows = scratch.arena().take<uint8_t>(2 * all_values);
   for (int slot = 0; slot < pages.block_size; ++slot) {
     uint8_t* const to = rows + slot * row_bytes;
     const int64_t row = from.block.row + slot - from.block.first;

@@ -20,7 +20,6 @@ struct RowPointers {
   static RowPointers in(Arena& arena, int capacity) {
     return {arena.take<const uint8_t*>(capacity + 1), arena.take<const uint8_t*>(capacity + 1)};
   }
-  static size_t n_bytes(int capacity) { return 2 * Arena::room<const uint8_t*>(capacity + 1); }
 
   void push(const Codes& where, const uint8_t* page, int row) {
     codes[n] = page + where.codes + row * where.code_stride;
@@ -190,7 +189,7 @@ void attend_blocks(const CodeKernels& kernels, const Group& group, const State& 
   thread_local Scratch scratch;
   const Pages& pages = *sequence.pages;
   const int n = pages.block_size, stride = n + 16, n_rows = std::max(n, pages.head_size);
-  Arena arena = scratch.arena(Arena::room<float>(MAX_TILE_HEADS * stride + 16) + RowPointers::n_bytes(n_rows));
+  Arena arena = scratch.arena();
   float* const logits = arena.take<float>(MAX_TILE_HEADS * stride + 16);
   RowPointers rows = RowPointers::in(arena, n_rows);
   for (int block = first_block; block < last_block; ++block) {
@@ -212,8 +211,7 @@ void attend_coded_tokens(const CodeKernels& kernels, const Group& group, const S
   const Pages& pages = *sequence.pages;
   const int page_stride = pages.block_size + 16, stride = LIST_TILE + 16;
   const int n_rows = std::max(LIST_TILE, pages.head_size);
-  Arena arena = scratch.arena(Arena::room<float>(MAX_TILE_HEADS * page_stride + 16) +
-                              Arena::room<float>(MAX_TILE_HEADS * stride + 16) + RowPointers::n_bytes(n_rows));
+  Arena arena = scratch.arena();
   float* const page_logits = arena.take<float>(MAX_TILE_HEADS * page_stride + 16);
   float* const logits = arena.take<float>(MAX_TILE_HEADS * stride + 16);
   RowPointers rows = RowPointers::in(arena, n_rows);
@@ -252,12 +250,6 @@ namespace {
 int n_pairs(const CodeShape& key) { return key.row_bytes(); }  // four a dword
 
 }  // namespace
-
-size_t CodeKernels::query_bytes(int n_heads) const {
-  const size_t n = n_heads;
-  return Arena::room<float>(n * value.n + 16) +
-         (pairs ? Arena::room<int32_t>(n * n_pairs(key)) + Arena::room<float>(n * key.n_groups()) : 0);
-}
 
 CodesQuery CodeKernels::new_query(int n_heads, Arena& arena) const {
   const size_t n = n_heads;

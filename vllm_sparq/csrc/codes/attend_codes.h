@@ -24,7 +24,6 @@ struct CodeKernels {
   bool pairs;            // whether `dot` wants pairs and sums
 
   static CodeKernels of(const Pages& pages);
-  size_t query_bytes(int n_heads) const;
   // From rows of fp32 already in query.whole.
   CodesQuery new_query(int n_heads, Arena& arena) const;
   void prepare(const CodesQuery& query, int n_heads) const;

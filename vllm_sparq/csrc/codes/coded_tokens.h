@@ -15,12 +15,6 @@ class CodedTokens {
  public:
   static constexpr int TOKENS = 16;
 
-  static size_t room(const Pages& pages) {
-    const int d = pages.head_size;
-    return 2 * Arena::room<float>(d + W) + Arena::room<uint8_t>(TOKENS * d) +
-           Arena::room<uint8_t>(channel_codes(pages));
-  }
-
   CodedTokens(const Pages& pages, Arena& arena)
       : pages_(pages),
         d_(pages.head_size),

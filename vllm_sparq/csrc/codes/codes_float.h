@@ -40,7 +40,7 @@ struct DecodedRows {
 
 inline float* decode_memory(const CodeShape& shape, int n_rows) {
   thread_local Scratch scratch;
-  return scratch.arena((size_t)n_rows * shape.n * sizeof(float) + 64).take<float>((size_t)n_rows * shape.n);
+  return scratch.arena().take<float>((size_t)n_rows * shape.n);
 }
 
 template <class T>

@@ -125,7 +125,7 @@ template <class T>
 void encode_rows(const CodeShape& shape, const T* x, int columns, const Codes& part, uint8_t* page) {
   thread_local Scratch scratch;
   const size_t n_codes = (size_t)(shape.n + 16) * columns, n_scales = (size_t)shape.n_groups() * columns;
-  Arena arena = scratch.arena(Arena::room<uint8_t>(n_codes) + 2 * Arena::room<T>(n_scales));
+  Arena arena = scratch.arena();
   uint8_t* const codes = arena.take<uint8_t>(n_codes);
   T *const steps = arena.take<T>(n_scales), *const zeros = arena.take<T>(n_scales);
   encode_columns(shape, x, columns, codes, steps, zeros);
@@ -145,7 +145,7 @@ template <class T>
 void encode_turned(const CodeShape& shape, const T* x, int columns, const Codes& part, uint8_t* page) {
   thread_local Scratch scratch;
   const size_t n = (size_t)shape.n * columns;
-  T* const turned = scratch.arena(Arena::room<T>(n)).template take<T>(n);
+  T* const turned = scratch.arena().template take<T>(n);
   constexpr int bytes = sizeof(T);
   transpose<bytes>((const uint8_t*)x, shape.n * bytes, columns, shape.n, (uint8_t*)turned, columns * bytes);
   encode_rows(shape, turned, columns, part, page);

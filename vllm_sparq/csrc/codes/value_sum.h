@@ -28,7 +28,7 @@ inline void sum_values(const Pages& pages, const uint8_t* page, float* sum) {
     if (!pages.quantized()) return add_rows((const T*)(page + pages.records) + d, 2 * (int64_t)d, n, d, sum);
     thread_local Scratch scratch;
     constexpr int TOKENS = CodedTokens<T>::TOKENS;
-    Arena arena = scratch.arena(CodedTokens<T>::room(pages) + Arena::room<float>(TOKENS * d));
+    Arena arena = scratch.arena();
     CodedTokens<T> tokens(pages, arena);
     float* const rows = arena.take<float>(TOKENS * d);
     for (int slot = 0; slot < n; slot += TOKENS) {

@@ -20,18 +20,13 @@ struct Decode {
   CodeKernels codes;  // quantized formats only
 
   int group_size() const { return n_heads / pages.n_kv_heads; }
-  size_t group_bytes() const {
-    return Arena::room<uint8_t>((size_t)group_size() * pages.head_size * kernels.query_bytes) +
-           (pages.quantized() ? codes.query_bytes(group_size()) : 0);
-  }
   size_t state_floats() const { return State::n_floats(group_size(), pages.head_size); }
-  size_t state_bytes() const { return state_floats() * sizeof(float); }
   State new_state(float* memory) const;
   Sequence sequence(int request, int head) const {
     return {&pages, requests.blocks(request), head, requests.lens[request]};
   }
 
-  // The query group of a KV head, in group_bytes() of the arena.
+  // The query group of a KV head.
   Group group(int request, int head, Arena& arena) const;
   // Rounds the outputs of a query group; weights [H/G] and rest [D] as in AttendKernels::finish, null for 1 and 0.
   void finish(int request, int head, const State& state, const float* weights, const float* rests) const;

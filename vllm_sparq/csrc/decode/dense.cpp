@@ -99,7 +99,7 @@ void add_attention(const Decode& call, const Task& task, float* first) {
   const auto noted = [&](int part) { return noted_in(call, task, first + part * apart); };
   const Noted own = noted(task.part);
   thread_local Scratch scratch;
-  float* const factors = scratch.arena(Arena::room<float>(n_heads)).take<float>(n_heads);
+  float* const factors = scratch.arena().take<float>(n_heads);
   for (int h = 0; h < n_heads; ++h) {
     float peak = own.peaks[h], total = 0;
     for (int part = 0; part < task.n_parts; ++part) peak = std::max(peak, noted(part).peaks[h]);
@@ -124,11 +124,16 @@ void merge_states(const Decode& call, const Task& first, float* memory) {
 
 size_t part_floats(const Decode& call, const Task& task) { return call.state_floats() + noted_floats(call, task); }
 
+float* place_part(const Decode& call, const Task& task, float* before, Arena& arena) {
+  const size_t n = part_floats(call, task);
+  return task.part == 0 ? arena.take<float>(task.n_parts * n) : before + n;
+}
+
 void attend_part(const Decode& call, const Task& task, float* memory) {
   thread_local Scratch scratch;
   const bool whole = task.n_parts == 1;
   const size_t n_floats = whole ? part_floats(call, task) : 0;
-  Arena arena = scratch.arena(call.group_bytes() + Arena::room<float>(n_floats));
+  Arena arena = scratch.arena();
   const Group group = call.group(task.request, task.head, arena);
   if (whole) memory = arena.take<float>(n_floats);
   State state = call.new_state(memory);

@@ -10,6 +10,9 @@ namespace sparq {
 // of one context need the same room.
 size_t part_floats(const Decode& call, const Task& task);
 
+// The memory of a part: behind that of the part `before` it, or with room for all of its context.
+float* place_part(const Decode& call, const Task& task, float* before, Arena& arena);
+
 // Dense attention over tokens first .. last.
 void attend_range(const Decode& call, const Group& group, const State& state, const Sequence& sequence, int first,
                   int last);

@@ -24,7 +24,7 @@ void run_tasks(const Op& op) {
 #pragma omp for schedule(dynamic, 1)
     for (int i = 0; i < n_tasks; ++i) {
       const int len = call.requests.lens[task[i].request];
-      if (op.read.is_dense(len)) attend_part(call, task[i], (float*)parts[i].memory);
+      if (op.read.is_dense(len)) attend_part(call, task[i], parts[i].memory);
       else if (task[i].n_parts == 1) Part::run_whole(op, task[i], len);
       else parts[i].run(op, task[i], len);
     }
@@ -32,7 +32,7 @@ void run_tasks(const Op& op) {
     for (int i = 0; i < n_tasks; ++i) {
       const int len = call.requests.lens[task[i].request];
       if (task[i].n_parts == 1) continue;
-      if (op.read.is_dense(len)) finish_part(call, task[i], (float*)parts[i].memory);
+      if (op.read.is_dense(len)) finish_part(call, task[i], parts[i].memory);
       else if (task[i].part == 0) Part::merge(op, task[i], len, parts + i);
     }
   }

@@ -65,12 +65,6 @@ class TileLoader {
  public:
   static constexpr int value_stride() { return (TOKENS / M::per_cell + 1) * 16; }  // odd in lines: spreads over L1 sets
 
-  static size_t room(const Pages& pages) {
-    const int d = pages.head_size;
-    return Arena::room<Key>(TOKENS * d) + Arena::room<float>(n_values(d)) + Arena::room<Key>(GROUP * d) +
-           CodedTokens<T>::room(pages);
-  }
-
   TileLoader(const Pages& pages, Arena& arena, bool keys_alone = false)
       : keys_alone_(keys_alone),
         head_size_(pages.head_size),

@@ -70,8 +70,7 @@ struct Local {
 void rank_part(const Sparq& op, const Task& task, int len, Ranked& ranked, const AllScores& all) {
   thread_local Scratch scratch;
   const int n = op.call.pages.block_size, stride = op.scores_stride();
-  Arena arena = scratch.arena(Ranking::n_bytes(op.call.pages, op.read.r, op.rows().n()) +
-                              Arena::room<float>((size_t)op.rows().n() * stride) + Arena::room<float>(stride));
+  Arena arena = scratch.arena();
   const Ranking ranking = make_ranking(op.call, task.request, task.head, op.read.r, op.rows(), arena);
   float *scores = arena.take<float>((size_t)ranking.n_rows * stride), *copy = arena.take<float>(stride);
   const float* const sum = scores + (size_t)(ranking.n_rows - 1) * stride;
@@ -120,7 +119,7 @@ void keep_mass(const Sparq& op, int len, Ranked& ranked) {
   thread_local Scratch scratch;
   Candidates& best = ranked.candidates;
   const size_t room = round_up((size_t)best.n, 16);
-  float* const shares = scratch.arena(Arena::room<float>(room)).take<float>(room);
+  float* const shares = scratch.arena().take<float>(room);
   std::fill_n(shares, room, 0.0f);
   for (int h = 0; h < op.call.group_size(); ++h) {
     const float* scores = best.head_scores + (size_t)h * (best.capacity + 16);

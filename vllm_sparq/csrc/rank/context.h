@@ -29,9 +29,6 @@ struct Sparq {
   int n_head_rows() const { return per_head() ? call.group_size() : 0; }
   int n_kept_rows() const { return keeps_candidate_scores() ? call.group_size() : 0; }
   int scores_stride() const { return call.pages.block_size + 32; }
-  size_t ranked_bytes(int len) const {
-    return Candidates::n_bytes(capacity(len), n_kept_rows()) + SoftmaxSums::n_bytes(n_head_rows());
-  }
   Ranked new_ranked(int len, Arena& arena) const {
     const Candidates candidates = Candidates::in(arena, read.n_selected(len), capacity(len), n_kept_rows());
     return {candidates, SoftmaxSums::in(arena, n_head_rows())};
@@ -46,9 +43,6 @@ struct AllScores {
   float* data = nullptr;
   size_t stride = 0;
 
-  static size_t n_bytes(const Sparq& op, int len) {
-    return op.keeps_scores() ? Arena::room<float>(op.n_head_rows() * stride_for(len)) : 0;
-  }
   static AllScores in(const Sparq& op, int len, Arena& arena) {
     if (!op.keeps_scores()) return {};
     return {arena.take<float>(op.n_head_rows() * stride_for(len)), stride_for(len)};

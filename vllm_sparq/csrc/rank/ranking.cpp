@@ -153,13 +153,6 @@ void score_key_codes(const Ranking& ranking, const uint8_t* page, const uint8_t*
 
 }  // namespace
 
-size_t Ranking::n_bytes(const Pages& pages, int r, int n_rows) {
-  const size_t stride = round_up((size_t)pages.head_size, 16);
-  return 2 * Arena::room<int32_t>(stride) + 3 * Arena::room<float>(n_rows * stride) +
-         Arena::room<bf16>(n_rows * stride) + Arena::room<float>(n_rows) +
-         Arena::room<uint8_t>((size_t)(r + 1) * row_bytes(pages) + 64);
-}
-
 Ranking Ranking::in(Arena& arena, const Decode& call, int r, int n_rows) {
   const Pages& pages = call.pages;
   const size_t d = pages.head_size, stride = round_up(d, 16);
@@ -180,7 +173,7 @@ Ranking make_ranking(const Decode& call, int request, int head, int r, ScoreRows
   const Ranking ranking = Ranking::in(arena, call, r, rows.n());
   const int stride = ranking.stride, bytes = row_bytes(call.pages);
   thread_local Scratch heads;
-  float* importance = heads.arena(((size_t)n_heads + 1) * d * sizeof(float)).take<float>(((size_t)n_heads + 1) * d);
+  float* importance = heads.arena().take<float>(((size_t)n_heads + 1) * d);
   float* q = importance + d;
   for (int h = 0; h < n_heads; ++h)
     call.kernels.widen(call.query.at(request, head * n_heads + h), d, q + (size_t)h * d);

@@ -25,7 +25,6 @@ struct Ranking {
   uint8_t* rows;         // its chosen rows, side by side
   int stride;
 
-  static size_t n_bytes(const Pages& pages, int r, int n_rows);
   static Ranking in(Arena& arena, const Decode& call, int r, int n_rows);
 };
 

@@ -80,7 +80,7 @@ void quantize(const Pages& pages, const T* keys, int64_t stride, uint8_t* page) 
   const int d = pages.head_size, n = pages.block_size;
   const int rows = pages.ranking_type == RankingType::int4 ? n / 2 : n;
   const size_t n_codes = round_up(rows, 16) * d;
-  Arena arena = scratch.arena(Arena::room<uint8_t>(n_codes) + 2 * Arena::room<fp16>(d));
+  Arena arena = scratch.arena();
   uint8_t* codes = arena.take<uint8_t>(n_codes);
   fp16 *steps = arena.take<fp16>(d), *zeros = arena.take<fp16>(d);
   for (int c = 0; c < d; c += W)

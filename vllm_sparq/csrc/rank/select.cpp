@@ -74,9 +74,6 @@ int Candidates::capacity_for(int wanted, int block_size) {
   return (int)round_up((size_t)wanted + std::max(wanted, 512) + block_size, 16);
 }
 
-size_t Candidates::n_bytes(int capacity, int n_rows) { const size_t room = capacity + 16;
-  return Arena::room<float>(room) + Arena::room<int32_t>(room) + Arena::room<float>(room * n_rows); }
-
 Candidates Candidates::in(Arena& arena, int wanted, int capacity, int n_rows) {
   const size_t room = capacity + 16;  // whole vectors are stored
   return {arena.take<float>(room), arena.take<int32_t>(room),
@@ -149,10 +146,6 @@ int Candidates::n_holding(const float* shares, float mass) const {
   for (int i = 0; i < n && held < mass; ++i)
     if (score[i] == last) held += shares[i], ++holding;  // the oldest first
   return holding;
-}
-
-size_t SoftmaxSums::n_bytes(int n_rows) {
-  return Arena::room<float>(n_rows) + Arena::room<float>((size_t)n_rows * LANES);
 }
 
 SoftmaxSums SoftmaxSums::in(Arena& arena, int n_rows) {

@@ -27,7 +27,6 @@ struct Candidates {
   float threshold;
 
   static int capacity_for(int wanted, int block_size);
-  static size_t n_bytes(int capacity, int n_rows);
   // n_rows = 0 for no scores of single heads.
   static Candidates in(Arena& arena, int wanted, int capacity, int n_rows);
 
@@ -47,7 +46,6 @@ struct SoftmaxSums {
   float* total;  // [n_rows, 16], lanes to be added up: sum of e^(score - peak)
   int n_rows;
 
-  static size_t n_bytes(int n_rows);
   static SoftmaxSums in(Arena& arena, int n_rows);
 
   // Adds count tokens; the scores are overwritten from there to the next multiple of 16.
