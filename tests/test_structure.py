@@ -41,9 +41,10 @@ def state_of(tree: ast.Module) -> Iterator[tuple[int, str]]:
             if isinstance(target, ast.Subscript) and isinstance(owner, ast.Name) and owner.id in constants:
                 yield node.lineno, f"{owner.id} is changed"
         called = node.func if isinstance(node, ast.Call) else None
-        if isinstance(called, ast.Attribute) and called.attr in MUTATORS and isinstance(called.value, ast.Name):
-            if called.value.id in constants:
-                yield node.lineno, f"{called.value.id} is changed"
+        if isinstance(called, ast.Attribute) and called.attr in MUTATORS:
+            owner = called.value
+            if isinstance(owner, ast.Name) and owner.id in constants:
+                yield node.lineno, f"{owner.id} is changed"
 
 
 def _modules_of(node: ast.stmt) -> list[ast.alias]:
