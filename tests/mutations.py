@@ -122,17 +122,19 @@ MUTATIONS = (
 )
 
 BUILD = """
-import pathlib, runpy, subprocess, sys, setuptools
-extensions = []
-setuptools.setup = lambda **settings: extensions.extend(settings["ext_modules"])
-script = runpy.run_path("setup.py")
-isa = sys.argv[1]
-(extension,) = (one for one in extensions if one.name.endswith(f"sparq_{isa}"))
-target = pathlib.Path("vllm_sparq/lib") / f"libsparq_{isa}.so"
-flags = [*script["COMMON_FLAGS"], *script["INSTRUCTION_SETS"][isa]]
-subprocess.run(["g++", *flags, "-shared", *extension.sources, "-o", str(target)], check=True)
+import runpy, sys, setuptools
+
+isa, setup = sys.argv[1], setuptools.setup
+
+def of_one(**settings):
+    settings["ext_modules"] = [one for one in settings["ext_modules"] if one.name.endswith(f"sparq_{isa}")]
+    setup(**settings)
+
+setuptools.setup = of_one
+sys.argv = ["setup.py", "-q", "build_ext", "--inplace", "--force"]
+runpy.run_path("setup.py")
 """
-"""Compiles the kernels of one instruction set as setup.py would."""
+"""Compiles the kernels of one instruction set, the one that the tests run with."""
 
 WHERE = """
 import pathlib, sys
