@@ -12,6 +12,7 @@ import pytest
 
 from vllm_sparq import cli, processes
 from vllm_sparq.config import Options
+from vllm_sparq.console import UsageError, sparq_options
 
 
 def run(*words: str) -> int:
@@ -75,7 +76,7 @@ def test_bad_usage_is_explained(words: tuple[str, ...], message: str, capsys: py
 
 def test_options_may_be_wrapped_as_vllm_wants_them() -> None:
     options = {"compression": 4.0, "dense_below": 0}
-    plain, wrapped = (cli.sparq_options(json.dumps(given)) for given in (options, {"sparq": options}))
+    plain, wrapped = (sparq_options(json.dumps(given)) for given in (options, {"sparq": options}))
     assert plain == wrapped == Options(compression=4.0, dense_below=0)
 
 
@@ -90,7 +91,7 @@ def test_usage_errors_and_signals_become_exit_codes(
 
         monkeypatch.setattr(demo, "main", main)
 
-    fail(cli.UsageError("no such folder"))
+    fail(UsageError("no such folder"))
     assert cli.main(["demo"]) == 2
     assert capsys.readouterr().err == "vllm-sparq demo: no such folder\n"
     fail(processes.Stopped(15))

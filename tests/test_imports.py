@@ -32,6 +32,7 @@ MAY_IMPORT_OF_OURS = {
     **{name: CORE[:i] for i, name in enumerate(CORE)},
     "vllm_sparq.reads": ("vllm_sparq.formats", "vllm_sparq.reads", "vllm_sparq.config", "vllm_sparq.layout"),
     "vllm_sparq.ops": (*CORE, "vllm_sparq.ops"),
+    "vllm_sparq.console": CORE,
 }
 """Package -> all that it may import of this project; packages without a row follow the other rules only."""
 
@@ -52,6 +53,7 @@ MAY_IMPORT_VLLM = (
 LAZY = {
     **{f"vllm_sparq.reads.{name}": ("vllm_sparq.config", "vllm_sparq.layout") for name in ("base", "sparq", "spans")},
     "vllm_sparq.cli": ("vllm", "torch", "triton", "vllm_sparq.benchmarks", "vllm_sparq.ops"),
+    "vllm_sparq.console": ("vllm", "torch", "triton", "rich", *CORE),
     "vllm_sparq.plugin": ("vllm", "torch", "triton"),
     "vllm_sparq.compat": ("vllm", "torch", "triton"),
     **{f"vllm_sparq.doctor.{name}": ("vllm",) for name in ("command", "machine", "model", "engine")},
@@ -135,6 +137,8 @@ def violations(imports: list[Import]) -> list[str]:
                     refuse(one, f"{package} never imports {list(refused)}")
             if inside(one.name, "vllm_sparq.benchmarks") and not inside(one.module, *MAY_IMPORT_BENCHMARKS):
                 refuse(one, f"only {list(MAY_IMPORT_BENCHMARKS)} import benchmarks")
+            if inside(one.name, "vllm_sparq.cli") and one.module != "vllm_sparq.cli":
+                refuse(one, "nothing below the command line imports it: use vllm_sparq.console")
         if inside(one.name, "vllm") and not inside(one.module, *MAY_IMPORT_VLLM):
             refuse(one, f"only {list(MAY_IMPORT_VLLM)} import vLLM")
         for module, names in LAZY.items():
@@ -202,6 +206,10 @@ def test_import_rules() -> None:
         ("vllm_sparq.scheduler.spec", "from vllm_sparq.benchmarks import tasks"),
         ("vllm_sparq.attention_backends.impl", "from vllm_sparq import benchmarks"),
         ("vllm_sparq.cli", "import vllm"),
+        ("vllm_sparq.doctor", "from vllm_sparq.cli import main"),
+        ("vllm_sparq.benchmarks.engine.bench", "def f():\n    from vllm_sparq import cli"),
+        ("vllm_sparq.console", "from vllm_sparq.benchmarks.tiny_model import WEIGHTS"),
+        ("vllm_sparq.console", "import rich.console"),
         ("vllm_sparq.plugin", "if True:\n    import torch"),
         ("vllm_sparq.attention_backends.impl", "from scheduler import spec"),
     ],

@@ -4,16 +4,12 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import json
 import sys
 from collections.abc import Sequence
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
 
 from vllm_sparq import __version__
-
-if TYPE_CHECKING:
-    from vllm_sparq.config import Options
+from vllm_sparq.console import UsageError
 
 BENCHMARKS = "vllm_sparq.benchmarks"
 
@@ -49,10 +45,6 @@ examples:
 
 `vllm-sparq COMMAND --help` explains a command.
 """
-
-
-class UsageError(ValueError):
-    """What the user asked for cannot be done as written; said in one line, exit code 2."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -100,45 +92,3 @@ def build_parser(words: Sequence[str]) -> tuple[argparse.ArgumentParser, ModuleT
             chosen = importlib.import_module(path)
             chosen.add_arguments(command_parser)
     return parser, chosen
-
-
-def comma_names(text: str) -> list[str]:
-    """For argparse: words, comma-separated."""
-    return text.split(",")
-
-
-def comma_numbers(text: str) -> list[int]:
-    """For argparse: whole numbers, comma-separated."""
-    return [int(part) for part in text.split(",")]
-
-
-def given_options(text: str) -> dict[str, Any]:
-    """For argparse: a JSON object of options, with or without the key "sparq" around it; not checked yet."""
-    from vllm_sparq.config import NAMESPACE
-
-    try:
-        given = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is not JSON ({error}): write for example '{{\"compression\": 4}}', in single quotes"
-        ) from None
-    if not isinstance(given, dict):
-        raise argparse.ArgumentTypeError(
-            f"{text!r} must be an object of options: write for example '{{\"compression\": 4}}'"
-        )
-    found: Any = given[NAMESPACE] if list(given) == [NAMESPACE] else given
-    if not isinstance(found, dict):
-        raise argparse.ArgumentTypeError(
-            f'{text!r}: "{NAMESPACE}" must be an object of options, such as {{"compression": 4}}'
-        )
-    return found
-
-
-def sparq_options(text: str) -> Options:
-    """For argparse: the options of ``--attention-backend sparq`` in a JSON object."""
-    from vllm_sparq.config import NAMESPACE, OptionsError, parse_options
-
-    try:
-        return parse_options({NAMESPACE: given_options(text)})
-    except OptionsError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None

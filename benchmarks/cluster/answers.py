@@ -16,7 +16,7 @@ from types import TracebackType
 from typing import Any
 
 from vllm_sparq.benchmarks.common.records import SCHEMA
-from vllm_sparq.cli import UsageError
+from vllm_sparq.console import UsageError
 
 SHARD_ROWS = 1000
 SHARD_SECONDS = 5.0

@@ -26,11 +26,10 @@ from vllm_sparq.benchmarks.cluster.replicas import (
 )
 from vllm_sparq.benchmarks.cluster.summary import summary, table
 from vllm_sparq.benchmarks.common.methods import Method
-from vllm_sparq.benchmarks.common.proof import WrongAttentionError, check_model, with_dense
+from vllm_sparq.benchmarks.common.proof import WrongAttentionError, with_dense
 from vllm_sparq.benchmarks.common.records import append_records, case_key, provenance, recorded, skipped_note
-from vllm_sparq.benchmarks.serving.demo import make_console
 from vllm_sparq.benchmarks.tiny_model import WEIGHTS
-from vllm_sparq.cli import UsageError, comma_names
+from vllm_sparq.console import UsageError, check_model, comma_names, make_console
 
 RUNNERS = ("data", "actors")
 

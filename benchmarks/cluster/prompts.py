@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_sparq.benchmarks.tasks import generated as tasks
-from vllm_sparq.cli import UsageError
+from vllm_sparq.console import UsageError
 
 READ_ROWS = 1024
 """Rows of a Parquet file that are in memory at a time."""

@@ -24,7 +24,7 @@ from vllm_sparq.benchmarks.cluster.prompts import Prompt
 from vllm_sparq.benchmarks.common.methods import Method
 from vllm_sparq.benchmarks.common.proof import Report, WrongAttentionError, check_attention
 from vllm_sparq.benchmarks.common.server import WORKER_REPORT
-from vllm_sparq.cli import UsageError
+from vllm_sparq.console import UsageError
 
 SPARE_CPUS = 2
 """Logical CPUs beside those that the replicas reserve, for Ray Data's own tasks: without any it waits forever."""

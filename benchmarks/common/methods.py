@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from vllm_sparq.backends import PRESETS
-from vllm_sparq.cli import UsageError
 from vllm_sparq.config import NAMESPACE, Options, parse_options
+from vllm_sparq.console import UsageError
 from vllm_sparq.formats import FORMATS
 from vllm_sparq.reads import READS, DenseRead, Read
 

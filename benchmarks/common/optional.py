@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-from vllm_sparq.cli import UsageError
+from vllm_sparq.console import UsageError
 
 
 def optional(module: str, purpose: str) -> Any:

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from vllm_sparq.backends import BACKENDS
 from vllm_sparq.benchmarks.common.methods import DENSE, Method
-from vllm_sparq.cli import UsageError
 
 Report = Mapping[str, Mapping[str, Any]]
 """Layer -> ``backend`` and ``impl``, as `vllm_sparq.attention_backends.worker.AttentionReport` makes it."""
@@ -61,21 +59,6 @@ def with_dense(names: list[str]) -> list[Method]:
         UsageError: a name that means nothing.
     """
     return [Method.named(name) for name in dict.fromkeys([DENSE, *names])]
-
-
-def check_model(model: str | Path) -> Path:
-    """The folder of a model.
-
-    Raises:
-        UsageError: there is none.
-    """
-    folder = Path(model).expanduser()
-    if not (folder / "config.json").is_file():
-        raise UsageError(
-            f"--model {model}: there is no config.json; give a folder with config.json, weights and tokenizer "
-            "(a model of the hub must be downloaded first)"
-        )
-    return folder.resolve()
 
 
 def speed_note(ratio: float) -> str:

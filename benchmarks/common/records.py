@@ -16,7 +16,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from vllm_sparq.cli import UsageError
+from vllm_sparq.console import UsageError
 
 SCHEMA = 1
 """Version of the lines. It grows when the meaning of a field changes, not when a field is added."""

@@ -41,8 +41,7 @@ from vllm_sparq.benchmarks.engine.cases import (
     engines,
     key_of,
 )
-from vllm_sparq.benchmarks.serving.demo import make_console
-from vllm_sparq.cli import UsageError, comma_names, comma_numbers
+from vllm_sparq.console import UsageError, comma_names, comma_numbers, make_console
 
 EPILOG = """\
 With --context, decode steps of all engines in turns, dense and "no attention" always among them. With --input-len,

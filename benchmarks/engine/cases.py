@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from vllm_sparq.benchmarks.common.methods import DENSE, Method
-from vllm_sparq.benchmarks.common.proof import check_model
 from vllm_sparq.benchmarks.common.records import case_key
-from vllm_sparq.cli import UsageError
+from vllm_sparq.console import UsageError, check_model
 
 LLAMA_1B: dict[str, Any] = dict(
     architectures=["LlamaForCausalLM"],

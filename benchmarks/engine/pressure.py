@@ -23,10 +23,10 @@ from statistics import fmean, quantiles
 from typing import Any
 
 from vllm_sparq.benchmarks.common.methods import Method
-from vllm_sparq.benchmarks.common.proof import check_attention, check_model, engine_report, with_dense
+from vllm_sparq.benchmarks.common.proof import check_attention, engine_report, with_dense
 from vllm_sparq.benchmarks.common.records import append_records, case_key, provenance
 from vllm_sparq.benchmarks.tiny_model import WEIGHTS
-from vllm_sparq.cli import UsageError, comma_names
+from vllm_sparq.console import UsageError, check_model, comma_names
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -24,9 +24,8 @@ from vllm_sparq.benchmarks.common.methods import DENSE, Method
 from vllm_sparq.benchmarks.common.proof import WrongAttentionError, check_attention, engine_report, speed_note
 from vllm_sparq.benchmarks.common.records import append_records, case_key, provenance, recorded, skipped_note
 from vllm_sparq.benchmarks.engine.cases import Model
-from vllm_sparq.benchmarks.serving.demo import make_console
 from vllm_sparq.benchmarks.tiny_model import WEIGHTS
-from vllm_sparq.cli import UsageError
+from vllm_sparq.console import UsageError, make_console
 
 DRAWN_IDS = 10_000
 """`vllm bench latency` draws its prompts from so many token ids, whatever the model's vocabulary is."""

@@ -19,8 +19,8 @@ from rich.table import Table
 
 from vllm_sparq.benchmarks.common.records import append_records, case_key, provenance, recorded, skipped_note
 from vllm_sparq.benchmarks.ops.methods import METHODS, Call, Cell, Tensors
-from vllm_sparq.cli import UsageError
 from vllm_sparq.config import Options
+from vllm_sparq.console import UsageError
 from vllm_sparq.formats import FORMATS
 from vllm_sparq.ops import native
 from vllm_sparq.reads import DenseRead, HeadShape, SparqRead

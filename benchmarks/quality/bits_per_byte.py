@@ -23,7 +23,7 @@ from vllm_sparq.benchmarks.quality.evaluate import methods_at, scored
 from vllm_sparq.benchmarks.quality.prompts import read_text
 from vllm_sparq.benchmarks.tasks.generated import Example
 from vllm_sparq.benchmarks.tiny_model import WEIGHTS
-from vllm_sparq.cli import UsageError, comma_names
+from vllm_sparq.console import UsageError, comma_names
 
 
 def windows(model: Path, text: str, n_tokens: int, n_windows: int) -> list[Example]:

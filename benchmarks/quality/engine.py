@@ -20,7 +20,7 @@ from typing import Any
 
 from vllm_sparq.benchmarks.common.methods import Method
 from vllm_sparq.benchmarks.tasks.generated import Example
-from vllm_sparq.cli import UsageError
+from vllm_sparq.console import UsageError
 
 READ_OPTIONS = ("compression", "r", "k", "local", "min_k", "mass", "group_reduce", "dense_layers", "dense_below")
 """Options of a read that change no byte of the cache: a running engine can be given others."""

@@ -25,8 +25,8 @@ from vllm_sparq.benchmarks.quality.engine import Engine, Output, Run, same_cache
 from vllm_sparq.benchmarks.tasks.generated import TASKS, Example
 from vllm_sparq.benchmarks.tasks.metrics import MEASURED
 from vllm_sparq.benchmarks.tiny_model import WEIGHTS
-from vllm_sparq.cli import UsageError, comma_names, comma_numbers
 from vllm_sparq.config import Options
+from vllm_sparq.console import UsageError, check_model, comma_names, comma_numbers, make_console
 
 GROUP = 32
 """Examples of a task and length that are answered in one batch."""
@@ -258,14 +258,6 @@ def main(args: argparse.Namespace) -> int:
     return 0
 
 
-def make_console() -> Any:
-    """The terminal; a file or a pipe gets lines that are long enough for the table."""
-    from rich.console import Console
-
-    console = Console()
-    return console if console.is_terminal else Console(width=130)
-
-
 def prepare(args: argparse.Namespace, console: Any) -> tuple[Run, list[Example]]:
     """What the arguments mean: the run, and its examples.
 
@@ -277,7 +269,7 @@ def prepare(args: argparse.Namespace, console: Any) -> tuple[Run, list[Example]]
 
     tasks = expand(args.tasks)
     check_tasks(tasks)
-    check_model(args.model)
+    args.model = check_model(args.model)
     if args.n < 1 or min(args.lengths) < 1:
         raise UsageError(f"--n {args.n} and --lengths {args.lengths} must be at least 1")
     from vllm_sparq.benchmarks.quality.cache_bytes import CacheShape
@@ -296,13 +288,3 @@ def prepare(args: argparse.Namespace, console: Any) -> tuple[Run, list[Example]]
     with console.status(f"writing {args.n} prompts per task and length ..."):
         limit = args.engine_args.get("max_model_len") or CacheShape.of(run.model, run.dtype).max_model_len
         return run, wanted.examples(limit)
-
-
-def check_model(model: Path) -> None:
-    """Refuse what is no model folder.
-
-    Raises:
-        UsageError: it has no config.json.
-    """
-    if not (model / "config.json").is_file():
-        raise UsageError(f"no model in {model}: give a folder with config.json, weights and tokenizer")

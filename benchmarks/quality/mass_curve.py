@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_sparq.benchmarks.quality.cells import CONFIDENCE, interval
-from vllm_sparq.cli import UsageError, comma_names, comma_numbers
+from vllm_sparq.console import UsageError, comma_names, comma_numbers, make_console
 
 BATCH = 25
 """Prompts that are answered together."""
@@ -205,7 +205,6 @@ def main() -> None:
     from vllm_sparq.benchmarks.common.records import append_records, provenance
     from vllm_sparq.benchmarks.quality.cache_bytes import CacheShape
     from vllm_sparq.benchmarks.quality.engine import Run
-    from vllm_sparq.benchmarks.quality.evaluate import make_console
     from vllm_sparq.benchmarks.quality.prompts import Wanted, check_tasks
     from vllm_sparq.benchmarks.tiny_model import WEIGHTS
 

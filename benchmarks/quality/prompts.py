@@ -13,7 +13,7 @@ from vllm_sparq.benchmarks.tasks.generated import TASKS, Example
 from vllm_sparq.benchmarks.tasks.papers import FAMILIES, PAPER_TASKS, Limits, load_paper_task
 from vllm_sparq.benchmarks.tasks.papers.metrics import ALL_METRICS
 from vllm_sparq.benchmarks.tasks.retrieval import RETRIEVAL
-from vllm_sparq.cli import UsageError
+from vllm_sparq.console import UsageError
 
 GENERATED: dict[str, Callable[..., Example]] = {**TASKS, **RETRIEVAL}
 """Name -> how an example is made."""

@@ -14,7 +14,7 @@ from vllm_sparq.benchmarks.common.methods import Method
 from vllm_sparq.benchmarks.common.records import append_records, provenance
 from vllm_sparq.benchmarks.quality.engine import Run
 from vllm_sparq.benchmarks.tasks.generated import Example
-from vllm_sparq.cli import UsageError
+from vllm_sparq.console import UsageError
 
 N_EDGE_BYTES = 1 << 20
 """Bytes at either end of a weight file that stand for it: hashing tens of gigabytes takes longer than answering."""

@@ -18,7 +18,7 @@ from typing import Any
 from vllm_sparq.benchmarks.common.methods import DENSE, Method
 from vllm_sparq.benchmarks.quality import evaluate as quality
 from vllm_sparq.benchmarks.quality.engine import Run
-from vllm_sparq.cli import UsageError, comma_names, comma_numbers
+from vllm_sparq.console import UsageError, comma_names, comma_numbers, make_console
 
 
 def grid(name: str, ranks: Sequence[int], tokens: Sequence[int], options: dict[str, Any]) -> list[Method]:
@@ -62,7 +62,7 @@ def main(args: argparse.Namespace) -> int:
     """Answer, score, write, print."""
     from vllm_sparq.benchmarks.quality.store import Store
 
-    console = quality.make_console()
+    console = make_console()
     methods = grid(args.method, args.r, args.k, args.options)
     run, examples = quality.prepare(args, console)
     check_ranks(run, args.r)

@@ -26,7 +26,7 @@ from vllm_sparq.benchmarks.reporting.tables import (
     requests_table,
     serve_table,
 )
-from vllm_sparq.cli import UsageError
+from vllm_sparq.console import UsageError
 
 IDENTITY = (
     *("bench", "model", "method", "options", "context", "batch", "heads", "kv_heads", "head_dim", "dtype", "ranking"),

@@ -17,8 +17,8 @@ from ray.serve.llm.deployment import LLMServer
 from vllm_sparq import plugin
 from vllm_sparq.benchmarks.cluster.replicas import REPLICA_ENVIRONMENT, engine_arguments, proven
 from vllm_sparq.benchmarks.common.methods import Method
-from vllm_sparq.benchmarks.common.proof import check_model
 from vllm_sparq.benchmarks.tiny_model import WEIGHTS
+from vllm_sparq.console import check_model
 
 
 class ServeArguments(BaseModel):

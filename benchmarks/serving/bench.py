@@ -17,12 +17,11 @@ from typing import Any
 
 from vllm_sparq.benchmarks.cluster.replicas import json_object
 from vllm_sparq.benchmarks.common.methods import DENSE, Method
-from vllm_sparq.benchmarks.common.proof import WrongAttentionError, check_attention, check_model, speed_note, with_dense
+from vllm_sparq.benchmarks.common.proof import WrongAttentionError, check_attention, speed_note, with_dense
 from vllm_sparq.benchmarks.common.records import append_records, case_key, provenance, recorded, skipped_note
 from vllm_sparq.benchmarks.common.server import HOST, WORKER_REPORT, Server, ServerError, wait_until_healthy
-from vllm_sparq.benchmarks.serving.demo import make_console
 from vllm_sparq.benchmarks.tiny_model import WEIGHTS
-from vllm_sparq.cli import UsageError, comma_names
+from vllm_sparq.console import UsageError, check_model, comma_names, make_console
 
 PREEMPTIONS = "vllm:num_preemptions_total"
 CACHE = "vllm:cache_config_info"

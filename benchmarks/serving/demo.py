@@ -19,8 +19,8 @@ from vllm_sparq.benchmarks.common.server import WORKER_REPORT, Completion, Serve
 from vllm_sparq.benchmarks.serving.demo_report import Row, Run, Side, print_run, run_as_json
 from vllm_sparq.benchmarks.tasks import generated as tasks
 from vllm_sparq.benchmarks.tiny_model import WEIGHTS
-from vllm_sparq.cli import UsageError, sparq_options
 from vllm_sparq.config import Options
+from vllm_sparq.console import UsageError, check_model, make_console, sparq_options
 from vllm_sparq.reads import HeadShape, Read
 
 LENGTHS = (512, 1024, 2048, 3900)
@@ -120,12 +120,6 @@ def main(args: argparse.Namespace) -> int:
     return 0
 
 
-def make_console() -> Console:
-    """A console that is wide enough for the table when nobody looks."""
-    console = Console()
-    return console if console.is_terminal else Console(width=120)
-
-
 @dataclass(frozen=True)
 class Shape:
     """What the demo has to know of a model."""
@@ -143,12 +137,11 @@ def read_shape(model: Path) -> Shape:
     Raises:
         UsageError: it is not there, or not complete.
     """
-    hint = "give a folder with config.json, tokenizer.json and weights" + (
-        ", with --model" if model == WEIGHTS else " (a model of the hub must be downloaded first)"
-    )
-    for name in ("config.json", "tokenizer.json"):
-        if not (model / name).is_file():
-            raise UsageError(f"--model {model}: there is no {name}; {hint}")
+    model = check_model(model)
+    if not (model / "tokenizer.json").is_file():
+        raise UsageError(
+            f"--model {model}: there is no tokenizer.json in it; give a folder with config.json, weights and tokenizer"
+        )
     config = json.loads((model / "config.json").read_text())
     config = config.get("text_config", config)
     n_heads = config["num_attention_heads"]

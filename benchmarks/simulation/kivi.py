@@ -24,7 +24,7 @@ from vllm_sparq.benchmarks.quality.prompts import Wanted
 from vllm_sparq.benchmarks.simulation.model import answer
 from vllm_sparq.benchmarks.tasks.generated import TASKS, score
 from vllm_sparq.benchmarks.tiny_model import WEIGHTS
-from vllm_sparq.cli import comma_names, comma_numbers
+from vllm_sparq.console import comma_names, comma_numbers
 
 
 def rounded(x: torch.Tensor, bits: int) -> torch.Tensor:

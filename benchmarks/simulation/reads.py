@@ -33,8 +33,8 @@ from vllm_sparq.benchmarks.simulation.model import Answer, Contexts, decode, loa
 from vllm_sparq.benchmarks.simulation.policies import POLICIES, Dense, InfLLM, Policy, Shape, Wanted
 from vllm_sparq.benchmarks.tasks.generated import TASKS, Example, score
 from vllm_sparq.benchmarks.tiny_model import WEIGHTS
-from vllm_sparq.cli import UsageError, comma_names, comma_numbers
 from vllm_sparq.config import NAMESPACE, parse_options
+from vllm_sparq.console import UsageError, comma_names, comma_numbers
 
 BATCH = 50
 """Prompts that are answered together: what memory allows at the longest contexts."""

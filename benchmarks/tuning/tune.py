@@ -26,7 +26,7 @@ from vllm_sparq.benchmarks.quality.prompts import TEXT, Wanted, read_text, text_
 from vllm_sparq.benchmarks.tasks.generated import Example
 from vllm_sparq.benchmarks.tuning.measure import Engines, Measured, answers_of, measure, times_in_turns
 from vllm_sparq.benchmarks.tuning.space import DEFAULT, Workload, draw, method_of, options_of, starting_points
-from vllm_sparq.cli import UsageError
+from vllm_sparq.console import UsageError, check_model, make_console
 
 N_SCORED = 128
 """Tokens at the end of each window that are forced; the context before them is read."""
@@ -72,7 +72,7 @@ examples:
 def main(args: argparse.Namespace) -> int:
     """Search, show, choose."""
     started = time.monotonic()
-    console = quality.make_console()
+    console = make_console()
     workload, run, examples = prepare(args)
     n_windows = sum(example.task == TEXT for example in examples)
     console.print(
@@ -105,7 +105,7 @@ def prepare(args: argparse.Namespace) -> tuple[Workload, Run, list[Example]]:
     Raises:
         UsageError: a model, a text or numbers that cannot be used.
     """
-    quality.check_model(args.model)
+    args.model = check_model(args.model)
     shape = CacheShape.of(args.model, args.dtype)
     limit = args.engine_args.get("max_model_len") or shape.max_model_len
     context = args.context or min(8192, limit // 2)

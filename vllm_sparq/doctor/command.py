@@ -9,12 +9,11 @@ import logging
 import shlex
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
-from pathlib import Path
 
 from vllm_sparq import compat
 from vllm_sparq.backends import PRESETS
-from vllm_sparq.cli import UsageError, given_options
 from vllm_sparq.config import NAMESPACE, Options, OptionsError, parse_options
+from vllm_sparq.console import UsageError, check_model, given_options
 from vllm_sparq.doctor.engine import engine_section
 from vllm_sparq.doctor.findings import Section
 from vllm_sparq.doctor.machine import environment, implementations, platform_in_use, versions
@@ -57,7 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     """Run every check, print the findings."""
     if args.model is not None:
-        check_model_path(args.model)
+        check_model(args.model, hub_names=True)
     options = chosen_options(args)
     sections = []
     logging.disable(logging.CRITICAL)  # vLLM's, which repeats what the findings say
@@ -118,23 +117,6 @@ def run_check(check: Callable[[], Section]) -> Section:
         section = Section(check.__name__.replace("_", " "))
         section.bad(f"{type(error).__name__}: {error}")
         return section
-
-
-def check_model_path(model: str) -> None:
-    """A folder must exist; a name of the hub is vLLM's business.
-
-    Raises:
-        UsageError: no such folder, or nothing in it.
-    """
-    folder = Path(model).expanduser()
-    is_hub_name = model.count("/") == 1 and model[0] not in "./~"
-    if folder.is_dir():
-        if not (folder / "config.json").is_file():
-            raise UsageError(f"--model {model}: there is no config.json in it; give the folder of a Hugging Face model")
-    elif not is_hub_name:
-        raise UsageError(
-            f"--model {model}: no such folder; give the folder of a model, or its name on the hub (org/name)"
-        )
 
 
 @contextlib.contextmanager

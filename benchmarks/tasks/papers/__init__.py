@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_sparq.benchmarks.tasks.generated import Example, words_of
-from vllm_sparq.cli import UsageError
+from vllm_sparq.console import UsageError
 
 
 @dataclass(frozen=True, kw_only=True)

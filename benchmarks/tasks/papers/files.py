@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from vllm_sparq.cli import UsageError
+from vllm_sparq.console import UsageError
 
 T = TypeVar("T")
 

@@ -14,7 +14,7 @@ from typing import Any
 from vllm_sparq.benchmarks.tasks.generated import Example
 from vllm_sparq.benchmarks.tasks.papers import LONGBENCH, Limits
 from vllm_sparq.benchmarks.tasks.papers.files import check_fields, json_file, json_lines
-from vllm_sparq.cli import UsageError
+from vllm_sparq.console import UsageError
 
 METRIC = {
     **dict.fromkeys(LONGBENCH[:6], "squad_f1"),

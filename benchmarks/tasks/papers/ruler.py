@@ -13,7 +13,7 @@ from typing import Any
 from vllm_sparq.benchmarks.tasks.generated import Example
 from vllm_sparq.benchmarks.tasks.papers import Limits
 from vllm_sparq.benchmarks.tasks.papers.files import json_lines
-from vllm_sparq.cli import UsageError
+from vllm_sparq.console import UsageError
 
 MAX_TOKENS = {"niah": 128, "vt": 30, "cwe": 120, "fwe": 50, "qa": 32}
 """First part of a task's name -> tokens of its output."""

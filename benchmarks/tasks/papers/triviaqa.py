@@ -12,7 +12,7 @@ from vllm_sparq.benchmarks.tasks.generated import Example
 from vllm_sparq.benchmarks.tasks.papers import Limits
 from vllm_sparq.benchmarks.tasks.papers.files import check_fields, json_file, read, shuffled
 from vllm_sparq.benchmarks.tasks.papers.squad import example
-from vllm_sparq.cli import UsageError
+from vllm_sparq.console import UsageError
 
 SEED, SHUFFLE_SEED = 2751584, 487523
 CHARACTERS = range(4000, 8001)

@@ -15,7 +15,7 @@ import pytest
 
 from vllm_sparq.benchmarks.cluster import answers, prompts
 from vllm_sparq.benchmarks.cluster.answers import Answers
-from vllm_sparq.cli import UsageError
+from vllm_sparq.console import UsageError
 
 CASE = {"model": "m", "data": "d"}
 

@@ -32,7 +32,8 @@ from vllm_sparq.benchmarks.common.methods import Method
 from vllm_sparq.benchmarks.common.proof import WrongAttentionError
 from vllm_sparq.benchmarks.common.server import WORKER_REPORT
 from vllm_sparq.benchmarks.tiny_model import WEIGHTS
-from vllm_sparq.cli import UsageError, build_parser, main
+from vllm_sparq.cli import build_parser, main
+from vllm_sparq.console import UsageError
 
 
 def row(i: int) -> dict[str, Any]:
@@ -51,7 +52,7 @@ def source() -> Iterator[prompts.Prompt]:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--model", "nowhere"], "--model nowhere: there is no config.json"),
+        (["--model", "nowhere"], "--model nowhere: no such folder"),
         (["--methods", "sparrow"], "unknown method 'sparrow'"),
         (["--replicas", "4096"], "4096 replicas of 1 CPUs need 4096, and this machine has"),
         (["--replicas", "0"], "--replicas 0 must be 1 or more"),

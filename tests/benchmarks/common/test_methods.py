@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from vllm_sparq.benchmarks.common.methods import Method
-from vllm_sparq.cli import UsageError
+from vllm_sparq.console import UsageError
 
 
 def test_names_stand_for_backends_and_options() -> None:

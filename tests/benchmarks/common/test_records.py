@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from vllm_sparq.benchmarks.common import records
-from vllm_sparq.cli import UsageError
+from vllm_sparq.console import UsageError
 
 RESULTS = Path(__file__).parents[3] / "benchmarks" / "results"
 

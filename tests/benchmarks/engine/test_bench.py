@@ -81,7 +81,7 @@ def test_layers_without_full_attention_may_stay_with_vllm() -> None:
     ("words", "message"),
     [
         (["--methods", "sparrow"], "unknown method 'sparrow'"),
-        (["--model", "nowhere"], "--model nowhere: there is no config.json"),
+        (["--model", "nowhere"], "--model nowhere: no such folder"),
         (["--context", "200000"], "need 201024 positions, and the model has 131072: use --context 130048 or less"),
         (["--input-len", "140000"], "the model has 131072: use --input-len 130944 or less"),
         (["--input-len", "0"], "--input-len 0 must be 1 or more"),

@@ -6,7 +6,8 @@ import pytest
 
 from vllm_sparq.benchmarks.engine import pressure as pressure_bench
 from vllm_sparq.benchmarks.engine.pressure import Trace, engines, summary
-from vllm_sparq.cli import UsageError, main
+from vllm_sparq.cli import main
+from vllm_sparq.console import UsageError
 
 
 def test_a_trace_is_drawn_once() -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from vllm_sparq.benchmarks.ops import bench as ops_bench
 from vllm_sparq.benchmarks.ops.methods import BLOCK_SIZE, METHODS, Tensors
-from vllm_sparq.cli import UsageError
+from vllm_sparq.console import UsageError
 from vllm_sparq.formats import FORMATS
 from vllm_sparq.ops.dense_decode.reference import cached_tokens
 

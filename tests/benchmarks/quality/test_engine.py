@@ -18,8 +18,9 @@ from vllm_sparq.benchmarks.quality.engine import Engine, Run, Worker
 from vllm_sparq.benchmarks.quality.forced import FORCED, ForcedTokens, prompts_measure
 from vllm_sparq.benchmarks.quality.prompts import Wanted
 from vllm_sparq.benchmarks.tiny_model import WEIGHTS
-from vllm_sparq.cli import UsageError, main
+from vllm_sparq.cli import main
 from vllm_sparq.config import parse_options
+from vllm_sparq.console import UsageError
 
 
 def test_what_a_prompt_measures() -> None:

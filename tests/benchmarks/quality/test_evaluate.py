@@ -21,7 +21,8 @@ from vllm_sparq.benchmarks.quality.prompts import GENERATED, Wanted, read_haysta
 from vllm_sparq.benchmarks.quality.store import Store, fingerprint, whole_lines
 from vllm_sparq.benchmarks.tasks.generated import Example
 from vllm_sparq.benchmarks.tiny_model import WEIGHTS
-from vllm_sparq.cli import UsageError, main
+from vllm_sparq.cli import main
+from vllm_sparq.console import UsageError
 
 RUN = Run(model=WEIGHTS)
 DENSE, SPARQ = Method.named("dense"), Method.named("sparq")
@@ -321,7 +322,7 @@ def test_texts_that_cannot_be_read(tmp_path: Path) -> None:
         (["--tasks", "needle,haystack"], "unknown task 'haystack': choose from needle"),
         (["--tasks", "needle:bleu"], "unknown metric 'bleu' of task 'needle': choose from begins"),
         (["--tasks", "text:holds"], "task 'text' is measured in bits and has no other metric"),
-        (["--model", "nowhere"], "no model in nowhere"),
+        (["--model", "nowhere"], "--model nowhere: no such folder"),
         (["--methods", "sparq,int3"], "unknown method 'int3'"),
         (["--compression", "0.5"], "--compression '0.5' is not usable: give numbers of at least 1"),
         (["--compression", "8,8"], "is named twice"),

@@ -25,7 +25,7 @@ def parse(*words: str) -> argparse.Namespace:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--model", "nowhere"], "--model nowhere: there is no config.json"),
+        (["--model", "nowhere"], "--model nowhere: no such folder"),
         (["--methods", "sparrow"], "unknown method 'sparrow'"),
         (["--options", '{"compresion": 4}'], "Did you mean 'compression'?"),
         (

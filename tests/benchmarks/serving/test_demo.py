@@ -98,7 +98,7 @@ def test_tokens_read(given: dict[str, Any], context: int, expected: int) -> None
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("--model", "/no/such/model"), "there is no config.json"),
+        (("--model", "/no/such/model"), "no such folder"),
         (("--lengths", "8"), "--lengths 8: n_tokens=8 is too short"),
         (("--lengths", "4096"), "the model has positions for 4096: use 40"),
         (("--questions", "0"), "--questions 0 must be 1 or more"),

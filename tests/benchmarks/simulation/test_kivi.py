@@ -8,7 +8,7 @@ import torch
 from vllm_sparq.benchmarks.quality.bits_per_byte import windows
 from vllm_sparq.benchmarks.simulation.kivi import SimulatedCache, rounded
 from vllm_sparq.benchmarks.tiny_model import WEIGHTS
-from vllm_sparq.cli import UsageError
+from vllm_sparq.console import UsageError
 
 
 def test_windows_cover_the_text_from_its_start() -> None:

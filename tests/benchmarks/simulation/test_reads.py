@@ -27,8 +27,8 @@ from vllm_sparq.benchmarks.simulation.policies import (
 from vllm_sparq.benchmarks.simulation.reads import main, policies_at
 from vllm_sparq.benchmarks.tasks.generated import score
 from vllm_sparq.benchmarks.tiny_model import WEIGHTS
-from vllm_sparq.cli import UsageError
 from vllm_sparq.config import Options
+from vllm_sparq.console import UsageError
 from vllm_sparq.reads import SparqRead
 
 THETA = 1e4

@@ -7,7 +7,7 @@ import pytest
 from vllm_sparq.benchmarks.common.optional import optional
 from vllm_sparq.benchmarks.tasks.metrics import METRICS
 from vllm_sparq.benchmarks.tasks.papers.metrics import ALL_METRICS
-from vllm_sparq.cli import UsageError
+from vllm_sparq.console import UsageError
 
 
 def score(metric: str, output: str, *answers: str, choices: tuple[str, ...] = ()) -> float:

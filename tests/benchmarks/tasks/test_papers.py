@@ -13,7 +13,7 @@ from vllm_sparq.benchmarks.tasks import papers as paper_tasks
 from vllm_sparq.benchmarks.tasks.generated import Example
 from vllm_sparq.benchmarks.tasks.papers import PAPER_TASKS, Limits, load_paper_task
 from vllm_sparq.benchmarks.tasks.papers.metrics import ALL_METRICS
-from vllm_sparq.cli import UsageError
+from vllm_sparq.console import UsageError
 
 LIMITS = Limits(n=3, max_model_len=2000)
 

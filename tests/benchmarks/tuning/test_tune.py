@@ -18,7 +18,8 @@ from vllm_sparq.benchmarks.quality.cache_bytes import CacheShape
 from vllm_sparq.benchmarks.tuning import tune
 from vllm_sparq.benchmarks.tuning.measure import Measured
 from vllm_sparq.benchmarks.tuning.space import SPACE, Workload, draw, method_of, options_of, starting_points
-from vllm_sparq.cli import UsageError, main
+from vllm_sparq.cli import main
+from vllm_sparq.console import UsageError, make_console
 
 SHAPE = CacheShape(n_layers=4, n_heads=8, n_kv_heads=2, head_size=64, dtype=torch.bfloat16, max_model_len=4096)
 WORK = Workload(shape=SHAPE, context=2048, batch=4)
@@ -139,7 +140,7 @@ def test_a_killed_search_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 def test_what_is_shown_can_be_pasted(capsys: pytest.CaptureFixture[str]) -> None:
     found = [setting(0.5, 1.1, 0.012), setting(0.4, 0.4, 0.004, format="int4", r=16, k=128)]
-    assert tune.show(tune.quality.make_console(), found, 0.01) == 0
+    assert tune.show(make_console(), found, 0.01) == 0
     shown = capsys.readouterr().out
     last = shown.strip().splitlines()[-1]
     words = last.split(" ", 3)
@@ -147,7 +148,7 @@ def test_what_is_shown_can_be_pasted(capsys: pytest.CaptureFixture[str]) -> None
     assert json.loads(words[3].strip("'")) == {"sparq": {"format": "int4", "r": 16, "k": 128}}
     assert "At least as fast as the default, losing no more: 1 of 1 settings." in shown
     assert "2.50 times as fast" in shown
-    assert tune.show(tune.quality.make_console(), found, 0.001) == 1
+    assert tune.show(make_console(), found, 0.001) == 1
     assert "No setting loses 0.001 or less; the least is 0.0040" in capsys.readouterr().out
 
 
@@ -184,7 +185,7 @@ def test_a_grid_is_dense_and_all_pairs() -> None:
         (["sweep", "--k", "0"], "k=0 is not usable"),
         (["tune", "--context", "4096"], "--context 4096"),
         (["tune", "--text", "nowhere"], "no text at nowhere"),
-        (["tune", "--model", "nowhere"], "no model in nowhere"),
+        (["tune", "--model", "nowhere"], "--model nowhere: no such folder"),
         (["tune", "--out", __file__], "is a file: give a folder"),
     ],
 )
