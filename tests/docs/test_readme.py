@@ -19,7 +19,7 @@ PROVEN_BY = {
     "make demo": "tests/benchmarks/serving/test_demo.py::test_a_real_run_answers_and_leaves_nothing",
     "make test": "tests/docs/test_readme.py::test_ci_runs_what_the_readme_names",
     "pip install .": "tests/test_packaging.py::test_wheel_holds_every_module",
-    "pip install ./packaging/vllm_cpu_name": "tests/docs/test_readme.py::test_make_installs_what_the_readme_names",
+    "pip install --no-deps ./packaging/vllm_cpu_name .": "tests/docs/test_readme.py::test_make_installs_so_too",
     "vllm-sparq doctor": "tests/test_doctor.py::test_a_real_engine_runs_our_class_in_a_spawned_worker",
     "vllm-sparq doctor --model MODEL": "tests/test_doctor.py::test_what_options_mean_for_a_model",
     "vllm-sparq eval --model MODEL --methods sparq,int4,h2o": (
@@ -56,8 +56,10 @@ def test_ci_runs_what_the_readme_names() -> None:
     assert set(needs.group(1).split()) <= run
 
 
-def test_make_installs_what_the_readme_names() -> None:
-    assert "./packaging/vllm_cpu_name" in (ROOT / "Makefile").read_text(encoding="utf-8")
+def test_make_installs_so_too() -> None:
+    installs = re.findall(r"pip install (.*)", (ROOT / "Makefile").read_text(encoding="utf-8"))
+    assert any("--no-deps" in line and "./packaging/vllm_cpu_name" in line for line in installs)
+    assert any("--no-deps" in line and line.endswith(" .") for line in installs)
 
 
 def test_python_takes_what_the_readme_shows() -> None:
