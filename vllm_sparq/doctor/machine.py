@@ -46,7 +46,7 @@ def environment() -> Section:
         ours = names.pop("sparq", None)
         if ours is None:
             section.bad(
-                f"entry point sparq of {group} is missing, so vLLM cannot find us: pip install vllm-sparq again"
+                f"entry point sparq of {group} is missing, so vLLM cannot find us: install vllm-sparq again (pip install . in its checkout)"
             )
         else:
             section.good(f"entry point sparq of {group}: {ours}")
