@@ -198,7 +198,7 @@ struct Part {
   void run(const QuestDecode& op, const Task& task, int len);
   // What the parts of a context found, as if one had found it; in the order of the tokens.
   static void merge(const QuestDecode& op, const Task& first, int len, const Part* parts);
-  // Memory for the parts of cut contexts; those of one context lie equally far apart.
+  // What every part of a cut context works in; the parts of a context follow each other.
   static void place(const QuestDecode& op, const std::vector<Task>& tasks, Scratch& scratch, std::vector<Part>& parts);
 };
 
@@ -210,9 +210,7 @@ void Part::run_whole(const QuestDecode& op, const Task& task, int len) {
   finish_request(op, task, len, candidates);
 }
 
-void Part::run(const QuestDecode& op, const Task& task, int len) {
-  rank_part(op, task, len, candidates);
-}
+void Part::run(const QuestDecode& op, const Task& task, int len) { rank_part(op, task, len, candidates); }
 
 void Part::merge(const QuestDecode& op, const Task& first, int len, const Part* parts) {
   thread_local Scratch scratch;
@@ -231,10 +229,11 @@ void Part::place(const QuestDecode& op, const std::vector<Task>& tasks, Scratch&
     const Task& task = tasks[i];
     const int len = op.call.requests.lens[task.request];
     if (task.n_parts == 1) continue;
-    if (op.read.is_dense(len))
+    if (op.read.is_dense(len)) {
       parts[i].memory = place_part(op.call, task, task.part > 0 ? parts[i - 1].memory : nullptr, arena);
-    else
+    } else {
       parts[i].candidates = op.new_candidates(len, arena);
+    }
   }
 }
 

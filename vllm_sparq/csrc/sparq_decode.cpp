@@ -71,7 +71,7 @@ struct Part {
   void run(const Sparq& op, const Task& task, int len);
   // What the parts of a context found, as if one had found it; in the order of the tokens.
   static void merge(const Sparq& op, const Task& first, int len, const Part* parts);
-  // Memory for the parts of cut contexts; those of one context lie equally far apart.
+  // What every part of a cut context works in; the parts of a context follow each other.
   static void place(const Sparq& op, const std::vector<Task>& tasks, Scratch& scratch, std::vector<Part>& parts);
 };
 
@@ -85,9 +85,7 @@ void Part::run_whole(const Sparq& op, const Task& task, int len) {
   finish_request(op, task, len, ranked);
 }
 
-void Part::run(const Sparq& op, const Task& task, int len) {
-  rank_part(op, task, len, ranked, scores);
-}
+void Part::run(const Sparq& op, const Task& task, int len) { rank_part(op, task, len, ranked, scores); }
 
 void Part::merge(const Sparq& op, const Task& first, int len, const Part* parts) {
   thread_local Scratch scratch;
@@ -110,11 +108,12 @@ void Part::place(const Sparq& op, const std::vector<Task>& tasks, Scratch& scrat
     const Task& task = tasks[i];
     const int len = op.call.requests.lens[task.request];
     if (task.n_parts == 1) continue;
-    if (op.read.is_dense(len))
+    if (op.read.is_dense(len)) {
       parts[i].memory = place_part(op.call, task, task.part > 0 ? parts[i - 1].memory : nullptr, arena);
-    else
-      parts[i].ranked = op.new_ranked(len, arena),
+    } else {
+      parts[i].ranked = op.new_ranked(len, arena);
       parts[i].scores = task.part > 0 ? parts[i - 1].scores : AllScores::in(op, len, arena);
+    }
   }
 }
 

@@ -57,8 +57,8 @@ class Scratch {
   std::vector<Chunk> chunks_;
 };
 
-// Memory handed out in cache-line aligned pieces. Nobody gives a piece back. Under `make sanitize` a byte beyond a piece
-// may not be touched, not even one that fills its last line.
+// Memory handed out in cache-line aligned pieces. Nobody gives a piece back. Under `make sanitize` a byte beyond a
+// piece may not be touched, not even one that fills its last line.
 class Arena {
  public:
   template <class T>

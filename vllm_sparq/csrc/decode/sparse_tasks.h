@@ -7,7 +7,7 @@ namespace sparq {
 
 // Runs all tasks of `op`, which has a `call` and a `read` that says which contexts are read densely. A whole context is
 // one `Part::run_whole`; the parts of a cut one are a `run` each and, when all are there, one `Part::merge` of the
-// first. `Part::place` gives every part its `memory`.
+// first. `Part::place` gives every part what it works in; `memory` for dense reads.
 template <class Part, class Op>
 void run_tasks(const Op& op) {
   thread_local std::vector<Task> tasks;
