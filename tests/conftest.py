@@ -26,22 +26,24 @@ if not torch.cuda.is_available():
 LONGEST = (
     "ops/test_triton_aot.py",
     "engine/test_eviction.py",
-    "benchmarks/serving/test_demo.py",
     "benchmarks/quality/test_engine.py",
-    "engine/test_formats.py",
-    "engine/test_processes.py",
-    "engine/test_identity.py",
-    "ops/test_sparq_decode.py",
-    "engine/test_sameness.py",
+    "benchmarks/serving/test_demo.py",
     "benchmarks/cluster/test_bench.py",
+    "engine/test_formats.py",
+    "engine/test_sameness.py",
+    "engine/test_identity.py",
+    "engine/test_processes.py",
+    "engine/test_spans.py",
     "ops/test_dispatch.py",
+    "ops/test_sparq_decode.py",
+    "benchmarks/engine/test_pressure.py",
+    "test_doctor.py",
+    "benchmarks/engine/test_requests.py",
+    "engine/test_models.py",
     "engine/test_serve.py",
     "engine/test_serve_eviction.py",
-    "engine/test_spans.py",
-    "test_doctor.py",
-    "engine/test_models.py",
 )
-"""Files that take more than half a minute, the longest first: they begin before the others, so that no worker of
+"""Files that take more than about half a minute, the longest first: they begin before the others, so that no worker of
 pytest-xdist ends with one of them while the other has nothing to do (`--dist loadfile --no-loadscope-reorder`)."""
 
 

@@ -223,7 +223,7 @@ def build(
     new = [torch.cat([x[:n] for x, n in zip(of, fill, strict=True)]) for of in (tokens.key, tokens.value)]
     starts = int32([0, *torch.tensor(fill).cumsum(0).tolist()])
     given = b"".join(x.contiguous().view(torch.uint8).numpy().tobytes() for x in (*new, table))
-    key = (hashlib.sha1(given).digest(), layout, n_kv, tuple(fill), poison)
+    key = (hashlib.sha1(given).digest(), layout, layout.quantized, n_kv, tuple(fill), poison)
     if key not in _WRITTEN:
         reference_write(*new, pages_of(buffer), table, starts, int32(fill))
         _WRITTEN[key] = buffer
