@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from vllm.logger import init_logger
 from vllm.platforms.cpu import CpuPlatform
 
-from vllm_sparq import compat
+from vllm_sparq import compat, counters
 from vllm_sparq.backends import BACKENDS
 
 if TYPE_CHECKING:
@@ -106,6 +106,7 @@ class SparqPlatformMixin:
                 "prefix caching is off: what a block holds after an eviction depends on the whole request, so no other "
                 "request can use it"
             )
+        counters.name_run(vllm_config)
         scheduler = vllm_config.scheduler_config
         if engine.options.pressure != "evict" or scheduler.scheduler_cls in (SCHEDULER, ASYNC_SCHEDULER):
             return
