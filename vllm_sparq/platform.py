@@ -60,17 +60,20 @@ class SparqPlatformMixin:
         """
         super().check_and_update_config(vllm_config)  # type: ignore[misc]
         from vllm_sparq.attention_backends.engine import selected_backends
-        from vllm_sparq.attention_backends.refusals import engine_refusals
+        from vllm_sparq.attention_backends.refusals import engine_refusals, worker_refusals
 
         if not selected_backends(vllm_config):
             return
         cls._choose_block_size(vllm_config)
+        parallel = vllm_config.parallel_config
+        parallel.worker_cls = cls.sparq_workers.get(parallel.worker_cls, parallel.worker_cls)
         refusals = engine_refusals(vllm_config)
+        (ours,) = cls.sparq_workers.values()
+        if parallel.worker_cls != ours:
+            refusals += worker_refusals(parallel.worker_cls, ours)
         if refusals:
             raise ValueError("vllm-sparq cannot start: " + "; ".join(refusals))
         cls._arrange_eviction(vllm_config)
-        parallel = vllm_config.parallel_config
-        parallel.worker_cls = cls.sparq_workers.get(parallel.worker_cls, parallel.worker_cls)
 
     @classmethod
     def _choose_block_size(cls, vllm_config: VllmConfig) -> None:
