@@ -29,6 +29,10 @@ SparQ reads 65,536 tokens 1.1 to 1.3 times as fast."""
 LONG_CONTEXT = 32768
 """Tokens from which a context is long: sharing and allocating whole blocks of 256 tokens costs next to nothing then."""
 
+BLOCK_SIZE = "sparq_block_size"
+"""Our second key in vLLM's ``additional_config``, written by our platform for models that have sliding windows too:
+tokens per block of the full-attention layers. vLLM's own number becomes the smallest of all once it knows all."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class PagedEngine:
@@ -62,7 +66,8 @@ class PagedEngine:
             )
         given = (vllm_config.additional_config or {}).get(NAMESPACE, {})
         options = _parsed(json.dumps(given, default=repr), selected[0])
-        return cls(backend=selected[0], options=options, block_size=vllm_config.cache_config.block_size)
+        block_size = (vllm_config.additional_config or {}).get(BLOCK_SIZE, vllm_config.cache_config.block_size)
+        return cls(backend=selected[0], options=options, block_size=block_size)
 
     @property
     def retention(self) -> Retention | None:

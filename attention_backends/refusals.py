@@ -5,6 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from vllm import envs
+from vllm.utils.import_utils import resolve_obj_by_qualname
+from vllm.utils.torch_utils import get_kv_cache_quant_algo_string
 
 from vllm_sparq.attention_backends.engine import PagedEngine, heads_of
 from vllm_sparq.config import OptionsError, check_budget
@@ -20,13 +23,15 @@ KV_CACHE_DTYPES = ("auto", "bfloat16", "float16")
 
 DENSE = "use vLLM's own backend (leave --attention-backend out)"
 
+CONNECTOR = "a KV connector copies dense K and V, our pages hold more: start without "
+
 
 def engine_refusals(vllm_config: Any) -> list[str]:
     """Reasons why an engine with this configuration cannot run on our backends; empty if it can."""
     reasons = _option_refusals(vllm_config)
-    reasons += _cache_refusals(vllm_config.cache_config)
+    reasons += _block_size_refusals(vllm_config.cache_config)
     if vllm_config.model_config is not None:
-        reasons += model_refusals(vllm_config.model_config)
+        reasons += model_refusals(vllm_config.model_config, vllm_config.cache_config.cache_dtype)
     parallel = vllm_config.parallel_config
     for flag, size in (
         ("--decode-context-parallel-size", parallel.decode_context_parallel_size),
@@ -34,9 +39,50 @@ def engine_refusals(vllm_config: Any) -> list[str]:
     ):
         if size > 1:
             reasons.append(f"{flag} {size} splits a request's tokens over workers, which is not supported: set it to 1")
+    return reasons + _connector_refusals(vllm_config) + _switch_refusals(vllm_config)
+
+
+def _connector_refusals(vllm_config: Any) -> list[str]:
+    """vLLM makes a connector of an offloading size, but only after it has asked us."""
+    size = vllm_config.cache_config.kv_offloading_size
+    if size is not None:
+        return [f"--kv-offloading-size {size:g} starts a KV connector. {CONNECTOR}--kv-offloading-size"]
     if vllm_config.kv_transfer_config is not None:
-        reasons.append("a KV connector copies dense K and V, our pages hold more: start without --kv-transfer-config")
+        return [f"{CONNECTOR}--kv-transfer-config"]
+    return []
+
+
+def _switch_refusals(vllm_config: Any) -> list[str]:
+    """Switches of the whole engine that ask of every layer what ours cannot do."""
+    reasons = []
+    if envs.VLLM_BATCH_INVARIANT:
+        reasons.append(f"batch-invariant kernels (VLLM_BATCH_INVARIANT) are not supported: unset it, or {DENSE}")
+    if vllm_config.attention_config.use_non_causal:
+        reasons.append(f"non-causal attention (use_non_causal) is not supported: {DENSE}")
+    speculative = vllm_config.speculative_config
+    if speculative is not None and speculative.enable_adaptive_verification:
+        reasons.append(
+            "enable_adaptive_verification trims drafts on the device, where our rows cannot follow: leave it out of "
+            "--speculative-config"
+        )
     return reasons
+
+
+def worker_refusals(worker_cls: str, ours: str) -> list[str]:
+    """Reasons why a class that the user named cannot be the worker of our layers; ``ours`` is the class to derive from.
+
+    Without what our workers add, layers know neither their engine nor whose requests a step brings.
+    """
+    from vllm_sparq.attention_backends.worker import SparqWorkerMixin
+
+    remedy = f"leave --worker-cls out, or derive the class from {ours}"
+    try:
+        found = resolve_obj_by_qualname(worker_cls)
+    except (ImportError, AttributeError, ValueError) as error:
+        return [f"--worker-cls {worker_cls} cannot be imported ({error}): {remedy}"]
+    if isinstance(found, type) and issubclass(found, SparqWorkerMixin):
+        return []
+    return [f"--worker-cls {worker_cls} does not tell our layers whose requests a step brings: {remedy}"]
 
 
 def _option_refusals(vllm_config: Any) -> list[str]:
@@ -82,23 +128,61 @@ def _format_refusals(vllm_config: Any, engine: PagedEngine) -> list[str]:
     return reasons
 
 
-def _cache_refusals(cache_config: Any) -> list[str]:
-    reasons = []
-    if cache_config.cache_dtype not in KV_CACHE_DTYPES:
-        reasons.append(
-            f"--kv-cache-dtype {cache_config.cache_dtype} is vLLM's own quantized cache, which our pages replace: "
+def _block_size_refusals(cache_config: Any) -> list[str]:
+    size = cache_config.block_size
+    if size is None or size % BLOCK_SIZE_MULTIPLE == 0:
+        return []
+    return [
+        f"--block-size {size} cannot be cut into pages: use a multiple of {BLOCK_SIZE_MULTIPLE} (128 is fastest on CPU)"
+    ]
+
+
+def cache_dtype_refusals(model_config: Any, cache_dtype: str) -> list[str]:
+    """Reasons why blocks cannot be our pages: vLLM, or the checkpoint, would store K and V in another type.
+
+    ``cache_dtype`` as vLLM has it by now: what a checkpoint of ModelOpt declares has taken the place of ``auto``, what
+    one of compressed-tensors declares has not.
+    """
+    declared = declared_cache_dtype(model_config)
+    name = str(model_config.dtype).removeprefix("torch.")
+    if declared is not None and cache_dtype in ("auto", declared):
+        half = name if name in KV_CACHE_DTYPES else "bfloat16"
+        dtype = "" if half == name else f"--dtype {half} and "
+        return [
+            f"the checkpoint declares a KV cache of type {declared}, which our pages replace: set "
+            f"{dtype}--kv-cache-dtype {half}"
+        ]
+    if cache_dtype not in KV_CACHE_DTYPES:
+        return [
+            f"--kv-cache-dtype {cache_dtype} is vLLM's own quantized cache, which our pages replace: "
             "leave --kv-cache-dtype out"
-        )
-    if cache_config.block_size is not None and cache_config.block_size % BLOCK_SIZE_MULTIPLE:
-        reasons.append(
-            f"--block-size {cache_config.block_size} cannot be cut into pages: use a multiple of {BLOCK_SIZE_MULTIPLE} "
-            "(128 is fastest on CPU)"
-        )
-    return reasons
+        ]
+    if cache_dtype not in ("auto", name):
+        return [
+            f"--kv-cache-dtype {cache_dtype} is not the model's own type, {name}, in which our pages hold what is not "
+            f"quantized: leave --kv-cache-dtype out, or add --dtype {cache_dtype}"
+        ]
+    return []
 
 
-def model_refusals(model_config: Any) -> list[str]:
-    """Reasons why this model cannot run on our backends, from its configuration alone; empty if it can."""
+def declared_cache_dtype(model_config: Any) -> str | None:
+    """The type of quantized KV cache that a checkpoint asks for where the user does not say otherwise, or None."""
+    config = getattr(model_config.hf_config, "quantization_config", None)
+    if config is None:
+        return None
+    if not isinstance(config, dict):
+        config = config.to_dict()
+    if config.get("quant_method") == "compressed-tensors":
+        return "fp8" if config.get("kv_cache_scheme") else None  # the one type that vLLM makes of it
+    declared: str | None = get_kv_cache_quant_algo_string(config)
+    return None if declared == "auto" else declared
+
+
+def model_refusals(model_config: Any, cache_dtype: str = "auto") -> list[str]:
+    """Reasons why this model cannot run on our backends, from its configuration alone; empty if it can.
+
+    ``cache_dtype`` is what ``--kv-cache-dtype`` says, or what vLLM has made of it.
+    """
     config = model_config.hf_text_config
     if model_config.use_mla:
         return [f"multi-head latent attention (MLA) has no per-head K and V to read sparsely: {DENSE}"]
@@ -113,6 +197,8 @@ def model_refusals(model_config: Any) -> list[str]:
         reasons.append(f"head size {model_config.get_head_size()} is not one of {list(HEAD_SIZES)}: {DENSE}")
     if model_config.dtype not in DTYPES:
         reasons.append(f"dtype {model_config.dtype} is not bfloat16, float16 or float32: set --dtype")
+    reasons += cache_dtype_refusals(model_config, cache_dtype)
+    reasons += _attention_refusals(model_config)
     if _uses_alibi(config):
         reasons.append(f"ALiBi adds a bias to the scores that our kernels do not know: {DENSE}")
     for attribute in ("attn_logit_softcapping", "attn_logit_softcap"):
@@ -124,6 +210,39 @@ def model_refusals(model_config: Any) -> list[str]:
             f"{DENSE}"
         )
     return reasons
+
+
+def _attention_refusals(model_config: Any) -> list[str]:
+    """Kinds of attention other than full and causal."""
+    config = model_config.hf_text_config
+    reasons = []
+    kinds = getattr(config, "layer_types", None) or []
+    if kinds and "full_attention" not in kinds and "attention" not in kinds:
+        reasons.append(
+            f"no layer has full attention (layer_types: {', '.join(sorted(set(kinds)))}), so there is nothing to read "
+            f"sparsely or to store smaller: {DENSE}"
+        )
+    if model_config.is_hybrid:
+        reasons.append(f"layers with a state beside attention (state spaces, convolutions) are not supported: {DENSE}")
+    chunk, window = model_config.attention_chunk_size, model_config.rswa_window
+    if chunk is not None:
+        reasons.append(f"attention within chunks (attention_chunk_size={chunk}) is not supported: {DENSE}")
+    if window is not None:
+        reasons.append(f"reference sliding windows (rswa_window={window}) are not supported: {DENSE}")
+    if model_config.is_mm_prefix_lm:
+        reasons.append(f"bidirectional prefixes (is_mm_prefix_lm) are not supported: {DENSE}")
+    if _has_sinks(config):
+        reasons.append(f"attention sinks (model_type={config.model_type}) are not supported: {DENSE}")
+    return reasons
+
+
+def _has_sinks(config: Any) -> bool:
+    """The models of vLLM's whose full-attention layers learn sinks, which few say in their configuration."""
+    if config.model_type in ("granite", "granitemoe"):
+        return bool(getattr(config, "attention_sinks", getattr(config, "layer_types", None) is not None))
+    return config.model_type in ("gpt_oss", "openai_privacy_filter") or bool(
+        getattr(config, "add_full_attention_sink_bias", False)
+    )
 
 
 def _uses_alibi(config: Any) -> bool:
@@ -150,16 +269,20 @@ def layer_refusals(selector_config: Any) -> list[str]:
     if selector_config.attn_type != "decoder":
         reasons.append(f"{selector_config.attn_type} attention is not supported, only decoders: {DENSE}")
     for feature, wanted in (
-        ("multi-head latent attention", selector_config.use_mla),
-        ("attention sinks", selector_config.has_sink),
-        ("the model's own sparse attention", selector_config.use_sparse),
-        ("bidirectional prefixes", selector_config.use_mm_prefix),
-        ("non-causal attention", selector_config.use_non_causal),
-        ("reference sliding windows", selector_config.use_rswa),
-        ("batch-invariant kernels (VLLM_BATCH_INVARIANT)", selector_config.use_batch_invariant),
+        ("multi-head latent attention is", selector_config.use_mla),
+        ("attention sinks are", selector_config.has_sink),
+        ("the model's own sparse attention is", selector_config.use_sparse),
+        ("bidirectional prefixes are", selector_config.use_mm_prefix),
+        ("scales of K and V per head are", selector_config.use_per_head_quant_scales),
+        ("non-causal attention is", selector_config.use_non_causal),
+        ("reference sliding windows are", selector_config.use_rswa),
+        ("batch-invariant kernels (VLLM_BATCH_INVARIANT) are", selector_config.use_batch_invariant),
+        ("adaptive verification of drafts is", selector_config.use_adaptive_verification),
     ):
         if wanted:
-            reasons.append(f"{feature} are not supported: {DENSE}")
+            reasons.append(f"{feature} not supported: {DENSE}")
+    if selector_config.use_kv_connector:
+        reasons.append(f"{CONNECTOR}--kv-transfer-config and --kv-offloading-size")
     return reasons
 
 

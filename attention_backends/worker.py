@@ -6,6 +6,9 @@ from typing import Any
 
 from vllm.config import set_current_vllm_config
 
+from vllm_sparq.attention_backends.engine import selected_backends
+from vllm_sparq.attention_backends.refusals import engine_refusals
+from vllm_sparq.attention_backends.shared_pages import share_pages
 from vllm_sparq.attention_backends.steps.requests import StepRequests
 from vllm_sparq.retention import PHASES
 
@@ -37,12 +40,30 @@ class SparqWorkerMixin(AttentionReport):
     _requests: StepRequests | None = None
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
-        """As vLLM does, and let our layers ask the model runner about requests."""
+        """As vLLM does, and let our layers ask the model runner about requests.
+
+        Raises:
+            ValueError: vLLM has made of the configuration, since our platform looked at it, what cannot be served.
+        """
+        refusals = engine_refusals(self.vllm_config)  # type: ignore[attr-defined]
+        if refusals and selected_backends(self.vllm_config):  # type: ignore[attr-defined]
+            raise ValueError("vllm-sparq cannot start: " + "; ".join(refusals))
         super().load_model(*args, **kwargs)  # type: ignore[misc]
         self._requests = StepRequests(self.model_runner)  # type: ignore[attr-defined]
         for layer in self.vllm_config.compilation_config.static_forward_context.values():  # type: ignore[attr-defined]
             if hasattr(getattr(layer, "impl", None), "requests"):
                 layer.impl.requests = self._requests
+        self._share_pages()
+
+    def _share_pages(self) -> None:
+        """Let the model runner, whoever asks it for KV cache specs, answer with ones that share pages."""
+        runner, config = self.model_runner, self.vllm_config  # type: ignore[attr-defined]
+        specs_of_layers, layers = runner.get_kv_cache_spec, config.compilation_config.static_forward_context
+
+        def get_kv_cache_spec() -> Any:
+            return share_pages(specs_of_layers(), config, lambda name: layers[name].get_attn_backend())
+
+        runner.get_kv_cache_spec = get_kv_cache_spec
 
     def get_kv_cache_spec(self) -> Any:
         """As vLLM does, with this engine as the current one: a backend is asked for its page size by class alone."""

@@ -81,3 +81,8 @@ def page_spec(spec: FullAttentionSpec, layout: PageLayout, retention: Retention 
     if retention is not None:
         return RetainedSpec.extending(spec, **staging, retention=retention)
     return StagedSpec.extending(spec, **staging) if quantized else spec
+
+
+def is_ours(spec: Any) -> bool:
+    """Whether a spec stands for our pages."""
+    return isinstance(spec, FullAttentionSpec) and spec.dtype == torch.uint8 and spec.state_content_bytes is not None

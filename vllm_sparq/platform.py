@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from vllm.logger import init_logger
 from vllm.platforms.cpu import CpuPlatform
 
-from vllm_sparq import compat
+from vllm_sparq import compat, counters
 from vllm_sparq.backends import BACKENDS
 
 if TYPE_CHECKING:
@@ -60,17 +61,20 @@ class SparqPlatformMixin:
         """
         super().check_and_update_config(vllm_config)  # type: ignore[misc]
         from vllm_sparq.attention_backends.engine import selected_backends
-        from vllm_sparq.attention_backends.refusals import engine_refusals
+        from vllm_sparq.attention_backends.refusals import engine_refusals, worker_refusals
 
         if not selected_backends(vllm_config):
             return
         cls._choose_block_size(vllm_config)
+        parallel = vllm_config.parallel_config
+        parallel.worker_cls = cls.sparq_workers.get(parallel.worker_cls, parallel.worker_cls)
         refusals = engine_refusals(vllm_config)
+        (ours,) = cls.sparq_workers.values()
+        if parallel.worker_cls != ours:
+            refusals += worker_refusals(parallel.worker_cls, ours)
         if refusals:
             raise ValueError("vllm-sparq cannot start: " + "; ".join(refusals))
         cls._arrange_eviction(vllm_config)
-        parallel = vllm_config.parallel_config
-        parallel.worker_cls = cls.sparq_workers.get(parallel.worker_cls, parallel.worker_cls)
 
     @classmethod
     def _choose_block_size(cls, vllm_config: VllmConfig) -> None:
@@ -79,14 +83,44 @@ class SparqPlatformMixin:
         vLLM asks backends for the size that they prefer only after this check, or (0.32 on CPU) not at all; until then
         it may be one that the options rule out.
         """
-        from vllm_sparq.attention_backends.engine import PagedEngine, preferred_block_size
+        from vllm_sparq.attention_backends.engine import BLOCK_SIZE, PagedEngine, preferred_block_size
+        from vllm_sparq.attention_backends.shared_pages import preferred_with_windows
 
         model, cache = vllm_config.model_config, vllm_config.cache_config
-        if model is not None and not cache.user_specified_block_size:
-            with contextlib.suppress(ValueError):  # options that cannot be used are refused in a moment
-                engine = PagedEngine.of(vllm_config)
-                assert engine is not None
-                cache.block_size = preferred_block_size(engine.options, model.max_model_len)
+        if model is None or model.use_mla:
+            return
+        with contextlib.suppress(ValueError):  # options that cannot be used are refused in a moment
+            engine = PagedEngine.of(vllm_config)
+            assert engine is not None
+            if not cache.user_specified_block_size:
+                shared = preferred_with_windows(vllm_config, engine, partial(cls._window_backend, vllm_config))
+                cache.block_size = shared or preferred_block_size(engine.options, model.max_model_len)
+        if "sliding_attention" in (getattr(model.hf_text_config, "layer_types", None) or ()):
+            vllm_config.additional_config = {**(vllm_config.additional_config or {}), BLOCK_SIZE: cache.block_size}
+
+    @classmethod
+    def _window_backend(cls, vllm_config: VllmConfig, head_size: int) -> Any:
+        """What vLLM runs sliding-window layers on."""
+        from vllm.utils.import_utils import resolve_obj_by_qualname
+        from vllm.v1.attention.selector import AttentionSelectorConfig
+
+        dtype = vllm_config.model_config.dtype
+        layer = AttentionSelectorConfig(head_size, dtype, None, None, has_sliding_window=True)
+        return resolve_obj_by_qualname(super().get_attn_backend_cls(None, layer))  # type: ignore[misc]
+
+    @classmethod
+    def update_block_size_for_backend(cls, vllm_config: VllmConfig) -> None:
+        """As vLLM does, but the block size that we have chosen stays.
+
+        Where backends are mixed, vLLM takes the smallest size that all of them take, for all layers.
+        """
+        from vllm_sparq.attention_backends.engine import selected_backends
+
+        chosen = vllm_config.cache_config.block_size
+        super().update_block_size_for_backend(vllm_config)  # type: ignore[misc]
+        model = vllm_config.model_config
+        if model is not None and selected_backends(vllm_config) and not model.is_hybrid:
+            vllm_config.cache_config.block_size = chosen
 
     @classmethod
     def _arrange_eviction(cls, vllm_config: VllmConfig) -> None:
@@ -106,6 +140,7 @@ class SparqPlatformMixin:
                 "prefix caching is off: what a block holds after an eviction depends on the whole request, so no other "
                 "request can use it"
             )
+        counters.name_run(vllm_config)
         scheduler = vllm_config.scheduler_config
         if engine.options.pressure != "evict" or scheduler.scheduler_cls in (SCHEDULER, ASYNC_SCHEDULER):
             return

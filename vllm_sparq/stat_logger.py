@@ -7,7 +7,8 @@
     vllm:sparq_preemptions_avoided_total   times that this spared a request from being preempted
 
 The first three follow from the lengths of a finished request, as `vllm_sparq.retention` has it. The last two are known
-to the scheduler alone (`pressure: evict`), which counts in a small file (`vllm_sparq.counters`).
+to the scheduler alone (`pressure: evict`), which counts in a small file (`vllm_sparq.counters`). Where several front
+ends serve the same engines, each publishes the requests that it finished, and of the file what it found first.
 
 A stat logger of a plugin makes vLLM collect its statistics even under `--disable-log-stats` (it then logs none itself):
 vLLM looks for such loggers before it knows which backend it will run.
@@ -59,7 +60,8 @@ class SparqStatLogger(StatLoggerBase):
         before = dict(self.totals)
         for request in iteration_stats.finished_requests if iteration_stats is not None else ():
             self._finished(request.num_prompt_tokens, request.num_generation_tokens)
-        self.totals.update(self._counters.read())
+        for name, n_new in self._counters.take().items():
+            self.totals[name] += n_new
         if self._prometheus is None:
             self._prometheus = self._register()
         for name, total in self.totals.items():

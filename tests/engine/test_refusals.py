@@ -1,9 +1,18 @@
-"""What cannot be served is refused before the model loads, with the value, the rule and the remedy."""
+"""What cannot be served is refused before the model loads, with the value, the rule and the remedy.
+
+One table of configurations, which goes through vLLM's own start in this process; the models in it through
+`vllm-sparq doctor`, and some of it through a real `vllm serve`.
+"""
 
 from __future__ import annotations
 
 import json
+import os
 import re
+import subprocess
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,91 +22,249 @@ from tests.engine.support import MODEL
 
 pytestmark = pytest.mark.engine
 
-BAD_OPTIONS = [
-    ({"comprssion": 4}, r"unknown sparq option 'comprssion'. Did you mean 'compression'\?.*dense_below"),
-    ({"r": 65}, r"r=65 is larger than the model's head size 64: use r <= 64"),
-    ({"k": 0}, r"k=0 is not usable: .*greater than or equal to 1"),
-    ({"compression": 0.5}, r"compression=0.5 .*greater than or equal to 1"),
-    ({"r": "many"}, r"r='many' .*valid integer"),
-    ({"format": "int3"}, r"format='int3' is not usable: .*'int8', 'int4', 'kivi4' or 'kivi2'"),
-    ({"format": "int4", "group_size": 48}, r"group_size=48 does not fit head size 64: .*multiple of 8.*leave it out"),
-    ({"format": "int8", "group_size": 64}, r"'int8' has no groups, but group_size=64"),
-    ({"dense_below": -1}, r"dense_below=-1 .*'auto' or a number of tokens >= 0"),
-]
+NGRAM = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 4, "prompt_lookup_min": 2}
+EVICTING = {"retention": "heavy_hitter", "budget": 512}
+FP8_SCHEME = {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False, "symmetric": True}
+MODELOPT = {"quant_method": "modelopt", "quant_algo": "FP8", "kv_cache_quant_algo": "FP8", "exclude_modules": ["*"]}
+COMPRESSED_TENSORS = {"quant_method": "compressed-tensors", "config_groups": {}, "kv_cache_scheme": FP8_SCHEME}
+FOREIGN_WORKER = "vllm.v1.worker.gpu_worker.Worker"
 
 
-def start(model: Path = MODEL, options: dict | None = None, **engine_args: Any) -> None:
+@dataclass(frozen=True)
+class Case:
+    """A configuration that cannot work, and what the user reads about it.
+
+    Attributes:
+        message: a pattern with the value, the rule and the remedy.
+        model: changes of the bundled model's configuration.
+        options: of ``additional_config["sparq"]``.
+        arguments: of the engine; flags of `vllm serve` in Python's spelling.
+    """
+
+    message: str
+    model: dict[str, Any] = field(default_factory=dict)
+    options: Any = field(default_factory=dict)
+    arguments: dict[str, Any] = field(default_factory=dict)
+    environment: dict[str, str] = field(default_factory=dict)
+
+
+def options(given: Any, message: str, **arguments: Any) -> Case:
+    return Case(message, options=given, arguments=arguments)
+
+
+def arguments(message: str, **given: Any) -> Case:
+    return Case(message, arguments=given)
+
+
+def model(message: str, **changes: Any) -> Case:
+    return Case(message, model=changes)
+
+
+DENSE = r".*leave --attention-backend out"
+CASES: dict[str, Case] = {
+    "unknown option": options(
+        {"comprssion": 4}, r"unknown sparq option 'comprssion'. Did you mean 'compression'\?.*dense_below"
+    ),
+    "options that are no object": options([4], r"must be an object of options, got \[4\].*write for example"),
+    "r beyond the head": options({"r": 65}, r"r=65 is larger than the model's head size 64: use r <= 64"),
+    "k of nothing": options({"k": 0}, r"k=0 is not usable: .*greater than or equal to 1"),
+    "compression below 1": options({"compression": 0.5}, r"compression=0.5 .*greater than or equal to 1"),
+    "r in words": options({"r": "many"}, r"r='many' .*valid integer"),
+    "no such format": options({"format": "int3"}, r"format='int3' is not usable: .*'int8', 'int4', 'kivi4' or 'kivi2'"),
+    "group across heads": options(
+        {"format": "int4", "group_size": 48},
+        r"group_size=48 does not fit head size 64: .*multiple of 8.*leave it out",
+    ),
+    "group of nothing": options({"format": "int8", "group_size": 64}, r"'int8' has no groups, but group_size=64"),
+    "dense below zero": options({"dense_below": -1}, r"dense_below=-1 .*'auto' or a number of tokens >= 0"),
+    "a budget while all stay": options(
+        {"budget": 512}, r"budget=512 means nothing while all tokens stay: add retention"
+    ),
+    "the newest of a window": options(
+        {"retention": "window", "recent": 64}, r"recent=64 means nothing with retention 'window'.*set budget and sinks"
+    ),
+    "r over spans": options({"read": "spans", "r": 8}, r"r=8 means nothing with read 'spans'.*or leave it out"),
+    "a budget below a block": options(  # codes go a block at a time, and the block's size is known only here
+        {**EVICTING, "budget": 200, "format": "int4"},
+        r"budget=200 is too small: .*128 go at a time, so use budget >= 256",
+        block_size=128,
+    ),
+    "blocks below the group": options(
+        {"format": "kivi2"}, r"block size 16 does not hold whole groups of 32 tokens.*--block-size 128", block_size=16
+    ),
+    "drafts over codes": options(
+        {"format": "kivi4"},
+        r"format='kivi4' quantizes a block when it fills.*--speculative-config",
+        speculative_config=NGRAM,
+    ),
+    "drafts where tokens go": options(
+        EVICTING,
+        r"retention='heavy_hitter' evicts tokens, so draft tokens.*retention 'all'",
+        speculative_config=NGRAM,
+    ),
+    "somebody else's scheduler": options(
+        {**EVICTING, "pressure": "evict"},
+        r"pressure='evict' is the work of our scheduler.*leave it out",
+        scheduler_cls="vllm.v1.core.sched.async_scheduler.AsyncScheduler",
+    ),
+    "two backends": arguments(
+        r"the backends kivi and sparq are presets of the same options and cannot be mixed: select one",
+        attention_config={"backend": "SPARQ", "backend_per_kind": {"sliding_window": "KIVI"}},
+    ),
+    "block size": arguments(r"--block-size 24 .*multiple of 16", block_size=24),
+    "vLLM's fp8 cache": arguments(
+        r"--kv-cache-dtype fp8 is vLLM's own quantized cache.*leave --kv-cache-dtype out", kv_cache_dtype="fp8"
+    ),
+    "two reasons": options(
+        {"k": 0}, r"(?s)k=0.*--kv-cache-dtype fp8.*leave --kv-cache-dtype out", kv_cache_dtype="fp8"
+    ),
+    "another type of cache": arguments(
+        r"--kv-cache-dtype bfloat16 is not the model's own type, float32.*leave --kv-cache-dtype out, or add --dtype",
+        dtype="float32",
+        kv_cache_dtype="bfloat16",
+    ),
+    "a connector": arguments(
+        r"KV connector copies dense K and V.*start without --kv-transfer-config",
+        kv_transfer_config={"kv_connector": "ExampleConnector", "kv_role": "kv_both"},
+    ),
+    "offloading": arguments(
+        r"--kv-offloading-size 0.1 starts a KV connector.*start without --kv-offloading-size", kv_offloading_size=0.1
+    ),
+    "a worker of CUDA's": arguments(
+        rf"--worker-cls {FOREIGN_WORKER} does not tell our layers.*leave --worker-cls out, or derive the class from "
+        r"vllm_sparq.attention_backends.cpu_worker.SparqCpuWorker",
+        worker_cls=FOREIGN_WORKER,
+    ),
+    "a worker of nobody's": arguments(
+        r"--worker-cls no.such.Worker cannot be imported \(.*\): leave --worker-cls out", worker_cls="no.such.Worker"
+    ),
+    "batch-invariant kernels": Case(
+        r"batch-invariant kernels \(VLLM_BATCH_INVARIANT\) are not supported: unset it",
+        environment={"VLLM_BATCH_INVARIANT": "1"},
+    ),
+    "fp8 by ModelOpt": model(
+        r"checkpoint declares a KV cache of type fp8.*set --kv-cache-dtype bfloat16", quantization_config=MODELOPT
+    ),
+    "fp8 by compressed-tensors": model(
+        r"checkpoint declares a KV cache of type fp8.*set --kv-cache-dtype bfloat16",
+        quantization_config=COMPRESSED_TENSORS,
+    ),
+    "fp8 and a model of 32 bits": Case(
+        r"checkpoint declares a KV cache of type fp8.*set --dtype bfloat16 and --kv-cache-dtype bfloat16",
+        model=dict(quantization_config=COMPRESSED_TENSORS),
+        arguments=dict(dtype="float32"),
+    ),
+    "head size": model(rf"head size 40 is not one of \[64, 80, 96, 128, 256\]{DENSE}", head_dim=40, hidden_size=320),
+    "soft cap": model(
+        rf"soft-capped logits \(attn_logit_softcapping=50.0\){DENSE}",
+        architectures=["Gemma2ForCausalLM"],
+        model_type="gemma2",
+        attn_logit_softcapping=50.0,
+        query_pre_attn_scalar=64,
+        sliding_window=512,
+    ),
+    "ALiBi": model(
+        rf"ALiBi adds a bias{DENSE}",
+        architectures=["BloomForCausalLM"],
+        model_type="bloom",
+        n_head=8,
+        n_layer=2,
+        hidden_size=512,
+    ),
+    "MLA": model(
+        rf"multi-head latent attention{DENSE}",
+        architectures=["DeepseekV2ForCausalLM"],
+        model_type="deepseek_v2",
+        kv_lora_rank=64,
+        q_lora_rank=64,
+        qk_nope_head_dim=64,
+        qk_rope_head_dim=64,
+        v_head_dim=64,
+    ),
+    "encoder-decoder": model(
+        rf"encoder-decoder models are not supported{DENSE}",
+        architectures=["WhisperForConditionalGeneration"],
+        model_type="whisper",
+    ),
+    "shared KV cache": model(
+        rf"num_kv_shared_layers=2{DENSE}",
+        architectures=["Gemma3nForCausalLM"],
+        model_type="gemma3n_text",
+        num_kv_shared_layers=2,
+        layer_types=["full_attention"] * 4,
+    ),
+    "attention sinks": model(
+        rf"attention sinks \(model_type=gpt_oss\) are not supported{DENSE}",
+        architectures=["GptOssForCausalLM"],
+        model_type="gpt_oss",
+        num_local_experts=4,
+        sliding_window=128,
+        layer_types=["sliding_attention", "full_attention"] * 2,
+    ),
+    "state spaces": model(
+        rf"layers with a state beside attention.*are not supported{DENSE}",
+        architectures=["Lfm2ForCausalLM"],
+        model_type="lfm2",
+        layer_types=["conv", "full_attention"] * 2,
+    ),
+    "attention within chunks": model(
+        rf"attention within chunks \(attention_chunk_size=512\) is not supported{DENSE}",
+        architectures=["Llama4ForCausalLM"],
+        model_type="llama4_text",
+        attention_chunk_size=512,
+        num_local_experts=2,
+    ),
+    "another runner": arguments(rf"the pooling runner does not decode token by token{DENSE}", runner="pooling"),
+    "windows only": model(
+        rf"no layer has full attention \(layer_types: sliding_attention\){DENSE}",
+        architectures=["Gemma3ForCausalLM"],
+        model_type="gemma3_text",
+        query_pre_attn_scalar=64,
+        sliding_window=512,
+        layer_types=["sliding_attention"] * 4,
+    ),
+}
+
+
+def altered(folder: Path, changes: dict[str, Any]) -> Path:
+    """The bundled model's configuration with some values changed, and its tokenizer."""
+    config = json.loads((MODEL / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **changes}))
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).symlink_to(MODEL / name)
+    return folder
+
+
+def start(model: Path = MODEL, options: Any = None, **engine_args: Any) -> Any:
+    """As far as `vllm serve` comes before it loads a model, which is where we refuse."""
     from vllm.engine.arg_utils import EngineArgs
 
-    EngineArgs(
+    return EngineArgs(
         model=str(model),
-        attention_backend="sparq",
-        additional_config={"sparq": options or {}},
+        **({} if "attention_config" in engine_args else {"attention_backend": "sparq"}),
+        additional_config={"sparq": {} if options is None else options},
         skip_tokenizer_init=True,
         load_format="dummy",
         **engine_args,
     ).create_engine_config()
 
 
-@pytest.mark.parametrize(("options", "message"), BAD_OPTIONS, ids=[str(options) for options, _ in BAD_OPTIONS])
-def test_options(options: dict, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        start(options=options)
+@pytest.mark.parametrize("name", CASES)
+def test_refused_before_loading(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = CASES[name]
+    for variable, value in case.environment.items():
+        monkeypatch.setenv(variable, value)
+    folder = altered(tmp_path, case.model) if case.model else MODEL
+    with pytest.raises(ValueError, match=case.message):
+        start(folder, case.options, **case.arguments)
 
 
-def test_all_reasons_at_once() -> None:
-    with pytest.raises(ValueError, match=r"(?s)k=0.*--kv-cache-dtype fp8.*leave --kv-cache-dtype out"):
-        start(options={"k": 0}, kv_cache_dtype="fp8")
+def test_there_are_thirty() -> None:
+    assert len(CASES) >= 30
 
 
-def test_block_size() -> None:
-    with pytest.raises(ValueError, match=r"--block-size 24 .*multiple of 16"):
-        start(block_size=24)
-
-
-def test_blocks_below_the_group() -> None:
-    with pytest.raises(ValueError, match=r"block size 16 does not hold whole groups of 32 tokens.*--block-size 128"):
-        start(options={"format": "kivi2"}, block_size=16)
-
-
-def test_two_quantized_caches() -> None:
-    with pytest.raises(ValueError, match=r"--kv-cache-dtype fp8 is vLLM's own quantized cache.*leave --kv-cache-dtype"):
-        start(options={"format": "int4"}, kv_cache_dtype="fp8")
-
-
-def test_drafts_over_quantized_blocks() -> None:
-    ngram = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 4, "prompt_lookup_min": 2}
-    with pytest.raises(ValueError, match=r"format='kivi4' quantizes a block when it fills.*--speculative-config"):
-        start(options={"format": "kivi4"}, speculative_config=ngram)
-
-
-EVICTING = {"retention": "heavy_hitter", "budget": 512}
-
-
-def test_drafts_where_tokens_are_evicted() -> None:
-    ngram = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 4, "prompt_lookup_min": 2}
-    with pytest.raises(ValueError, match=r"retention='heavy_hitter' evicts tokens, so draft tokens.*retention 'all'"):
-        start(options=EVICTING, speculative_config=ngram)
-
-
-def test_a_connector_where_tokens_are_evicted() -> None:
-    connector = {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}
-    with pytest.raises(ValueError, match=r"KV connector copies dense K and V.*--kv-transfer-config"):
-        start(options=EVICTING, kv_transfer_config=connector)
-
-
-def test_a_budget_below_a_block() -> None:
-    """Codes go a block at a time, and the block's size is known only here."""
-    with pytest.raises(ValueError, match=r"budget=200 is too small: .*128 go at a time, so use budget >= 256"):
-        start(options={**EVICTING, "budget": 200, "format": "int4"}, block_size=128)
-
-
-def test_somebody_elses_scheduler_under_pressure() -> None:
-    with pytest.raises(ValueError, match=r"pressure='evict' is the work of our scheduler.*leave it out"):
-        start(
-            options={**EVICTING, "pressure": "evict"},
-            scheduler_cls="vllm.v1.core.sched.async_scheduler.AsyncScheduler",
-        )
+def test_good_model_is_not_refused() -> None:
+    start()
 
 
 def test_prefix_caching_is_switched_off_where_tokens_are_evicted() -> None:
@@ -114,64 +281,70 @@ def test_prefix_caching_is_switched_off_where_tokens_are_evicted() -> None:
     assert config.scheduler_config.scheduler_cls == "vllm_sparq.scheduler.scheduler.EvictingScheduler"
 
 
-def altered(folder: Path, **changes: Any) -> Path:
-    """The bundled model's configuration with some values changed."""
-    config = json.loads((MODEL / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, **changes}))
-    return folder
+def test_a_worker_of_the_user_s_own_that_derives_from_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm_sparq.attention_backends.cpu_worker import SparqCpuWorker
+
+    monkeypatch.setattr(sys.modules[__name__], "Derived", type("Derived", (SparqCpuWorker,), {}), raising=False)
+    config = start(worker_cls=f"{__name__}.Derived")
+    assert config.parallel_config.worker_cls == f"{__name__}.Derived"
 
 
-MODELS: dict[str, tuple[dict[str, Any], str]] = {
-    "head size": (dict(head_dim=40, hidden_size=320), r"head size 40 is not one of \[64, 80, 96, 128, 256\]"),
-    "soft cap": (
-        dict(
-            architectures=["Gemma2ForCausalLM"],
-            model_type="gemma2",
-            attn_logit_softcapping=50.0,
-            query_pre_attn_scalar=64,
-            sliding_window=512,
-        ),
-        r"soft-capped logits \(attn_logit_softcapping=50.0\)",
-    ),
-    "ALiBi": (
-        dict(architectures=["BloomForCausalLM"], model_type="bloom", n_head=8, n_layer=2, hidden_size=512),
-        r"ALiBi adds a bias",
-    ),
-    "MLA": (
-        dict(
-            architectures=["DeepseekV2ForCausalLM"],
-            model_type="deepseek_v2",
-            kv_lora_rank=64,
-            q_lora_rank=64,
-            qk_nope_head_dim=64,
-            qk_rope_head_dim=64,
-            v_head_dim=64,
-        ),
-        r"multi-head latent attention",
-    ),
-    "encoder-decoder": (
-        dict(architectures=["WhisperForConditionalGeneration"], model_type="whisper"),
-        r"encoder-decoder models are not supported",
-    ),
-    "shared KV cache": (
-        dict(
-            architectures=["Gemma3nForCausalLM"],
-            model_type="gemma3n_text",
-            num_kv_shared_layers=2,
-            layer_types=["full_attention"] * 4,
-        ),
-        r"num_kv_shared_layers=2",
-    ),
-}
+@pytest.mark.parametrize("scheme", [MODELOPT, COMPRESSED_TENSORS], ids=["ModelOpt", "compressed-tensors"])
+def test_the_remedy_for_a_declared_fp8_cache_starts(scheme: dict[str, Any], tmp_path: Path, engine: Any) -> None:
+    folder = altered(tmp_path, {"quantization_config": scheme})
+    small = dict(max_model_len=256, kv_cache_memory_bytes=8 << 20, max_num_batched_tokens=256, load_format="dummy")
+    with engine("sparq", model=str(folder), dtype="bfloat16", kv_cache_dtype="bfloat16", **small) as llm:
+        (report,) = llm.collective_rpc("attention_report")
+        assert {layer["backend"] for layer in report.values()} == {"SPARQ"}
 
 
-@pytest.mark.parametrize("case", MODELS)
-def test_models(case: str, tmp_path: Path) -> None:
-    changes, message = MODELS[case]
-    with pytest.raises(ValueError, match=message) as failure:
-        start(altered(tmp_path, **changes))
-    assert re.search(r"leave --attention-backend out|set --dtype", str(failure.value)), "no remedy in the message"
+def test_what_vllm_makes_of_the_configuration_later_is_refused_in_the_worker() -> None:
+    """Where our look at the driver's configuration came too early, or was passed by."""
+    from vllm.config import KVTransferConfig
+
+    from vllm_sparq.attention_backends.worker import SparqWorkerMixin
+
+    class Base:
+        def load_model(self) -> None:
+            raise AssertionError("loaded")
+
+    class Worker(SparqWorkerMixin, Base):
+        vllm_config = start()
+
+    Worker.vllm_config.kv_transfer_config = KVTransferConfig(kv_connector="OffloadingConnector", kv_role="kv_both")
+    with pytest.raises(ValueError, match=r"KV connector copies dense K and V.*start without --kv-transfer-config"):
+        Worker().load_model()
 
 
-def test_good_model_is_not_refused() -> None:
-    start()
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.model and not case.arguments])
+def test_doctor_refuses_the_same_models(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from vllm_sparq.cli import main
+
+    folder = altered(tmp_path, CASES[name].model)
+    assert main(["doctor", "--quick", "--json", "--model", str(folder)]) == 1
+    sections = json.loads(capsys.readouterr().out)["sections"]
+    wrong = [line["text"] for section in sections for line in section["findings"] if line["mark"] == "✗"]
+    assert any(re.search(CASES[name].message, text) for text in wrong), wrong
+
+
+def flags(case: Case) -> Iterable[str]:
+    """The engine's arguments as `vllm serve` takes them."""
+    yield from ("--attention-backend", "sparq", "--additional-config", json.dumps({"sparq": case.options}))
+    for name, value in case.arguments.items():
+        yield from (f"--{name.replace('_', '-')}", str(value))
+
+
+@pytest.mark.parametrize("name", ["offloading", "a worker of CUDA's", "fp8 by compressed-tensors"])
+def test_vllm_serve_says_so(name: str, tmp_path: Path) -> None:
+    """The message is the last thing that a user sees, and no engine has been started for it."""
+    case = CASES[name]
+    folder = altered(tmp_path, case.model)
+    vllm = Path(sys.executable).with_name("vllm")
+    environment = {**os.environ, "VLLM_LOGGING_LEVEL": "INFO"}
+    environment.pop("VLLM_ENABLE_V1_MULTIPROCESSING", None)
+    command = [str(vllm), "serve", str(folder), "--load-format", "dummy", *flags(case)]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=180, env=environment, check=False)
+    assert ended.returncode != 0
+    said = ended.stdout + ended.stderr
+    assert re.search(case.message, said[-2000:]), said[-4000:]
+    assert "EngineCore" not in said

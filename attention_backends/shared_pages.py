@@ -1,0 +1,234 @@
+"""Models that mix full attention with sliding windows: one size of page for both, with as little padding as can be.
+
+vLLM keeps the blocks of all layers of such a model in one pool, in pages of one size, and pads what is smaller. With
+one block size for all layers, int4 blocks would be padded to more than three times their size. But layers of different
+kinds need not have blocks of one length: sliding-window layers get shorter ones, so that a page holds either.
+
+A page is cut for whole multiples of tokens, so something may be left over. What is chosen is what makes a request
+smallest, by the numbers that vLLM's own maximum concurrency follows from.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from vllm.logger import init_logger
+from vllm.v1.attention.backend import AttentionBackend, MultipleOf
+from vllm.v1.kv_cache_interface import KVCacheSpec, SlidingWindowSpec
+
+from vllm_sparq.attention_backends.engine import PREFERRED_BLOCK_SIZE, PagedEngine, heads_of
+from vllm_sparq.layout import BLOCK_SIZE_MULTIPLE
+from vllm_sparq.scheduler.spec import is_ours
+
+logger = init_logger("vllm.sparq")
+
+SIZES = range(PREFERRED_BLOCK_SIZE // 2, 2 * PREFERRED_BLOCK_SIZE + 1, BLOCK_SIZE_MULTIPLE)
+"""Tokens per block of a full-attention layer among which we choose where blocks are quantized: memory was asked for."""
+
+LONGEST_STRIDE = 2 * PREFERRED_BLOCK_SIZE
+"""Prefixes are found in the cache at common multiples of the block sizes: no coarser than this (tokens)."""
+
+LEAST_CAPACITY = 0.9
+"""What full-attention layers must still hold of what they would in a model without sliding windows."""
+
+TYPICAL_TOKENS = 4096
+"""Length of the request that is made smallest, unless the model ends before: staging weighs less in a longer one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class WindowLayers:
+    """The sliding-window layers of one worker.
+
+    Attributes:
+        n_layers: how many there are.
+        token_bytes: of K and V of one token in one of them, all KV heads.
+        n_tokens: what a request of `TYPICAL_TOKENS` holds in one of them at most.
+        kernel_sizes: tokens per block that their kernels take.
+    """
+
+    n_layers: int
+    token_bytes: int
+    n_tokens: int
+    kernel_sizes: tuple[int | MultipleOf, ...]
+
+    def sizes(self, most_bytes: int) -> set[int]:
+        """Block sizes whose pages have up to ``most_bytes``, and the next one."""
+        found = {size for size in self.kernel_sizes if isinstance(size, int)}
+        for size in self.kernel_sizes:
+            if isinstance(size, MultipleOf):
+                n = most_bytes // (self.token_bytes * size.base)
+                found |= {size.base * max(n, 1), size.base * (n + 1)}
+        return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class FullLayers:
+    """The full-attention layers of one worker, with blocks of one size.
+
+    Attributes:
+        n_layers: how many there are.
+        block_size: N.
+        page_bytes: of one page of one of them, all KV heads.
+        n_staging_blocks: blocks that a request holds beyond those of its tokens.
+        n_tokens: of a typical request.
+    """
+
+    n_layers: int
+    block_size: int
+    page_bytes: int
+    n_staging_blocks: int
+    n_tokens: int
+
+    @property
+    def pages_per_request(self) -> int:
+        """Of a typical request, in one layer."""
+        return -(-self.n_tokens // self.block_size) + self.n_staging_blocks
+
+
+@dataclass(frozen=True, kw_only=True)
+class SharedPages:
+    """What a page of one layer and worker holds, all KV heads: one block of either kind.
+
+    Attributes:
+        block_size: N, tokens per block of a full-attention layer.
+        window_block_size: the same of a sliding-window layer.
+        page_bytes: its size.
+    """
+
+    block_size: int
+    window_block_size: int
+    page_bytes: int
+
+    @property
+    def stride(self) -> int:
+        """Prefixes are found in the cache at multiples of so many tokens."""
+        return math.lcm(self.block_size, self.window_block_size)
+
+
+def choose(candidates: Sequence[FullLayers], windows: WindowLayers) -> SharedPages:
+    """The page that makes a request smallest, if prefixes do not become too coarse and the format keeps its promise."""
+    plain = min(candidates, key=lambda full: abs(full.block_size - PREFERRED_BLOCK_SIZE))
+    plain_bytes = plain.pages_per_request * plain.page_bytes
+    found = []
+    for full in candidates:
+        for window_size in windows.sizes(full.page_bytes):
+            page_bytes = max(full.page_bytes, window_size * windows.token_bytes)
+            window_pages = -(-windows.n_tokens // window_size) + 1
+            pages = SharedPages(block_size=full.block_size, window_block_size=window_size, page_bytes=page_bytes)
+            too_coarse = pages.stride > LONGEST_STRIDE
+            too_large = full.pages_per_request * page_bytes * LEAST_CAPACITY > plain_bytes
+            request_bytes = page_bytes * (full.n_layers * full.pages_per_request + windows.n_layers * window_pages)
+            found.append(((too_coarse, too_large, request_bytes, pages.stride), pages))
+    return min(found, key=lambda candidate: candidate[0])[1]
+
+
+def typical_tokens(vllm_config: Any, window: int) -> tuple[int, int]:
+    """Tokens of a typical request, and how many of them a sliding-window layer holds while it is read."""
+    n_tokens = min(vllm_config.model_config.max_model_len, TYPICAL_TOKENS)
+    return n_tokens, min(window - 1 + vllm_config.scheduler_config.max_num_batched_tokens, n_tokens)
+
+
+def preferred_with_windows(
+    vllm_config: Any, engine: PagedEngine, backend_of: Callable[[int], type[AttentionBackend]]
+) -> int | None:
+    """Tokens per block of full-attention layers beside sliding-window layers, where blocks are quantized.
+
+    None for every other engine: nothing speaks against the size that we prefer anyway.
+
+    Args:
+        vllm_config: vLLM's, before the model is loaded.
+        engine: ours.
+        backend_of: head size -> what the sliding-window layers will run on.
+    """
+    model = vllm_config.model_config
+    kinds: Sequence[str] = getattr(model.hf_text_config, "layer_types", None) or ()
+    n_windows, n_full, window = kinds.count("sliding_attention"), kinds.count("full_attention"), None
+    if n_windows and n_full and engine.options.format != "model":
+        window = model.get_sliding_window()
+    if window is None:
+        return None
+    heads = heads_of(model, vllm_config.parallel_config)
+    n_tokens, n_held = typical_tokens(vllm_config, window)
+    windows = WindowLayers(
+        n_layers=n_windows,
+        token_bytes=2 * heads.n_kv_heads * heads.head_size * model.dtype.itemsize,
+        n_tokens=n_held,
+        kernel_sizes=tuple(backend_of(heads.head_size).get_supported_kernel_block_sizes()),
+    )
+    candidates = []
+    for size in SIZES:
+        with contextlib.suppress(ValueError):  # a size that does not hold whole groups
+            layout = replace(engine, block_size=size).layout(heads, model.dtype)
+            candidates.append(
+                FullLayers(
+                    n_layers=n_full,
+                    block_size=size,
+                    page_bytes=heads.n_kv_heads * layout.page_bytes,
+                    n_staging_blocks=layout.n_staging_blocks,
+                    n_tokens=n_tokens,
+                )
+            )
+    return choose(candidates, windows).block_size if candidates else None
+
+
+def share_pages(
+    specs: dict[str, KVCacheSpec], vllm_config: Any, backend_of: Callable[[str], type[AttentionBackend]]
+) -> dict[str, KVCacheSpec]:
+    """The KV cache specs of a worker's layers, the sliding-window ones cut so that one page holds a block of any layer.
+
+    Unchanged where there are no such layers, where there are others (state spaces), where layers of one kind differ, or
+    where vLLM is told to manage all layers alike.
+
+    Args:
+        specs: by layer.
+        vllm_config: this engine's.
+        backend_of: layer -> what it runs on.
+    """
+    ours: dict[str, Any] = {name: spec for name, spec in specs.items() if is_ours(spec)}
+    windows: dict[str, Any] = {name: spec for name, spec in specs.items() if type(spec) is SlidingWindowSpec}
+    alike = len(set(ours.values())) == len(set(windows.values())) == 1 and len(ours) + len(windows) == len(specs)
+    if not alike or vllm_config.scheduler_config.disable_hybrid_kv_cache_manager:
+        return specs
+    full, window = next(iter(ours.values())), next(iter(windows.values()))
+    if window.page_size_padded is not None:
+        return specs
+    n_tokens, n_held = typical_tokens(vllm_config, window.sliding_window)
+    shared = choose(
+        [
+            FullLayers(
+                n_layers=len(ours),
+                block_size=full.block_size,
+                page_bytes=full.unpadded_page_size_bytes,
+                n_staging_blocks=getattr(full, "n_staging_blocks", 0),
+                n_tokens=n_tokens,
+            )
+        ],
+        WindowLayers(
+            n_layers=len(windows),
+            token_bytes=window.unpadded_page_size_bytes // window.block_size,
+            n_tokens=n_held,
+            kernel_sizes=tuple(backend_of(next(iter(windows))).get_supported_kernel_block_sizes(window)),
+        ),
+    )
+    full = _padded(full, shared.page_bytes)
+    window = _padded(replace(window, block_size=shared.window_block_size), shared.page_bytes)
+    logger.info_once(
+        "pages of %s bytes: blocks of %d tokens in full-attention layers (%.1f%% padding), of %d in sliding-window "
+        "layers (%.1f%%); prefixes are cached in multiples of %d tokens",
+        f"{shared.page_bytes:,}",
+        full.block_size,
+        100 * (1 - full.unpadded_page_size_bytes / shared.page_bytes),
+        window.block_size,
+        100 * (1 - window.unpadded_page_size_bytes / shared.page_bytes),
+        shared.stride,
+    )
+    return {name: full if name in ours else window for name in specs}
+
+
+def _padded(spec: Any, page_bytes: int) -> Any:
+    is_larger = page_bytes > spec.unpadded_page_size_bytes
+    return replace(spec, page_size_padded=page_bytes if is_larger else None)

@@ -1,0 +1,92 @@
+"""One size of page for full-attention and sliding-window layers: what is chosen, by the numbers of vLLM's specs."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from vllm.v1.attention.backend import MultipleOf
+
+from vllm_sparq.attention_backends.shared_pages import LEAST_CAPACITY, SIZES, FullLayers, WindowLayers, choose
+from vllm_sparq.layout import PageLayout
+
+FORMATS: dict[str, dict[str, Any]] = {
+    "int8": dict(format="int8"),
+    "int4": dict(format="int4"),
+    "kivi4": dict(format="kivi4"),
+    "sparq over int4": dict(format="int4", ranking="int4"),
+    "quest over int4": dict(format="int4", ranking="bounds"),
+    "h2o over int4": dict(format="int4", positions=True, attention=True),
+}
+N_TOKENS = 2048
+
+
+def candidates(n_layers: int, head_size: int, **layout: Any) -> list[FullLayers]:
+    found = []
+    for size in SIZES:
+        try:
+            pages = PageLayout(head_size=head_size, block_size=size, dtype=torch.bfloat16, **layout)
+        except ValueError:
+            continue
+        found.append(
+            FullLayers(
+                n_layers=n_layers,
+                block_size=size,
+                page_bytes=2 * pages.page_bytes,
+                n_staging_blocks=pages.n_staging_blocks,
+                n_tokens=N_TOKENS,
+            )
+        )
+    return found
+
+
+def windows(n_layers: int, head_size: int, *sizes: int | MultipleOf) -> WindowLayers:
+    return WindowLayers(
+        n_layers=n_layers, token_bytes=2 * 2 * head_size * 2, n_tokens=N_TOKENS, kernel_sizes=sizes or (MultipleOf(32),)
+    )
+
+
+@pytest.mark.parametrize("head_size", [64, 128, 256])
+@pytest.mark.parametrize("n_windows", [1, 5])
+@pytest.mark.parametrize("name", FORMATS)
+def test_full_layers_keep_nine_tenths_of_what_the_format_promises(name: str, n_windows: int, head_size: int) -> None:
+    full = candidates(1, head_size, **FORMATS[name])
+    plain = next(layers for layers in full if layers.block_size == 128)
+    shared = choose(full, windows(n_windows, head_size))
+    chosen = next(layers for layers in full if layers.block_size == shared.block_size)
+    promised = plain.pages_per_request * plain.page_bytes
+    assert chosen.pages_per_request * shared.page_bytes * LEAST_CAPACITY <= promised
+    assert math.lcm(shared.block_size, shared.window_block_size) <= 256
+    assert shared.page_bytes >= max(chosen.page_bytes, shared.window_block_size * 2 * 2 * head_size * 2)
+    assert shared.window_block_size % 32 == 0
+
+
+def test_two_bits_in_short_requests_keep_less() -> None:
+    """What a page of 32 tokens leaves over and what is staged add up: 15% of 2,048 tokens, less of more."""
+    full = candidates(1, 64, format="kivi2")
+    plain = next(layers for layers in full if layers.block_size == 128)
+    shared = choose(full, windows(1, 64))
+    assert (shared.block_size, shared.window_block_size, shared.page_bytes) == (160, 32, 2 * 8192)
+    chosen = next(layers for layers in full if layers.block_size == 160)
+    ratio = chosen.pages_per_request * shared.page_bytes / (plain.pages_per_request * plain.page_bytes)
+    assert ratio == pytest.approx(1.15, abs=0.005)
+
+
+def test_a_size_that_the_user_sets_stays() -> None:
+    full = [layers for layers in candidates(1, 64, format="int4") if layers.block_size == 128]
+    shared = choose(full, windows(1, 64))
+    assert (shared.block_size, shared.window_block_size, shared.page_bytes) == (128, 32, 2 * 128 * 72)
+
+
+def test_kernels_of_fixed_sizes() -> None:
+    shared = choose(candidates(1, 64, format="int4"), windows(1, 64, 16, 32, 64))
+    assert shared.window_block_size in (16, 32, 64)
+
+
+def test_pages_that_are_larger_than_dense_ones() -> None:
+    """SparQ's ranking copy: the sliding-window layers keep the longest block that fits."""
+    full = FullLayers(n_layers=1, block_size=128, page_bytes=2 * 37120, n_staging_blocks=0, n_tokens=N_TOKENS)
+    shared = choose([full], windows(1, 64))
+    assert (shared.block_size, shared.window_block_size, shared.page_bytes) == (128, 128, 2 * 37120)

@@ -1,0 +1,91 @@
+"""Counts of the scheduler's process: found by every front end, published by one."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from vllm_sparq import counters, stat_logger
+from vllm_sparq.counters import Counters
+from vllm_sparq.retention import Retention
+
+RETENTION = Retention(budget=64, recent=None, sinks=0, rank="attention", bounded=False, interval=1, block_size=16)
+
+
+@pytest.fixture(autouse=True)
+def _folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(counters.tempfile, "gettempdir", lambda: str(tmp_path))
+    monkeypatch.delenv(counters.RUN, raising=False)
+
+
+def config(instance_id: str, n_front_ends: int) -> Any:
+    """vLLM's configuration, as far as counters look at it."""
+    return SimpleNamespace(
+        instance_id=instance_id, parallel_config=SimpleNamespace(_api_process_count=n_front_ends, _api_process_rank=0)
+    )
+
+
+def test_what_is_taken_once_is_gone() -> None:
+    scheduler, front_end = Counters.of(config("a", 1), 0), Counters.of(config("a", 1), 0)
+    assert front_end.take() == {}  # nobody counts yet
+    with scheduler.writing():
+        assert front_end.take() == {}
+        scheduler.write(blocks_taken=3, preemptions_avoided=1)
+        assert front_end.take() == {"blocks_taken": 3, "preemptions_avoided": 1}
+        assert front_end.take() == {}
+        scheduler.write(blocks_taken=7, preemptions_avoided=1)
+        assert front_end.take() == {"blocks_taken": 4, "preemptions_avoided": 0}
+    assert not scheduler.path.exists()
+
+
+def test_engines_do_not_share() -> None:
+    with Counters.of(config("a", 1), 0).writing():
+        assert Counters.of(config("a", 1), 1).path != Counters.of(config("a", 1), 0).path
+        assert Counters.of(config("b", 1), 0).path != Counters.of(config("a", 1), 0).path
+
+
+def test_two_front_ends_publish_each_count_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As under `vllm serve --data-parallel-size 2`: three configurations with ids of their own, one parent process."""
+    counters.name_run(config("of the parent", 2))
+    engines = [Counters.of(config("of the parent", 2), index) for index in (0, 1)]
+    monkeypatch.setattr(stat_logger, "_retention_of", lambda _: (RETENTION, 100))
+    published: dict[tuple[int, str], float] = {}
+
+    def register(self: stat_logger.SparqStatLogger) -> dict[str, Any]:
+        def inc_of(name: str) -> Any:
+            def inc(n: float) -> None:
+                key = self.engine_index, name
+                published[key] = published.get(key, 0) + n
+
+            return SimpleNamespace(inc=inc)
+
+        return {name: inc_of(name) for name in (*stat_logger.FROM_LENGTHS, *stat_logger.FROM_SCHEDULER)}
+
+    monkeypatch.setattr(stat_logger.SparqStatLogger, "_register", register)
+    loggers = [
+        stat_logger.SparqStatLogger(config(f"of front end {rank}", 2), engine_index)
+        for rank in (0, 1)
+        for engine_index in (0, 1)
+    ]
+    rng, totals = random.Random(0), [0, 0]
+    with engines[0].writing(), engines[1].writing():
+        for _ in range(200):
+            index = rng.randrange(2)
+            totals[index] += rng.randrange(3)
+            engines[index].write(blocks_taken=2 * totals[index], preemptions_avoided=totals[index])
+            rng.choice(loggers).record(None, None)
+        for logger in loggers:
+            logger.record(None, None)
+    for index in (0, 1):
+        assert published[index, "preemptions_avoided"] == totals[index] > 0
+        assert published[index, "blocks_taken"] == 2 * totals[index]
+
+
+def test_one_front_end_needs_no_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two engines started by one process, each with its front end, must not meet."""
+    counters.name_run(config("a", 1))
+    assert counters.RUN not in counters.os.environ
