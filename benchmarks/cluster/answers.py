@@ -15,8 +15,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from vllm_sparq.benchmarks.common.records import SCHEMA
 from vllm_sparq.console import UsageError
+
+SCHEMA = 1
+"""Version of a folder: what its shards and its run.json mean."""
 
 SHARD_ROWS = 1000
 SHARD_SECONDS = 5.0

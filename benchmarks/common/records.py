@@ -11,15 +11,28 @@ import json
 import os
 import platform
 import subprocess
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from importlib import metadata
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from vllm_sparq.benchmarks.common.lines import append_lines, read_lines
 from vllm_sparq.console import UsageError
 
-SCHEMA = 1
-"""Version of the lines. It grows when the meaning of a field changes, not when a field is added."""
+SCHEMA = 2
+"""Version of the lines. It grows when the meaning of a field or of a key changes, not when a field is added.
+
+1: a key did not hold how the cache is cut, so that two block sizes were one case.
+2: key and line hold `block_size`, `kv_bytes_per_token` and the instruction set.
+"""
+
+READABLE = (1, SCHEMA)
+"""Versions whose lines mean the same to a reader; a key of version 1 is that of no case of today."""
+
+
+ORIGIN = ("commit", "dirty", "cpu", "cores", "isa", "gpu", "torch", "vllm")
+"""What of its provenance two lines must share to be set beside each other."""
 
 
 def provenance() -> dict[str, Any]:
@@ -34,10 +47,20 @@ def provenance() -> dict[str, Any]:
 
 
 def device() -> dict[str, Any]:
-    """The machine: its processor, the cores that we may use, and its accelerator if there is one."""
-    found: dict[str, Any] = {"cpu": cpu_model(), "cores": len(os.sched_getaffinity(0))}
+    """The machine: processor, cores that we may use, the instruction set of our kernels, accelerator if there is one.
+
+    Raises:
+        UsageError: our kernels cannot be used as they are, or as the environment asks for them.
+    """
     import torch
 
+    from vllm_sparq.ops import native
+
+    try:
+        isa = native.find().isa
+    except (ValueError, OSError) as error:
+        raise UsageError(str(error)) from None
+    found: dict[str, Any] = {"cpu": cpu_model(), "cores": len(os.sched_getaffinity(0)), "isa": isa}
     return {**found, "gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else found
 
 
@@ -56,17 +79,11 @@ def append_records(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
     """Add lines to a file, stamped with `SCHEMA`; never rewrites what is there.
 
     Raises:
-        UsageError: the file holds lines of another schema.
+        UsageError: the file holds lines of another schema, or cannot be written.
     """
-    if path.exists():
-        with path.open(encoding="utf-8") as file:
-            first = file.readline()
-        if first.endswith("\n"):  # else a killed run left it unfinished, and it says nothing
-            _parsed(first, f"{path}, line 1")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", encoding="utf-8") as file:
-        for record in records:
-            file.write(json.dumps({"schema": SCHEMA, **record}) + "\n")
+    for where, first in islice(read_lines(path), 1):
+        check_schema(first, where)
+    append_lines(path, [{"schema": SCHEMA, **record} for record in records])
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
@@ -79,12 +96,9 @@ def read_records(path: Path) -> list[dict[str, Any]]:
     """
     files = sorted(path.rglob("*.jsonl")) if path.is_dir() else [path]
     records = []
-    for file in files:
-        if not file.exists():
-            continue
-        for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
-            if line.strip():
-                records.append(_parsed(line, f"{file}, line {number}"))
+    for where, record in (line for file in files for line in read_lines(file)):
+        check_schema(record, where)
+        records.append(record)
     return records
 
 
@@ -96,10 +110,38 @@ def recorded(path: Path | None, keys: Iterable[str], *, again: bool = False) -> 
     return {record["key"]: record for record in read_records(path) if record.get("key") in wanted}
 
 
+def comparable(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
+    """Whether a ratio of two lines says something: the same code on the same machine with the same instructions."""
+    return all(a.get(name) == b.get(name) for name in ORIGIN)
+
+
+def dense_beside(
+    record: Mapping[str, Any], records: Sequence[Mapping[str, Any]], case: Sequence[str] = ("bench", "task", "length")
+) -> Mapping[str, Any] | None:
+    """The newest line of dense, of the same ``case``, code and machine as a record; None if there is none."""
+    alike = [other for other in records if other.get("method") == "dense" and comparable(other, record)]
+    same = [other for other in alike if all(other.get(name) == record.get(name) for name in case)]
+    return same[-1] if same else None
+
+
 def skipped_note(records: Iterable[Mapping[str, Any]]) -> str:
     """What to tell a user whose cases are on record."""
     commits = sorted({str(record.get("commit")) for record in records})
     return f"on record already (commit {', '.join(commits)}), not measured again; --again measures anew"
+
+
+def check_schema(record: Mapping[str, Any], where: str) -> None:
+    """Refuse lines that mean something else than this version takes them for.
+
+    Raises:
+        UsageError: the line at ``where`` is of such a schema.
+    """
+    schema = record.get("schema", 1)
+    if schema not in READABLE:
+        raise UsageError(
+            f"{where} is a result of schema {schema}, and this version reads schemas {READABLE[0]} to {SCHEMA}: "
+            "use another file or folder, or the version of vllm-sparq that wrote it"
+        )
 
 
 def cpu_model() -> str:
@@ -109,22 +151,6 @@ def cpu_model() -> str:
     except OSError:
         return platform.processor()
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "unknown")
-
-
-def _parsed(line: str, where: str) -> dict[str, Any]:
-    try:
-        record = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise UsageError(f"{where} is not JSON ({error}): remove the line") from None
-    if not isinstance(record, dict):
-        raise UsageError(f"{where} is not a JSON object: remove the line")
-    schema = record.get("schema", 1)
-    if schema != SCHEMA:
-        raise UsageError(
-            f"{where} is a result of schema {schema}, and this version reads and writes schema {SCHEMA}: "
-            "use another file or folder, or the version of vllm-sparq that wrote it"
-        )
-    return record
 
 
 def _version(package: str) -> str | None:

@@ -27,7 +27,10 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+from vllm_sparq.benchmarks.common.cache_layout import layout_in_use
+from vllm_sparq.benchmarks.common.lines import check_out
 from vllm_sparq.benchmarks.common.methods import DENSE
+from vllm_sparq.benchmarks.common.model_shape import ModelShape
 from vllm_sparq.benchmarks.common.proof import WrongAttentionError, check_attention, engine_report, speed_note
 from vllm_sparq.benchmarks.common.records import append_records, provenance, recorded, skipped_note
 from vllm_sparq.benchmarks.engine import requests as requests_bench
@@ -101,14 +104,9 @@ def serve_turns(chosen: Engine, model: Path, dummy: bool, max_context: int, max_
     import torch
     from vllm import LLM, SamplingParams
 
-    config = json.loads((model / "config.json").read_text())
-    n_heads = config["num_attention_heads"]
-    head_size = config.get("head_dim") or config["hidden_size"] // n_heads
-    n_kv_heads = config.get("num_key_value_heads") or n_heads
-    dense_bytes_per_token = 4 * config["num_hidden_layers"] * n_kv_heads * head_size
     # The shared prompt, a tail of its own for each request, and room for our larger pages. Where tokens are evicted
     # nothing is shared, but a prompt is cut to its budget before the next one is read.
-    kv_bytes = dense_bytes_per_token * (max_context + N_TAIL * (max_batch + 2)) * 5 // 4
+    kv_bytes = ModelShape.of(model).dense_bytes * (max_context + N_TAIL * (max_batch + 2)) * 5 // 4
     llm = LLM(
         str(model),
         load_format="dummy" if dummy else "auto",
@@ -122,7 +120,7 @@ def serve_turns(chosen: Engine, model: Path, dummy: bool, max_context: int, max_
     )
     engine: Any = llm.llm_engine
     cache = engine.vllm_config.cache_config
-    pipe.send((engine_report(engine.vllm_config), cache.kv_cache_size_tokens, kv_bytes))
+    pipe.send((engine_report(engine.vllm_config), cache.kv_cache_size_tokens, kv_bytes, layout_in_use(engine)))
     for layer in engine.vllm_config.compilation_config.static_forward_context.values():
         layer.impl.forward = SkippedAttention(layer.impl, decode=not chosen.skip_attention)
     generator = torch.Generator().manual_seed(0)
@@ -167,7 +165,7 @@ def start(
         context.Process(target=serve_turns, args=arguments, daemon=True).start()
         theirs.close()
         try:
-            report_of, n_tokens, kv_bytes = ours.recv()
+            report_of, n_tokens, kv_bytes, layout = ours.recv()
         except EOFError:
             raise UsageError(f"the {engine.name} engine ended before it was ready; its reason stands above") from None
         about[engine.name] = {
@@ -175,6 +173,7 @@ def start(
             "attention": check_attention(engine.method, report_of),
             "kv_capacity_tokens": n_tokens,
             "kv_bytes": kv_bytes,
+            **layout.fields,
         }
         pipes[engine.name] = ours
     return pipes, about
@@ -185,43 +184,38 @@ def measure(
     chosen: list[Engine],
     *,
     model: Model,
+    max_context: int,
     rounds: int,
     steps: int,
     report: Callable[[str], None],
-) -> list[dict[str, Any]]:
-    """All cases, with the engines in turns; one record a case and method.
+) -> Iterator[list[dict[str, Any]]]:
+    """All cases, with the engines in turns: yields the records of a case, one a method.
 
     Args:
         cases: contexts and batches.
         chosen: the engines; dense and no attention are among them.
         model: what they run.
+        max_context: tokens of context that the engines have room for.
         rounds: turns of each engine per case.
         steps: decode steps per turn.
         report: called with a line of text when something has been done.
     """
-    max_context, max_batch = max(c.context for c in cases), max(c.batch for c in cases)
+    max_batch = max(c.batch for c in cases)
     with tempfile.TemporaryDirectory() as temporary:
         folder = model.folder or Path(temporary)
         if model.folder is None:
             (folder / "config.json").write_text(json.dumps(model.config))
         pipes, about = start(chosen, model, folder, max_context, max_batch, report)
-        records = []
         for case in cases:
             report(f"{case.context} tokens of context, batch {case.batch}")
-            records += measure_case(case, pipes, rounds=rounds, steps=steps)
+            measured = measure_case(case, pipes, rounds=rounds, steps=steps)
+            keys = {engine.name: key_of(case, engine, model, max_context) for engine in chosen}
+            yield [
+                {"bench": "engine", "key": keys[r["method"]], "model": model.name, **about[r["method"]], **r}
+                for r in measured
+            ]
         for pipe in pipes.values():
             pipe.send(None)
-    by_name = {engine.name: engine for engine in chosen}
-    return [
-        {
-            "bench": "engine",
-            "key": key_of(Case(context=r["context"], batch=r["batch"]), by_name[r["method"]], model),
-            "model": model.name,
-            **about[r["method"]],
-            **r,
-        }
-        for r in records
-    ]
 
 
 def measure_case(case: Case, engines: dict[str, Connection], *, rounds: int, steps: int) -> list[dict[str, Any]]:
@@ -276,6 +270,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     whole.add_argument("--output-len", type=int, default=128, metavar="TOKENS", help="of an answer (default 128)")
     whole.add_argument("--num-prompts", type=int, default=16, metavar="N", help="of the throughput (default 16)")
     whole.add_argument("--kv-cache-mib", type=int, help="KV cache of each engine (default: what vLLM takes)")
+    parser.add_argument(
+        "--block-size", type=int, metavar="N", help="tokens per block of our backends (default: theirs)"
+    )
     parser.add_argument("--rounds", type=int, default=5, help="turns of each engine per case (default 5)")
     parser.add_argument("--steps", type=int, default=8, help="decode steps per turn (default 8)")
     parser.add_argument("--out", type=Path, help="append one JSON line per case and method to this file")
@@ -286,32 +283,36 @@ def main(args: argparse.Namespace) -> int:
     """Measure, print the table, write the lines."""
     console = make_console()
     model = Model.of(args.model, args.layers)
-    chosen = engines(args.methods, args.options or ([] if args.methods else [DEFAULT_OPTIONS]))
+    chosen = engines(args.methods, args.options or ([] if args.methods else [DEFAULT_OPTIONS]), args.block_size)
+    if args.out:
+        check_out(args.out)
     if args.input_len is not None:
         return requests_bench.main(args, [engine.method for engine in chosen if not engine.skip_attention], model)
     model.check_length("--context", max(args.context), N_TAIL)
     cases = [Case(context=context, batch=batch) for context in args.context for batch in args.batch]
-    keys = {case: [key_of(case, engine, model) for engine in chosen] for case in cases}
+    max_context = max(args.context)
+    keys = {case: [key_of(case, engine, model, max_context) for engine in chosen] for case in cases}
     known = recorded(args.out, [key for case in cases for key in keys[case]], again=args.again)
     todo = [case for case in cases if not all(key in known for key in keys[case])]
     records: list[dict[str, Any]] = []
     try:
         with console.status("") as status:
-            if todo:
-                records = measure(
-                    todo,
-                    chosen,
-                    model=model,
-                    rounds=args.rounds,
-                    steps=args.steps,
-                    report=lambda line: status.update(f"{line} ..."),
-                )
+            measured = measure(
+                todo,
+                chosen,
+                model=model,
+                max_context=max_context,
+                rounds=args.rounds,
+                steps=args.steps,
+                report=lambda line: status.update(f"{line} ..."),
+            )
+            for new in measured if todo else ():
+                if args.out:
+                    append_records(args.out, [{**record, **provenance()} for record in new])
+                records += new
     except WrongAttentionError as error:
         console.print(f"✗ {error}", style="red", highlight=False, markup=False, soft_wrap=True)
         return 1
-    if args.out:
-        origin = provenance()
-        append_records(args.out, [{**record, **origin} for record in records])
     old = [known[key] for case in cases if case not in todo for key in keys[case]]
     console.print(table(old + records))
     if old:

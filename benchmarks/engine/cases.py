@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from vllm_sparq.benchmarks.common.cache_layout import CacheLayout
 from vllm_sparq.benchmarks.common.methods import DENSE, Method
+from vllm_sparq.benchmarks.common.model_shape import ModelShape
 from vllm_sparq.benchmarks.common.records import case_key
 from vllm_sparq.console import UsageError, check_model
 
@@ -46,10 +49,12 @@ class Case:
 
 @dataclass(frozen=True, kw_only=True)
 class Engine:
-    """One engine: its method, what vLLM is given for it, and whether its decode steps skip the attention op."""
+    """One engine: its method, what vLLM is given for it, tokens per block (None: the engine's choice), and whether its
+    decode steps skip the attention op."""
 
     method: Method
     arguments: dict[str, Any]
+    block_size: int | None = None
     skip_attention: bool = False
 
     @property
@@ -58,8 +63,10 @@ class Engine:
         return SKIPPED if self.skip_attention else self.method.name
 
 
-def engines(names: list[str], options: list[dict[str, Any]]) -> list[Engine]:
+def engines(names: list[str], options: list[dict[str, Any]], block_size: int | None = None) -> list[Engine]:
     """The engines that decode in turns: dense, no attention at all, the methods, and sparq with each set of options.
+
+    A block size is that of our backends; vLLM's own attention keeps its own.
 
     Raises:
         UsageError: a name or options that mean nothing.
@@ -69,7 +76,10 @@ def engines(names: list[str], options: list[dict[str, Any]]) -> list[Engine]:
     methods = [Method.named(name) for name in dict.fromkeys(names) if name != DENSE]
     for chosen in options:
         methods.append(replace(Method.named("sparq", chosen), name=f"sparq {json.dumps(chosen)}"))
-    return found + [Engine(method=method, arguments=method.engine_args) for method in methods]
+    more = {} if block_size is None else {"block_size": block_size}
+    return found + [
+        Engine(method=method, arguments={**method.engine_args, **more}, block_size=block_size) for method in methods
+    ]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,15 +109,21 @@ class Model:
 
     @property
     def config(self) -> dict[str, Any]:
-        """What ``config.json`` says."""
-        if self.folder is None:
-            return {**LLAMA_1B, "num_hidden_layers": self.n_layers}
-        found: dict[str, Any] = json.loads((self.folder / "config.json").read_text())
-        return found
+        """``config.json`` of the dummy one."""
+        return {**LLAMA_1B, "num_hidden_layers": self.n_layers}
+
+    @cached_property
+    def shape(self) -> ModelShape:
+        """Its numbers.
+
+        Raises:
+            UsageError: its config.json describes no model.
+        """
+        return ModelShape.of_config(self.config) if self.folder is None else ModelShape.of(self.folder)
 
     def check_length(self, option: str, n_tokens: int, n_answer: int) -> None:
         """Raises UsageError if the model has no positions for a prompt, given by ``option``, and its answer."""
-        limit = self.config.get("max_position_embeddings", n_tokens + n_answer)
+        limit = self.shape.max_model_len
         if n_tokens + n_answer > limit:
             raise UsageError(
                 f"{option} {n_tokens} and {n_answer} tokens of answers need {n_tokens + n_answer} positions, and the "
@@ -115,7 +131,9 @@ class Model:
             )
 
 
-def key_of(case: Case, engine: Engine, model: Model) -> str:
-    """Of the record of one engine in one case."""
+def key_of(case: Case, engine: Engine, model: Model, max_context: int) -> str:
+    """Of the record of one engine in one case; the engine has room for ``max_context`` tokens of context."""
+    method, shape = engine.method, model.shape
+    layout = CacheLayout.of(method, shape, max_model_len=max_context + N_TAIL, block_size=engine.block_size)
     fields = asdict(case) | {"model": model.name, "method": engine.name, "arguments": engine.arguments}
-    return case_key("engine", fields)
+    return case_key("engine", fields | layout.fields)

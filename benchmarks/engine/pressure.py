@@ -22,7 +22,10 @@ from pathlib import Path
 from statistics import fmean, quantiles
 from typing import Any
 
+from vllm_sparq.benchmarks.common.cache_layout import CacheLayout, layout_in_use
+from vllm_sparq.benchmarks.common.lines import check_out
 from vllm_sparq.benchmarks.common.methods import Method
+from vllm_sparq.benchmarks.common.model_shape import ModelShape
 from vllm_sparq.benchmarks.common.proof import check_attention, engine_report, with_dense
 from vllm_sparq.benchmarks.common.records import append_records, case_key, provenance
 from vllm_sparq.benchmarks.tiny_model import WEIGHTS
@@ -46,6 +49,11 @@ class Trace:
     output_len: int
     pool: float
     seed: int = 0
+
+    @property
+    def max_model_len(self) -> int:
+        """Tokens of the longest request."""
+        return max(len(prompt) + n for _, prompt, n in self.requests()) + 1
 
     def requests(self) -> list[tuple[float, list[int], int]]:
         """Arrival in seconds, prompt, and tokens to write, in order of arrival."""
@@ -86,7 +94,7 @@ def serve(method: Method, model: Path, trace: Trace, options: dict[str, Any], pi
         str(model),
         enforce_eager=True,
         kv_cache_memory_bytes=int(trace.pool * 1e6),
-        max_model_len=max(len(prompt) + n for _, prompt, n in requests) + 1,
+        max_model_len=trace.max_model_len,
         enable_prefix_caching=False,
         disable_log_stats=False,
         **options,
@@ -122,6 +130,7 @@ def serve(method: Method, model: Path, trace: Trace, options: dict[str, Any], pi
             "preemptions": int(metrics["vllm:num_preemptions"]),
             "preemptions_avoided": getattr(scheduler, "n_preemptions_avoided", 0),
             "kv_capacity_tokens": int(engine.vllm_config.cache_config.kv_cache_size_tokens),
+            **layout_in_use(engine).fields,
             **summary(times, arrivals),
         }
     )
@@ -165,19 +174,26 @@ def main(args: argparse.Namespace) -> int:
     trace = Trace(
         n=args.n, rate=args.rate, prompt_len=args.prompt_len, output_len=args.output_len, pool=args.pool, seed=args.seed
     )
-    rows = []
+    if args.out:
+        check_out(args.out)
+    case = {**asdict(trace), "model": model.name, "engine_args": args.engine_args}
+    shape, rows = ModelShape.of(model), []
     for method in engines(args.methods):
         with console.status(f"{method.name}: {args.n} requests ..."):
-            rows.append(run(method, model, trace, args.engine_args))
-    if args.out:
-        case = {**asdict(trace), "model": model.name, "engine_args": args.engine_args}
-        stamped = [
-            {"bench": "pressure", "key": case_key("pressure", {**case, "method": row["method"]}), **case, **row}
-            for row in rows
-        ]
-        append_records(args.out, [{**row, **provenance()} for row in stamped])
+            row = run(method, model, trace, args.engine_args)
+        key = key_of(case, method, shape, trace.max_model_len)
+        rows.append({"bench": "pressure", "key": key, **case, **row})
+        if args.out:
+            append_records(args.out, [{**rows[-1], **provenance()}])
     console.print(table(rows, trace))
     return int(any(row["n_failed"] for row in rows))
+
+
+def key_of(case: dict[str, Any], method: Method, shape: ModelShape, max_model_len: int) -> str:
+    """Of the record of one method."""
+    block_size = case["engine_args"].get("block_size")
+    layout = CacheLayout.of(method, shape, max_model_len=max_model_len, block_size=block_size)
+    return case_key("pressure", {**case, "method": method.name, "options": method.options, **layout.fields})
 
 
 def run(method: Method, model: Path, trace: Trace, options: dict[str, Any]) -> dict[str, Any]:

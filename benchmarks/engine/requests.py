@@ -20,9 +20,17 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+from vllm_sparq.benchmarks.common.cache_layout import CacheLayout, layout_in_use
 from vllm_sparq.benchmarks.common.methods import DENSE, Method
 from vllm_sparq.benchmarks.common.proof import WrongAttentionError, check_attention, engine_report, speed_note
-from vllm_sparq.benchmarks.common.records import append_records, case_key, provenance, recorded, skipped_note
+from vllm_sparq.benchmarks.common.records import (
+    append_records,
+    case_key,
+    dense_beside,
+    provenance,
+    recorded,
+    skipped_note,
+)
 from vllm_sparq.benchmarks.engine.cases import Model
 from vllm_sparq.benchmarks.tiny_model import WEIGHTS
 from vllm_sparq.console import UsageError, make_console
@@ -36,13 +44,15 @@ SPEED = {"latency": "avg_latency", "throughput": "tokens_per_second"}
 
 @dataclass(frozen=True, kw_only=True)
 class Requests:
-    """What is asked: tokens of each prompt and answer, requests, bytes of KV cache (None: vLLM's choice)."""
+    """What is asked: tokens of each prompt and answer, requests, bytes of KV cache and tokens of a block (None: the
+    engine's choice; a block size is that of our backends)."""
 
     input_len: int
     output_len: int
     batch: int | None = None
     num_prompts: int | None = None
     kv_cache_bytes: int | None = None
+    block_size: int | None = None
 
     @property
     def command(self) -> str:
@@ -50,17 +60,14 @@ class Requests:
         return "throughput" if self.batch is None else "latency"
 
 
-def plan(
-    input_len: int, output_len: int, batches: list[int], num_prompts: int, kv_cache_bytes: int | None
-) -> list[Requests]:
-    """A latency for each batch, and a throughput."""
-    whole = Requests(input_len=input_len, output_len=output_len, num_prompts=num_prompts, kv_cache_bytes=kv_cache_bytes)
+def plan(whole: Requests, batches: list[int]) -> list[Requests]:
+    """A latency for each batch, and the throughput of as many ``whole`` requests."""
     return [*(replace(whole, num_prompts=None, batch=batch) for batch in batches), whole]
 
 
 def why_not(requests: Requests, model: Model) -> str | None:
     """Why vLLM's command cannot run on a model, if so."""
-    vocabulary = int(model.config["vocab_size"])
+    vocabulary = model.shape.vocab_size
     if requests.command == "latency" and vocabulary < DRAWN_IDS:
         return (
             f"no latency of {model.name}: `vllm bench latency` draws token ids below {DRAWN_IDS:,}, and its vocabulary "
@@ -71,7 +78,14 @@ def why_not(requests: Requests, model: Model) -> str | None:
 
 def key_of(requests: Requests, method: Method, model: Model) -> str:
     """Of the record of one method."""
-    return case_key("requests", asdict(requests) | asdict(method) | {"model": model.name})
+    layout = layout_of(requests, method, model)
+    return case_key("requests", asdict(requests) | asdict(method) | {"model": model.name} | layout.fields)
+
+
+def layout_of(requests: Requests, method: Method, model: Model) -> CacheLayout:
+    """How the engine of a method will cut its cache."""
+    block_size = None if method.backend is None else requests.block_size
+    return CacheLayout.of(method, model.shape, max_model_len=longest(requests, model), block_size=block_size)
 
 
 @contextlib.contextmanager
@@ -91,7 +105,7 @@ def model_folder(model: Model) -> Iterator[Path]:
 def longest(requests: Requests, model: Model) -> int:
     """Tokens that a request may have. vLLM draws words for a throughput, which may be a few more tokens than asked."""
     wanted = requests.input_len + requests.output_len + max(16, requests.input_len // 50)
-    return int(min(wanted, model.config.get("max_position_embeddings", wanted)))
+    return min(wanted, model.shape.max_model_len)
 
 
 def words_for_vllm(requests: Requests, method: Method, folder: Path, model: Model, result: Path) -> list[str]:
@@ -111,6 +125,7 @@ def words_for_vllm(requests: Requests, method: Method, folder: Path, model: Mode
         words += ["--kv-cache-memory-bytes", str(requests.kv_cache_bytes)]
     if method.backend is not None:
         words += ["--attention-backend", method.backend, "--additional-config", json.dumps(method.additional_config)]
+        words += [] if requests.block_size is None else ["--block-size", str(requests.block_size)]
     return words
 
 
@@ -147,6 +162,7 @@ def run_in_child(command: str, words: list[str], log: Path, pipe: Connection) ->
             "kv_capacity_tokens": int(config.cache_config.kv_cache_size_tokens),
             "max_concurrency": round(float(config.cache_config.kv_cache_max_concurrency), 2),
             "preemptions": int(metrics["vllm:num_preemptions"]),
+            "layout": layout_in_use(engines[0].llm_engine),
         }
     )
 
@@ -183,6 +199,7 @@ def measure(requests: Requests, method: Method, model: Model) -> dict[str, Any]:
         "model": model.name,
         "method": method.name,
         **{name: value for name, value in asdict(requests).items() if value is not None},
+        **engine.pop("layout").fields,
         **found,
         "threads": os.cpu_count(),
         "sparq": {
@@ -218,11 +235,10 @@ def columns(record: Mapping[str, Any], dense: Mapping[str, Any] | None) -> dict[
     }
 
 
-def dense_of(record: Mapping[str, Any], records: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
-    """The record of dense for the same requests, among others."""
-    case = ("model", "command", "input_len", "output_len", "batch", "num_prompts", "kv_cache_bytes")
-    same = [other for other in records if all(other.get(name) == record.get(name) for name in case)]
-    return next((other for other in same if other["method"] == DENSE), None)
+def dense_of(record: Mapping[str, Any], records: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:
+    """The record of dense for the same requests, of the same code and machine, among others."""
+    case = ("model", "command", "input_len", "output_len", "batch", "num_prompts", "kv_cache_bytes", "commit")
+    return dense_beside(record, records, case)
 
 
 def main(args: argparse.Namespace, methods: list[Method], model: Model) -> int:
@@ -233,7 +249,14 @@ def main(args: argparse.Namespace, methods: list[Method], model: Model) -> int:
             raise UsageError(f"--{name.replace('_', '-')} {getattr(args, name)} must be 1 or more")
     model.check_length("--input-len", args.input_len, args.output_len)
     kv_cache_bytes = None if args.kv_cache_mib is None else args.kv_cache_mib << 20
-    cases = plan(args.input_len, args.output_len, args.batch, args.num_prompts, kv_cache_bytes)
+    whole = Requests(
+        input_len=args.input_len,
+        output_len=args.output_len,
+        num_prompts=args.num_prompts,
+        kv_cache_bytes=kv_cache_bytes,
+        block_size=args.block_size,
+    )
+    cases = plan(whole, args.batch)
     notes = [note for case in cases if (note := why_not(case, model))]
     cases = [case for case in cases if not why_not(case, model)]
     keys = [key_of(case, method, model) for case in cases for method in methods]
@@ -244,9 +267,9 @@ def main(args: argparse.Namespace, methods: list[Method], model: Model) -> int:
             if (key := key_of(case, method, model)) in records:
                 continue
             with console.status(f"vllm bench {case.command}, {method.name} ..."):
-                records[key] = measure(case, method, model)
+                records[key] = measure(case, method, model) | provenance()
             if args.out:
-                append_records(args.out, [records[key] | provenance()])
+                append_records(args.out, [records[key]])
     except WrongAttentionError as error:
         console.print(f"✗ {error}", style="red", highlight=False, markup=False, soft_wrap=True)
         return 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import statistics
 import time
@@ -17,11 +18,14 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from vllm_sparq.attention_backends.engine import LONG_BLOCK_SIZE, PREFERRED_BLOCK_SIZE
+from vllm_sparq.benchmarks.common.lines import check_out
 from vllm_sparq.benchmarks.common.records import append_records, case_key, provenance, recorded, skipped_note
 from vllm_sparq.benchmarks.ops.methods import METHODS, Call, Cell, Tensors
 from vllm_sparq.config import Options
 from vllm_sparq.console import UsageError
 from vllm_sparq.formats import FORMATS
+from vllm_sparq.layout import BLOCK_SIZE_MULTIPLE
 from vllm_sparq.ops import native
 from vllm_sparq.reads import DenseRead, HeadShape, SparqRead
 
@@ -75,6 +79,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="M,...",
         help="; ".join(f"{name}: {method.summary}" for name, method in METHODS.items()) + " (default: all)",
     )
+    parser.add_argument(
+        "--block-size",
+        type=_numbers,
+        default=str(PREFERRED_BLOCK_SIZE),
+        metavar="N,...",
+        help=f"tokens per block of our pages (default: {PREFERRED_BLOCK_SIZE}; engines take {LONG_BLOCK_SIZE} for "
+        "SparQ where contexts may be long)",
+    )
     parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="element type of the model (default: bf16)")
     parser.add_argument("--r", type=int, help="channels that rank the tokens (default: a quarter of the head size)")
     parser.add_argument("--k", type=int, default=128, help="tokens read beside the current one (default: 128)")
@@ -122,8 +134,10 @@ def cells(args: argparse.Namespace) -> list[Cell]:
     """All combinations that were asked for.
 
     Raises:
-        UsageError: r does not fit a head size, or a cell does not fit in memory.
+        UsageError: r does not fit a head size, blocks cannot be cut so, or a cell does not fit in memory.
     """
+    if bad := next((n for n in args.block_size if n % BLOCK_SIZE_MULTIPLE), None):
+        raise UsageError(f"--block-size {bad} cannot be cut into pages: give a multiple of {BLOCK_SIZE_MULTIPLE}")
     found = []
     for heads, kv_heads, head_dim in args.shape or [(32, 8, 128)]:
         r = max(1, head_dim // 4) if args.r is None else args.r
@@ -135,7 +149,8 @@ def cells(args: argparse.Namespace) -> list[Cell]:
         read = SparqRead.resolve(options, HeadShape(head_size=head_dim, n_heads=heads, n_kv_heads=kv_heads))
         sizes = dict(heads=heads, kv_heads=kv_heads, head_dim=head_dim)
         kind = dict(dtype=DTYPES[args.dtype], ranking=args.ranking, read=read)
-        found += [Cell(context=s, batch=b, **sizes, **kind) for b in args.batch for s in args.context]
+        every = itertools.product(args.batch, args.context, args.block_size)
+        found += [Cell(context=s, batch=b, block_size=n, **sizes, **kind) for b, s, n in every]
     free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     for cell in found:
         formats = [name.split("+")[-1] for name in args.methods if name.split("+")[-1] in FORMATS]
@@ -215,6 +230,7 @@ def summarize(
                 heads=cell.heads,
                 kv_heads=cell.kv_heads,
                 head_dim=cell.head_dim,
+                **METHODS[name].cache_fields(cell),
                 dtype=str(cell.dtype).removeprefix("torch."),
                 r=cell.read.r,
                 k=cell.read.min_k,
@@ -239,6 +255,7 @@ def key_of(cell: Cell, method: str, watch: Stopwatch) -> str:
     fields = dict(
         method=method,
         **{name: getattr(cell, name) for name in ("context", "batch", "heads", "kv_heads", "head_dim", "ranking")},
+        **METHODS[method].cache_fields(cell),
         dtype=str(cell.dtype),
         r=cell.read.r,
         k=cell.read.min_k,
@@ -253,13 +270,13 @@ def _ratio(medians: dict[str, float], base: str, name: str) -> float | None:
 
 
 def break_even(rows: Sequence[dict[str, Any]]) -> dict[tuple[int, ...], int | None]:
-    """(batch, H, G, D) -> the shortest measured context from which SparQ was never slower than our dense op."""
+    """(batch, H, G, D, N) -> the shortest measured context from which SparQ was never slower than our dense op."""
     found: dict[tuple[int, ...], int | None] = {}
     lost: set[tuple[int, ...]] = set()
     for row in sorted(rows, key=lambda row: -row["context"]):
         if row["method"] != "sparq" or row["speedup_vs_dense"] is None:
             continue
-        key = (row["batch"], row["heads"], row["kv_heads"], row["head_dim"])
+        key = (row["batch"], row["heads"], row["kv_heads"], row["head_dim"], row["block_size"])
         found.setdefault(key, None)
         if row["speedup_vs_dense"] < 1:
             lost.add(key)
@@ -268,14 +285,21 @@ def break_even(rows: Sequence[dict[str, Any]]) -> dict[tuple[int, ...], int | No
     return found
 
 
-def machine() -> dict[str, Any]:
-    """What was measured, on what."""
-    return {**provenance(), "isa": native.find().isa}
-
-
 def table(rows: Sequence[dict[str, Any]], watch: Stopwatch) -> Table:
     view = Table(box=box.SIMPLE_HEAD, title=f"one layer, one decode step, {watch.threads} threads, {watch.clock} time")
-    for name in ("shape", "batch", "context", "method", "µs", "p10 .. p90", "GB/s", "memory", "x vLLM", "x dense"):
+    for name in (
+        "shape",
+        "batch",
+        "context",
+        "method",
+        "block",
+        "µs",
+        "p10 .. p90",
+        "GB/s",
+        "memory",
+        "x vLLM",
+        "x dense",
+    ):
         view.add_column(name, justify="left" if name in ("shape", "method") else "right", no_wrap=name != "p10 .. p90")
     before = None
     for row in rows:
@@ -286,6 +310,7 @@ def table(rows: Sequence[dict[str, Any]], watch: Stopwatch) -> Table:
         view.add_row(
             *(cell if cell != before else ("", "", "")),
             row["method"],
+            f"{row['block_size'] or ''}",
             f"{row['median_us']:,.0f}" if row["median_us"] >= 100 else f"{row['median_us']:.1f}",
             f"{row['p10_us']:,.0f} .. {row['p90_us']:,.0f}",
             f"{row['gb_per_s']:.1f}",
@@ -299,6 +324,8 @@ def table(rows: Sequence[dict[str, Any]], watch: Stopwatch) -> Table:
 def main(args: argparse.Namespace) -> int:
     if args.clock == "cpu" and os.environ.get("OMP_WAIT_POLICY", "").lower() != "passive":
         raise UsageError("--clock cpu would count threads that wait: start with OMP_WAIT_POLICY=passive")
+    if args.out is not None:
+        check_out(args.out)
     if args.threads is not None:
         torch.set_num_threads(args.threads)
     wanted, console = cells(args), Console()
@@ -306,16 +333,17 @@ def main(args: argparse.Namespace) -> int:
     keys = [[key_of(cell, name, watch) for name in args.methods] for cell in wanted]
     known = recorded(args.out, [key for row in keys for key in row], again=args.again)
     todo = [cell for cell, row in zip(wanted, keys, strict=True) if not known.keys() >= set(row)]
-    about, rows = machine(), []
+    about, rows = provenance(), []
     console.print(f"{about['cpu']}: {native.find().reason}")
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task("measuring", total=len(todo) * args.repeats)
         for cell in todo:
             progress.update(task, description=f"batch {cell.batch}, {cell.context:,} tokens")
-            rows += measure(cell, args.methods, args.repeats, watch, lambda: progress.advance(task))
-    if args.out is not None:
-        append_records(args.out, [{**row, **about} for row in rows])
+            new = measure(cell, args.methods, args.repeats, watch, lambda: progress.advance(task))
+            if args.out is not None:
+                append_records(args.out, [{**row, **about} for row in new])
+            rows += new
     old = [known[key] for cell, row in zip(wanted, keys, strict=True) if cell not in todo for key in row]
     if old:
         console.print(
@@ -324,7 +352,9 @@ def main(args: argparse.Namespace) -> int:
         rows = [*old, *rows]
     console.print(table(rows, watch))
     console.print(f"memory: {statistics.median(row['bandwidth_gb_per_s'] for row in rows):.1f} GB/s")
-    for (batch, *shape), context in break_even(rows).items():
+    for (batch, *shape, block_size), context in break_even(rows).items():
         where = "at no context measured" if context is None else f"from {context:,} tokens on"
-        console.print(f"batch {batch}, {'/'.join(map(str, shape))}: SparQ beats our dense op {where}")
+        console.print(
+            f"batch {batch}, {'/'.join(map(str, shape))}, blocks of {block_size}: SparQ beats our dense op {where}"
+        )
     return 0

@@ -5,17 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
+from vllm_sparq.attention_backends.engine import PREFERRED_BLOCK_SIZE
 from vllm_sparq.formats import FORMATS
 from vllm_sparq.layout import RANKING_BITS, PageLayout, Pages
 from vllm_sparq.ops import native
 from vllm_sparq.ops.dispatch import choose
 from vllm_sparq.reads import DenseRead, Read, SpansRead, SparqRead
-
-BLOCK_SIZE = 128
-"""Tokens per block of our pages: what engines take unless contexts are long."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +30,7 @@ class Cell:
         dtype: of the model.
         ranking: type of the channel-major copy of K.
         read: what SparQ reads.
+        block_size: N, tokens per block of our pages.
     """
 
     context: int
@@ -41,6 +41,7 @@ class Cell:
     dtype: torch.dtype
     ranking: str
     read: SparqRead
+    block_size: int = PREFERRED_BLOCK_SIZE
 
     @property
     def scale(self) -> float:
@@ -76,7 +77,7 @@ class Cell:
         copy = None if quantized and quantized.channel_keys else self.ranking
         return PageLayout(
             head_size=self.head_dim,
-            block_size=BLOCK_SIZE,
+            block_size=self.block_size,
             dtype=self.dtype,
             ranking="bounds" if bounds else copy,
             value_sum=not bounds,
@@ -101,7 +102,7 @@ class Cache:
 
     @classmethod
     def zeros(cls, cell: Cell, layout: PageLayout) -> Cache:
-        n_blocks = -(-cell.context // BLOCK_SIZE) + layout.n_staging_blocks
+        n_blocks = -(-cell.context // cell.block_size) + layout.n_staging_blocks
         pages = Pages.empty(cell.batch * n_blocks, cell.kv_heads, layout)
         native.advise_huge_pages(pages.data)
         pages.data.zero_()
@@ -193,11 +194,12 @@ def decode_calls(t: Tensors, op: str, cache: Cache, **options: object) -> Iterat
     yield Call(our_impl(op), lambda: run(*args, scale=t.cell.scale, out=t.out, **options))
 
 
-def write_calls(t: Tensors, slot: int) -> Iterator[Call]:
-    """Every request's token goes to ``slot`` of its last block."""
+def write_calls(t: Tensors, *, fills: bool) -> Iterator[Call]:
+    """Every request's token goes into its last block: in the middle of it, or so that it ``fills`` it."""
     op = choose("write", "cpu").load()
     cache = t.cache("model")
-    lens = torch.full_like(t.seq_lens, (cache.block_table.shape[1] - 1) * BLOCK_SIZE + slot + 1)
+    n = t.cell.block_size
+    lens = torch.full_like(t.seq_lens, (cache.block_table.shape[1] - 1) * n + (n if fills else n // 2 + 1))
     args = (t.key, t.value, cache.pages, cache.block_table, t.query_start_loc, lens)
     yield Call(our_impl("write"), lambda: op(*args))
 
@@ -267,11 +269,26 @@ def vllm_calls(t: Tensors) -> Iterator[Call]:
 
 @dataclass(frozen=True)
 class Method:
-    """A row of the table: what it is, how it is called, how many bytes it must move."""
+    """A row of the table.
+
+    Attributes:
+        summary: what it is.
+        calls: how it is called, at every setting that is worth trying.
+        bytes_moved: how many it must move.
+        layout: of the pages that it works on; None where vLLM's own cache is read.
+    """
 
     summary: str
     calls: Callable[[Tensors], Iterator[Call]]
     bytes_moved: Callable[[Cell], int]
+    layout: Callable[[Cell], PageLayout | None]
+
+    def cache_fields(self, cell: Cell) -> dict[str, Any]:
+        """How its cache is cut, for keys and lines: tokens of a block, bytes of a token and KV head."""
+        layout = self.layout(cell)
+        if layout is None:
+            return {"block_size": None, "kv_bytes_per_token": cell.token_bytes}
+        return {"block_size": layout.block_size, "kv_bytes_per_token": layout.bytes_per_token}
 
 
 def dense_method(format: str, summary: str) -> Method:
@@ -279,6 +296,7 @@ def dense_method(format: str, summary: str) -> Method:
         summary,
         lambda t: decode_calls(t, "dense_decode", t.cache(format)),
         lambda c: c.bytes_moved(DenseRead(), format),
+        lambda c: c.layout_as(format),
     )
 
 
@@ -287,6 +305,7 @@ def sparq_method(format: str, summary: str) -> Method:
         summary,
         lambda t: decode_calls(t, "sparq_decode", t.cache(format), read=t.cell.read),
         lambda c: c.bytes_moved(c.read, format),
+        lambda c: c.layout_as(format),
     )
 
 
@@ -295,13 +314,14 @@ def quest_method(format: str, summary: str) -> Method:
         summary,
         lambda t: decode_calls(t, "quest_decode", t.cache(format, bounds=True), read=t.cell.spans_read),
         lambda c: c.bytes_moved(c.spans_read, format),
+        lambda c: c.layout_as(format, bounds=True),
     )
 
 
 QUANTIZED = tuple(name for name, fmt in FORMATS.items() if fmt is not None)
 
 METHODS: dict[str, Method] = {
-    "vllm": Method("vLLM's own dense op, at its best setting", vllm_calls, lambda c: c.dense_bytes),
+    "vllm": Method("vLLM's own dense op, at its best setting", vllm_calls, lambda c: c.dense_bytes, lambda c: None),
     "dense": dense_method("model", "our dense op"),
     **{name: dense_method(name, f"the same over {name} blocks") for name in QUANTIZED},
     "sparq": sparq_method("model", "SparQ"),
@@ -310,13 +330,15 @@ METHODS: dict[str, Method] = {
     **{f"quest+{name}": quest_method(name, f"the same over {name} blocks") for name in QUANTIZED},
     "write": Method(
         "appending the step's tokens",
-        lambda t: write_calls(t, BLOCK_SIZE // 2),
+        lambda t: write_calls(t, fills=False),
         lambda c: 2 * c.batch * c.kv_heads * c.token_bytes,
+        lambda c: c.layout,
     ),
     "write_last": Method(
-        f"the same when they fill their blocks, 1 step in {BLOCK_SIZE}: the ranking copy is made",
-        lambda t: write_calls(t, BLOCK_SIZE - 1),
-        lambda c: c.batch * c.kv_heads * (BLOCK_SIZE * c.token_bytes // 2 + c.layout.parts["ranking"].nbytes),
+        "the same when they fill their blocks, 1 step in a block's tokens: the ranking copy is made",
+        lambda t: write_calls(t, fills=True),
+        lambda c: c.batch * c.kv_heads * (c.block_size * c.token_bytes // 2 + c.layout.parts["ranking"].nbytes),
+        lambda c: c.layout,
     ),
 }
 """name -> what is timed. Of several calls, the fastest in a short trial is measured."""

@@ -7,64 +7,17 @@ copy of K in the model's type; ours is int4 unless told otherwise. Blocks count 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
-
-import torch
 
 from vllm_sparq.attention_backends.engine import PREFERRED_BLOCK_SIZE, page_layout
 from vllm_sparq.benchmarks.common.methods import Method
+from vllm_sparq.benchmarks.common.model_shape import ModelShape
 from vllm_sparq.config import Options
-from vllm_sparq.reads import DenseRead, HeadShape
+from vllm_sparq.reads import DenseRead
 
 
 @dataclass(frozen=True, kw_only=True)
-class CacheShape:
-    """What a model caches.
-
-    Attributes:
-        n_layers: with full attention.
-        n_heads: query heads.
-        n_kv_heads: KV heads.
-        head_size: elements of one key.
-        dtype: of the model.
-        max_model_len: positions of the model.
-    """
-
-    n_layers: int
-    n_heads: int
-    n_kv_heads: int
-    head_size: int
-    dtype: torch.dtype
-    max_model_len: int
-
-    @classmethod
-    def of(cls, model: Path, dtype: str) -> CacheShape:
-        """From the model's config.json."""
-        from transformers import AutoConfig
-
-        config: Any = AutoConfig.from_pretrained(model)
-        text = config.get_text_config()
-        n_heads, n_layers = int(text.num_attention_heads), int(text.num_hidden_layers)
-        kinds = getattr(text, "layer_types", None) or ["full_attention"] * n_layers
-        return cls(
-            n_layers=sum(kind == "full_attention" for kind in kinds),
-            n_heads=n_heads,
-            n_kv_heads=int(getattr(text, "num_key_value_heads", None) or n_heads),
-            head_size=int(getattr(text, "head_dim", None) or text.hidden_size // n_heads),
-            dtype=getattr(torch, str(text.dtype).removeprefix("torch.") if dtype == "auto" else dtype),
-            max_model_len=int(text.max_position_embeddings),
-        )
-
-    @property
-    def heads(self) -> HeadShape:
-        """Of one layer, all of them on one worker."""
-        return HeadShape(head_size=self.head_size, n_heads=self.n_heads, n_kv_heads=self.n_kv_heads)
-
-    @property
-    def dense_bytes(self) -> int:
-        """K and V of one token in the model's type, all layers."""
-        return 2 * self.head_size * self.dtype.itemsize * self.n_kv_heads * self.n_layers
+class CacheShape(ModelShape):
+    """What a model caches, and what of it a method keeps and reads."""
 
     def held(self, method: Method, context: int) -> float:
         """Bytes of cache for each token of a context, everything that a page carries included."""

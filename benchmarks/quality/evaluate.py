@@ -33,23 +33,24 @@ GROUP = 32
 
 
 def methods_at(names: Sequence[str], compressions: Sequence[str], options: dict[str, Any]) -> list[Method]:
-    """Dense, and each method; those that take a compression once for each.
+    """Dense, and each method; those that take a compression once for each. Options of the user's are part of a name.
 
     Raises:
         UsageError: a name, a compression or options that mean nothing.
     """
     found = [Method.named(DENSE)]
+    more = f" {json.dumps(options)}" if options else ""
     for name in names:
         if name == DENSE:
             continue
         plain = Method.named(name, options)
         knob = compression_options(plain)
         if knob is None:
-            found.append(plain)
+            found.append(replace(plain, name=f"{name}{more}"))
             continue
         for text in compressions:
             chosen = Method.named(name, {**knob(_number(text)), **options})
-            found.append(replace(chosen, name=f"{name} 1/{text}"))
+            found.append(replace(chosen, name=f"{name} 1/{text}{more}"))
     names_found = [method.name for method in found]
     if len(set(names_found)) < len(names_found):
         raise UsageError(f"a method or a compression is named twice: {', '.join(names_found)}")

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from vllm_sparq.benchmarks.common.lines import check_out, replace_lines
 from vllm_sparq.benchmarks.common.methods import Method
-from vllm_sparq.benchmarks.common.records import append_records, provenance
+from vllm_sparq.benchmarks.common.records import SCHEMA, append_records, provenance, read_records
 from vllm_sparq.benchmarks.quality.engine import Run
 from vllm_sparq.benchmarks.tasks.generated import Example
 from vllm_sparq.console import UsageError
@@ -43,50 +43,27 @@ def fingerprint(model: Path) -> str:
     return found.hexdigest()[:16]
 
 
-def whole_lines(path: Path) -> list[dict[str, Any]]:
-    """The records of a file of JSON lines. A last line that a killed run left unfinished is cut off.
-
-    Raises:
-        UsageError: any other line that is not a JSON object, by file and number.
-    """
-    if not path.is_file():
-        return []
-    data = path.read_bytes()
-    end = data.rfind(b"\n") + 1
-    if end < len(data):
-        with path.open("r+b") as file:
-            file.truncate(end)
-    found = []
-    for number, line in enumerate(data[:end].splitlines(), 1):
-        try:
-            record = json.loads(line)
-        except ValueError:
-            record = None
-        if not isinstance(record, dict):
-            raise UsageError(f"{path}:{number} is not a JSON object: repair or remove that line, or give another --out")
-        found.append(record)
-    return found
-
-
 class Store:
     """Lines of examples by key, and cells by key.
 
     Args:
-        folder: made when the first line is written.
+        folder: made if it is absent.
         run: what is the same for all engines.
 
     Raises:
-        UsageError: the folder cannot be used, or holds a broken line.
+        UsageError: the folder cannot be written, or holds a broken line.
     """
 
     def __init__(self, folder: Path, run: Run) -> None:
         if folder.exists() and not folder.is_dir():
             raise UsageError(f"--out {folder} is a file: give a folder, which receives examples.jsonl and cells.jsonl")
         self.examples_path, self.cells_path = folder / "examples.jsonl", folder / "cells.jsonl"
+        for path in (self.examples_path, self.cells_path):
+            check_out(path)
         self.origin = provenance()
         code = {name: self.origin[name] for name in CODE}
         self.identity = [fingerprint(run.model), run.dtype, run.engine_args, code]
-        self.lines = {line["key"]: line for line in whole_lines(self.examples_path) if "key" in line}
+        self.lines = {line["key"]: line for line in read_records(self.examples_path) if "key" in line}
 
     def key(self, method: Method, example: Example) -> str:
         """Of everything that decides an answer and its score."""
@@ -123,10 +100,7 @@ class Store:
         mine = []
         for record in records:
             key = digest(self.identity, identity, [record[name] for name in ("task", "length", "method", "options")])
-            mine.append({"key": key, **record, **self.origin})
-        cells = {cell.get("key"): cell for cell in whole_lines(self.cells_path)} | {cell["key"]: cell for cell in mine}
-        self.cells_path.parent.mkdir(parents=True, exist_ok=True)
-        new = self.cells_path.with_suffix(".new")
-        new.write_text("".join(json.dumps(cell) + "\n" for cell in cells.values()), encoding="utf-8")
-        os.replace(new, self.cells_path)
+            mine.append({"schema": SCHEMA, "key": key, **record, **self.origin})
+        new = {cell["key"]: cell for cell in mine}
+        replace_lines(self.cells_path, lambda cells: ({cell.get("key"): cell for cell in cells} | new).values())
         return mine

@@ -13,7 +13,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from vllm_sparq.benchmarks.common.records import read_records
+from vllm_sparq.benchmarks.common.records import dense_beside, read_records
 
 RESULTS = Path(__file__).parents[1] / "results"
 FOLDER = Path(__file__).parents[2] / "docs" / "figures"
@@ -88,10 +88,11 @@ def answer_lines(records: Sequence[Record]) -> dict[str, list[Point]]:
         for r in records
         if r.get("bench") == "quality" and r["length"] == LENGTH and not r["dirty"]
     }
-    tasks = list(dict.fromkeys(task for _, task in found))
+    tasks = list(dict.fromkeys(task for method, task in found if method == "sparq 1/8"))
 
     def point(method: str) -> Point:
-        rows = [(found[method, task], found["dense", task]) for task in tasks]
+        mine = [found[method, task] for task in tasks]
+        rows = [(r, d) for r in mine if (d := dense_beside(r, records))]
         return fmean(r["kv_bytes_moved"] / d["kv_bytes_moved"] for r, d in rows), fmean(r["score"] for r, _ in rows)
 
     return {family: [point(method) for method in methods] for family, methods in ANSWERS.items()}

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
+from vllm_sparq.benchmarks.common.records import dense_beside
+
 Record = Mapping[str, Any]
 
 CONTEXT, BATCH = 65536, 8
@@ -134,11 +136,9 @@ def memory_and_answers(row: Row, records: Sequence[Record]) -> tuple[str, str]:
     """Bytes of KV cache kept, dense = 1, and the scores of 100."""
     scores, held = [], []
     for task in TASKS:
-        found, dense = (
-            newest(records, bench="quality", method=method, task=task, length=LENGTH)
-            for method in (row.answers, "dense")
-        )
-        if found is None or dense is None or found["commit"] != dense["commit"]:
+        found = newest(records, bench="quality", method=row.answers, task=task, length=LENGTH)
+        dense = dense_beside(found, records) if found else None
+        if found is None or dense is None:
             return ABSENT, ABSENT
         scores.append(f"{found['score']:.0f}")
         held.append(found["kv_bytes_held"] / dense["kv_bytes_held"])

@@ -31,7 +31,7 @@ from vllm_sparq.console import UsageError
 IDENTITY = (
     *("bench", "model", "method", "options", "context", "batch", "heads", "kv_heads", "head_dim", "dtype", "ranking"),
     *("r", "k", "rate", "num_prompts", "input_len", "output_len", "replicas", "runner", "rows", "task", "length"),
-    *("command", "num_prompts", "kv_cache_bytes", "prompt_len", "pool", "seed", "cpu", "threads", "clock"),
+    *("command", "kv_cache_bytes", "prompt_len", "pool", "seed", "cpu", "isa", "threads", "clock", "block_size"),
 )
 """Fields that tell two measurements apart; of lines that agree in all of them the newest counts."""
 

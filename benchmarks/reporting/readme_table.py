@@ -1,20 +1,24 @@
 """The tables of the README and of docs/results.md that are made of this project's own results.
 
-Each stands between two comments, ``<!-- engine -->`` and ``<!-- /engine -->``. The command
-`python -m vllm_sparq.benchmarks.reporting.readme_table` writes them anew.
+Each stands between two comments, ``<!-- engine -->`` and ``<!-- /engine -->``; `vllm-sparq report --tables` writes them
+anew. No table sees a line of a tree with uncommitted changes, and no ratio is made of two lines of different code,
+machines or instruction sets: a cell without its partner stays empty until it is measured.
 """
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from vllm_sparq.benchmarks.common.methods import DENSE
-from vllm_sparq.benchmarks.common.records import read_records
+from vllm_sparq.attention_backends.engine import PREFERRED_BLOCK_SIZE, preferred_block_size
+from vllm_sparq.benchmarks.common.lines import replace_text
+from vllm_sparq.benchmarks.common.methods import DENSE, Method
+from vllm_sparq.benchmarks.common.records import comparable, dense_beside, read_records
+from vllm_sparq.benchmarks.engine.cases import N_TAIL, SKIPPED
 from vllm_sparq.benchmarks.reporting.methods_table import LAYER, methods_rows
+from vllm_sparq.console import UsageError
 
 RESULTS = Path(__file__).parents[1] / "results"
 ROOT = Path(__file__).parents[2]
@@ -22,9 +26,27 @@ ROOT = Path(__file__).parents[2]
 Record = Mapping[str, Any]
 
 SPARQ = 'sparq {"r": 16, "k": 128}'
+SPARQ_8 = "sparq 1/8"
 BESIDE = {"SparQ over `int4`": "sparq+int4", "`kivi4`, dense": "kivi", "H2O, 1,024 tokens": "h2o"}
 """Column -> method, in the table of `bench engine`."""
 
+
+LENGTH = 1024
+TASKS = ("needle", "recall", "repetition", "map")
+"""Of the answers: prompt tokens, and what is asked."""
+
+BLOCKS = {
+    '`kivi2`, `"chunk": "exact"`': 'kivi2 {"chunk": "exact"}',
+    "KIVI-4 as its paper defines it, simulated": "KIVI-4",
+    "KIVI-2 as its paper defines it, simulated": "KIVI-2",
+    "SparQ over `int8`, compression 8": "sparq+int8 1/8",
+    "SparQ over `int4`, compression 8": "sparq+int4 1/8",
+    "SparQ over `kivi4`, compression 8": "sparq+kivi4 1/8",
+}
+"""Its name in the table of quantized blocks -> method."""
+
+OPS_BLOCK_SIZES = (PREFERRED_BLOCK_SIZE, None)
+"""Tokens per block in the table of `bench ops`; vLLM's own op has its best."""
 
 OPS = {
     "dense": "our dense op",
@@ -43,7 +65,7 @@ OPS = {
 
 def ops_rows(records: Sequence[Record]) -> list[str]:
     """Markdown: a line per method, a column per context; the newest clean run of each."""
-    found = [r for r in records if r.get("bench") == "ops" and not r["dirty"]]
+    found = of_one_machine([r for r in records if r.get("bench") == "ops" and r["block_size"] in OPS_BLOCK_SIZES])
     newest = {(r["method"], r["context"]): r for r in found if all(r[key] == LAYER[key] for key in LAYER)}
     contexts = sorted({context for _, context in newest})
     last = contexts[-1]
@@ -61,8 +83,11 @@ def ops_rows(records: Sequence[Record]) -> list[str]:
 
 
 def engine_rows(records: Sequence[Record]) -> list[str]:
-    """Markdown: a line per context and batch that SparQ was measured at, the newest run of each."""
-    found = [r for r in records if r.get("bench") == "engine"]
+    """Markdown: a line per context and batch that SparQ was measured at, the newest run of each.
+
+    Blocks are what engines choose.
+    """
+    found = of_one_machine([r for r in records if r.get("bench") == "engine" and _of_chosen_blocks(r)])
     newest = {(r["context"], r["batch"], r["method"]): r for r in found}
     names = ["context", "batch", "vLLM", "SparQ", "share of the bound", *BESIDE, "bound"]
     lines = [f"| {' | '.join(names)} |", "|" + "---|" * len(names)]
@@ -81,6 +106,13 @@ def engine_rows(records: Sequence[Record]) -> list[str]:
     return lines
 
 
+def _of_chosen_blocks(record: Record) -> bool:
+    if record["method"] in (DENSE, SKIPPED):
+        return True
+    options = Method.named(record["method"].partition(" ")[0], record["options"]).parsed
+    return bool(record["block_size"] == preferred_block_size(options, record["context"] + N_TAIL))
+
+
 def _beside(one: Record, sparq: Record) -> str:
     """A method's speed, and the bound of its run where that is another run than SparQ's."""
     elsewhere = one["amdahl_bound"] != sparq["amdahl_bound"]
@@ -88,8 +120,9 @@ def _beside(one: Record, sparq: Record) -> str:
 
 
 def pressure_rows(records: Sequence[Record]) -> list[str]:
-    """Markdown: a line per engine of the trace that overfills the pool, the newest of each."""
-    newest = {r["method"]: r for r in records if r.get("bench") == "pressure" and r["output_len"] == 700}
+    """Markdown: a line per engine of the newest run of the trace that overfills the pool."""
+    found = [r for r in records if r.get("bench") == "pressure" and r["output_len"] == 700]
+    newest = {r["method"]: r for r in found if comparable(r, found[-1])}
     lines = [
         "| | requests/s | p99 time per output token | p99 time to first token | preempted |",
         "|---|---|---|---|---|",
@@ -105,7 +138,7 @@ def pressure_rows(records: Sequence[Record]) -> list[str]:
 
 def memory_rows(records: Sequence[Record]) -> list[str]:
     """Markdown: throughput of whole requests in the same memory, a line per method, a column per workload."""
-    found = [r for r in records if r.get("bench") == "requests" and r["command"] == "throughput"]
+    found = of_one_machine([r for r in records if r.get("bench") == "requests" and r["command"] == "throughput"])
     case = ("model", "input_len", "output_len", "num_prompts", "kv_cache_bytes")
     cases = list(dict.fromkeys(tuple(r[name] for name in case) for r in found))
     newest = {(tuple(r[name] for name in case), r["method"]): r for r in found}
@@ -114,12 +147,13 @@ def memory_rows(records: Sequence[Record]) -> list[str]:
     for method in dict.fromkeys(r["method"] for r in found):
         cells = []
         for one in cases:
-            r, dense = newest.get((one, method)), newest[one, DENSE]
+            r = newest.get((one, method))
             if r is None:
                 cells.append("")
                 continue
             rate, at_a_time = r["tokens_per_second"], r["sparq"]["max_concurrency"]
-            speed = "" if method == DENSE else f", {_times(rate / dense['tokens_per_second'])}"
+            dense = dense_beside(r, found, ("bench", "command", *case))
+            speed = f", {_times(rate / dense['tokens_per_second'])}" if dense and method != DENSE else ""
             cells.append(f"{rate:,.0f} tokens/s{speed}; {at_a_time:.1f} at a time")
         lines.append(f"| {'vLLM' if method == DENSE else f'`{method}`'} | {' | '.join(cells)} |")
     return lines
@@ -127,18 +161,49 @@ def memory_rows(records: Sequence[Record]) -> list[str]:
 
 def quality_rows(records: Sequence[Record]) -> list[str]:
     """Markdown: scores with their intervals, a line per method, dense first; bytes are means over the tasks."""
-    found = {(r["method"], r["task"]): r for r in records if r.get("bench") == "quality" and r["length"] == 1024}
-    tasks = list(dict.fromkeys(task for _, task in found))
-    lines = [f"| | bytes read / kept | {' | '.join(tasks)} |", "|" + "---|" * (len(tasks) + 2)]
+    found = {(r["method"], r["task"]): r for r in records if r.get("bench") == "quality" and r["length"] == LENGTH}
+    lines = [f"| | bytes read / kept | {' | '.join(TASKS)} |", "|" + "---|" * (len(TASKS) + 2)]
     for method in dict.fromkeys(method for method, _ in found):
-        mine = [found[method, task] for task in tasks]
-        shares = [
-            fmean(r[field] / found[DENSE, task][field] for r, task in zip(mine, tasks, strict=True))
-            for field in ("kv_bytes_moved", "kv_bytes_held")
-        ]
+        if "+" in method or "{" in method:
+            continue  # stands in a table of its own
+        mine = [found[method, task] for task in TASKS]
+        pairs = [(r, dense) for r in mine if (dense := dense_beside(r, records))]
+        shares = [fmean(r[field] / dense[field] for r, dense in pairs) for field in ("kv_bytes_moved", "kv_bytes_held")]
         scores = [_with_interval(r) for r in mine]
         lines.append(f"| {method} | {shares[0]:.2f} / {shares[1]:.2f} | {' | '.join(scores)} |")
     return lines
+
+
+def contexts_rows(records: Sequence[Record]) -> list[str]:
+    """Markdown: dense and SparQ at 1/8, a line per task, a column per length; the newest of each."""
+    found = {(r["task"], r["length"]): r for r in records if r.get("bench") == "quality" and r["method"] == SPARQ_8}
+    lengths = sorted({length for _, length in found})
+    lines = [f"| task | {' | '.join(f'{n:,}' for n in lengths)} |", "|" + "---|" * (len(lengths) + 1)]
+    for task in ("needle", "recall", "repetition"):
+        cells = []
+        for length in lengths:
+            one = found.get((task, length))
+            dense = dense_beside(one, records) if one else None
+            cells.append("" if one is None or dense is None else f"{dense['score']:.1f} / {_with_difference(one)}")
+        lines.append(f"| {task}, dense / SparQ | {' | '.join(cells)} |")
+    return lines
+
+
+def blocks_rows(records: Sequence[Record]) -> list[str]:
+    """Markdown: what the table of answers does not hold of quantized blocks, scores by task; the newest of each."""
+    benches = ("quality", "kivi_simulation")
+    found = {(r["method"], r["task"]): r for r in records if r.get("bench") in benches and r["length"] == LENGTH}
+    lines = [f"| | {' | '.join(TASKS)} |", "|" + "---|" * (len(TASKS) + 1)]
+    for name, method in BLOCKS.items():
+        mine = [found.get((method, task)) for task in TASKS]
+        lines.append(f"| {name} | {' | '.join('' if r is None else _with_difference(r) for r in mine)} |")
+    return lines
+
+
+def _with_difference(record: Record) -> str:
+    """A score, and the 95% interval of its difference from dense, prompt by prompt, where that has a width."""
+    low, high = record.get("difference_low", 0.0), record.get("difference_high", 0.0)
+    return f"{record['score']:.1f}" + (f" ({low:+.1f}..{high:+.1f})" if low != high else "")
 
 
 def _with_interval(record: Record) -> str:
@@ -171,12 +236,25 @@ DOCUMENTS = {
 """Document -> its tables."""
 
 
+def clean(records: Sequence[Record]) -> list[Record]:
+    """Without lines of trees with uncommitted changes, or that do not say."""
+    return [record for record in records if record.get("dirty") is False]
+
+
+def of_one_machine(records: Sequence[Record]) -> list[Record]:
+    """Lines of the machine, and of the instruction set, that most of them are of."""
+    machines = [tuple(r.get(name) for name in ("cpu", "isa", "gpu")) for r in records]
+    most = max(machines, key=machines.count, default=None)
+    return [r for r, machine in zip(records, machines, strict=True) if machine == most]
+
+
 def filled(text: str, names: Sequence[str], records: Sequence[Record]) -> str:
-    """A document with its tables made anew.
+    """A document with its tables made anew, of the clean lines.
 
     Raises:
         ValueError: there is no place for one of them.
     """
+    records = clean(records)
     for name in names:
         begin, end = f"<!-- {name} -->\n", f"<!-- /{name} -->"
         if begin not in text or end not in text:
@@ -186,15 +264,16 @@ def filled(text: str, names: Sequence[str], records: Sequence[Record]) -> str:
     return text
 
 
-def main() -> None:
-    """Write the tables."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.parse_args()
+def write_tables() -> list[Path]:
+    """Write the tables of every document anew; the documents.
+
+    Raises:
+        UsageError: this is no checkout, so that there are no documents.
+    """
+    missing = [path for path in DOCUMENTS if not path.is_file()]
+    if missing:
+        raise UsageError(f"{missing[0]}: there is no such document; --tables is for a checkout of vllm-sparq")
     records = read_records(RESULTS)
     for path, names in DOCUMENTS.items():
-        path.write_text(filled(path.read_text(encoding="utf-8"), names, records), encoding="utf-8")
-        print(f"{path.relative_to(ROOT)}: {', '.join(names)}")
-
-
-if __name__ == "__main__":
-    main()
+        replace_text(path, filled(path.read_text(encoding="utf-8"), names, records))
+    return list(DOCUMENTS)

@@ -7,6 +7,7 @@ from typing import Any
 
 from vllm_sparq.benchmarks.common.methods import DENSE
 from vllm_sparq.benchmarks.common.proof import speed_note
+from vllm_sparq.benchmarks.common.records import dense_beside
 from vllm_sparq.benchmarks.engine import requests as requests_bench
 from vllm_sparq.benchmarks.engine.cases import SKIPPED
 
@@ -16,21 +17,23 @@ Rows = tuple[Row, Sequence[Row]]
 
 
 def beside_dense(record: Record, records: Sequence[Record], case: Sequence[str], value: str) -> str:
-    """The ``value`` of a record beside that of dense where all fields of the ``case`` agree; empty without dense."""
-    same = [o for o in records if all(o.get(name) == record.get(name) for name in case)]
-    dense = next((o[value] for o in same if o["method"] == DENSE), None)
-    return "" if dense is None else speed_note(record[value] / dense)
+    """The ``value`` of a record beside that of dense where all fields of the ``case``, code and machine agree; else
+    empty."""
+    dense = dense_beside(record, records, case)
+    return "" if dense is None else speed_note(record[value] / dense[value])
 
 
 def ops_table(records: Sequence[Record]) -> Rows:
     """A row per shape, batch, context and method."""
-    head = ("heads", "batch", "context", "method", "µs", "GB/s", "of memory", "times vLLM's op", "times our dense op")
+    head = ("heads", "batch", "context", "method", "block", "µs", "GB/s", "of memory")
+    head = (*head, "times vLLM's op", "times our dense op")
     rows = [
         (
             f"{r['heads']}/{r['kv_heads']}/{r['head_dim']}",
             f"{r['batch']}",
             f"{r['context']:,}",
             r["method"],
+            f"{r.get('block_size') or ''}",
             f"{r['median_us']:,.1f}",
             f"{r['gb_per_s']:.1f}",
             f"{r['gb_per_s'] / r['bandwidth_gb_per_s']:.0%}",
@@ -46,7 +49,7 @@ def engine_table(records: Sequence[Record]) -> Rows:
     """A row per context, batch and method, with the fitted line of each batch and method."""
     from vllm_sparq.benchmarks.reporting.plots import break_even, fitted
 
-    head = ("model", "context", "batch", "method", "ms per token", "beside dense", "of the bound", "ms per 1k tokens")
+    head = ("model", "context", "batch", "method", "block", "ms per token", "beside dense", "of the bound")
     rows = []
     for r in sorted(records, key=lambda r: (r["model"], r["batch"], r["context"])):
         alike = [o for o in records if (o["batch"], o["model"]) == (r["batch"], r["model"])]
@@ -59,6 +62,7 @@ def engine_table(records: Sequence[Record]) -> Rows:
                 f"{r['context']:,}",
                 f"{r['batch']}",
                 r["method"],
+                f"{r.get('block_size') or ''}",
                 f"{r['median_tpot_ms']:.1f}",
                 "" if r["method"] == SKIPPED else speed_note(r["speedup_vs_vllm"]),
                 f"{r['share_of_bound']:.0%}",
@@ -68,7 +72,7 @@ def engine_table(records: Sequence[Record]) -> Rows:
                 r.get("attention", ""),
             )
         )
-    return (*head, "KV cache, tokens", "attention that ran"), rows
+    return (*head, "ms per 1k tokens", "KV cache, tokens", "attention that ran"), rows
 
 
 def serve_table(records: Sequence[Record]) -> Rows:

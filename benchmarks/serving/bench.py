@@ -18,7 +18,14 @@ from typing import Any
 from vllm_sparq.benchmarks.cluster.replicas import json_object
 from vllm_sparq.benchmarks.common.methods import DENSE, Method
 from vllm_sparq.benchmarks.common.proof import WrongAttentionError, check_attention, speed_note, with_dense
-from vllm_sparq.benchmarks.common.records import append_records, case_key, provenance, recorded, skipped_note
+from vllm_sparq.benchmarks.common.records import (
+    append_records,
+    case_key,
+    comparable,
+    provenance,
+    recorded,
+    skipped_note,
+)
 from vllm_sparq.benchmarks.common.server import HOST, WORKER_REPORT, Server, ServerError, wait_until_healthy
 from vllm_sparq.benchmarks.tiny_model import WEIGHTS
 from vllm_sparq.console import UsageError, check_model, comma_names, make_console
@@ -103,10 +110,10 @@ def main(args: argparse.Namespace) -> int:
                 found = []
                 for result in measure(args, model, method, todo, folder):
                     result["key"] = keys[method.name, float(result["rate"])]
-                    found.append(result)
+                    found.append(result | provenance())
                     status.update(f"{method.name}: {len(found)} of {len(todo)} rates done ...")
             if args.out:
-                append_records(args.out, [record | provenance() for record in found])
+                append_records(args.out, found)
             records += found
     except (ServerError, WrongAttentionError) as error:
         console.print(f"✗ {error}", style="red", highlight=False, markup=False, soft_wrap=True)
@@ -262,7 +269,7 @@ def table(records: list[dict[str, Any]], order: Sequence[float]) -> Any:
                 f"{rate:g}" if i == 0 else "",
                 row["method"],
                 f"{row['output_throughput']:,.1f}",
-                speed_note(row["output_throughput"] / rows[0]["output_throughput"]),
+                speed_note(row["output_throughput"] / rows[0]["output_throughput"]) if comparable(row, rows[0]) else "",
                 f"{row['mean_ttft_ms']:,.0f}",
                 f"{row['mean_tpot_ms']:,.1f}",
                 f"{row['p99_itl_ms']:,.1f}",

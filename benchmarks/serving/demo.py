@@ -9,19 +9,19 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
+from vllm_sparq.benchmarks.common.model_shape import ModelShape
 from vllm_sparq.benchmarks.common.server import WORKER_REPORT, Completion, Server, ServerError, wait_until_healthy
 from vllm_sparq.benchmarks.serving.demo_report import Row, Run, Side, print_run, run_as_json
 from vllm_sparq.benchmarks.tasks import generated as tasks
 from vllm_sparq.benchmarks.tiny_model import WEIGHTS
 from vllm_sparq.config import Options
 from vllm_sparq.console import UsageError, check_model, make_console, sparq_options
-from vllm_sparq.reads import HeadShape, Read
+from vllm_sparq.reads import Read
 
 LENGTHS = (512, 1024, 2048, 3900)
 ASKED = ("needle", "repetition")
@@ -85,10 +85,15 @@ def main(args: argparse.Namespace) -> int:
     if args.json is not None and not args.json.absolute().parent.is_dir():
         raise UsageError(f"--json {args.json}: there is no folder {args.json.absolute().parent}")
     started = time.monotonic()
-    shape = read_shape(args.model)
-    heads = HeadShape(head_size=shape.head_size, n_heads=shape.n_heads, n_kv_heads=shape.n_kv_heads)
+    args.model = check_model(args.model)
+    if not (args.model / "tokenizer.json").is_file():
+        raise UsageError(
+            f"--model {args.model}: there is no tokenizer.json in it; give a folder with config.json, weights and "
+            "tokenizer"
+        )
+    shape = ModelShape.of(args.model)
     try:
-        read = args.sparq.read_of(heads)
+        read = args.sparq.read_of(shape.heads)
     except ValueError as error:
         raise UsageError(f"--sparq: {error}") from None
     examples = make_questions(args.model, shape, args.lengths, args.questions, args.seed)
@@ -109,7 +114,7 @@ def main(args: argparse.Namespace) -> int:
         bundled=args.model == WEIGHTS,
         options=args.sparq,
         read=read,
-        heads=heads,
+        heads=shape.heads,
         sides=sides,
         rows=rows,
         seconds=time.monotonic() - started,
@@ -120,42 +125,8 @@ def main(args: argparse.Namespace) -> int:
     return 0
 
 
-@dataclass(frozen=True)
-class Shape:
-    """What the demo has to know of a model."""
-
-    head_size: int
-    n_heads: int
-    n_kv_heads: int
-    n_layers: int
-    max_tokens: int
-
-
-def read_shape(model: Path) -> Shape:
-    """From the model's folder.
-
-    Raises:
-        UsageError: it is not there, or not complete.
-    """
-    model = check_model(model)
-    if not (model / "tokenizer.json").is_file():
-        raise UsageError(
-            f"--model {model}: there is no tokenizer.json in it; give a folder with config.json, weights and tokenizer"
-        )
-    config = json.loads((model / "config.json").read_text())
-    config = config.get("text_config", config)
-    n_heads = config["num_attention_heads"]
-    return Shape(
-        head_size=config.get("head_dim") or config["hidden_size"] // n_heads,
-        n_heads=n_heads,
-        n_kv_heads=config.get("num_key_value_heads") or n_heads,
-        n_layers=config["num_hidden_layers"],
-        max_tokens=config["max_position_embeddings"],
-    )
-
-
 def make_questions(
-    model: Path, shape: Shape, lengths: Sequence[int], n_questions: int, seed: int
+    model: Path, shape: ModelShape, lengths: Sequence[int], n_questions: int, seed: int
 ) -> list[tasks.Example]:
     """`n_questions` per length, needle and repetition in turn, spread evenly over the depths of the context."""
     from tokenizers import Tokenizer
@@ -175,16 +146,16 @@ def make_questions(
             except ValueError as error:
                 raise UsageError(f"--lengths {length}: {error}") from None
             needed = example.n_prompt_tokens + example.max_tokens
-            if needed > shape.max_tokens:
+            if needed > shape.max_model_len:
                 raise UsageError(
                     f"--lengths {length} with its answer takes {needed} tokens, and the model has positions for "
-                    f"{shape.max_tokens}: use {length - (needed - shape.max_tokens)} or less"
+                    f"{shape.max_model_len}: use {length - (needed - shape.max_model_len)} or less"
                 )
             examples.append(example)
     return examples
 
 
-def tokens_read(options: Options, read: Read, shape: Shape, context_len: int) -> int:
+def tokens_read(options: Options, read: Read, shape: ModelShape, context_len: int) -> int:
     """Cached tokens that a decode step reads per KV head, on average over the layers; with a mass the most."""
     if read.is_dense(context_len):
         return context_len

@@ -58,7 +58,7 @@ def test_methods_and_options_add_up_and_dense_is_always_there() -> None:
     assert found[4].arguments == {"attention_backend": "SPARQ", "additional_config": {"sparq": {"r": 8}}}
     assert found[0].arguments == {}
     assert [method.name for method in with_dense(["sparq", "dense"])] == ["dense", "sparq"]
-    keys = {key_of(Case(context=8, batch=1), engine, Model.of(None, 4)) for engine in found}
+    keys = {key_of(Case(context=8, batch=1), engine, Model.of(None, 4), 8) for engine in found}
     assert len(keys) == len(found)
 
 
@@ -98,7 +98,7 @@ def test_recorded_cases_are_not_measured_again(tmp_path: Path, capsys: pytest.Ca
     values = {"threads": 2, "median_tpot_ms": 1.0, "p10_tpot_ms": 1.0, "p90_tpot_ms": 1.0, "commit": "abc"}
     values |= {"speedup_vs_vllm": 1.0, "share_of_bound": 1.0, "model": WEIGHTS.name, "context": 512, "batch": 1}
     model = Model.of(WEIGHTS, 4)
-    lines = [values | {"key": key_of(case, one, model), "method": one.name} for one in engines(["sparq"], [])]
+    lines = [values | {"key": key_of(case, one, model, 512), "method": one.name} for one in engines(["sparq"], [])]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     words = ["--model", str(WEIGHTS), "--methods", "sparq", "--context", "512", "--batch", "1", "--out", str(path)]
     assert main(["bench", "engine", *words]) == 0

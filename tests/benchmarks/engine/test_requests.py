@@ -23,7 +23,7 @@ def record(method: str, **values: object) -> dict[str, object]:
 
 
 def test_a_latency_for_each_batch_and_a_throughput() -> None:
-    cases = plan(100, 10, [1, 4], 16, None)
+    cases = plan(Requests(input_len=100, output_len=10, num_prompts=16), [1, 4])
     assert [(case.command, case.batch, case.num_prompts) for case in cases] == [
         ("latency", 1, None),
         ("latency", 4, None),

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from vllm_sparq.benchmarks.ops import bench as ops_bench
-from vllm_sparq.benchmarks.ops.methods import BLOCK_SIZE, METHODS, Tensors
+from vllm_sparq.benchmarks.ops.methods import METHODS, Tensors
 from vllm_sparq.console import UsageError
 from vllm_sparq.formats import FORMATS
 from vllm_sparq.ops.dense_decode.reference import cached_tokens
@@ -57,6 +57,7 @@ def test_bad_words_are_refused(words: tuple[str, ...], says: str) -> None:
     [
         (("--r", "129"), "--r 129 must be 1 to the head size, 128"),
         (("--k", "0"), "--k 0 must be at least 1"),
+        (("--block-size", "100"), "--block-size 100 cannot be cut into pages: give a multiple of 16"),
         (("--context", "1000000000"), r"needs about \d+.* GB, and .* GB are free"),
     ],
 )
@@ -87,6 +88,23 @@ def test_a_run_writes_a_line_per_method_and_context(tmp_path: Path, capsys: pyte
         assert {"impl", "threads", "dtype", "r", "k", "ranking", "cpu", "isa", "torch", "commit", "dirty"} <= set(row)
     assert rows[0]["speedup_vs_dense"] == 1
     assert "SparQ beats our dense op" in capsys.readouterr().out
+
+
+def test_two_block_sizes_are_two_cases(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "ops.jsonl"
+    words = ("--shape", "4/2/64", "--context", "300", "--k", "48", "--repeats", "2", "--methods", "dense,sparq")
+    assert ops_bench.main(parse(*words, "--block-size", "32,64", "--out", str(out))) == 0
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [(row["method"], row["block_size"]) for row in rows] == [
+        *(("dense", 32), ("sparq", 32)),
+        *(("dense", 64), ("sparq", 64)),
+    ]
+    # a token is 256 bytes, and 32 of ranking copy; 64 channels have 4 bytes of scale and 4 of the sum of V per block
+    assert [row["kv_bytes_per_token"] for row in rows[1::2]] == [256 + 32 + 64 * 8 // n for n in (32, 64)]
+    assert len({row["key"] for row in rows}) == 4
+    assert ops_bench.main(parse(*words, "--block-size", "64", "--out", str(out))) == 0
+    assert "1 of 1 cells: on record already" in capsys.readouterr().out
+    assert len(out.read_text().splitlines()) == 4
 
 
 def test_bytes_by_hand() -> None:
@@ -122,7 +140,7 @@ def test_requests_own_pages_and_hold_tokens() -> None:
     tensors = Tensors.build(ops_bench.cells(parse(*words))[0])
     cache = tensors.cache("model")
     assert sorted(cache.block_table.flatten().tolist()) == [0, 1, 2, 3]
-    first, second = cache.pages.keys[cache.block_table.long()].flatten(1, 3)[..., : 200 // BLOCK_SIZE, :]
+    first, second = cache.pages.keys[cache.block_table.long()].flatten(1, 3)[..., : 200 // 128, :]
     assert first.equal(second)
     assert first.any()
 
@@ -141,11 +159,11 @@ def test_random_pages_stand_for_plausible_tokens(format: str) -> None:
 
 def test_break_even_is_the_last_crossing() -> None:
     def row(context: int, ratio: float, batch: int = 1, method: str = "sparq") -> dict:
-        shape = dict(batch=batch, heads=4, kv_heads=2, head_dim=64)
+        shape = dict(batch=batch, heads=4, kv_heads=2, head_dim=64, block_size=128)
         return dict(method=method, context=context, speedup_vs_dense=ratio, **shape)
 
     ours = [row(512, 1.2), row(1024, 0.9), row(2048, 1.1), row(4096, 3.0), row(512, 0.5, method="dense")]
     assert ops_bench.break_even([*ours, row(4096, 0.8, batch=8), row(2048, 2.0, batch=8)]) == {
-        (1, 4, 2, 64): 2048,
-        (8, 4, 2, 64): None,
+        (1, 4, 2, 64, 128): 2048,
+        (8, 4, 2, 64, 128): None,
     }

@@ -13,12 +13,13 @@ import pytest
 from rich.console import Console
 
 from vllm_sparq.benchmarks.common.methods import Method
+from vllm_sparq.benchmarks.common.records import read_records
 from vllm_sparq.benchmarks.quality import engine as quality_engine
 from vllm_sparq.benchmarks.quality import evaluate as quality
 from vllm_sparq.benchmarks.quality.cells import cells, interval, table
 from vllm_sparq.benchmarks.quality.engine import Output, Run
 from vllm_sparq.benchmarks.quality.prompts import GENERATED, Wanted, read_haystack, read_text, text_windows
-from vllm_sparq.benchmarks.quality.store import Store, fingerprint, whole_lines
+from vllm_sparq.benchmarks.quality.store import Store, fingerprint
 from vllm_sparq.benchmarks.tasks.generated import Example
 from vllm_sparq.benchmarks.tiny_model import WEIGHTS
 from vllm_sparq.cli import main
@@ -75,11 +76,11 @@ def test_methods_and_compressions() -> None:
     found = quality.methods_at(["int4", "dense", "sparq", "sparq+kivi2"], ["4", "8"], {"r": 8})
     assert [(one.name, one.backend) for one in found] == [
         ("dense", None),
-        ("int4", "SPARQ"),
-        ("sparq 1/4", "SPARQ"),
-        ("sparq 1/8", "SPARQ"),
-        ("sparq+kivi2 1/4", "SPARQ"),
-        ("sparq+kivi2 1/8", "SPARQ"),
+        ('int4 {"r": 8}', "SPARQ"),
+        ('sparq 1/4 {"r": 8}', "SPARQ"),
+        ('sparq 1/8 {"r": 8}', "SPARQ"),
+        ('sparq+kivi2 1/4 {"r": 8}', "SPARQ"),
+        ('sparq+kivi2 1/8 {"r": 8}', "SPARQ"),
     ]
     assert found[1].options == {"r": 8, "format": "int4", "read": "dense"}
     assert found[3].options == {"r": 8, "dense_below": 0, "compression": 8.0}
@@ -184,7 +185,7 @@ def test_a_broken_line_is_named(tmp_path: Path) -> None:
     path = tmp_path / "examples.jsonl"
     path.write_text('{"key": "a"}\nbroken\n{"key": "b"}\n')
     with pytest.raises(UsageError, match=r"examples.jsonl:2 is not a JSON object"):
-        whole_lines(path)
+        read_records(path)
 
 
 def test_cells_of_other_evaluations_stay(engine: type[FakeEngine], tmp_path: Path) -> None:
@@ -194,7 +195,7 @@ def test_cells_of_other_evaluations_stay(engine: type[FakeEngine], tmp_path: Pat
     for seed in (0, 1, 0):
         about = {"seed": seed}
         store.write_cells(quality.summary(lines, [DENSE, SPARQ], RUN, about), about)
-    written = whole_lines(tmp_path / "cells.jsonl")
+    written = read_records(tmp_path / "cells.jsonl")
     assert [(cell["method"], cell["seed"]) for cell in written] == [
         ("dense", 0),
         ("sparq", 0),

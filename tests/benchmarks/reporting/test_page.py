@@ -98,7 +98,7 @@ def test_lines_and_where_they_cross() -> None:
     ("lines", "message"),
     [
         ([], "holds no results"),
-        ([{"schema": 99}], "is a result of schema 99, and this version reads and writes schema 1"),
+        ([{"schema": 99}], "is a result of schema 99, and this version reads schemas 1 to 2"),
     ],
 )
 def test_bad_folders(

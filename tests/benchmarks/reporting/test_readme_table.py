@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 
 from vllm_sparq.benchmarks.common.records import read_records
-from vllm_sparq.benchmarks.reporting.readme_table import DOCUMENTS, RESULTS, TABLES, engine_rows, filled
+from vllm_sparq.benchmarks.reporting.readme_table import DOCUMENTS, RESULTS, TABLES, engine_rows, filled, memory_rows
 
 
 def engine(method: str, speed: float, bound: float = 2.0) -> dict[str, object]:
-    case = {"bench": "engine", "context": 8192, "batch": 4, "amdahl_bound": bound}
+    case = {"bench": "engine", "context": 8192, "batch": 4, "amdahl_bound": bound, "block_size": 128, "options": {}}
     return case | {
         "method": method,
         "median_tpot_ms": 100 / speed,
@@ -24,7 +24,7 @@ def engine(method: str, speed: float, bound: float = 2.0) -> dict[str, object]:
 def test_documents_say_what_was_measured(path: Path) -> None:
     text = path.read_text(encoding="utf-8")
     again = filled(text, DOCUMENTS[path], read_records(RESULTS))
-    assert again == text, "run python -m vllm_sparq.benchmarks.reporting.readme_table"
+    assert again == text, "run vllm-sparq report --documents"
 
 
 def test_a_figure_that_was_not_measured_does_not_stay() -> None:
@@ -38,6 +38,34 @@ def test_a_figure_that_was_not_measured_does_not_stay() -> None:
             assert wrong != filled(wrong, names, records) == text
     with pytest.raises(ValueError, match="no place for the table 'engine'"):
         filled("# nothing", ["engine"], records)
+
+
+@pytest.mark.parametrize("changed", [{"dirty": True}, {"dirty": None}])
+def test_a_line_of_uncommitted_changes_reaches_no_table(changed: dict[str, object]) -> None:
+    """Every figure of every line is spoilt in a copy that is newer and not clean; not a character changes."""
+    records = read_records(RESULTS)
+    spoilt = [{name: 7 * v if type(v) is float else v for name, v in record.items()} | changed for record in records]
+    for path, names in DOCUMENTS.items():
+        text = path.read_text(encoding="utf-8")
+        assert filled(text, names, [*records, *spoilt]) == text
+        clean = [{**line, "dirty": False} for line in spoilt]
+        assert filled(text, names, [*records, *clean]) != text
+
+
+def test_no_ratio_of_two_commits_machines_or_instruction_sets() -> None:
+    case = {"bench": "requests", "command": "throughput", "model": "m", "input_len": 8, "output_len": 8}
+    case |= {"num_prompts": 2, "kv_cache_bytes": 1 << 20, "sparq": {"max_concurrency": 2.0}}
+    origin = {"commit": "a", "dirty": False, "cpu": "c", "isa": "avx2"}
+    dense = {**case, **origin, "method": "dense", "tokens_per_second": 100.0}
+    kivi = {**case, **origin, "method": "kivi", "tokens_per_second": 150.0}
+    assert memory_rows([dense, kivi])[-1] == "| `kivi` | 150 tokens/s, **1.50x**; 2.0 at a time |"
+    for change in ({"commit": "b"}, {"cpu": "d"}, {"isa": "avx512"}):
+        assert not any("x**" in line for line in memory_rows([dense, kivi | change]))
+
+
+def test_blocks_that_an_engine_would_not_choose_reach_no_table() -> None:
+    sparq = engine('sparq {"r": 16, "k": 128}', 1.2)
+    assert engine_rows([sparq, sparq | {"block_size": 256, "speedup_vs_vllm": 9.0}]) == engine_rows([sparq])
 
 
 def test_every_table_has_its_document() -> None:

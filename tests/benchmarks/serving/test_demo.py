@@ -13,9 +13,11 @@ from typing import Any
 
 import psutil
 import pytest
+import torch
 from rich.console import Console
 
 from vllm_sparq import cli
+from vllm_sparq.benchmarks.common.model_shape import ModelShape
 from vllm_sparq.benchmarks.common.server import Completion
 from vllm_sparq.benchmarks.serving import demo
 from vllm_sparq.benchmarks.serving.demo_report import Row, Run, Side, print_run, run_as_json
@@ -24,7 +26,7 @@ from vllm_sparq.benchmarks.tiny_model import WEIGHTS
 from vllm_sparq.config import Options
 from vllm_sparq.reads import HeadShape
 
-SHAPE = demo.Shape(head_size=64, n_heads=8, n_kv_heads=2, n_layers=4, max_tokens=4096)
+SHAPE = ModelShape(head_size=64, n_heads=8, n_kv_heads=2, n_layers=4, dtype=torch.float32, max_model_len=4096)
 COMMAND = [sys.executable, "-c", "import sys; from vllm_sparq.cli import main; sys.exit(main(sys.argv[1:]))", "demo"]
 
 OURS = {"layer 0": {"backend": "SPARQ", "impl": "PagedImpl", "ops": {"write": "cpu (AVX2)", "prefill": "cpu (AVX2)"}}}
