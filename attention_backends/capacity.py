@@ -137,7 +137,7 @@ def layer_specs(vllm_config: Any) -> dict[str, KVCacheSpec]:
         finally:
             for rope in set(_ROPE_DICT) - ropes:  # vLLM would give these, without their tables, to the next model
                 del _ROPE_DICT[rope]
-        layers: dict[str, Any] = get_layers_from_vllm_config(vllm_config, AttentionLayerBase)  # type: ignore[type-abstract]
+        layers: dict[str, Any] = get_layers_from_vllm_config(vllm_config, AttentionLayerBase)
         specs: dict[str, KVCacheSpec] = {}
         for name, layer in layers.items():
             spec = (

@@ -96,7 +96,8 @@ class SparqPlatformMixin:
                 shared = preferred_with_windows(vllm_config, engine, partial(cls._window_backend, vllm_config))
                 cache.block_size = shared or preferred_block_size(engine.options, model.max_model_len)
         if "sliding_attention" in (getattr(model.hf_text_config, "layer_types", None) or ()):
-            vllm_config.additional_config = {**(vllm_config.additional_config or {}), BLOCK_SIZE: cache.block_size}
+            given: Any = vllm_config.additional_config or {}
+            vllm_config.additional_config = {**given, BLOCK_SIZE: cache.block_size}
 
     @classmethod
     def _window_backend(cls, vllm_config: VllmConfig, head_size: int) -> Any:
@@ -104,7 +105,7 @@ class SparqPlatformMixin:
         from vllm.utils.import_utils import resolve_obj_by_qualname
         from vllm.v1.attention.selector import AttentionSelectorConfig
 
-        dtype = vllm_config.model_config.dtype
+        dtype: Any = vllm_config.model_config.dtype
         layer = AttentionSelectorConfig(head_size, dtype, None, None, has_sliding_window=True)
         return resolve_obj_by_qualname(super().get_attn_backend_cls(None, layer))  # type: ignore[misc]
 

@@ -153,7 +153,9 @@ def cluster(pool: Pool, address: str | None) -> Iterator[None]:
         UsageError: Ray is not installed, nobody answers, or the cluster has too few CPUs or GPUs.
     """
     if importlib.util.find_spec("ray") is None:
-        raise UsageError("Ray is not installed: pip install '.[bench]' in a checkout of vllm-sparq (ray[data,serve], not ray[llm])")
+        raise UsageError(
+            "Ray is not installed: pip install '.[bench]' in a checkout of vllm-sparq (ray[data,serve], not ray[llm])"
+        )
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     import ray

@@ -151,7 +151,7 @@ def run_in_child(command: str, words: list[str], log: Path, pipe: Connection) ->
 
     vllm.LLM.from_engine_args = remember  # type: ignore[method-assign, assignment]
     module = importlib.import_module(f"vllm.benchmarks.{command}")
-    parser: Any = FlexibleArgumentParser()  # type: ignore[no-untyped-call]
+    parser: Any = FlexibleArgumentParser()
     module.add_cli_args(parser)
     module.main(parser.parse_args(words))
     config = engines[0].llm_engine.vllm_config

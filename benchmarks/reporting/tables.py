@@ -25,8 +25,8 @@ def beside_dense(record: Record, records: Sequence[Record], case: Sequence[str],
 
 def ops_table(records: Sequence[Record]) -> Rows:
     """A row per shape, batch, context and method."""
-    head = ("heads", "batch", "context", "method", "block", "µs", "GB/s", "of memory")
-    head = (*head, "times vLLM's op", "times our dense op")
+    what, speed = ("heads", "batch", "context", "method", "block"), ("µs", "GB/s", "of memory")
+    head = (*what, *speed, "times vLLM's op", "times our dense op")
     rows = [
         (
             f"{r['heads']}/{r['kv_heads']}/{r['head_dim']}",

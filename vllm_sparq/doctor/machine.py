@@ -45,9 +45,7 @@ def environment() -> Section:
         names = {entry.name: entry.value for entry in metadata.entry_points(group=group)}
         ours = names.pop("sparq", None)
         if ours is None:
-            section.bad(
-                f"entry point sparq of {group} is missing, so vLLM cannot find us: install vllm-sparq again (pip install . in its checkout)"
-            )
+            section.bad(f"entry point sparq of {group} is missing, so vLLM cannot find us: install again")
         else:
             section.good(f"entry point sparq of {group}: {ours}")
         if names and group == "vllm.platform_plugins":
