@@ -147,9 +147,9 @@ def test_the_number_of_the_interface_depends_on_all_of_it(change: str, monkeypat
 
 
 NEW_FORMATS = {
-    "a zero point, 8 bits": Format(bits=8, channel_keys=False, group=64),
-    "2 bits along a token": Format(bits=2, channel_keys=False, group=32),
-    "8 bits along a channel": Format(bits=8, channel_keys=True, group=32),
+    "zero8": Format(bits=8, channel_keys=False, group=64),
+    "token2": Format(bits=2, channel_keys=False, group=32),
+    "channel8": Format(bits=8, channel_keys=True, group=32),
 }
 
 
@@ -169,9 +169,9 @@ def test_a_format_is_a_row_of_the_table(name: str, dtype: torch.dtype, monkeypat
 
 
 def test_a_format_that_no_kernel_reads_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(FORMATS, "new", Format(bits=4, channel_keys=False, group=0, scale_numbers=1))
-    case = Case(head_size=64, block_size=32, format="new", ranking=None, value_sum=False)
-    with pytest.raises(NotImplementedError, match=r"format 'new' has Format\(bits=4, .*2, 4 or 8 bits with a zero"):
+    monkeypatch.setitem(FORMATS, "signed4", Format(bits=4, channel_keys=False, group=0, scale_numbers=1))
+    case = Case(head_size=64, block_size=32, format="signed4", ranking=None, value_sum=False)
+    with pytest.raises(NotImplementedError, match=r"format 'signed4' has Format\(bits=4, .*2, 4 or 8 bits with a zero"):
         native.pages_struct(Pages.empty(1, 1, case.layout))
 
 
