@@ -84,10 +84,10 @@ MUTATIONS = (
     ),
     # Triton kernels.
     Mutation(
-        "Triton: tokens behind the end of a short span are read",
-        "chosen = chosen[:, None] & (t < context_len)",
-        "chosen = chosen[:, None] & (t >= 0)",
-        f"{SELECTION} -k triton",
+        "Triton: the two tokens of a byte in the wrong nibble",
+        "early | (late << 4)",
+        "(early << 4) | late",
+        "tests/ops/test_write.py -k triton",
     ),
     Mutation(
         "Triton: one too few of the tokens with equal scores",
