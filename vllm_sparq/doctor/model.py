@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vllm_sparq.backends import PRESETS
-from vllm_sparq.config import Options, check_budget
+from vllm_sparq.config import NAMESPACE, Options, check_budget
 from vllm_sparq.doctor.findings import Section
 from vllm_sparq.formats import FORMATS
 from vllm_sparq.layout import PageLayout
 from vllm_sparq.reads import HeadShape, Read
 from vllm_sparq.retention import RETENTIONS
+
+if TYPE_CHECKING:
+    from vllm_sparq.attention_backends.capacity import Capacity
 
 CONTEXTS = (1024, 4096, 16384, 65536, 131072)
 
@@ -51,7 +54,11 @@ def model_section(model: str, options: Options, backend: str = "sparq") -> Secti
     try:
         kept = _describe_retention(section, options, config.max_model_len)
         _describe_read(section, options, shape, kept)
-        _describe_memory(section, options, shape, config.dtype, preferred_block_size(options, config.max_model_len))
+        held = _capacities(section, model, options, backend)
+        ours = [group.block_size for group in held["sparq"].groups if group.ours] if held else []
+        block_size = ours[0] if ours else preferred_block_size(options, config.max_model_len)
+        _describe_memory(section, options, shape, config.dtype, block_size)
+        _describe_capacity(section, held)
     except ValueError as error:  # r beyond the head size, a page that cannot be cut
         section.bad(f"refused: {error}")
     return section
@@ -141,6 +148,42 @@ def _describe_context(section: Section, read: Read, context: int) -> None:
     section.good(f"at {context:>7,} tokens a step reads {amount} in {context / least:.1f} ({read.explain(context)})")
 
 
+def _capacities(section: Section, model: str, options: Options, backend: str) -> dict[str, Capacity]:
+    """What a GiB of KV cache holds on this backend and on vLLM's own, as vLLM counts it; empty where that fails."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    from vllm_sparq.attention_backends.capacity import capacity
+
+    given = {NAMESPACE: options.model_dump(exclude_unset=True)}
+    engines: dict[str, dict[str, Any]] = {
+        "sparq": dict(attention_backend=backend.upper(), additional_config=given),
+        "dense": {},
+    }
+    found = {}
+    try:
+        for name, chosen in engines.items():
+            args = EngineArgs(model=model, skip_tokenizer_init=True, load_format="dummy", **chosen)
+            found[name] = capacity(args.create_engine_config(), 2**30)
+    except Exception as error:  # whatever vLLM raises where a model cannot be built here
+        section.note(
+            f"what a GiB of KV cache holds is unknown, since vLLM cannot build the model: {_first_line(error)}"
+        )
+        return {}
+    return found
+
+
+def _describe_capacity(section: Section, held: dict[str, Capacity]) -> None:
+    if not held:
+        return
+    ours, dense = held["sparq"], held["dense"]
+    section.numbers["memory"]["tokens_per_gib"] = {name: one.n_tokens for name, one in held.items()}
+    section.numbers["memory"]["requests_per_gib"] = {name: one.max_concurrency for name, one in held.items()}
+    section.good(
+        f"a GiB of KV cache holds {ours.n_tokens:,} tokens (dense: {dense.n_tokens:,}), {ours.max_concurrency:.2f} "
+        f"requests of {ours.max_model_len:,} tokens (dense: {dense.max_concurrency:.2f}), as vLLM counts them"
+    )
+
+
 def _describe_memory(section: Section, options: Options, shape: dict[str, int], dtype: Any, block_size: int) -> None:
     from vllm_sparq.attention_backends.engine import page_layout
 
@@ -150,13 +193,11 @@ def _describe_memory(section: Section, options: Options, shape: dict[str, int], 
     layout, n_vectors = layout_of(options), shape["n_kv_heads"] * shape["n_full"]
     per_head = {"sparq": layout.bytes_per_token, "dense": layout.record_bytes}
     per_token = {name: n_vectors * n_bytes for name, n_bytes in per_head.items()}
-    pool = {name: 2**30 // n_bytes for name, n_bytes in per_token.items()}
     section.numbers["memory"] = {
         "format": options.format,
         "bytes_per_token_and_kv_head": per_head,
         "bytes_per_token": per_token,
         "overhead": layout.overhead,
-        "tokens_per_gib": pool,
         "block_size": block_size,
         "staging_blocks_per_request": layout.n_staging_blocks,
     }
@@ -166,7 +207,6 @@ def _describe_memory(section: Section, options: Options, shape: dict[str, int], 
         f"{layout.overhead:+.1%}"
     )
     section.good(f"blocks of {block_size} tokens, unless --block-size says otherwise")
-    section.good(f"a GiB of KV cache holds {pool['sparq']:,} tokens (dense: {pool['dense']:,})")
     if layout.quantized is not None:
         section.note(
             f"the newest block of a request waits in full precision in {layout.n_staging_blocks} blocks of "
