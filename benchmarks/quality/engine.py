@@ -18,12 +18,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from vllm_sparq.attention_backends.engine import rebind_refusal
 from vllm_sparq.benchmarks.common.methods import Method
 from vllm_sparq.benchmarks.tasks.generated import Example
 from vllm_sparq.console import UsageError
-
-READ_OPTIONS = ("compression", "r", "k", "local", "min_k", "mass", "group_reduce", "dense_layers", "dense_below")
-"""Options of a read that change no byte of the cache: a running engine can be given others."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,14 +69,13 @@ class Output:
 
 
 def same_cache(a: Method, b: Method) -> bool:
-    """Whether two methods differ in `READ_OPTIONS` at most, so that one engine can be both, one after the other."""
-    return a.backend == b.backend and (a.backend is None or _cache_options(a) == _cache_options(b))
-
-
-def _cache_options(method: Method) -> dict[str, Any]:
-    assert method.backend is not None
-    options = method.parsed.model_dump()
-    return {name: value for name, value in options.items() if name not in READ_OPTIONS}
+    """Whether one engine can be both methods, one after the other, on every model: over the same pages."""
+    if a.backend is None or b.backend is None:
+        return a.backend == b.backend
+    one, other = a.parsed, b.parsed
+    return a.backend == b.backend and all(
+        rebind_refusal(one, other, grouped=grouped) is None for grouped in (True, False)
+    )
 
 
 class Engine:
@@ -237,8 +234,7 @@ class Worker:
         assert method.backend is not None
         wanted = method.parsed
         for impl in self._ours():
-            impl.options = wanted
-            impl._pages = None  # the next step binds the layer to its cache again, and reads the options
+            impl.rebind(wanted)
         self.method = method
 
     def answer(self, examples: list[Example]) -> list[Output]:
