@@ -61,7 +61,7 @@ def test_pages_stay_as_they_are(dial: str, stored: str, heads: str) -> None:
 
 @pytest.mark.parametrize(
     "options",
-    [{"format": "int4"}, {"retention": "window"}, {"read": "dense"}, {"chunk": "exact"}],
+    [{"format": "int4"}, {"retention": "window"}, {"read": "dense"}, {"sharing": "all"}, {"chunk": "exact"}],
     ids=str,
 )
 def test_other_options_need_an_engine_of_their_own(options: dict[str, Any]) -> None:
