@@ -1,13 +1,15 @@
 """A scheduler for engines whose decode steps write other K and V than a prompt of the same tokens would.
 
 A step that reads few tokens, or after an eviction, attends to less than a row of a prompt does, and so do all layers
-above it; but vLLM takes what was decoded for what a prompt would have written. In two places that would make an
+above it; but vLLM takes what was decoded for what a prompt would have written. In three places that would make an
 answer depend on what the engine did before:
 
 * *Prefix caching*: blocks with decoded tokens would be found by prompts that hold the same tokens, such as the next
   turn of a conversation. Here only blocks are shared that hold what a prompt wrote (unless ``sharing`` is ``all``).
 * *Preemption*: a request that comes back would take its own output tokens from blocks that another's prompt has
   written. Here it finds no more than its prompt.
+* *Sessions* (vLLM's resumable requests, whose prompt goes on after an answer): what was decoded would become part of a
+  prompt. Here a session starts again with each turn, as the same conversation in one prompt would.
 """
 
 from __future__ import annotations
@@ -58,6 +60,13 @@ class PromptCachingMixin:
             return self._lookup(request)
         finally:
             request.block_hashes = known
+
+    def _update_request_as_session(self, session: Request, update: Any) -> None:
+        """As vLLM does, and give back all blocks, so that the whole conversation is read as a prompt."""
+        super()._update_request_as_session(session, update)  # type: ignore[misc]
+        if not self._shares_all:
+            self._free_request_blocks(session)  # type: ignore[attr-defined]
+            session.num_computed_tokens = 0
 
 
 class PromptCachingScheduler(PromptCachingMixin, Scheduler):
