@@ -14,8 +14,10 @@ answer depend on what the engine did before:
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from typing import TYPE_CHECKING, Any
 
+from vllm.logger import init_logger
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 
@@ -23,6 +25,8 @@ from vllm_sparq.attention_backends.engine import PagedEngine, heads_of
 
 if TYPE_CHECKING:
     from vllm.v1.request import Request
+
+logger = init_logger("vllm.sparq")
 
 
 class PromptCachingMixin:
@@ -36,10 +40,21 @@ class PromptCachingMixin:
         self._shares_all = engine.options.sharing == "all"
         read = engine.read(heads_of(config.model_config, config.parallel_config))
         self._dense_up_to = read.dense_up_to(config.model_config.max_model_len)
+        self._loops = TokenLoops()
         manager: Any = self.kv_cache_manager  # type: ignore[attr-defined]
         self._lookup, manager.get_computed_blocks = manager.get_computed_blocks, self._computed_blocks
         coordinator = manager.coordinator
         self._cache, coordinator.cache_blocks = coordinator.cache_blocks, self._cache_blocks
+
+    def add_request(self, request: Request) -> None:
+        """As vLLM does, and tell whoever runs the server that a client gets nothing out of it."""
+        if self._loops.found_by(request):
+            logger.warning_once(
+                "a client asks for one token at a time (max_tokens=1, as beam search does): each of its steps is a "
+                "prompt, which is read in full, so that this backend saves it nothing. Ask for more tokens a request, "
+                "or serve such clients without --attention-backend"
+            )
+        super().add_request(request)  # type: ignore[misc]
 
     def _n_as_prompt(self, request: Request) -> int:
         """How many first tokens of a request have the K and V that a prompt would have given them."""
@@ -75,3 +90,28 @@ class PromptCachingScheduler(PromptCachingMixin, Scheduler):
 
 class AsyncPromptCachingScheduler(PromptCachingMixin, AsyncScheduler):
     """vLLM's asynchronous scheduler that takes for a prompt what a prompt has written."""
+
+
+class TokenLoops:
+    """Finds clients that send their prompt again for each token: a begin in common, one token more, one token asked.
+
+    Attributes:
+        steps: (first tokens of a prompt, its length) -> how often in a row it had grown by a token by then.
+    """
+
+    HEAD, ENOUGH, REMEMBERED = 32, 16, 256
+
+    def __init__(self) -> None:
+        self.steps: OrderedDict[tuple[tuple[int, ...], int], int] = OrderedDict()
+
+    def found_by(self, request: Request) -> bool:
+        """Whether this request makes it certain."""
+        prompt = request.prompt_token_ids
+        if request.max_tokens != 1 or not prompt:
+            return False
+        head = tuple(prompt[: self.HEAD])
+        n_steps = self.steps.get((head, len(prompt) - 1), 0) + 1
+        self.steps[head, len(prompt)] = max(n_steps, self.steps.get((head, len(prompt)), 0))
+        if len(self.steps) > self.REMEMBERED:
+            self.steps.popitem(last=False)
+        return n_steps >= self.ENOUGH

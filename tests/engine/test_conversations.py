@@ -98,3 +98,19 @@ def test_a_preempted_request_takes_no_prompt_for_its_answer(method: str, engine:
                 if out.request_id == "a":
                     said = list(out.outputs[0].token_ids)
     assert said == answer
+
+
+def test_beam_search_is_told_that_it_reads_everything(engine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each of its steps is a prompt, to vLLM as to us. An ordinary answer is not."""
+    from vllm.sampling_params import BeamSearchParams
+
+    from vllm_sparq.scheduler import prompts
+
+    said: list[str] = []
+    monkeypatch.setattr(prompts.logger, "warning_once", said.append)
+    with engine(*METHODS["sparq"], enable_prefix_caching=True) as llm:
+        Prompts.answers(llm, [tokens(1, 40)], 40)
+        assert not said
+        llm.beam_search([{"prompt_token_ids": tokens(1, 40)}], BeamSearchParams(beam_width=2, max_tokens=20))
+    assert said
+    assert "one token at a time" in said[0]
