@@ -151,6 +151,11 @@ class Engine:
         """Seconds of each of the next steps of what was prepared."""
         return list(self._ask("decode", n_steps))
 
+    def cached(self) -> tuple[float, float]:
+        """Prompt tokens looked for in the prefix cache, and found there, since the start (with vLLM's log of stats)."""
+        queries, hits = self._ask("cached", None)
+        return queries, hits
+
     def _ask(self, order: str, argument: Any) -> Any:
         with contextlib.suppress(BrokenPipeError):  # it is gone, which is found out and said below
             self.pipe.send((order, argument))
@@ -304,6 +309,11 @@ class Worker:
         """End what was prepared, so that the engine is free."""
         states = self.engine.output_processor.request_states.values()
         self.engine.abort_request([state.request_id for state in states], internal=True)
+
+    def cached(self, _: None) -> tuple[float, float]:
+        """Prompt tokens looked for in the prefix cache, and found there."""
+        values = {metric.name: metric.value for metric in self.llm.get_metrics() if hasattr(metric, "value")}
+        return values["vllm:prefix_cache_queries"], values["vllm:prefix_cache_hits"]
 
     def decode(self, n_steps: int) -> list[float]:
         times = []
