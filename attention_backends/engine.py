@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Self
 
 import torch
@@ -16,7 +16,7 @@ import torch
 from vllm_sparq.backends import BACKENDS
 from vllm_sparq.config import NAMESPACE, Options, parse_options
 from vllm_sparq.layout import PageLayout
-from vllm_sparq.reads import READS, HeadShape, Read
+from vllm_sparq.reads import DIALS, READS, HeadShape, Read, SparseRead
 from vllm_sparq.retention import RETENTIONS, Retention
 
 PREFERRED_BLOCK_SIZE = 128
@@ -73,6 +73,11 @@ class PagedEngine:
     def retention(self) -> Retention | None:
         """Which tokens of a request stay; None where all do."""
         return self.options.retained(self.block_size)
+
+    @property
+    def reads_sparsely(self) -> bool:
+        """Whether a decode step chooses what it reads."""
+        return issubclass(READS[self.options.read], SparseRead)
 
     def read(self, heads: HeadShape) -> Read:
         """What a decode step of a layer reads.
@@ -141,3 +146,21 @@ def page_layout(options: Options, heads: HeadShape, block_size: int, dtype: torc
         positions=policy is not None,
         attention=policy is not None and policy.rank == "attention",
     )
+
+
+def rebind_refusal(options: Options, other: Options, *, grouped: bool) -> str | None:
+    """Why layers that run with ``options`` cannot go on with ``other`` over the cache they have; None if they can.
+
+    ``grouped``: several query heads per KV head, where some dials put other parts into a page.
+    """
+    before, after = options.model_dump(), other.model_dump()
+    changed = [name for name in before if before[name] != after[name]]
+    fixed = [f"{name}={after[name]!r}" for name in changed if name not in DIALS]
+    if fixed:
+        return f"{', '.join(fixed)}: not an option that a running engine can change; start an engine with it"
+    has, needs = (READS[chosen.read].needs(chosen, grouped=grouped) for chosen in (options, other))
+    if has == needs:
+        return None
+    chosen = ", ".join(f"{name}={after[name]!r}" for name in changed)
+    parts = [f"{f.name} {getattr(needs, f.name)!r} (here: {getattr(has, f.name)!r})" for f in fields(needs)]
+    return f"{chosen} needs pages with {' and '.join(parts)}; start an engine with it"

@@ -11,11 +11,12 @@ from vllm.config import get_current_vllm_config
 from vllm.logger import init_logger
 from vllm.v1.attention.backend import AttentionImpl, AttentionType
 
-from vllm_sparq.attention_backends.engine import PagedEngine, page_layout
+from vllm_sparq.attention_backends.engine import PagedEngine, page_layout, rebind_refusal
 from vllm_sparq.attention_backends.refusals import impl_refusals
 from vllm_sparq.attention_backends.steps.evicting import EvictingMetadata
 from vllm_sparq.attention_backends.steps.requests import StepRequests
 from vllm_sparq.attention_backends.steps.rows import PagedMetadata
+from vllm_sparq.config import Options
 from vllm_sparq.layout import Pages
 from vllm_sparq.ops.dispatch import Choice, choose
 from vllm_sparq.reads import READS, HeadShape, Read
@@ -51,13 +52,13 @@ class PagedImpl(AttentionImpl[PagedMetadata | EvictingMetadata]):
         vllm_config: Any = get_current_vllm_config()
         engine = PagedEngine.of(vllm_config)
         assert engine is not None
-        self.options = engine.options
+        self._options = engine.options
         self.num_heads, self.num_kv_heads = num_heads, num_kv_heads or num_heads
         self.head_size, self.scale = head_size, float(scale)
         self._heads = HeadShape(head_size=head_size, n_heads=num_heads, n_kv_heads=self.num_kv_heads)
         self.kv_cache_dtype = kv_cache_dtype
         self.requests: StepRequests | None = None  # our worker's, once the model is loaded
-        self._choices = _choose_ops(vllm_config.device_config.device_type, READS[self.options.read])
+        self._choices = _choose_ops(vllm_config.device_config.device_type, READS[self._options.read])
         warning = slow_ops(self._choices)
         if warning:
             logger.warning_once(warning)
@@ -67,6 +68,23 @@ class PagedImpl(AttentionImpl[PagedMetadata | EvictingMetadata]):
         self._dense = self._choices["dense_decode"].load()
         self._decode: Callable[..., None] | None = None  # known with the layer's name, at its first step
         self._pages: Pages | None = None
+
+    @property
+    def options(self) -> Options:
+        """What this layer runs with; `rebind` changes it."""
+        return self._options
+
+    def rebind(self, options: Options) -> None:
+        """Read as other options say, from the next step on and over the pages that are there.
+
+        Raises:
+            ValueError: they need other pages, or concern more than what is read.
+        """
+        refusal = rebind_refusal(self._options, options, grouped=self._heads.grouped)
+        if refusal is not None:
+            raise ValueError(refusal)
+        options.read_of(self._heads)  # refused now where they do not fit the layer
+        self._options, self._pages = options, None
 
     def forward(
         self,
@@ -135,23 +153,23 @@ class PagedImpl(AttentionImpl[PagedMetadata | EvictingMetadata]):
         """The layer's cache as pages; remembered until vLLM hands over another one."""
         pages = self._pages
         if pages is None or pages.data.data_ptr() != kv_cache.data_ptr():
-            layout = page_layout(self.options, self._heads, kv_cache.shape[2], dtype)
+            layout = page_layout(self._options, self._heads, kv_cache.shape[2], dtype)
             pages = self._pages = Pages.from_kv_cache(kv_cache, layout)
             self._decode = self._read_policy(layer.layer_name)
         return pages
 
     def _read_policy(self, layer_name: str) -> Callable[..., None]:
         """What a decode row of this layer reads."""
-        if _layer_index(layer_name) < self.options.dense_layers:
+        if _layer_index(layer_name) < self._options.dense_layers:
             return self._dense
-        read = self.options.read_of(self._heads)
+        read = self._options.read_of(self._heads)
         return partial(self._choices[read.op].load(), **read.arguments)
 
     def describe(self) -> dict[str, Any]:
         """What this layer runs, for reports; plain types only."""
         return {
             "ops": {name: f"{choice.implementation} ({choice.reason})" for name, choice in self._choices.items()},
-            "options": self.options.model_dump(),
+            "options": self._options.model_dump(),
         }
 
 

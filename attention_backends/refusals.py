@@ -10,8 +10,10 @@ from vllm.utils.import_utils import resolve_obj_by_qualname
 from vllm.utils.torch_utils import get_kv_cache_quant_algo_string
 
 from vllm_sparq.attention_backends.engine import PagedEngine, heads_of
-from vllm_sparq.config import OptionsError, check_budget
+from vllm_sparq.config import Options, OptionsError, check_budget
 from vllm_sparq.layout import BLOCK_SIZE_MULTIPLE
+from vllm_sparq.reads import READS, SparseRead
+from vllm_sparq.retention import RETENTIONS
 
 HEAD_SIZES = (64, 80, 96, 128, 256)
 """Head sizes the kernels are compiled for."""
@@ -33,6 +35,7 @@ def engine_refusals(vllm_config: Any) -> list[str]:
     if vllm_config.model_config is not None:
         reasons += model_refusals(vllm_config.model_config, vllm_config.cache_config.cache_dtype)
     parallel = vllm_config.parallel_config
+    reasons += _split_group_refusals(vllm_config)
     for flag, size in (
         ("--decode-context-parallel-size", parallel.decode_context_parallel_size),
         ("--prefill-context-parallel-size", parallel.prefill_context_parallel_size),
@@ -99,6 +102,37 @@ def _option_refusals(vllm_config: Any) -> list[str]:
     except ValueError as error:
         reasons.append(str(error))
     return reasons
+
+
+def chosen_by_query_heads(options: Options) -> dict[str, str]:
+    """Options that make a KV head choose tokens by all of its query heads -> what does not."""
+    choosing = {}
+    if issubclass(READS[options.read], SparseRead):
+        choosing[f"read={options.read!r}"] = "read 'dense'"
+    policy = RETENTIONS[options.retention]
+    if policy is not None and policy.rank == "attention":
+        choosing[f"retention={options.retention!r}"] = "retention 'window'"
+    return choosing
+
+
+def _split_group_refusals(vllm_config: Any) -> list[str]:
+    """Tensor parallelism wider than the KV heads: each worker would choose by its share of a query group."""
+    model, size = vllm_config.model_config, vllm_config.parallel_config.tensor_parallel_size
+    try:
+        engine = PagedEngine.of(vllm_config)
+    except ValueError:
+        return []  # refused on its own account
+    if engine is None or model is None or model.use_mla or size == 1:
+        return []
+    n_kv_heads, choosing = model.get_total_num_kv_heads(), chosen_by_query_heads(engine.options)
+    if size <= n_kv_heads or not choosing:
+        return []
+    return [
+        f"--tensor-parallel-size {size} gives the query heads of each of the model's {n_kv_heads} KV heads to "
+        f"{size // n_kv_heads} workers, and {' and '.join(choosing)} chooses tokens by all of them: use "
+        f"--tensor-parallel-size {n_kv_heads}, with --pipeline-parallel-size or --data-parallel-size for more workers, "
+        f"or {' and '.join(choosing.values())}"
+    ]
 
 
 def _format_refusals(vllm_config: Any, engine: PagedEngine) -> list[str]:

@@ -72,7 +72,12 @@ class RetainingManager(StagingManager):
         """Of a request that vLLM is about to schedule: what it need not hold any more goes back."""
         if num_prompt_tokens is None:
             raise RuntimeError("vLLM did not say how long a prompt is, without which tokens cannot be evicted from it")
-        self.prompt_lens[request_id] = num_prompt_tokens
+        if self.prompt_lens.setdefault(request_id, num_prompt_tokens) != num_prompt_tokens:
+            raise RuntimeError(
+                f"a prompt grew from {self.prompt_lens[request_id]} to {num_prompt_tokens} tokens over blocks from "
+                "which tokens were evicted: resumable requests need the scheduler of vllm-sparq, leave --scheduler-cls "
+                "out"
+            )
         if processed_computed_tokens >= num_prompt_tokens:
             self.answering.add(request_id)
             self.give_back(request_id)

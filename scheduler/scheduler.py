@@ -23,6 +23,7 @@ from vllm.v1.request import RequestStatus
 from vllm_sparq.counters import Counters
 from vllm_sparq.retention import PHASES
 from vllm_sparq.scheduler.manager import RetainingManager
+from vllm_sparq.scheduler.prompts import PromptCachingMixin
 
 if TYPE_CHECKING:
     from vllm.v1.request import Request
@@ -127,9 +128,9 @@ class EvictingMixin:
         return n_blocks if (n_blocks - 1) * size >= least else 0
 
 
-class EvictingScheduler(EvictingMixin, Scheduler):
+class EvictingScheduler(EvictingMixin, PromptCachingMixin, Scheduler):
     """vLLM's scheduler that evicts before it preempts."""
 
 
-class AsyncEvictingScheduler(EvictingMixin, AsyncScheduler):
+class AsyncEvictingScheduler(EvictingMixin, PromptCachingMixin, AsyncScheduler):
     """vLLM's asynchronous scheduler that evicts before it preempts."""

@@ -48,6 +48,7 @@ def test_defaults() -> None:
         "group_reduce": "logits",
         "dense_layers": 0,
         "dense_below": "auto",
+        "sharing": "prompts",
     }
 
 
@@ -114,6 +115,11 @@ def test_a_mass_with_nothing_to_choose_is_refused() -> None:
     with pytest.raises(OptionsError, match=r"mass=0.9 means nothing with k=128 and min_k=128.*: set min_k below k"):
         parse(mass=0.9, k=128)
     assert parse(mass=0.9, k=129).mass == 0.9
+
+
+def test_sharing_where_nothing_is_shared_is_refused() -> None:
+    with pytest.raises(OptionsError, match=r"sharing='all' means nothing with retention='window'.*leave it out"):
+        parse(sharing="all", retention="window")
 
 
 def test_local() -> None:
@@ -253,6 +259,7 @@ REFUSED = [
     ({"dense_below": -1}, "dense_below=-1", "'auto' or a number of tokens >= 0", "read densely"),
     ({"dense_below": "never"}, "dense_below='never'", "'auto' or a number of tokens >= 0", "read densely"),
     ({"dense_below": 1.5}, "dense_below=1.5", "'auto' or a number of tokens >= 0", "read densely"),
+    ({"sharing": True}, "sharing=True", "'prompts' or 'all'", "Which blocks prefix caching shares"),
 ]
 
 

@@ -110,6 +110,9 @@ def test_what_options_mean_for_a_model(tmp_path: Path) -> None:
     assert "r = 16 of 64 channels" in texts(section, "✓")
     assert "blocks of 128 tokens" in texts(section, "✓")
     assert "at   1,024 tokens a step reads all of them" in texts(section, "•")
+    assert "at most --tensor-parallel-size 2: read='sparq' chooses tokens" in texts(section, "•")
+    dense = model_section(model_folder(tmp_path), Options(read="dense", format="kivi4"), "kivi")
+    assert "--tensor-parallel-size" not in texts(dense, "•")
 
 
 def test_what_a_mass_means_for_a_model(tmp_path: Path) -> None:

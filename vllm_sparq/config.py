@@ -101,6 +101,13 @@ class Options(BaseModel):
     dense_below: Literal["auto"] | Annotated[int, Field(ge=0)] = "auto"
     """Contexts shorter than this many tokens are read densely. auto: below the measured break-even."""
 
+    sharing: Literal["prompts", "all"] = "prompts"
+    """Which blocks prefix caching shares: those that a prompt has written, or all, with decoded tokens in them.
+
+    What a sparse read leaves in a block is not what a prompt would. With all, the next turn of a conversation need not
+    read the last answer again, and what it says depends on what was still cached.
+    """
+
     def read_of(self, heads: HeadShape) -> Read:
         """What a decode step reads, in numbers for the layers of one model.
 
@@ -177,6 +184,11 @@ def _refuse(options: Options, names: Iterable[str], where: str) -> None:
 def _check_retention(options: Options) -> None:
     """Options of eviction that mean nothing, or too much, together."""
     policy = RETENTIONS[options.retention]
+    if policy is not None and options.sharing == "all":
+        raise OptionsError(
+            f"sparq option sharing='all' means nothing with retention={options.retention!r}: no block is shared "
+            "where tokens are evicted, so leave it out, or set retention 'all'"
+        )
     if policy is None:
         meaningless = ("budget", "recent", "sinks", "prefill", "pressure")
         _refuse(options, meaningless, "while all tokens stay: add retention 'heavy_hitter' or 'window'")

@@ -17,8 +17,9 @@ if TYPE_CHECKING:
 
 logger = init_logger("vllm.sparq")
 
-SCHEDULER = "vllm_sparq.scheduler.scheduler.EvictingScheduler"
-ASYNC_SCHEDULER = "vllm_sparq.scheduler.scheduler.AsyncEvictingScheduler"
+EVICTING = tuple(f"vllm_sparq.scheduler.scheduler.{name}EvictingScheduler" for name in ("", "Async"))
+PROMPT_CACHING = tuple(f"vllm_sparq.scheduler.prompts.{name}PromptCachingScheduler" for name in ("", "Async"))
+"""Our schedulers: in step with the workers, and ahead of them (vLLM's asynchronous scheduling)."""
 
 
 class SparqPlatformMixin:
@@ -75,6 +76,7 @@ class SparqPlatformMixin:
         if refusals:
             raise ValueError("vllm-sparq cannot start: " + "; ".join(refusals))
         cls._arrange_eviction(vllm_config)
+        cls._choose_scheduler(vllm_config)
 
     @classmethod
     def _choose_block_size(cls, vllm_config: VllmConfig) -> None:
@@ -142,15 +144,35 @@ class SparqPlatformMixin:
                 "request can use it"
             )
         counters.name_run(vllm_config)
-        scheduler = vllm_config.scheduler_config
-        if engine.options.pressure != "evict" or scheduler.scheduler_cls in (SCHEDULER, ASYNC_SCHEDULER):
+
+    @classmethod
+    def _choose_scheduler(cls, vllm_config: VllmConfig) -> None:
+        """One of ours, where vLLM's own would evict by preempting or take decoded tokens for a prompt's.
+
+        Raises:
+            ValueError: the user has named another.
+        """
+        from vllm_sparq.attention_backends.engine import PagedEngine
+
+        engine = PagedEngine.of(vllm_config)
+        assert engine is not None
+        options, scheduler = engine.options, vllm_config.scheduler_config
+        if options.pressure == "evict":
+            ours, why = EVICTING, "pressure='evict' is the work of our scheduler"
+        elif options.retention != "all":
+            ours, why = PROMPT_CACHING, f"retention={options.retention!r} needs our scheduler"
+        elif engine.reads_sparsely:
+            ours, why = PROMPT_CACHING, "sharing='prompts' is the work of our scheduler"
+        else:
             return
-        if scheduler.scheduler_cls is not None:
+        theirs = scheduler.scheduler_cls
+        if theirs is None:
+            scheduler.scheduler_cls = ours[bool(scheduler.async_scheduling)]
+        elif theirs not in (*EVICTING, *PROMPT_CACHING) and options.sharing == "prompts":
+            remedy = ", or set sharing to 'all'" if options.retention == "all" else ""
             raise ValueError(
-                f"vllm-sparq cannot start: pressure='evict' is the work of our scheduler, and --scheduler-cls names "
-                f"{scheduler.scheduler_cls}: leave it out, or set pressure to 'preempt'"
+                f"vllm-sparq cannot start: {why}, and --scheduler-cls names {theirs}: leave it out{remedy}"
             )
-        scheduler.scheduler_cls = ASYNC_SCHEDULER if scheduler.async_scheduling else SCHEDULER
 
 
 class SparqCpuPlatform(SparqPlatformMixin, CpuPlatform):

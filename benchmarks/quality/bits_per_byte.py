@@ -58,6 +58,21 @@ def _example(tokenizer: Any, ids: Sequence[int], seed: int) -> Example:
     )
 
 
+def corpus_text(n_tokens: int) -> str:
+    """Held-out text of the bundled model's corpus, at least so many of its tokens."""
+    from vllm_sparq.benchmarks.tiny_model.corpus import documents
+
+    return "\n\n".join(documents(8 * n_tokens, held_out=True))
+
+
+def difference(found: Sequence[float], base: Sequence[float]) -> tuple[float, float]:
+    """Mean of the differences and its standard error."""
+    differences = [a - b for a, b in zip(found, base, strict=True)]
+    mean = math.fsum(differences) / len(differences)
+    spread = math.fsum((x - mean) ** 2 for x in differences) / max(1, len(differences) - 1)
+    return mean, math.sqrt(spread / len(differences))
+
+
 def main() -> None:
     """Measure, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -69,12 +84,7 @@ def main() -> None:
     parser.add_argument("--n", type=int, default=64, help="windows (default: 64)")
     parser.add_argument("--dtype", default="bfloat16")
     args = parser.parse_args()
-    if args.text is None:
-        from vllm_sparq.benchmarks.tiny_model.corpus import documents
-
-        text = "\n\n".join(documents(8 * args.length * args.n, held_out=True))
-    else:
-        text = read_text(args.text)
+    text = corpus_text(args.length * args.n) if args.text is None else read_text(args.text)
     examples = windows(args.model, text, args.length, args.n)
     table = Table(title=f"bits per byte ± standard error of the difference, {args.n} windows of {args.length} tokens")
     for column in ("method", "bits per byte", "beside dense"):
@@ -86,10 +96,7 @@ def main() -> None:
             outputs = engine.answer(examples)
         found = [scored(example, output)["score"] for example, output in zip(examples, outputs, strict=True)]
         dense = dense or found
-        differences = [a - b for a, b in zip(found, dense, strict=True)]
-        mean = math.fsum(differences) / len(differences)
-        spread = math.fsum((x - mean) ** 2 for x in differences) / max(1, len(differences) - 1)
-        error = math.sqrt(spread / len(differences))
+        mean, error = difference(found, dense)
         table.add_row(method.name, f"{math.fsum(found) / len(found):.4f}", f"{mean:+.4f} ± {error:.4f}")
     Console().print(table)
 

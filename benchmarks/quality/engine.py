@@ -18,12 +18,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from vllm_sparq.attention_backends.engine import rebind_refusal
 from vllm_sparq.benchmarks.common.methods import Method
 from vllm_sparq.benchmarks.tasks.generated import Example
 from vllm_sparq.console import UsageError
-
-READ_OPTIONS = ("compression", "r", "k", "local", "min_k", "mass", "group_reduce", "dense_layers", "dense_below")
-"""Options of a read that change no byte of the cache: a running engine can be given others."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,14 +69,13 @@ class Output:
 
 
 def same_cache(a: Method, b: Method) -> bool:
-    """Whether two methods differ in `READ_OPTIONS` at most, so that one engine can be both, one after the other."""
-    return a.backend == b.backend and (a.backend is None or _cache_options(a) == _cache_options(b))
-
-
-def _cache_options(method: Method) -> dict[str, Any]:
-    assert method.backend is not None
-    options = method.parsed.model_dump()
-    return {name: value for name, value in options.items() if name not in READ_OPTIONS}
+    """Whether one engine can be both methods, one after the other, on every model: over the same pages."""
+    if a.backend is None or b.backend is None:
+        return a.backend == b.backend
+    one, other = a.parsed, b.parsed
+    return a.backend == b.backend and all(
+        rebind_refusal(one, other, grouped=grouped) is None for grouped in (True, False)
+    )
 
 
 class Engine:
@@ -153,6 +150,11 @@ class Engine:
     def decode(self, n_steps: int) -> list[float]:
         """Seconds of each of the next steps of what was prepared."""
         return list(self._ask("decode", n_steps))
+
+    def cached(self) -> tuple[float, float]:
+        """Prompt tokens looked for in the prefix cache, and found there, since the start (with vLLM's log of stats)."""
+        queries, hits = self._ask("cached", None)
+        return queries, hits
 
     def _ask(self, order: str, argument: Any) -> Any:
         with contextlib.suppress(BrokenPipeError):  # it is gone, which is found out and said below
@@ -237,8 +239,7 @@ class Worker:
         assert method.backend is not None
         wanted = method.parsed
         for impl in self._ours():
-            impl.options = wanted
-            impl._pages = None  # the next step binds the layer to its cache again, and reads the options
+            impl.rebind(wanted)
         self.method = method
 
     def answer(self, examples: list[Example]) -> list[Output]:
@@ -308,6 +309,11 @@ class Worker:
         """End what was prepared, so that the engine is free."""
         states = self.engine.output_processor.request_states.values()
         self.engine.abort_request([state.request_id for state in states], internal=True)
+
+    def cached(self, _: None) -> tuple[float, float]:
+        """Prompt tokens looked for in the prefix cache, and found there."""
+        values = {metric.name: metric.value for metric in self.llm.get_metrics() if hasattr(metric, "value")}
+        return values["vllm:prefix_cache_queries"], values["vllm:prefix_cache_hits"]
 
     def decode(self, n_steps: int) -> list[float]:
         times = []

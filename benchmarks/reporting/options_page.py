@@ -55,6 +55,10 @@ SECTIONS: dict[str, tuple[str, tuple[str, ...]]] = {
         "A request keeps the same number of tokens in every KV head, and each KV head keeps its own.",
         ("retention", "budget", "recent", "sinks", "prefill", "pressure"),
     ),
+    "Which blocks are shared": (
+        "Prefix caching is vLLM's own; blocks that a prompt has written are shared with every option that keeps them.",
+        ("sharing",),
+    ),
 }
 """Heading -> what holds for all of it, and its options in the order of the page."""
 
@@ -70,6 +74,7 @@ APPLIES = {
     "sinks": EVICTING,
     "prefill": EVICTING,
     "pressure": EVICTING,
+    "sharing": "`read` `sparq`, `spans`",
 }
 """Option -> where it means something. Those of reads are said by the reads themselves (`Read.dials`)."""
 

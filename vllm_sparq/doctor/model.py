@@ -24,7 +24,7 @@ def model_section(model: str, options: Options, backend: str = "sparq") -> Secti
     from vllm.config import ModelConfig
 
     from vllm_sparq.attention_backends.engine import preferred_block_size
-    from vllm_sparq.attention_backends.refusals import model_refusals
+    from vllm_sparq.attention_backends.refusals import chosen_by_query_heads, model_refusals
 
     section = Section(f"model {model} with --attention-backend {backend}")
     section.note(f"{backend} {PRESETS[backend].summary}, unless options say otherwise")
@@ -45,6 +45,12 @@ def model_section(model: str, options: Options, backend: str = "sparq") -> Secti
         f"{shape['n_heads']} query heads on {shape['n_kv_heads']} KV heads of {shape['head_size']} elements, "
         f"{config.max_model_len:,} positions"
     )
+    choosing = chosen_by_query_heads(options)
+    if choosing and shape["n_heads"] > shape["n_kv_heads"]:
+        section.note(
+            f"at most --tensor-parallel-size {shape['n_kv_heads']}: {' and '.join(choosing)} chooses tokens by all "
+            "query heads of a KV head, so one worker must have them"
+        )
     n_others = shape["n_layers"] - shape["n_full"]
     if n_others:
         section.note(f"{n_others} layers without full attention stay with vLLM; what follows is about the others")

@@ -17,7 +17,11 @@ from vllm_sparq.reads.sparq import SparqRead
 READS: dict[str, type[Read]] = {"sparq": SparqRead, "spans": SpansRead, "dense": DenseRead}
 """Value of the option ``read`` -> its class."""
 
+DIALS = frozenset(dial for read in READS.values() for dial in read.dials)
+"""Options that turn a read. All others say which read it is, and what the cache holds."""
+
 __all__ = [
+    "DIALS",
     "LEAST_SPANS",
     "MEASURED_BREAK_EVEN",
     "READS",

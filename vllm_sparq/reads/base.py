@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
@@ -116,6 +117,10 @@ class Read:
         """Whether this context is read in full."""
         return True
 
+    def dense_up_to(self, limit: int) -> int:
+        """The longest context, of at most ``limit`` tokens, that is read in full as all shorter ones are."""
+        return limit
+
     def n_selected(self, context_len: int) -> int:
         """Tokens read, the current one included, where the context is not read in full; at most, if they vary."""
         return context_len
@@ -167,6 +172,9 @@ class SparseRead(Read):
         """Cached tokens to read: exact integer arithmetic, alike in every kernel."""
         slope = self.k_per_token
         return max(self.min_k, context_len * slope.numerator // slope.denominator)
+
+    def dense_up_to(self, limit: int) -> int:
+        return bisect_left(range(1, limit + 1), True, key=lambda context_len: not self.is_dense(context_len))
 
     def numbers(self, context_len: int) -> dict[str, int]:
         return {**super().numbers(context_len), "k": self.k(context_len)}

@@ -93,8 +93,10 @@ def test_methods_tell_and_forcing_is_right(tmp_path: Path) -> None:
         assert len(engine.decode(4)) == 4
         engine.prepare(400, 2)  # the three before are gone, else a step would decode five
         assert all(seconds > 0 for seconds in engine.decode(2))
-        with pytest.raises(ValueError, match="needs an engine of its own"):
-            engine.use(Method.named("int4"))
+        other_pages = Method.named("sparq", {"dense_below": 0, "group_reduce": "probs"})  # and a mean value, by default
+        for other in (Method.named("int4"), other_pages):
+            with pytest.raises(ValueError, match="needs an engine of its own"):
+                engine.use(other)
         assert engine.process.pid is not None
         os.kill(engine.process.pid, signal.SIGKILL)
         with pytest.raises(UsageError, match="ended before it answered"):

@@ -1,0 +1,104 @@
+"""What prefix caching costs conversations: bits per byte of every answer, and how much of each prompt was cached.
+
+    python -m vllm_sparq.benchmarks.quality.conversation --methods sparq --compression 8,16
+
+A conversation is a piece of text in turns: its first tokens are a prompt, the next ones an answer, and so on. An answer
+is forced token by token and read as the method reads; the next turn's prompt is all that came before. With
+``sharing: all`` that prompt finds blocks that were written while answers were decoded; without, only what prompts
+have written. A third row answers every turn without prefix caching.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from dataclasses import replace
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from vllm_sparq.benchmarks.common.methods import DENSE, Method
+from vllm_sparq.benchmarks.quality.bits_per_byte import corpus_text, difference, windows
+from vllm_sparq.benchmarks.quality.engine import Engine, Run
+from vllm_sparq.benchmarks.quality.evaluate import methods_at, scored
+from vllm_sparq.benchmarks.tasks.generated import Example
+from vllm_sparq.benchmarks.tiny_model import WEIGHTS
+from vllm_sparq.console import comma_names
+
+
+def turns_of(window: Example, tokenizer: object, n_turns: int) -> list[Example]:
+    """A window as a conversation: in each turn the second half of the new tokens is the answer."""
+    ids = [*window.prompt_ids, *window.answer_ids]
+    size = len(ids) // n_turns
+    found = []
+    for turn in range(n_turns):
+        begin, end = turn * size + size // 2, (turn + 1) * size
+        answer = tokenizer.decode(ids[begin:end])  # type: ignore[attr-defined]
+        found.append(
+            replace(
+                window,
+                answer=answer,
+                n_prompt_tokens=begin,
+                max_tokens=end - begin,
+                prompt_ids=tuple(ids[:begin]),
+                answer_ids=tuple(ids[begin:end]),
+            )
+        )
+    return found
+
+
+def measure(method: Method, run: Run, conversations: list[list[Example]]) -> tuple[list[float], float]:
+    """Bits per byte of each conversation's answers behind its first turn; the share of their prompts in the cache."""
+    n_turns, scores = len(conversations[0]), [0.0] * len(conversations)
+    with Engine(method, run) as engine:
+        for turn in range(n_turns):
+            if turn == 1:
+                before = engine.cached()
+            examples = [conversation[turn] for conversation in conversations]
+            outputs = engine.answer(examples)
+            if turn:
+                for i, (example, output) in enumerate(zip(examples, outputs, strict=True)):
+                    scores[i] += scored(example, output)["score"] / (n_turns - 1)
+        asked, found = (now - then for now, then in zip(engine.cached(), before, strict=True))
+    return scores, found / asked if asked else 0.0
+
+
+def main() -> None:
+    """Measure, print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, default=WEIGHTS)
+    parser.add_argument("--methods", type=comma_names, default=["sparq"])
+    parser.add_argument("--compression", type=comma_names, default=["8"])
+    parser.add_argument("--length", type=int, default=2048, help="tokens of a conversation (default: 2048)")
+    parser.add_argument("--turns", type=int, default=4, help="turns of a conversation (default: 4)")
+    parser.add_argument("--n", type=int, default=24, help="conversations (default: 24)")
+    parser.add_argument("--block-size", type=int, default=32)
+    parser.add_argument("--dtype", default="bfloat16")
+    args = parser.parse_args()
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    pieces = windows(args.model, corpus_text(args.length * args.n), args.length, args.n)
+    conversations = [turns_of(piece, tokenizer, args.turns) for piece in pieces]
+    table = Table(title=f"answers of {args.n} conversations: {args.turns} turns, {args.length} tokens")
+    for column in ("method", "cache", "bits per byte", "beside dense", "of the prompts cached"):
+        table.add_column(column, justify="left" if column in ("method", "cache") else "right")
+    engine_args = dict(block_size=args.block_size, disable_log_stats=False)
+    cold = Run(model=args.model, dtype=args.dtype, engine_args=engine_args, stepwise=True)
+    warm = replace(cold, engine_args={**engine_args, "enable_prefix_caching": True})
+    dense, cached = measure(Method.named(DENSE), warm, conversations)
+    table.add_row(DENSE, "on", f"{math.fsum(dense) / len(dense):.4f}", "", f"{cached:.0%}")
+    for method in methods_at(args.methods, args.compression, {})[1:]:
+        shared = replace(method, options={**method.options, "sharing": "all"})
+        for name, run, one in (("off", cold, method), ("on", warm, method), ("on, sharing all", warm, shared)):
+            found, cached = measure(one, run, conversations)
+            mean, error = difference(found, dense)
+            table.add_row(
+                method.name, name, f"{math.fsum(found) / len(found):.4f}", f"{mean:+.4f} ± {error:.4f}", f"{cached:.0%}"
+            )
+    Console(width=120).print(table)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,25 @@
+"""A text as a conversation: every token once, in turns of a prompt and an answer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vllm_sparq.benchmarks.quality.conversation import turns_of
+from vllm_sparq.benchmarks.tasks.generated import Example
+
+
+class Letters:
+    """A tokenizer whose tokens are letters."""
+
+    def decode(self, ids: Any) -> str:
+        return "".join(chr(97 + i) for i in ids)
+
+
+def test_turns_by_hand() -> None:
+    common = dict(task="text", n_prompt_tokens=1, depth=None, seed=0, max_tokens=11, stop=(), metric="bits_per_byte")
+    window = Example(prompt="a", answer="bcdefghijkl", prompt_ids=(0,), answer_ids=tuple(range(1, 12)), **common)
+    turns = turns_of(window, Letters(), 3)
+    assert [(len(turn.prompt_ids), turn.answer) for turn in turns] == [(2, "cd"), (6, "gh"), (10, "kl")]
+    for turn in turns:
+        assert (*turn.prompt_ids, *turn.answer_ids) == tuple(range(len(turn.prompt_ids) + 2))
+        assert turn.max_tokens == 2
