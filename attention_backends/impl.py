@@ -98,7 +98,7 @@ class PagedImpl(AttentionImpl[PagedMetadata | EvictingMetadata]):
         output_scale: torch.Tensor | None = None,
         output_block_scale: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """query and output [T, H, D], key and value [T, G, D]; rows behind the step's tokens are padding."""
+        """query and output [T, H, D], key and value [T, G, D]; rows after the step's tokens are padding."""
         if attn_metadata is None:  # a profiling run, without a cache
             return output.fill_(0)
         pages = self._bind(layer, kv_cache, query.dtype)

@@ -14,7 +14,7 @@ from vllm_sparq.scheduler.spec import RetainedSpec, StagedSpec
 class StagingManager(FullAttentionManager):
     """Full attention, with blocks in front of every request in which its newest, unquantized block is staged.
 
-    A request of S tokens holds ``ceil(S / N) + n_staging_blocks`` blocks. Blocks behind the newest are never full, so
+    A request of S tokens holds ``ceil(S / N) + n_staging_blocks`` blocks. Blocks after the newest are never full, so
     they are never shared: what is staged in them belongs to the request alone, and goes when its blocks go.
     """
 

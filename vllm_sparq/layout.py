@@ -164,7 +164,7 @@ class PageLayout:
 
     @property
     def n_staging_blocks(self) -> int:
-        """Blocks behind its newest one that a request needs for staging; 0 where nothing is quantized."""
+        """Blocks after its newest one that a request needs for staging; 0 where nothing is quantized."""
         return 0 if self.quantized is None else -(-self.block_size // self.staged_per_page)
 
     def staged_at(self, slot: int) -> tuple[int, int]:

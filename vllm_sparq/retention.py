@@ -4,7 +4,7 @@ The scheduler's block managers and the workers both compute these, from the posi
 prompt alone. So they agree without a message, whatever the engine does with the request in between.
 
 A token arrives with its *position* in the request. By then some *slots* are taken; if there are too many, tokens are
-evicted first, the same number in every KV head, and the token goes into the slot behind those that are kept:
+evicted first, the same number in every KV head, and the token goes into the slot after those that are kept:
 
     prompt, full       nothing is evicted                                         slots = position
     prompt, bounded    at each multiple of `segment` tokens, down to the budget   slots <= budget + segment
@@ -126,7 +126,7 @@ class Retention:
         return min(budget // 2 if self.recent is None else self.recent, max(room, 0) + 1)
 
     def answer(self, prompt_len: int) -> Phase:
-        """The phase that begins behind the prompt."""
+        """The phase that begins after the prompt."""
         last = prompt_len - 1
         held = self._of_prompt(last, self.budget_of(prompt_len)).kept + 1 if prompt_len else 0
         return Phase(start=prompt_len, held=held, budget=self.budget_of(prompt_len))
@@ -164,7 +164,7 @@ class Retention:
         return Arrival(held=kept if since else budget, kept=kept)
 
     def next_cut(self, position: int, prompt_len: int) -> int:
-        """First position behind ``position`` at which tokens may be evicted: rows before it can be taken together."""
+        """First position after ``position`` at which tokens may be evicted: rows before it can be taken together."""
         if position >= prompt_len:
             return position + 1
         if not self.bounded:

@@ -2,11 +2,11 @@
 
 Three kinds of rows:
 
-* *decodes*: requests with one new token behind their prompt. They come first (the runner sorts the batch) and are read
+* *decodes*: requests with one new token after their prompt. They come first (the runner sorts the batch) and are read
   by the read policy.
 * *prefill rows*: tokens of a prompt, in chunks. Always dense, however short the chunk, so that what a request answers
   does not depend on how its prompt was cut.
-* *replayed rows*: several tokens behind the prompt in one step. They are output tokens that are computed again after a
+* *replayed rows*: several tokens after the prompt in one step. They are output tokens that are computed again after a
   preemption, or draft tokens to verify. Each is read by the read policy at its own context length, which is what
   happened (or would have happened) when it was decoded alone; so a preempted request goes on with the K and V it had.
 """
@@ -104,7 +104,7 @@ def requests_of(vllm_config: VllmConfig, layer_names: list[str]) -> StepRequests
 
 
 def count_decodes(step: CommonAttentionMetadata) -> int:
-    """Leading requests that bring one token behind their prompt (padding requests, which bring none, count as well)."""
+    """Leading requests that bring one token after their prompt (padding requests, which bring none, count as well)."""
     if step.max_query_len > 1 or _any_prefilling(step):
         query_lens = step.query_start_loc_cpu[1:] - step.query_start_loc_cpu[:-1]
         is_decode = query_lens <= 1
@@ -116,7 +116,7 @@ def count_decodes(step: CommonAttentionMetadata) -> int:
 
 
 def prefill_rows(step: CommonAttentionMetadata, n_decodes: int) -> PrefillRows:
-    """Everything behind the decodes."""
+    """Everything after the decodes."""
     starts = step.query_start_loc[n_decodes:]
     return PrefillRows(
         block_table=step.block_table_tensor[n_decodes:],
@@ -138,14 +138,14 @@ def find_replayed(
     """
     starts = step.query_start_loc_cpu
     query_lens = (starts[1:] - starts[:-1])[n_decodes:]
-    n_behind_prompt = _tokens_behind_prompt(step, prompt_lens)[n_decodes:].clamp(min=0).minimum(query_lens)
-    n_rows = int(n_behind_prompt.sum())
+    n_after_prompt = _tokens_after_prompt(step, prompt_lens)[n_decodes:].clamp(min=0).minimum(query_lens)
+    n_rows = int(n_after_prompt.sum())
     if n_rows == 0:
         return None
-    requests = torch.repeat_interleave(torch.arange(n_decodes, step.num_reqs), n_behind_prompt)
-    ends = starts[1:][requests]  # one behind the last row of each row's request
+    requests = torch.repeat_interleave(torch.arange(n_decodes, step.num_reqs), n_after_prompt)
+    ends = starts[1:][requests]  # one after the last row of each row's request
     # The replayed rows are the last ones of their request: count down from its end.
-    countdown = torch.cat([torch.arange(int(n), 0, -1) for n in n_behind_prompt])
+    countdown = torch.cat([torch.arange(int(n), 0, -1) for n in n_after_prompt])
     device = step.seq_lens.device
     requests, countdown = requests.to(device), countdown.to(device)
     return ReplayedRows(
@@ -155,7 +155,7 @@ def find_replayed(
     )
 
 
-def _tokens_behind_prompt(step: CommonAttentionMetadata, prompt_lens: torch.Tensor | None) -> torch.Tensor:
+def _tokens_after_prompt(step: CommonAttentionMetadata, prompt_lens: torch.Tensor | None) -> torch.Tensor:
     """int [B], on the CPU: how many tokens of each request's context are not its prompt."""
     seq_lens = _seq_lens_on_cpu(step)
     if prompt_lens is not None:

@@ -7,7 +7,7 @@ follow:
 
 * A chunk is attended to in *pieces* that end at block boundaries. The tokens that a begun block already has are staged
   where the chunk's own codes will go: they are copied out before the write (`BegunBlocks`).
-* Rows behind the prompt are read again by the read policy, each at its own length, over pages in which its block is
+* Rows after the prompt are read again by the read policy, each at its own length, over pages in which its block is
   staged once more (`StagedReplay`).
 """
 

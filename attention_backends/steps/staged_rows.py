@@ -21,7 +21,7 @@ def staged_rows(
     spec: StagedSpec,
     options: Options,
 ) -> tuple[PrefillRows, ReplayedRows | None]:
-    """Rows of the requests behind the first ``n_decodes``, which own rows ``starts[b] : starts[b + 1]`` of the step.
+    """Rows of the requests after the first ``n_decodes``, which own rows ``starts[b] : starts[b + 1]`` of the step.
 
     ``seq_lens`` are their contexts, new tokens included, and ``table`` the block table of the step.
     """

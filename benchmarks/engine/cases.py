@@ -36,7 +36,7 @@ DEFAULT_OPTIONS = {"r": 16, "k": 128}
 SKIPPED = "no attention"
 
 N_TAIL = 1024
-"""Room for answers behind the context (tokens): more than all rounds of a case decode."""
+"""Room for answers after the context (tokens): more than all rounds of a case decode."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -49,7 +49,7 @@ def turns_of(window: Example, tokenizer: object, n_turns: int) -> list[Example]:
 
 
 def measure(method: Method, run: Run, conversations: list[list[Example]]) -> tuple[list[float], float]:
-    """Bits per byte of each conversation's answers behind its first turn; the share of their prompts in the cache."""
+    """Bits per byte of each conversation's answers after its first turn; the share of their prompts in the cache."""
     n_turns, scores = len(conversations[0]), [0.0] * len(conversations)
     with Engine(method, run) as engine:
         for turn in range(n_turns):

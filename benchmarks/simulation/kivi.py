@@ -43,7 +43,7 @@ class SimulatedCache(DynamicCache):
         self.bits, self.group, self.residual = bits, group, residual
 
     def update(self, key_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        """K and V [B, G, S, D] of all tokens: exact in the step of the prompt, quantized in the steps behind it."""
+        """K and V [B, G, S, D] of all tokens: exact in the step of the prompt, quantized in the steps after it."""
         keys, values = super().update(key_states, *args, **kwargs)
         if key_states.shape[2] > 1:
             return keys, values

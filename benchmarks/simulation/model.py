@@ -22,7 +22,7 @@ from vllm_sparq.benchmarks.tasks.generated import Example
 ATTENTION = "sparq_simulation"
 
 WINDOW = 256
-"""Tokens behind a token whose attention it gathers while a prompt is read (`local_attention`)."""
+"""Tokens after a token whose attention it gathers while a prompt is read (`local_attention`)."""
 
 
 class Attention(Protocol):
@@ -100,13 +100,13 @@ def answer(model: Any, tokenizer: Any, example: Example, cache: DynamicCache) ->
 
 @dataclass(kw_only=True)
 class Contexts:
-    """Prompts that have been read. Tensors have room behind each prompt for its answer.
+    """Prompts that have been read. Tensors have room after each prompt for its answer.
 
     Attributes:
         examples: B of them.
         lengths: int64 [B], tokens of the prompts.
         first: int64 [B], the first tokens of the answers.
-        keys, values: per layer [B, G, S, D]; what lies behind a prompt and its answer means nothing.
+        keys, values: per layer [B, G, S, D]; what lies after a prompt and its answer means nothing.
         heat: per layer [B, G, H/G, S], see `local_attention`; empty where it was not asked for.
     """
 
@@ -248,7 +248,7 @@ class _Decoding:
 
 
 class _Ragged(DynamicCache):
-    """K and V of `Contexts`; new tokens go behind the end of each request."""
+    """K and V of `Contexts`; new tokens go after the end of each request."""
 
     def __init__(self, contexts: Contexts) -> None:
         super().__init__()

@@ -231,7 +231,7 @@ class InfLLM:
         start = step.lengths[:, None] - n_local
         found = torch.einsum("bghd,bghnd->bn", step.q, step.memory["keys"])
         ends = n_first + (torch.arange(found.shape[1]) + 1) * self.block
-        known = ends <= torch.minimum(start, step.n_prompt[:, None])  # whole, behind the window, and of the prompt
+        known = ends <= torch.minimum(start, step.n_prompt[:, None])  # whole, after the window, and of the prompt
         chosen = best(found.masked_fill(~known, -torch.inf), n_blocks[:, 0]) & known
         block_of = (step.positions - n_first).div(self.block, rounding_mode="floor")  # [B, S]
         inside = (block_of >= 0) & (block_of < found.shape[1])

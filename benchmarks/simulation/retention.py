@@ -4,7 +4,7 @@
 
 Every token stays in memory; a mask per layer and KV head says who is alive. The prompt is computed densely, and each
 token's score is the sum over all queries of the attention it got, averaged over the query heads of a KV head. When a
-token arrives behind the prompt, the newest tokens stay (the arriving one among them), of the rest those with the
+token arrives after the prompt, the newest tokens stay (the arriving one among them), of the rest those with the
 highest scores (H2O, arXiv 2306.14048) or none but the first ones (sinks + window, arXiv 2309.17453, at their own
 positions), and the dead stay dead. Nothing is paged and nothing is fast. It shares no code with `vllm_sparq.ops`.
 """

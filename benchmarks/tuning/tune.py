@@ -32,7 +32,7 @@ N_SCORED = 128
 """Tokens at the end of each window that are forced; the context before them is read."""
 
 TAIL = 64  # more than MIN_TURNS + 2 turns of STEPS
-"""Room behind the context for the tokens whose time is taken."""
+"""Room after the context for the tokens whose time is taken."""
 
 RESERVE = 0.2
 """Share of the time limit that is kept for taking the best settings' time once more."""

@@ -86,7 +86,7 @@ def test_output_tokens_are_replayed_at_their_own_length() -> None:
     assert result.replayed.block_table[:, 0].tolist() == [100, 100, 100]
 
 
-def test_a_chunk_behind_the_prompt_is_replayed_whole() -> None:
+def test_a_chunk_after_the_prompt_is_replayed_whole() -> None:
     result = build(step((3, 13, 4), (2, 6, 5)))
     assert result.n_decodes == 0
     assert result.replayed is not None

@@ -58,7 +58,7 @@ class Prompts:
 
     @cached_property
     def mixed(self) -> list[list[int]]:
-        """Lengths around the block size and far behind it, for runs that are compared with each other."""
+        """Lengths around the block size and far after it, for runs that are compared with each other."""
         return [self.of_length(n) for n in (1, 7, 127, 128, 129, 255, 300, 511, 640, 900, 1300)]
 
     @staticmethod

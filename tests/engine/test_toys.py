@@ -71,7 +71,7 @@ ROWS = {
         ('    "all": None,\n', '    "anchors": Policy(rank="age", sinks=32, recent=1, summary="the newest"),\n')
     ],
 }
-"""Table of an axis -> (what stands there, the row that goes behind it)."""
+"""Table of an axis -> (what stands there, the row that goes after it)."""
 
 SCRIPT = """
 import json, sys

@@ -144,7 +144,7 @@ def test_by_hand(implementation: str) -> None:
     world.pages.attention[page, 0, :10] = torch.tensor([0, 1, 7, 2, 7, 3, 9, 4, 0, 0.0], device=world.buffer.device)
     keys = world.pages.keys[page, 0, :10].clone()
     run_evict(world, load("evict", implementation), [5], sinks=1, recent=2)
-    # Slots 1, 3 and 4 are free; tokens 6, 8 and 9, which lie behind, take them in this order.
+    # Slots 1, 3 and 4 are free; tokens 6, 8 and 9, which lie after, take them in this order.
     assert world.pages.positions[page, 0, :5].tolist() == [0, 6, 2, 8, 9]
     assert world.pages.attention[page, 0, :5].tolist() == [0, 9, 7, 0, 0]
     assert torch.equal(world.pages.keys[page, 0, :5], keys[[0, 6, 2, 8, 9]])

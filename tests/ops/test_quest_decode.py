@@ -236,7 +236,7 @@ OVERFLOWS = [(name, kind) for name in IMPLEMENTATIONS for kind in ("infinite", "
 
 @pytest.mark.parametrize(("implementation", "kind"), OVERFLOWS)
 def test_bounds_may_overflow(implementation: str, kind: str) -> None:
-    """Sums beyond fp32: spans 5 and 8 before all, span 0 behind all, and nothing else is disturbed."""
+    """Sums beyond fp32: spans 5 and 8 before all, span 0 after all, and nothing else is disturbed."""
     case, big = replace(BASE, heads=2, kv_heads=1, block_size=32, lens=(156,)), 3e19
     tokens, on = case.tokens(), device(implementation)
     tokens.query[0][:], tokens.key[0][:] = 0, 0

@@ -90,7 +90,7 @@ def where(world: World, byte: int) -> str:
 
 
 def steps(case: Case) -> list[Case]:
-    """Decode; prompts; and chunks that end within, at, and blocks behind the one that was open."""
+    """Decode; prompts; and chunks that end within, at, and blocks after the one that was open."""
     n = case.block_size
     sizes = (n, 3, 2 * n + 1, n - 1, 10**9)
     chunks = tuple(min(s, sizes[b % len(sizes)]) for b, s in enumerate(case.lens))

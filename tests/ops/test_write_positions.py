@@ -43,7 +43,7 @@ def test_arrivals_are_noted(implementation: str, case: Case, shifted: bool) -> N
 
 
 @pytest.mark.parametrize("implementation", ALL)
-def test_slots_behind_the_last_token_keep_their_notes(implementation: str) -> None:
+def test_slots_after_the_last_token_keep_their_notes(implementation: str) -> None:
     case = replace(CASES[0], lens=(5,), new=(2,))
     world = build(case, written="context", device=device(implementation))
     page = int(world.block_table[0, 0])

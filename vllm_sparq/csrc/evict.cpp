@@ -60,7 +60,7 @@ void fetch(const Held& held, int block) {
   }
 }
 
-// Step 1: ranks[slot], what the token has had or its position; infinite where it must stay, and behind the last one.
+// Step 1: ranks[slot], what the token has had or its position; infinite where it must stay, and after the last one.
 void rank_tokens(const Held& held, int sinks, int recent_from, float* ranks) {
   const int n = held.pages.block_size;
   const Vec always = set1(INFINITY), never = set1(-INFINITY);

@@ -77,7 +77,7 @@ struct Bounds {
   int per_block;       // spans
   int n_full;          // blocks whose pages hold their bounds
   size_t bytes;        // of a span
-  const uint8_t* own;  // bounds of the spans behind the full blocks
+  const uint8_t* own;  // bounds of the spans after the full blocks
 
   static int n_full_blocks(const Sequence& of) {
     return of.pages->quantized() ? of.newest_block() : of.len / of.pages->block_size;
@@ -97,7 +97,7 @@ struct Bounds {
   }
 };
 
-// Step 1 for the spans behind the full blocks that are ranked.
+// Step 1 for the spans after the full blocks that are ranked.
 void bound_newest(const Sequence& sequence, int first, int last, uint8_t* to) {
   const Pages& pages = *sequence.pages;
   for (int span = first; span < last; ++span, to += pages.record_bytes()) {

@@ -137,7 +137,7 @@ void sum_block(const Target& of) {
   if (block.next_opens) sum_values(pages, of.page(), (float*)(of.page(1) + pages.value_sum));
 }
 
-// Whether earlier tokens of the block lie in the pages behind it, so that nothing may be written there before it is
+// Whether earlier tokens of the block lie in the pages after it, so that nothing may be written there before it is
 // quantized.
 bool is_awaited(const Pages& pages, const Block& block) {
   return pages.quantized() && block.first > 0 && block.last == pages.block_size && block.first < block.last;

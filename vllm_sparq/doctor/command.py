@@ -162,7 +162,7 @@ def print_verdict(n_wrong: int, args: argparse.Namespace) -> None:
         return
     name = args.attention_backend
     if args.model is None:
-        console.print(f"[bold green]✓[/] All is well. Any model goes behind: vllm serve ... --attention-backend {name}")
+        console.print(f"[bold green]✓[/] All is well: vllm serve ... --attention-backend {name}")
         return
     command = ["vllm", "serve", args.model, "--attention-backend", name]
     if args.options:

@@ -28,7 +28,7 @@ def test_rounding_by_hand() -> None:
 
 
 def test_simulated_cache_is_exact_where_kivi_is() -> None:
-    """The prompt's own step; then K behind the last whole residual, and the last residual of V."""
+    """The prompt's own step; then K after the last whole residual, and the last residual of V."""
     cache, gen = SimulatedCache(bits=2, group=4, residual=8), torch.Generator().manual_seed(0)
     key, value = (torch.randn(1, 1, 21, 8, generator=gen) for _ in range(2))
     first = cache.update(key, value, 0)

@@ -35,7 +35,7 @@ THETA = 1e4
 
 
 def a_step(lengths: list[int], n_slots: int, *, group: int = 2, head_size: int = 8, seed: int = 0) -> Step:
-    """Two KV heads; slots behind a request's end are poisoned with what must not be seen."""
+    """Two KV heads; slots after a request's end are poisoned with what must not be seen."""
     gen = torch.Generator().manual_seed(seed)
     k, v = (torch.randn(len(lengths), 2, n_slots, head_size, generator=gen) for _ in range(2))
     heat = torch.rand(len(lengths), 2, group, n_slots, generator=gen)
@@ -97,8 +97,8 @@ def test_with_nothing_left_out_every_policy_is_dense(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", POLICIES)
-def test_no_policy_looks_behind_the_end(name: str) -> None:
-    """What lies behind a request is poison, and a request answers alike beside others and alone."""
+def test_no_policy_looks_after_the_end(name: str) -> None:
+    """What lies after a request is poison, and a request answers alike beside others and alone."""
     policy = POLICIES[name](Wanted(Shape(2, 8), 3.0, Options(compression=3.0, min_k=1, ranking="model")))
     both, alone = a_step([150, 97], 160), a_step([150, 97], 160)
     alone.lengths, alone.n_prompt = alone.lengths[1:], alone.n_prompt[1:]

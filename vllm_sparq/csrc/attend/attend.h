@@ -31,7 +31,7 @@ struct State {
   float* logits = nullptr;  // [n_heads, stride], where those of the next tokens are to be kept, base 2; or null
   size_t stride = 0;
 
-  State behind(int n_tokens) const {
+  State after(int n_tokens) const {
     State next = *this;
     if (logits != nullptr) next.logits += n_tokens;
     return next;

@@ -39,7 +39,7 @@ void add_attention(const Sequence& sequence, int first, int n, const float* weig
       Vec mean = zero();
       for (int h = 0; h < n_heads; ++h) mean = fma(load(weights + h * stride + done + i), set1(factors[h]), mean);
       const Vec before = load(attention + i), after = add(before, mean);
-      // Slots behind the last token keep their bytes.
+      // Slots after the last token keep their bytes.
       store(attention + i, run - i < W ? select((1u << (run - i)) - 1, after, before) : after);
     }
   }

@@ -103,7 +103,7 @@ struct Sequence {
   int len = 0;  // S; only `newest_block` asks
 
   uint8_t* page(int block) const { return pages->page(blocks[block], head); }
-  // Quantized formats: where a token of an unfinished block waits, in the blocks behind it.
+  // Quantized formats: where a token of an unfinished block waits, in the blocks after it.
   uint8_t* staged(int block, int slot) const {
     const int ahead = slot / pages->staged_per_page, place = slot % pages->staged_per_page;
     return page(block + 1 + ahead) + place * pages->record_bytes();

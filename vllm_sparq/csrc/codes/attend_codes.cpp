@@ -198,7 +198,7 @@ void attend_blocks(const CodeKernels& kernels, const Group& group, const State& 
     if (block + 1 < last_block) page_ahead(pages, sequence.page(block + 1), &keys, &values);
     if (block + 2 < last_block) touch(pages, sequence.page(block + 2));
     if (state.logits != nullptr) fetch_attention(sequence, block * n, n);
-    few_heads_at_a_time(kernels, group, state.behind((block - first_block) * n), pages, [&](const Heads4& heads) {
+    few_heads_at_a_time(kernels, group, state.after((block - first_block) * n), pages, [&](const Heads4& heads) {
       heads.score_page(page, rows, logits, stride, keys);
       heads.absorb(logits, stride, n, rows.all(pages.value, kernels.value, page, n), values);
     });

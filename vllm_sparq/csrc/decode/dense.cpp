@@ -70,7 +70,7 @@ void attend_range(const Decode& call, const Group& group, const State& state, co
       rows[(i + 2) % 3].touch(bytes);
     }
     if (state.logits != nullptr) fetch_attention(sequence, first, now.n);
-    call.kernels.absorb(group, state.behind(first - begin), now.at, now.n, first + TILE < last ? next.at : nullptr);
+    call.kernels.absorb(group, state.after(first - begin), now.at, now.n, first + TILE < last ? next.at : nullptr);
   }
 }
 
@@ -86,7 +86,7 @@ size_t noted_floats(const Decode& call, const Task& task) {
   return call.pages.adds_attention() ? Noted::n_floats(call.group_size(), most_tokens(call, task)) : 0;
 }
 
-// In the memory of a part, behind its state.
+// In the memory of a part, after its state.
 Noted noted_in(const Decode& call, const Task& task, float* memory) {
   return Noted::in(memory + call.state_floats(), call.group_size(), most_tokens(call, task));
 }

@@ -10,7 +10,7 @@ namespace sparq {
 // of one context need the same room.
 size_t part_floats(const Decode& call, const Task& task);
 
-// The memory of a part: behind that of the part `before` it, or with room for all of its context.
+// The memory of a part: after that of the part `before` it, or with room for all of its context.
 float* place_part(const Decode& call, const Task& task, float* before, Arena& arena);
 
 // Dense attention over tokens first .. last.

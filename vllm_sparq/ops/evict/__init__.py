@@ -26,17 +26,17 @@ def evict(
 
     1. *Who stays*: tokens at positions below ``sinks`` and from ``recent_from[b]`` on, then those with the most
        attention (`Pages.attention`; NaN is least), or the newest where ``rank`` is ``age``. Ties: the lowest position.
-    2. *Moves*: the survivors behind slot ``kept_lens[b]``, in ascending order, take the slots of the dead before it, in
+    2. *Moves*: the survivors after slot ``kept_lens[b]``, in ascending order, take the slots of the dead before it, in
        ascending order. Other survivors stay where they are. K, V, position and score move together.
     3. *Pages*: whatever a page derives from its tokens is made again, as `write` makes it, where a token was replaced:
-       the ranking copy of pages that are still full, and the value sums of all pages behind.
+       the ranking copy of pages that are still full, and the value sums of all pages after.
 
     Quantized formats: ``kept_lens`` are multiples of the block size, or equal to ``seq_lens``. A moved token takes its
     codes along; from the newest block, which is staged, it is quantized on arrival. Where K is channel-major (KIVI) a
     group of tokens is quantized again as a whole if one of them was replaced, from what it stands for, rounded to the
     model's type; so is the ranking copy.
 
-    The bytes behind the kept slots are undefined afterwards. H2O (arXiv 2306.14048) with permanent eviction, per KV
+    The bytes after the kept slots are undefined afterwards. H2O (arXiv 2306.14048) with permanent eviction, per KV
     head at one budget; StreamingLLM's choice of tokens (arXiv 2309.17453), at their own positions.
 
     Args:
@@ -44,7 +44,7 @@ def evict(
         block_table: int32 [>= B, M]; with the blocks of all ``seq_lens[b]`` tokens and their staging.
         seq_lens: int32 [B], slots taken.
         kept_lens: int32 [B], at most ``seq_lens``; a request that keeps all is left alone.
-        recent_from: int32 [B], tokens at this position and behind it always stay.
+        recent_from: int32 [B], tokens at this position and after it always stay.
         sinks: first tokens of a request that always stay.
         rank: ``attention`` or ``age``: what decides among the others.
 

@@ -2,7 +2,7 @@
 
 1. `choose_kernel`, a program per request and KV head: the key of the last token to stay, and which token moves where.
 2. `move_kernel`, programs share the pages of a request and KV head (`triton_move`).
-3. `sum_kernel`, a chain in block order behind the first page that changed.
+3. `sum_kernel`, a chain in block order after the first page that changed.
 
 Scratch is 4 bytes for every token that the block table could hold; a batch whose scratch would exceed `SCRATCH_BYTES`
 runs in slices, one after the other.
@@ -111,7 +111,7 @@ def choose_kernel(
             all_stay = tl.sum(tl.where(here, histogram, 0), 0) == n_wanted
             shift = tl.where(all_stay, -8, shift - 8)
 
-    # The survivors behind the kept slots wait in order in the part of the scratch that nothing moves to.
+    # The survivors after the kept slots wait in order in the part of the scratch that nothing moves to.
     n_waiting = n_kept
     for first in range(n_kept, n_held, TILE):
         slot = first + lane

@@ -1,6 +1,6 @@
 """Steps 2 and 3 of `evict` on a GPU: survivors move, and their new pages make again what they derive from tokens.
 
-A program owns a page that gets tokens; beside that page it reads only slots behind the kept ones, which nobody writes.
+A program owns a page that gets tokens; beside that page it reads only slots after the kept ones, which nobody writes.
 So programs of one launch never meet. A page in codes is a little work more:
 
 * a token's codes and scales move as they are, in words; from the newest block, which is staged, they are made here;
@@ -178,7 +178,7 @@ def requantize_keys(
 
 @triton.jit
 def move_kernel(
-    records,  # pages [P, G] in the model's type; the value of a record lies D elements behind its key
+    records,  # pages [P, G] in the model's type; the value of a record lies D elements after its key
     ranking,  # [P, G, D, N / 2 | N]
     scales,  # fp16 [P, G, D, 2]
     positions,  # int32 [P, G, N]

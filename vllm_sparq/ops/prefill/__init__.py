@@ -30,7 +30,7 @@ def prefill(
     request's new ones, and ``key_start_loc`` says where each request's begin.
 
     Where pages have ``scores``, each token's probabilities, as the mean over the query group and the sum over the rows,
-    are added to its score: cached tokens in slots below ``context_lens[b]``, and those of ``key`` in the slots behind,
+    are added to its score: cached tokens in slots below ``context_lens[b]``, and those of ``key`` in the slots after,
     where `write` has put them before. Without an S x S tensor.
 
     Args:

@@ -23,7 +23,7 @@ def prefill_kernel(
     query,  # [T, H, D]
     key,  # [T, G, D]
     value,
-    records,  # pages [P, G] in the model's type; the value of a record lies D elements behind its key
+    records,  # pages [P, G] in the model's type; the value of a record lies D elements after its key
     block_table,
     query_start_loc,
     key_start_loc,

@@ -128,7 +128,7 @@ def fold_quantized(
 @triton.jit
 def attend_kernel(
     query,  # [B, H, D]
-    records,  # pages [P, G] in the model's type; the value of a record lies D elements behind its key
+    records,  # pages [P, G] in the model's type; the value of a record lies D elements after its key
     tokens,  # with READ int32 cells [rows, capacity]; else the block table, int32 [B, M]
     seq_lens,  # int32 [B]
     n_listed,  # COUNTED: int32 [rows], cells of a row; else it follows from its length

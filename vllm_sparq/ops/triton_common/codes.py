@@ -4,7 +4,7 @@ Every reader takes its tiles from here, in the model's own type and in the orien
 
 *Stored order*: a byte holds codes of several *runs* of a row (`Pages.key_codes`). A tile is unpacked run after run, so
 its elements come as ``position = run * run_pad + index in the run``. For head sizes that are powers of two that is the
-order of the channels; else padding sits behind every run. Sums over channels do not care, as long as both factors keep
+order of the channels; else padding sits after every run. Sums over channels do not care, as long as both factors keep
 to it; neither do sums over tokens, where a row of codes is a channel (KIVI).
 """
 
@@ -359,7 +359,7 @@ def n_in_codes(context_len, N: tl.constexpr):
 
 @triton.jit
 def staged_at(table, t, live, N: tl.constexpr, STAGED: tl.constexpr):
-    """(page, place) of tokens ``t`` of a request's newest block, which wait in the blocks behind it."""
+    """(page, place) of tokens ``t`` of a request's newest block, which wait in the blocks after it."""
     slot = t % N
     return tl.load(table + t // N + 1 + slot // STAGED, mask=live, other=0), slot % STAGED
 

@@ -10,7 +10,7 @@ The order of the list is fixed but has no meaning.
 Rows that are read densely list all their tokens.
 
 With a ``READ.span`` what is ranked and picked are spans of so many tokens, and all tokens of a picked one are written.
-The newest span may be short: it is not ranked, but listed behind all others.
+The newest span may be short: it is not ranked, but listed after all others.
 """
 
 # ruff: noqa: RUF005  Triton knows no starred element of a tuple

@@ -41,8 +41,8 @@ def write(
     A request may go on from full blocks that another one brings in the same call, whichever comes first in the batch
     (with prefix caching, vLLM schedules equal beginnings so).
 
-    Nothing else of any page changes: slots behind the last token, and pages of other requests, keep their bytes. What
-    staging blocks hold behind the newest token is undefined.
+    Nothing else of any page changes: slots after the last token, and pages of other requests, keep their bytes. What
+    staging blocks hold after the newest token is undefined.
     A position may be written again later (a rejected draft token): the page then pays its dues again. Not so in a
     quantized format, where a request may only grow.
 
@@ -51,7 +51,7 @@ def write(
         value: [T, G, D].
         pages: the cache; changed in place.
         block_table: int32 [B, M], page ids in token order; entries past a request's last block (and the staging blocks
-            behind it) are never read.
+            after it) are never read.
         query_start_loc: int32 [B + 1], ascending; rows from its last entry on are padding and ignored.
         seq_lens: int32 [B], context lengths S, new tokens included. A request may bring no token.
         first_positions: int32 [B] or None, the position of each request's first new token where that is not its slot,

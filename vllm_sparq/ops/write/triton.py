@@ -23,7 +23,7 @@ from vllm_sparq.ops.write.triton_sums import write_sums
 def write_kernel(
     key,  # [T, G, D]
     value,
-    records,  # keys of the pages [P, G, N, D]; V lies D elements behind
+    records,  # keys of the pages [P, G, N, D]; V lies D elements after
     ranking,  # [P, G, D, N / 2 | N], or bounds [P, G, N / 16, 2, D]
     scales,  # fp16 [P, G, D, 2]
     positions,  # int32 [P, G, N]

@@ -1,7 +1,7 @@
 """`vllm_sparq.ops.write.write` on a GPU into quantized pages: three launches, or two without value sums.
 
 1. The block that each request had begun before, if it fills now: its codes are made, from the staged tokens and the new
-   ones. Only then may anything be written behind it, where its tokens are staged.
+   ones. Only then may anything be written after it, where its tokens are staged.
 2. Every other full block is encoded from ``key`` and ``value`` alone; the newest block of each request is staged.
 3. The pages that a request opens get their sum of V (`triton_sums`), of what is stored: codes.
 
@@ -84,7 +84,7 @@ def write_side(
     new,  # K or V: pointer to the row of slot 0 and this head, which may lie before the tensor
     staged,  # pointer to where this head's first record would keep it
     page,  # pointer to the block's page, its first byte
-    ahead,  # pointer to the block table's entry behind the block
+    ahead,  # pointer to the block table's entry after the block
     n_old,
     stop,
     is_staged,

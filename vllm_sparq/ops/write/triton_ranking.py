@@ -37,7 +37,7 @@ def encode(x, zero, scale, TOP: tl.constexpr):
 def load_block(
     new,  # pointer to the row of slot 0 and this head (which may lie before the tensor: masked)
     old,  # pointer to the page's first record; STAGED: to the first of this head
-    ahead,  # STAGED: pointer to the block table's entry behind the block
+    ahead,  # STAGED: pointer to the block table's entry after the block
     slot,
     d,
     mask,
