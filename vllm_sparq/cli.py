@@ -30,11 +30,20 @@ COMMANDS = {
         f"{BENCHMARKS}.cluster.bench",
         "offline generation on a pool of replicas, here or on a cluster",
     ),
+    "research reads": (f"{BENCHMARKS}.simulation.reads", "policies of reading by their definitions, in plain torch"),
+    "research kivi": (f"{BENCHMARKS}.simulation.kivi", "KIVI as its paper defines it, in plain torch"),
+    "research retention": (f"{BENCHMARKS}.simulation.retention", "H2O and sinks + window by their definitions"),
+    "research mass": (
+        f"{BENCHMARKS}.quality.mass_curve",
+        "answers against tokens read, by a mass or a fixed k",
+    ),
+    "research conversation": (f"{BENCHMARKS}.quality.conversation", "what prefix caching costs a conversation"),
+    "research bits": (f"{BENCHMARKS}.quality.bits_per_byte", "bits per byte of a text, token by token"),
     "report": (f"{BENCHMARKS}.reporting.page", "one page with the tables and pictures of a folder of results"),
 }
 """Words of the command -> module, one line of help. Only the module of the command in use is imported."""
 
-GROUPS = {"bench": "measurements"}
+GROUPS = {"bench": "measurements", "research": "what a method is worth, by its definition and in detail"}
 """First word of a command of two words -> one line of help."""
 
 EXAMPLES = """\

@@ -39,6 +39,28 @@ def comma_numbers(text: str) -> list[int]:
     return [int(part) for part in text.split(",")]
 
 
+def comma_shares(text: str) -> list[float]:
+    """For argparse: shares above 0 and below 1, comma-separated."""
+    try:
+        found = [float(part) for part in text.split(",")]
+    except ValueError:
+        found = [0.0]
+    if not all(0 < share < 1 for share in found):  # nan is not, either
+        raise argparse.ArgumentTypeError(f"{text} is not usable: give shares above 0 and below 1, as in 0.9,0.99")
+    return found
+
+
+def json_object(text: str) -> dict[str, Any]:
+    """For argparse: a JSON object."""
+    try:
+        found = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not JSON: {error}") from None
+    if not isinstance(found, dict):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a JSON object, such as '{{\"compression\": 4}}'")
+    return found
+
+
 def given_options(text: str) -> dict[str, Any]:
     """For argparse: a JSON object of options, with or without the key "sparq" around it; not checked yet."""
     from vllm_sparq.config import NAMESPACE

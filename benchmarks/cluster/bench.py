@@ -20,7 +20,6 @@ from vllm_sparq.benchmarks.cluster.replicas import (
     check_cores,
     cluster,
     engine_arguments,
-    json_object,
     stderr_to,
     unpacked,
 )
@@ -29,7 +28,7 @@ from vllm_sparq.benchmarks.common.methods import Method
 from vllm_sparq.benchmarks.common.proof import WrongAttentionError, with_dense
 from vllm_sparq.benchmarks.common.records import append_records, case_key, provenance, recorded, skipped_note
 from vllm_sparq.benchmarks.tiny_model import WEIGHTS
-from vllm_sparq.console import UsageError, check_model, comma_names, make_console
+from vllm_sparq.console import UsageError, check_model, comma_names, json_object, make_console
 
 RUNNERS = ("data", "actors")
 

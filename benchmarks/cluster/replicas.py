@@ -6,7 +6,6 @@ import atexit
 import contextlib
 import functools
 import importlib.util
-import json
 import logging
 import os
 import shutil
@@ -250,16 +249,3 @@ def _check_resources(pool: Pool, resources: dict[str, float]) -> None:
                 f"{pool.replicas} replicas need {needed:g} {name}s{beside}, and the cluster has {there:g}: ask for "
                 f"fewer --replicas or add nodes"
             )
-
-
-def json_object(text: str) -> dict[str, Any]:
-    """For argparse: a JSON object."""
-    import argparse
-
-    try:
-        given = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is not JSON: {error}") from None
-    if not isinstance(given, dict):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a JSON object")
-    return given

@@ -1,6 +1,6 @@
 """What a method costs a language model: bits per byte of text, through the engine.
 
-    python -m vllm_sparq.benchmarks.quality.bits_per_byte --methods int8,int4,kivi4,kivi2
+    vllm-sparq research bits --methods int8,int4,kivi4,kivi2
 
 A row of a prompt sees every block before its own as codes, just as a decoded token does, so vLLM's prompt
 log-probabilities measure quantized formats as they are served. SparQ reads prompts densely, so it is forced to decode
@@ -15,15 +15,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
 from vllm_sparq.benchmarks.quality.engine import Engine, Run
 from vllm_sparq.benchmarks.quality.evaluate import methods_at, scored
 from vllm_sparq.benchmarks.quality.prompts import read_text
 from vllm_sparq.benchmarks.tasks.generated import Example
 from vllm_sparq.benchmarks.tiny_model import WEIGHTS
-from vllm_sparq.console import UsageError, comma_names
+from vllm_sparq.console import UsageError, check_model, comma_names, make_console
 
 
 def windows(model: Path, text: str, n_tokens: int, n_windows: int) -> list[Example]:
@@ -73,17 +70,25 @@ def difference(found: Sequence[float], base: Sequence[float]) -> tuple[float, fl
     return mean, math.sqrt(spread / len(differences))
 
 
-def main() -> None:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `vllm-sparq research bits`."""
+    parser.description = __doc__
+    add = parser.add_argument
+    add("--model", type=Path, default=WEIGHTS, help="a model folder (default: the bundled model)")
+    add("--methods", type=comma_names, default=["int8", "int4", "kivi4", "kivi2"], help="beside dense")
+    add("--compression", type=comma_names, default=["8"], help="of methods that take one (default: 8)")
+    add("--text", type=Path, help="a text file (default: held-out text of the bundled model's corpus)")
+    add("--length", type=int, default=1024, help="tokens of a window (default: 1024)")
+    add("--n", type=int, default=64, help="windows (default: 64)")
+    add("--dtype", default="bfloat16", help="element type of the model (default: bfloat16)")
+
+
+def main(args: argparse.Namespace) -> int:
     """Measure, print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, default=WEIGHTS)
-    parser.add_argument("--methods", type=comma_names, default=["int8", "int4", "kivi4", "kivi2"])
-    parser.add_argument("--compression", type=comma_names, default=["8"])
-    parser.add_argument("--text", type=Path, help="a text file (default: held-out text of the bundled model's corpus)")
-    parser.add_argument("--length", type=int, default=1024, help="tokens of a window (default: 1024)")
-    parser.add_argument("--n", type=int, default=64, help="windows (default: 64)")
-    parser.add_argument("--dtype", default="bfloat16")
-    args = parser.parse_args()
+    from rich.table import Table
+
+    args.model = check_model(args.model)
+    methods = methods_at(args.methods, args.compression, {})
     text = corpus_text(args.length * args.n) if args.text is None else read_text(args.text)
     examples = windows(args.model, text, args.length, args.n)
     table = Table(title=f"bits per byte ± standard error of the difference, {args.n} windows of {args.length} tokens")
@@ -91,15 +96,12 @@ def main() -> None:
         table.add_column(column, justify="left" if column == "method" else "right")
     run = Run(model=args.model, dtype=args.dtype)
     dense: list[float] = []
-    for method in methods_at(args.methods, args.compression, {}):
+    for method in methods:
         with Engine(method, run) as engine:
             outputs = engine.answer(examples)
         found = [scored(example, output)["score"] for example, output in zip(examples, outputs, strict=True)]
         dense = dense or found
         mean, error = difference(found, dense)
         table.add_row(method.name, f"{math.fsum(found) / len(found):.4f}", f"{mean:+.4f} ± {error:.4f}")
-    Console().print(table)
-
-
-if __name__ == "__main__":
-    main()
+    make_console().print(table)
+    return 0

@@ -1,6 +1,6 @@
 """What prefix caching costs conversations: bits per byte of every answer, and how much of each prompt was cached.
 
-    python -m vllm_sparq.benchmarks.quality.conversation --methods sparq --compression 8,16
+    vllm-sparq research conversation --methods sparq --compression 8,16
 
 A conversation is a piece of text in turns: its first tokens are a prompt, the next ones an answer, and so on. An answer
 is forced token by token and read as the method reads; the next turn's prompt is all that came before. With
@@ -15,7 +15,6 @@ import math
 from dataclasses import replace
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
 
 from vllm_sparq.benchmarks.common.methods import DENSE, Method
@@ -24,7 +23,7 @@ from vllm_sparq.benchmarks.quality.engine import Engine, Run
 from vllm_sparq.benchmarks.quality.evaluate import methods_at, scored
 from vllm_sparq.benchmarks.tasks.generated import Example
 from vllm_sparq.benchmarks.tiny_model import WEIGHTS
-from vllm_sparq.console import comma_names
+from vllm_sparq.console import check_model, comma_names, make_console
 
 
 def turns_of(window: Example, tokenizer: object, n_turns: int) -> list[Example]:
@@ -64,19 +63,25 @@ def measure(method: Method, run: Run, conversations: list[list[Example]]) -> tup
     return scores, found / asked if asked else 0.0
 
 
-def main() -> None:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `vllm-sparq research conversation`."""
+    parser.description = __doc__
+    add = parser.add_argument
+    add("--model", type=Path, default=WEIGHTS, help="a model folder (default: the bundled model)")
+    add("--methods", type=comma_names, default=["sparq"], help="beside dense (default: sparq)")
+    add("--compression", type=comma_names, default=["8"], help="of methods that take one (default: 8)")
+    add("--length", type=int, default=2048, help="tokens of a conversation (default: 2048)")
+    add("--turns", type=int, default=4, help="turns of a conversation (default: 4)")
+    add("--n", type=int, default=24, help="conversations (default: 24)")
+    add("--block-size", type=int, default=32, help="tokens per block (default: 32)")
+    add("--dtype", default="bfloat16", help="element type of the model (default: bfloat16)")
+
+
+def main(args: argparse.Namespace) -> int:
     """Measure, print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, default=WEIGHTS)
-    parser.add_argument("--methods", type=comma_names, default=["sparq"])
-    parser.add_argument("--compression", type=comma_names, default=["8"])
-    parser.add_argument("--length", type=int, default=2048, help="tokens of a conversation (default: 2048)")
-    parser.add_argument("--turns", type=int, default=4, help="turns of a conversation (default: 4)")
-    parser.add_argument("--n", type=int, default=24, help="conversations (default: 24)")
-    parser.add_argument("--block-size", type=int, default=32)
-    parser.add_argument("--dtype", default="bfloat16")
-    args = parser.parse_args()
     from transformers import AutoTokenizer
+
+    args.model = check_model(args.model)
 
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     pieces = windows(args.model, corpus_text(args.length * args.n), args.length, args.n)
@@ -97,8 +102,5 @@ def main() -> None:
             table.add_row(
                 method.name, name, f"{math.fsum(found) / len(found):.4f}", f"{mean:+.4f} ± {error:.4f}", f"{cached:.0%}"
             )
-    Console(width=120).print(table)
-
-
-if __name__ == "__main__":
-    main()
+    make_console().print(table)
+    return 0

@@ -1,7 +1,7 @@
 """Does it pay to let attention decide how much is read? Answers against tokens read, with a mass and with a fixed k.
 
-    python -m vllm_sparq.benchmarks.quality.mass_curve
-    python -m vllm_sparq.benchmarks.quality.mass_curve --mass 0.5,0.9 --lengths 1024,2048 --out build/mass_curve.jsonl
+    vllm-sparq research mass
+    vllm-sparq research mass --mass 0.5,0.9 --lengths 1024,2048 --out build/mass_curve.jsonl
 
 With a mass m each decode step, layer and KV head reads as few tokens as hold the share m of the estimated probability,
 at most half of the context. How many that is on average is counted; then the same prompts are answered with that many
@@ -22,7 +22,13 @@ from pathlib import Path
 from typing import Any
 
 from vllm_sparq.benchmarks.quality.cells import CONFIDENCE, interval
-from vllm_sparq.console import UsageError, comma_names, comma_numbers, make_console
+from vllm_sparq.console import (
+    check_model,
+    comma_names,
+    comma_numbers,
+    comma_shares,
+    make_console,
+)
 
 BATCH = 25
 """Prompts that are answered together."""
@@ -174,11 +180,12 @@ def table(records: Sequence[dict[str, Any]]) -> Any:
     return view
 
 
-def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `vllm-sparq research mass`."""
+    parser.description = __doc__
     parser.add_argument("--model", type=Path, help="a model folder (default: the bundled model)")
     parser.add_argument("--dtype", default="bfloat16", help="element type of the model (default: bfloat16)")
-    parser.add_argument("--mass", type=comma_names, default=["0.8", "0.9", "0.95", "0.99"], help="shares to try")
+    parser.add_argument("--mass", type=comma_shares, default="0.8,0.9,0.95,0.99", help="shares to try")
     parser.add_argument("--tasks", type=comma_names, default=["repetition", "recall"], help="as of vllm-sparq eval")
     parser.add_argument("--lengths", type=comma_numbers, default=[1024], help="prompt tokens (default: 1024)")
     parser.add_argument("--n", type=int, default=50, help="prompts per task and length (default: 50)")
@@ -187,38 +194,26 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--min-k", type=int, default=8, help="tokens that a mass reads at least (default: 8)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, metavar="FILE", help="add a JSON line for each row of the table")
-    args = parser.parse_args()
-    try:
-        shares = [float(text) for text in args.mass]
-    except ValueError:
-        shares = [0.0]
-    if not all(0 < share < 1 for share in shares):
-        parser.error(f"--mass {','.join(args.mass)} is not usable: give shares above 0 and below 1, as in 0.9,0.99")
-    args.mass = shares
-    return args
 
 
-def main() -> None:
+def main(args: argparse.Namespace) -> int:
     """Answer, count, print."""
     from rich.progress import Progress
 
+    from vllm_sparq.benchmarks.common.model_shape import ModelShape
     from vllm_sparq.benchmarks.common.records import append_records, provenance
-    from vllm_sparq.benchmarks.quality.cache_bytes import CacheShape
     from vllm_sparq.benchmarks.quality.engine import Run
     from vllm_sparq.benchmarks.quality.prompts import Wanted, check_tasks
     from vllm_sparq.benchmarks.tiny_model import WEIGHTS
 
-    args, console = arguments(), make_console()
+    console = make_console()
     os.environ.update(HF_HUB_OFFLINE="1", VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_LOGGING_LEVEL="ERROR")
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
     os.environ.setdefault("TQDM_DISABLE", "1")
-    run = Run(model=args.model or WEIGHTS, dtype=args.dtype)
-    try:
-        check_tasks(args.tasks)
-        wanted = Wanted(model=run.model, tasks=args.tasks, lengths=args.lengths, n=args.n, seed=args.seed)
-        examples = wanted.examples(CacheShape.of(run.model, run.dtype).max_model_len)
-    except UsageError as error:
-        raise SystemExit(f"error: {error}") from None
+    run = Run(model=check_model(args.model or WEIGHTS), dtype=args.dtype)
+    check_tasks(args.tasks)
+    wanted = Wanted(model=run.model, tasks=args.tasks, lengths=args.lengths, n=args.n, seed=args.seed)
+    examples = wanted.examples(ModelShape.of(run.model, run.dtype).max_model_len)
     curve = Curve(run, {"r": args.r, "local": args.local, "min_k": args.min_k})
     about = {"model": run.model.name, "dtype": run.dtype, "seed": args.seed, **provenance()}
     records: list[dict[str, Any]] = []
@@ -238,7 +233,4 @@ def main() -> None:
                 for mass in args.mass:
                     keep(pair(curve, mass, cell, lambda n: progress.advance(bar, n)))
     console.print(table(records))
-
-
-if __name__ == "__main__":
-    main()
+    return 0

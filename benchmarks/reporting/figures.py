@@ -1,4 +1,4 @@
-"""docs/figures/*.svg, made of the recorded results: `python -m vllm_sparq.benchmarks.reporting.figures`.
+"""docs/figures/*.svg, made of the recorded results: `vllm-sparq report --documents`.
 
 The same results and the same matplotlib give the same bytes. Only lines of a clean tree count, and every ratio is
 within one run.
@@ -6,13 +6,13 @@ within one run.
 
 from __future__ import annotations
 
-import argparse
 import io
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from vllm_sparq.benchmarks.common.lines import replace_text
 from vllm_sparq.benchmarks.common.records import dense_beside, read_records
 
 RESULTS = Path(__file__).parents[1] / "results"
@@ -145,16 +145,9 @@ def drawn(name: str, records: Sequence[Record]) -> str:
     return "\n".join(line.rstrip() for line in text.getvalue().splitlines()) + "\n"
 
 
-def main() -> None:
-    """Write the figures."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.parse_args()
-    FOLDER.mkdir(parents=True, exist_ok=True)
+def write_figures() -> list[Path]:
+    """Write the figures anew; where they are."""
     records = read_records(RESULTS)
     for name in FIGURES:
-        (FOLDER / f"{name}.svg").write_text(drawn(name, records), encoding="utf-8")
-        print(f"{name}.svg")
-
-
-if __name__ == "__main__":
-    main()
+        replace_text(FOLDER / f"{name}.svg", drawn(name, records))
+    return [FOLDER / f"{name}.svg" for name in FIGURES]

@@ -1,17 +1,17 @@
-"""docs/options.md, made of `vllm_sparq.config.Options`: `python -m vllm_sparq.benchmarks.reporting.options_page`.
+"""docs/options.md, made of `vllm_sparq.config.Options`: `vllm-sparq report --documents`.
 
 A checkout's file is written anew; a test compares it with what the code says.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from vllm_sparq.backends import PRESETS
+from vllm_sparq.benchmarks.common.lines import replace_text
 from vllm_sparq.config import Options
 from vllm_sparq.reads import READS
 
@@ -26,7 +26,7 @@ nothing together are refused before the model loads, with the value, the rule an
 
 What options come to for one model: `vllm-sparq doctor --model MODEL --options '{"compression": 4}'`.
 
-This page is generated from `vllm_sparq/config.py` by `python -m vllm_sparq.benchmarks.reporting.options_page`.
+This page is generated from `vllm_sparq/config.py` by `vllm-sparq report --documents`.
 """
 
 SECTIONS: dict[str, tuple[str, tuple[str, ...]]] = {
@@ -141,13 +141,7 @@ def values(schema: Mapping[str, Any]) -> str:
     return f"{kind} {' and '.join(limits)}".rstrip()
 
 
-def main() -> None:
-    """Write the page."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.parse_args()
-    PAGE.write_text(page(), encoding="utf-8")
-    print(f"{PAGE.name}: {len(Options.model_fields)} options")
-
-
-if __name__ == "__main__":
-    main()
+def write_page() -> Path:
+    """Write the page anew; where it is."""
+    replace_text(PAGE, page())
+    return PAGE

@@ -77,15 +77,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = """\
 Reads every *.jsonl below the folder, as `bench` and `eval` write them with --out and --record.
 
-example:
+examples:
   vllm-sparq report results/ --out report.html
+  vllm-sparq report --documents
 """
-    parser.add_argument("results", type=Path, help="a folder of results, or one file")
+    parser.add_argument("results", type=Path, nargs="?", help="a folder of results, or one file")
     parser.add_argument("--out", type=Path, default=Path("report.html"), help="the page (default: report.html)")
+    parser.add_argument(
+        "--documents",
+        action="store_true",
+        help="write what is generated of a checkout's documents instead: tables, options, figures",
+    )
 
 
 def main(args: argparse.Namespace) -> int:
     """Write the page and the pictures."""
+    if args.documents:
+        return write_documents()
+    if args.results is None:
+        raise UsageError("give a folder of results, or one file")
     if not args.results.exists():
         raise UsageError(f"{args.results}: there is no such file or folder")
     records = read_records(args.results)
@@ -102,6 +112,19 @@ def main(args: argparse.Namespace) -> int:
     for name, png in pictures.items():
         (folder / f"{name}.png").write_bytes(png)
     print(f"{args.out}: {len(records)} results; {len(pictures)} pictures in {folder}{'' if pictures else ' (none)'}")
+    return 0
+
+
+def write_documents() -> int:
+    """Write the generated parts of the documents of a checkout, and say which.
+
+    Raises:
+        UsageError: this is no checkout.
+    """
+    from vllm_sparq.benchmarks.reporting import figures, options_page, readme_table
+
+    for path in (*readme_table.write_tables(), options_page.write_page(), *figures.write_figures()):
+        print(path.relative_to(readme_table.ROOT))
     return 0
 
 

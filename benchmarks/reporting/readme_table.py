@@ -1,7 +1,7 @@
 """The tables of the README and of docs/results.md that are made of this project's own results.
 
-Each stands between two comments, ``<!-- engine -->`` and ``<!-- /engine -->``; `vllm-sparq report --tables` writes them
-anew. No table sees a line of a tree with uncommitted changes, and no ratio is made of two lines of different code,
+Each stands between two comments, ``<!-- engine -->`` and ``<!-- /engine -->``; `vllm-sparq report --documents` writes
+them anew. No table sees a line of a tree with uncommitted changes, and no ratio is made of two lines of different code,
 machines or instruction sets: a cell without its partner stays empty until it is measured.
 """
 

@@ -15,7 +15,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from vllm_sparq.benchmarks.cluster.replicas import json_object
 from vllm_sparq.benchmarks.common.methods import DENSE, Method
 from vllm_sparq.benchmarks.common.proof import WrongAttentionError, check_attention, speed_note, with_dense
 from vllm_sparq.benchmarks.common.records import (
@@ -28,7 +27,7 @@ from vllm_sparq.benchmarks.common.records import (
 )
 from vllm_sparq.benchmarks.common.server import HOST, WORKER_REPORT, Server, ServerError, wait_until_healthy
 from vllm_sparq.benchmarks.tiny_model import WEIGHTS
-from vllm_sparq.console import UsageError, check_model, comma_names, make_console
+from vllm_sparq.console import UsageError, check_model, comma_names, json_object, make_console
 
 PREEMPTIONS = "vllm:num_preemptions_total"
 CACHE = "vllm:cache_config_info"

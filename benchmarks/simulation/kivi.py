@@ -1,6 +1,6 @@
 """KIVI as its paper defines it, simulated in plain torch: what our kivi formats are compared with.
 
-    python -m vllm_sparq.benchmarks.simulation.kivi --bits 2 --tasks needle,recall,map --lengths 1024
+    vllm-sparq research kivi --bits 2 --tasks needle,recall,map --lengths 1024
 
 Liu et al. 2024 (arXiv 2402.02750), as the authors' code has it. The prompt is computed in full precision. Then K is
 quantized per channel in groups of g tokens, except for the last (S mod R) tokens, and V per token in groups of g
@@ -11,20 +11,17 @@ place of a cache. It shares no code with `vllm_sparq.ops`.
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.progress import track
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
+from transformers import DynamicCache
 
-from vllm_sparq.benchmarks.quality.prompts import Wanted
-from vllm_sparq.benchmarks.simulation.model import answer
-from vllm_sparq.benchmarks.tasks.generated import TASKS, score
-from vllm_sparq.benchmarks.tiny_model import WEIGHTS
-from vllm_sparq.console import comma_names, comma_numbers
+from vllm_sparq.benchmarks.common.methods import DENSE
+from vllm_sparq.benchmarks.quality.cells import cells
+from vllm_sparq.benchmarks.simulation.model import answer, load_plain
+from vllm_sparq.benchmarks.simulation.prompts import add_prompt_arguments, cells_of, keep, line, table
+from vllm_sparq.console import comma_numbers, make_console
 
 
 def rounded(x: torch.Tensor, bits: int) -> torch.Tensor:
@@ -59,35 +56,29 @@ class SimulatedCache(DynamicCache):
         return keys, values
 
 
-def main() -> None:
-    """Score the simulation, and the model without it, on the prompts of `vllm-sparq eval`."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, default=WEIGHTS)
-    parser.add_argument("--bits", type=comma_numbers, default=[4, 2])
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `vllm-sparq research kivi`."""
+    parser.description = __doc__
+    add_prompt_arguments(parser)
+    parser.add_argument("--bits", type=comma_numbers, default=[4, 2], help="of the codes (default: 4,2)")
     parser.add_argument("--group", type=int, default=32, help="g (default: 32)")
     parser.add_argument("--residual", type=int, default=128, help="R, tokens in full precision (default: 128)")
-    parser.add_argument("--tasks", type=comma_names, default=list(TASKS))
-    parser.add_argument("--lengths", type=comma_numbers, default=[1024])
-    parser.add_argument("--n", type=int, default=50)
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
-    tokenizer = AutoTokenizer.from_pretrained(args.model)
-    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
-    console = Console()
-    for task in args.tasks:
-        for length in args.lengths:
-            wanted = Wanted(model=args.model, tasks=[task], lengths=[length], n=args.n, seed=args.seed)
-            examples = wanted.examples(model.config.max_position_embeddings)
-            for bits in (None, *args.bits):
-                found = []
-                for example in track(
-                    examples, f"{task} at {length}, {bits or 'no'} bits", console=console, transient=True
-                ):
-                    cache = DynamicCache() if bits is None else SimulatedCache(bits, args.group, args.residual)
-                    found.append(score(example, answer(model, tokenizer, example, cache)))
-                name = "dense" if bits is None else f"KIVI-{bits}, simulated"
-                console.print(f"{task:<12} {length:>6} {name:<20} {100 * fmean(found):5.1f}")
 
 
-if __name__ == "__main__":
-    main()
+def main(args: argparse.Namespace) -> int:
+    """Score the simulation, and the model without it, on the prompts of `vllm-sparq eval`."""
+    model, tokenizer = load_plain(args.model)
+    console = make_console()
+    records: list[dict[str, Any]] = []
+    for examples in cells_of(args, model.config.max_position_embeddings):
+        task, length = examples[0].task, examples[0].length
+        lines = []
+        for bits in (None, *args.bits):
+            name = DENSE if bits is None else f"KIVI-{bits}"
+            for example in track(examples, f"{task} at {length:,}, {name}", console=console, transient=True):
+                cache = DynamicCache() if bits is None else SimulatedCache(bits, args.group, args.residual)
+                lines.append(line(example, name, answer(model, tokenizer, example, cache)))
+        records += cells(lines)
+    keep(args, "kivi_simulation", records, group=args.group, residual=args.residual)
+    console.print(table(records))
+    return 0

@@ -64,6 +64,12 @@ def load(folder: Path) -> tuple[Any, Any]:
     return model, AutoTokenizer.from_pretrained(folder)
 
 
+def load_plain(folder: Path) -> tuple[Any, Any]:
+    """The same with the attention of transformers' own."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    return model, AutoTokenizer.from_pretrained(folder)
+
+
 class Answer:
     """The greedy answer to an example while it grows, cut at the first stop string."""
 

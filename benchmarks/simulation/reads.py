@@ -1,7 +1,7 @@
 """What a policy of reading costs in answers: policies by their definitions, simulated in plain torch.
 
-    python -m vllm_sparq.benchmarks.simulation.reads --policies sparq,quest,infllm --compression 4,8
-    python -m vllm_sparq.benchmarks.simulation.reads --policies sparq --options '{"group_reduce": "probs", "k": 200}'
+    vllm-sparq research reads --policies sparq,quest,infllm --compression 4,8
+    vllm-sparq research reads --policies sparq --options '{"group_reduce": "probs", "k": 200}'
 
 Every prompt is attended to densely, in float32; each decoded token then reads what the policy says (`read_policies`).
 The prompts are those of `vllm-sparq eval`, and so are the scores: points of 100, differences from dense prompt by
@@ -14,27 +14,34 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
-from rich import box
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
 
 from vllm_sparq.benchmarks.common.methods import DENSE
-from vllm_sparq.benchmarks.common.records import append_records, provenance
-from vllm_sparq.benchmarks.quality.cells import CONFIDENCE, cells
+from vllm_sparq.benchmarks.quality.cells import cells
 from vllm_sparq.benchmarks.quality.prompts import GENERATED
-from vllm_sparq.benchmarks.quality.prompts import Wanted as Prompts
-from vllm_sparq.benchmarks.quality.store import digest
-from vllm_sparq.benchmarks.simulation.model import Answer, Contexts, decode, load, read_prompts
+from vllm_sparq.benchmarks.simulation.model import Contexts, decode, load, read_prompts
 from vllm_sparq.benchmarks.simulation.policies import POLICIES, Dense, InfLLM, Policy, Shape, Wanted
-from vllm_sparq.benchmarks.tasks.generated import TASKS, Example, score
-from vllm_sparq.benchmarks.tiny_model import WEIGHTS
+from vllm_sparq.benchmarks.simulation.prompts import add_prompt_arguments, cells_of, keep, line, table
+from vllm_sparq.benchmarks.tasks.generated import Example
 from vllm_sparq.config import NAMESPACE, parse_options
-from vllm_sparq.console import UsageError, comma_names, comma_numbers
+from vllm_sparq.console import UsageError, comma_names, json_object, make_console
+
+EPILOG = """\
+policies:
+  sparq                      the k best tokens; nothing for the others
+  sparq-mean                 the others' probability goes to the mean of V, as in the paper
+  sparq-mean-0.5 .. -0.9     at most the rest of it: the tokens read keep at least that weight
+  sparq-blocks-128, -16      it goes to the means of V of blocks of so many tokens
+  sparq-unread-16            the same, over the unread tokens of each block
+  quest                      spans of 16 by the bounds of their keys
+  infllm                     first tokens, a window, and blocks of 32 by representative keys
+  streaming, streaming-cache, lm_infinite
+                             first 4 tokens and a window: at their own positions, at positions in the cache, or with
+                             the distance of the first ones capped
+"""
 
 BATCH = 50
 """Prompts that are answered together: what memory allows at the longest contexts."""
@@ -68,25 +75,8 @@ def batches(examples: Sequence[Example]) -> Iterator[Sequence[Example]]:
     yield from (examples[start : start + BATCH] for start in range(0, len(examples), BATCH))
 
 
-def line(example: Example, name: str, answer: Answer) -> dict[str, Any]:
-    """Of an example, as `cells` takes it."""
-    return {
-        "prompt_sha": digest(example.prompt, example.prompt_ids, example.answer, example.seed),
-        "task": example.task,
-        "length": example.length,
-        "seed": example.seed,
-        "method": name,
-        "metric": example.metric,
-        "n_cut_tokens": 0,
-        "prompt_tokens": example.n_prompt_tokens,
-        "output": answer.text,
-        "output_tokens": len(answer.tokens),
-        "score": score(example, answer.text),
-    }
-
-
 def answered(
-    model: Any, tokenizer: Any, examples: Sequence[Example], policies: dict[str, Policy], console: Console
+    model: Any, tokenizer: Any, examples: Sequence[Example], policies: dict[str, Policy], console: Any
 ) -> list[dict[str, Any]]:
     """A line for every policy and example of one task and length."""
     with_heat = any(isinstance(policy, InfLLM) for policy in policies.values())
@@ -102,7 +92,7 @@ def answered(
             for name, policy in policies.items():
                 progress.update(bar, description=f"{where}: {name}")
                 answers = decode(model, tokenizer, contexts, policy)
-                found += [line(one, name, answer) for one, answer in zip(batch, answers, strict=True)]
+                found += [line(one, name, a.text, len(a.tokens)) for one, a in zip(batch, answers, strict=True)]
                 progress.advance(bar, len(batch))
     return found
 
@@ -113,7 +103,7 @@ def records_of(lines: Sequence[dict[str, Any]], policies: dict[str, Policy]) -> 
     for record in found:
         context = max(1, round(record["prompt_tokens"] + record["output_tokens"] / 2))
         policy = policies[record["method"]]
-        record |= {"bench": "read_simulation", "policy": repr(policy), "share_read": policy.share(context)}
+        record |= {"policy": repr(policy), "share_read": policy.share(context)}
         record["answers"] = [
             {name: line[name] for name in ("prompt_sha", "seed", "output", "score")}
             for line in lines
@@ -122,73 +112,22 @@ def records_of(lines: Sequence[dict[str, Any]], policies: dict[str, Policy]) -> 
     return found
 
 
-def table(records: Sequence[dict[str, Any]]) -> Table:
-    """A row per policy, task and length."""
-    title = f"Points of 100, {CONFIDENCE:.0%} bootstrap intervals; read: share of dense's elements"
-    view = Table(title=title, box=box.SIMPLE_HEAD)
-    for column in ("task", "length", "policy", "score", "beside dense", "n", "read"):
-        view.add_column(column, justify="left" if column in ("task", "policy") else "right", no_wrap=True)
-    for record in records:
-        difference = ""
-        if "difference" in record:
-            ends = f"{record['difference_low']:+.1f} .. {record['difference_high']:+.1f}"
-            difference = f"{record['difference']:+.1f} ({ends})"
-        elif view.row_count:
-            view.add_section()
-        view.add_row(
-            record["task"],
-            f"{record['length']:,}",
-            record["method"],
-            f"{record['score']:.1f} ({record['low']:.1f} .. {record['high']:.1f})",
-            difference,
-            str(record["n"]),
-            f"{record['share_read']:.3f}",
-        )
-    return view
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `vllm-sparq research reads`."""
+    parser.description, parser.epilog = __doc__, EPILOG
+    add_prompt_arguments(parser)
+    add = parser.add_argument
+    add("--policies", type=comma_names, default=list(POLICIES), help="beside dense (default: all of them)")
+    add("--compression", type=comma_names, default=["8"], help="elements of dense per one read (default: 8)")
+    add("--options", type=json_object, default={}, metavar="JSON", help='SparQ\'s; "ranking" is "model" unless given')
 
 
-def parser() -> argparse.ArgumentParser:
-    """Of this command."""
-    found = argparse.ArgumentParser(
-        prog="python -m vllm_sparq.benchmarks.simulation.reads",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="""\
-policies:
-  sparq                      the k best tokens; nothing for the others
-  sparq-mean                 the others' probability goes to the mean of V, as in the paper
-  sparq-mean-0.5 .. -0.9     at most the rest of it: the tokens read keep at least that weight
-  sparq-blocks-128, -16      it goes to the means of V of blocks of so many tokens
-  sparq-unread-16            the same, over the unread tokens of each block
-  quest                      spans of 16 by the bounds of their keys
-  infllm                     first tokens, a window, and blocks of 32 by representative keys
-  streaming, streaming-cache, lm_infinite
-                             first 4 tokens and a window: at their own positions, at positions in the cache, or with
-                             the distance of the first ones capped
-""",
-    )
-    found.add_argument("--model", type=Path, default=WEIGHTS, help="a Llama (default: the bundled model)")
-    found.add_argument(
-        "--policies", type=comma_names, default=list(POLICIES), help="beside dense (default: all of them)"
-    )
-    found.add_argument("--compression", type=comma_names, default=["8"], help="elements of dense per one read")
-    found.add_argument(
-        "--options", type=json.loads, default={}, help='SparQ\'s, as JSON; "ranking" is "model" unless given'
-    )
-    found.add_argument("--tasks", type=comma_names, default=list(TASKS), help=f"of {', '.join(GENERATED)}")
-    found.add_argument("--lengths", type=comma_numbers, default=[1024], help="prompt tokens (default: 1024)")
-    found.add_argument("--n", type=int, default=50, help="prompts per task and length (default: 50)")
-    found.add_argument("--seed", type=int, default=0)
-    found.add_argument("--out", type=Path, metavar="FILE", help="add a JSON line per row, with every answer")
-    return found
-
-
-def main(given: Sequence[str] | None = None) -> None:
+def main(args: argparse.Namespace) -> int:
     """Answer, score, write, print."""
-    args = parser().parse_args(given)
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=130)
+    console = make_console()
+    for task in args.tasks:
+        if task not in GENERATED:
+            raise UsageError(f"unknown task {task!r}: choose from {', '.join(GENERATED)}")
     model, tokenizer = load(args.model)
     config = model.config
     if config.rope_parameters["rope_type"] != "default":
@@ -199,21 +138,8 @@ def main(given: Sequence[str] | None = None) -> None:
     shape = Shape(config.num_attention_heads // config.num_key_value_heads, config.head_dim)
     policies = policies_at(args.policies, args.compression, args.options, shape)
     records: list[dict[str, Any]] = []
-    for task in args.tasks:
-        if task not in GENERATED:
-            raise UsageError(f"unknown task {task!r}: choose from {', '.join(GENERATED)}")
-        for length in args.lengths:
-            prompts = Prompts(model=args.model, tasks=[task], lengths=[length], n=args.n, seed=args.seed)
-            lines = answered(model, tokenizer, prompts.examples(config.max_position_embeddings), policies, console)
-            records += records_of(lines, policies)
-    if args.out:
-        about = {"seed": args.seed, "options": args.options, "threads": torch.get_num_threads(), **provenance()}
-        append_records(args.out, [{**record, **about} for record in records])
+    for examples in cells_of(args, config.max_position_embeddings):
+        records += records_of(answered(model, tokenizer, examples, policies, console), policies)
+    keep(args, "read_simulation", records, options=args.options, threads=torch.get_num_threads())
     console.print(table(records))
-
-
-if __name__ == "__main__":
-    try:
-        main()
-    except UsageError as error:
-        raise SystemExit(str(error)) from None
+    return 0

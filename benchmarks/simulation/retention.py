@@ -1,6 +1,6 @@
 """H2O and sinks + window by their definitions, simulated in plain torch: what our evicting methods are compared with.
 
-    python -m vllm_sparq.benchmarks.simulation.retention --budget 0.5,0.25,0.125 --tasks needle,recall --lengths 1024
+    vllm-sparq research retention --budget 0.5,0.25,0.125 --tasks needle,recall --lengths 1024
 
 Every token stays in memory; a mask per layer and KV head says who is alive. The prompt is computed densely, and each
 token's score is the sum over all queries of the attention it got, averaged over the query heads of a KV head. When a
@@ -14,20 +14,20 @@ from __future__ import annotations
 import argparse
 import math
 from dataclasses import dataclass, field
-from pathlib import Path
-from statistics import fmean, stdev
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.progress import track
 from transformers import DynamicCache
 
-from vllm_sparq.benchmarks.quality.prompts import Wanted
+from vllm_sparq.benchmarks.common.methods import DENSE
+from vllm_sparq.benchmarks.quality.cells import cells
 from vllm_sparq.benchmarks.simulation.model import answer, load, running
-from vllm_sparq.benchmarks.tasks.generated import TASKS, score
-from vllm_sparq.benchmarks.tiny_model import WEIGHTS
-from vllm_sparq.console import comma_names
+from vllm_sparq.benchmarks.simulation.prompts import add_prompt_arguments, cells_of, keep, line, table
+from vllm_sparq.console import comma_shares, make_console
+
+ALL = 1e6
+"""A budget, in lengths of the prompt, that no answer outgrows."""
 
 
 @dataclass
@@ -91,32 +91,28 @@ def simulate(model: Any, tokenizer: Any, example: Any, simulation: Simulation) -
         return answer(model, tokenizer, example, DynamicCache())
 
 
-def main() -> None:
-    """Score the simulations on the prompts of `vllm-sparq eval`."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, default=WEIGHTS)
-    parser.add_argument("--budget", type=comma_names, default=["0.5", "0.25", "0.125"], help="shares of the prompt")
-    parser.add_argument("--tasks", type=comma_names, default=list(TASKS))
-    parser.add_argument("--length", type=int, default=1024)
-    parser.add_argument("--n", type=int, default=50)
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `vllm-sparq research retention`."""
+    parser.description = __doc__
+    add_prompt_arguments(parser)
+    parser.add_argument("--budget", type=comma_shares, default="0.5,0.25,0.125", help="shares of the prompt that stay")
+
+
+def main(args: argparse.Namespace) -> int:
+    """Score the simulations, and the model without them, on the prompts of `vllm-sparq eval`."""
     model, tokenizer = load(args.model)
-    console = Console()
-    for task in args.tasks:
-        wanted = Wanted(model=args.model, tasks=[task], lengths=[args.length], n=args.n, seed=args.seed)
-        examples = wanted.examples(model.config.max_position_embeddings)
-        for budget in args.budget:
-            for name, by_score, sinks in (("h2o", True, 0), ("streaming", False, 4)):
-                found = [
-                    score(example, simulate(model, tokenizer, example, Simulation(float(budget), by_score, sinks)))
-                    for example in track(examples, f"{task} {name} {budget}", console=console, transient=True)
-                ]
-                error = 100 * stdev(found) / len(found) ** 0.5
-                console.print(
-                    f"{task:<12} {args.length:>6} {name:<10} {budget:>6} {100 * fmean(found):5.1f} ±{error:.1f}"
-                )
-
-
-if __name__ == "__main__":
-    main()
+    console = make_console()
+    records: list[dict[str, Any]] = []
+    methods: dict[str, tuple[float, bool, int]] = {DENSE: (ALL, True, 0)}
+    for budget in args.budget:
+        methods |= {f"h2o {budget:g}": (budget, True, 0), f"streaming {budget:g}": (budget, False, 4)}
+    for examples in cells_of(args, model.config.max_position_embeddings):
+        task, length = examples[0].task, examples[0].length
+        lines = []
+        for name, numbers in methods.items():
+            for example in track(examples, f"{task} at {length:,}, {name}", console=console, transient=True):
+                lines.append(line(example, name, simulate(model, tokenizer, example, Simulation(*numbers))))
+        records += cells(lines)
+    keep(args, "retention_simulation", records)
+    console.print(table(records))
+    return 0

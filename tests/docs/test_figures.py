@@ -23,7 +23,7 @@ def test_a_figure_is_what_was_measured(name: str) -> None:
         pytest.skip(f"another matplotlib ({mpl.__version__}) draws the same figure in other bytes")
     text = (figures.FOLDER / f"{name}.svg").read_text(encoding="utf-8")
     records = read_records(figures.RESULTS)
-    assert text == figures.drawn(name, records), "run python -m vllm_sparq.benchmarks.reporting.figures"
+    assert text == figures.drawn(name, records), "run vllm-sparq report --documents"
 
 
 def test_no_figure_is_left_over() -> None:

@@ -9,7 +9,7 @@ from vllm_sparq.reads import READS
 
 def test_the_page_is_what_the_code_says() -> None:
     text = options_page.PAGE.read_text(encoding="utf-8")
-    assert text == options_page.page(), "run python -m vllm_sparq.benchmarks.reporting.options_page"
+    assert text == options_page.page(), "run vllm-sparq report --documents"
 
 
 def test_every_option_has_its_place() -> None:

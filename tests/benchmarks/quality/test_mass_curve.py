@@ -11,6 +11,7 @@ import pytest
 
 from tests.ops.cases import Case, build, load
 from tests.ops.sparq_checks import tokens_read as tokens_shown
+from vllm_sparq import cli
 from vllm_sparq.benchmarks.quality import mass_curve
 from vllm_sparq.reads import SparqRead
 
@@ -62,10 +63,7 @@ def test_a_mass_is_measured_beside_the_k_that_reads_as_much() -> None:
 
 
 @pytest.mark.parametrize("text", ["0", "1", "0.9,x", "-0.5"])
-def test_shares_that_mean_nothing_are_refused(
-    text: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr("sys.argv", ["mass_curve", f"--mass={text}"])
+def test_shares_that_mean_nothing_are_refused(text: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        mass_curve.arguments()
-    assert f"--mass {text} is not usable: give shares above 0 and below 1" in capsys.readouterr().err
+        cli.main(["research", "mass", f"--mass={text}"])
+    assert f"argument --mass: {text} is not usable: give shares above 0 and below 1" in capsys.readouterr().err

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
 
 from vllm_sparq.benchmarks.quality.bits_per_byte import windows
 from vllm_sparq.benchmarks.simulation.kivi import SimulatedCache, rounded
 from vllm_sparq.benchmarks.tiny_model import WEIGHTS
+from vllm_sparq.cli import main
 from vllm_sparq.console import UsageError
 
 
@@ -41,3 +45,20 @@ def test_simulated_cache_is_exact_where_kivi_is() -> None:
     assert not keys[:, :, :16].isclose(key[:, :, :16]).all(2).any()
     assert not values[:, :, :14].isclose(value[:, :, :14]).all(-1).any()
     assert len(keys[0, 0, :4, 3].unique()) <= 4
+
+
+@pytest.mark.parametrize(
+    ("words", "methods"),
+    [
+        (["kivi", "--bits", "4"], ["dense", "KIVI-4"]),
+        (["retention", "--budget", "0.9"], ["dense", "h2o 0.9", "streaming 0.9"]),
+    ],
+)
+def test_commands_write_a_line_per_method(words: list[str], methods: list[str], tmp_path: Path) -> None:
+    out = tmp_path / "found.jsonl"
+    asked = ["--tasks", "needle", "--lengths", "150", "--n", "2", "--out", str(out)]
+    assert main(["research", *words, *asked]) == 0
+    lines = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [line["method"] for line in lines] == methods
+    assert lines[0]["score"] == 100
+    assert {"difference_low", "commit", "model", "seed"} <= lines[1].keys()

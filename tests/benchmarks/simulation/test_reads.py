@@ -24,9 +24,10 @@ from vllm_sparq.benchmarks.simulation.policies import (
     Window,
     rotated,
 )
-from vllm_sparq.benchmarks.simulation.reads import main, policies_at
+from vllm_sparq.benchmarks.simulation.reads import policies_at
 from vllm_sparq.benchmarks.tasks.generated import score
 from vllm_sparq.benchmarks.tiny_model import WEIGHTS
+from vllm_sparq.cli import main
 from vllm_sparq.config import Options
 from vllm_sparq.console import UsageError
 from vllm_sparq.reads import SparqRead
@@ -259,7 +260,7 @@ def test_prompts_answered_together_answer_as_the_model_does_alone() -> None:
 def test_command_scores_the_prompts_of_eval(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "found.jsonl"
     arguments = ["--policies", "sparq,infllm", "--tasks", "needle", "--lengths", "200", "--n", "3"]
-    main([*arguments, "--compression", "1", "--out", str(out)])
+    assert main(["research", "reads", *arguments, "--compression", "1", "--out", str(out)]) == 0
     dense, sparq, infllm = map(json.loads, out.read_text().splitlines())
     assert [dense["method"], sparq["method"], infllm["method"]] == ["dense", "sparq 1/1", "infllm 1/1"]
     assert dense["score"] == 100
@@ -281,12 +282,12 @@ def test_refuses_what_means_nothing(names: list[str], compression: str, options:
         policies_at(names, [compression], options, Shape(4, 64))
 
 
-def test_refuses_embeddings_that_it_cannot_rotate(tmp_path: Path) -> None:
+def test_refuses_embeddings_that_it_cannot_rotate(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for file in WEIGHTS.iterdir():
         (tmp_path / file.name).symlink_to(file)
     config = json.loads((WEIGHTS / "config.json").read_text())
     config["rope_parameters"] = {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e6}
     (tmp_path / "config.json").unlink()
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(UsageError, match="type 'linear'"):
-        main(["--model", str(tmp_path), "--n", "1"])
+    assert main(["research", "reads", "--model", str(tmp_path), "--n", "1"]) == 2
+    assert "type 'linear'" in capsys.readouterr().err
