@@ -163,16 +163,17 @@ def _backends(layers: dict[str, Any], specs: dict[str, KVCacheSpec]) -> list[Any
 @contextlib.contextmanager
 def _one_rank() -> Iterator[None]:
     """The process groups that vLLM's layers ask for: those of an engine in this process, else of one rank."""
-    if parallel_state.model_parallel_is_initialized():
+    state: Any = parallel_state
+    if state.model_parallel_is_initialized():
         yield
         return
     with tempfile.TemporaryDirectory() as folder:
         store = f"file://{Path(folder) / 'store'}"
         try:
             with set_current_vllm_config(VllmConfig()):  # not the engine's, which may speak of more ranks
-                parallel_state.init_distributed_environment(1, 0, store, 0, backend="gloo")
-                parallel_state.ensure_model_parallel_initialized(1, 1)
+                state.init_distributed_environment(1, 0, store, 0, backend="gloo")
+                state.ensure_model_parallel_initialized(1, 1)
             yield
         finally:
-            parallel_state.destroy_model_parallel()
-            parallel_state.destroy_distributed_environment()
+            state.destroy_model_parallel()
+            state.destroy_distributed_environment()

@@ -159,8 +159,12 @@ def preferred_with_windows(
         n_tokens=n_held,
         kernel_sizes=tuple(backend_of(heads.head_size).get_supported_kernel_block_sizes()),
     )
+    # What a budget must hold grows with the block where tokens are evicted: no longer than it is without windows.
+    longest = max(SIZES) if engine.retention is None else PREFERRED_BLOCK_SIZE
     candidates = []
     for size in SIZES:
+        if size > longest:
+            break
         with contextlib.suppress(ValueError):  # a size that does not hold whole groups
             layout = replace(engine, block_size=size).layout(heads, model.dtype)
             candidates.append(

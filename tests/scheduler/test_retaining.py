@@ -56,7 +56,7 @@ class Loop:
 
     def __init__(self, manager: KVCacheManager) -> None:
         self.kv_cache_manager = manager
-        parallel = SimpleNamespace(data_parallel_index=0)
+        parallel = SimpleNamespace(data_parallel_index=0, _api_process_count=1)
         self.vllm_config = SimpleNamespace(instance_id=f"test{id(self)}", parallel_config=parallel)
         self.running: list[Request] = []
         self.waiting: list[Request] = []

@@ -1,0 +1,86 @@
+"""A model of sliding windows and full attention, whose layers share pages: it answers as if they did not."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.engine.support import Prompts
+from vllm_sparq.attention_backends import worker
+
+pytestmark = pytest.mark.engine
+
+LENGTHS = (1, 60, 96, 97, 130, 200, 300)
+WINDOW = 64
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from transformers import Gemma3ForCausalLM, Gemma3TextConfig
+
+    config = Gemma3TextConfig(
+        hidden_size=256,
+        intermediate_size=256,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=64,
+        query_pre_attn_scalar=64,
+        vocab_size=512,
+        max_position_embeddings=1024,
+        sliding_window=WINDOW,
+        layer_types=["sliding_attention", "full_attention"] * 2,
+        initializer_range=0.1,
+    )
+    torch.manual_seed(5)
+    folder = tmp_path_factory.mktemp("mixed")
+    Gemma3ForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def requests() -> list[list[int]]:
+    rng = random.Random(3)
+    return [[rng.randrange(3, 512) for _ in range(n)] for n in LENGTHS]
+
+
+def specs_of(llm: Any) -> list[Any]:
+    """Of the cache groups, as the scheduler has them."""
+    groups = llm.llm_engine.engine_core.engine_core.scheduler.kv_cache_config.kv_cache_groups
+    return [group.kv_cache_spec for group in groups]
+
+
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "int4": ("flexgen", {}),
+    "sparq over int4": ("sparq", {"format": "int4", "k": 16, "r": 8, "local": 4, "dense_below": 0}),
+    "h2o over int4": ("h2o", {"format": "int4", "budget": 256}),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_answers(
+    name: str, model: Path, requests: list[list[int]], engine: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All together, the pool too small for it, and with blocks of one length for all layers."""
+    backend, options = CASES[name]
+    small: dict[str, Any] = dict(
+        model=str(model), skip_tokenizer_init=True, max_model_len=512, max_num_batched_tokens=256
+    )
+    caching = dict(enable_prefix_caching=True) if backend != "h2o" else {}
+    with engine(backend, options, kv_cache_memory_bytes=3 << 20, **small, **caching) as llm:
+        first = [Prompts.answers(llm, requests) for _ in range(2)]
+        specs = specs_of(llm)
+        (full_size,) = {spec.block_size for spec in specs if spec.dtype == torch.uint8}
+        (window_size,) = {spec.block_size for spec in specs if spec.dtype != torch.uint8}
+        assert len({spec.page_size_bytes for spec in specs}) == 1
+        assert window_size < full_size
+    assert first[0] == first[1]
+    assert len({tuple(answer) for answer in first[0]}) > 1
+    monkeypatch.setattr(worker, "share_pages", lambda specs, *_: specs)
+    with engine(backend, options, kv_cache_memory_bytes=64 << 20, block_size=full_size, **small) as llm:
+        assert {spec.block_size for spec in specs_of(llm)} == {full_size}
+        assert Prompts.answers(llm, requests) == first[0]
