@@ -31,6 +31,20 @@ class Sessions:
         self.step()
         return {name: said[:-1] for name, said in answers.items()}
 
+    def talk_ahead(self, sessions: Mapping[str, Turns], n_tokens: int = 30) -> dict[str, list[list[int]]]:
+        """The same where all turns are sent at once: each begins in the step in which the answer before it ends."""
+        answers: dict[str, list[list[int]]] = {name: [[]] for name in sessions}
+        for name, turns in sessions.items():
+            for prompt in turns:
+                self.send(name, prompt, n_tokens)
+            self.send(name, [0], n_tokens, resumable=False)
+        while any(len(answers[name]) <= len(turns) for name, turns in sessions.items()):
+            for name, tokens, ended in self.step():
+                answers[name][-1] += tokens
+                if ended:
+                    answers[name].append([])
+        return {name: said[:-1] for name, said in answers.items()}
+
     def _next_turn(self, name: str, turns: Iterator[list[int]], said: list[list[int]], n_tokens: int) -> None:
         """Send the next turn, or say that there is none; either way a new answer begins."""
         prompt = next(turns, None)

@@ -48,6 +48,7 @@ def test_sessions(method: str, engine: Any) -> None:
         alone = {**sessions.talk({"a": FIRST}), **sessions.talk({"b": SECOND})}
         assert [len(answer) for answer in alone["a"]] == [N_TOKENS, N_TOKENS]
         assert sessions.talk({"a": FIRST, "b": SECOND}) == alone
+        assert sessions.talk_ahead({"a": FIRST, "b": SECOND}) == alone
         for name, turns in (("a", FIRST), ("b", SECOND)):
             whole = in_one_prompt(turns, alone[name])
             assert Prompts.answers(llm, [whole], N_TOKENS) == [alone[name][1]]
