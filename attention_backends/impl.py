@@ -149,6 +149,24 @@ class PagedImpl(AttentionImpl[PagedMetadata | EvictingMetadata]):
             decode(query[replayed.rows], seen, replayed.block_table, replayed.seq_lens, scale=self.scale, out=out)
             output[replayed.rows] = out
 
+    def write_step(
+        self,
+        layer: Any,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        attn_metadata: PagedMetadata | EvictingMetadata,
+    ) -> None:
+        """Write a step's tokens, evict nothing, attend to nothing: for a benchmark of the rest of the engine."""
+        pages = self._bind(layer, kv_cache, key.dtype)
+        if isinstance(attn_metadata, PagedMetadata):
+            steps: list[tuple[PagedMetadata, Any]] = [(attn_metadata, slice(None))]
+        else:
+            steps = [(turn.step, slice(None) if turn.rows is None else turn.rows) for turn in attn_metadata.turns]
+        for step, rows in steps:
+            tables = step.block_table, step.query_start_loc, step.seq_lens
+            self._write(key[rows], value[rows], pages, *tables, step.first_positions)
+
     def _bind(self, layer: Any, kv_cache: torch.Tensor, dtype: torch.dtype) -> Pages:
         """The layer's cache as pages; remembered until vLLM hands over another one."""
         pages = self._pages

@@ -7,18 +7,35 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from vllm_sparq.config import Options
 
+N_SHOWN = 60
+"""Characters of a value that a message repeats."""
+
 WIDTH = 130
 """Columns of the output where it goes to a file or a pipe: enough for the widest table."""
 
 
+MOST = 2**31 - 1
+"""The largest whole number that is taken where nothing says less."""
+
+DTYPES = ("bfloat16", "float16", "float32", "auto")
+"""Element types that engines of ours run in, as vLLM names them; auto: the one that the model names."""
+
+
 class UsageError(ValueError):
     """What the user asked for cannot be done as written; said in one line, exit code 2."""
+
+
+def shown(text: str) -> str:
+    """What the user wrote, for a message of one line."""
+    return repr(text if len(text) <= N_SHOWN else text[:N_SHOWN] + "...")
 
 
 def make_console() -> Any:
@@ -29,14 +46,65 @@ def make_console() -> Any:
     return console if console.is_terminal else Console(width=WIDTH)
 
 
+def whole_number(least: int = 1, most: int = MOST) -> Callable[[str], int]:
+    """For argparse: a whole number within limits."""
+
+    def parsed(text: str) -> int:
+        try:
+            found = int(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{shown(text)} is not a whole number") from None
+        if not least <= found <= most:
+            rule = f"{least} or more" if found < least else f"{most} or less"
+            raise argparse.ArgumentTypeError(f"{shown(text)} must be {rule}")
+        return found
+
+    return parsed
+
+
+positive, natural = whole_number(1), whole_number(0)
+
+
+def real_number(*, least: float = -math.inf, above: float = -math.inf) -> Callable[[str], float]:
+    """For argparse: a finite number, at ``least`` so large, and larger than ``above``."""
+
+    def parsed(text: str) -> float:
+        try:
+            found = float(text)
+        except ValueError:
+            found = math.nan
+        if not math.isfinite(found):
+            raise argparse.ArgumentTypeError(f"{shown(text)} is not a number")
+        if found < least:
+            raise argparse.ArgumentTypeError(f"{shown(text)} must be {least:g} or more")
+        if found <= above:
+            raise argparse.ArgumentTypeError(f"{shown(text)} must be above {above:g}")
+        return found
+
+    return parsed
+
+
+def place(text: str) -> Path:
+    """For argparse: a path that the system can look up, whether something is there or not."""
+    try:
+        Path(text).exists()
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise argparse.ArgumentTypeError(f"{shown(text)} is no path: {reason}") from None
+    return Path(text)
+
+
 def comma_names(text: str) -> list[str]:
     """For argparse: words, comma-separated."""
-    return text.split(",")
+    found = [part.strip() for part in text.split(",")]
+    if not all(found):
+        raise argparse.ArgumentTypeError(f"{shown(text)} holds an empty name: give names such as sparq,kivi")
+    return found
 
 
 def comma_numbers(text: str) -> list[int]:
-    """For argparse: whole numbers, comma-separated."""
-    return [int(part) for part in text.split(",")]
+    """For argparse: whole numbers above 0, comma-separated."""
+    return [positive(part) for part in text.split(",")]
 
 
 def comma_shares(text: str) -> list[float]:
@@ -46,7 +114,9 @@ def comma_shares(text: str) -> list[float]:
     except ValueError:
         found = [0.0]
     if not all(0 < share < 1 for share in found):  # nan is not, either
-        raise argparse.ArgumentTypeError(f"{text} is not usable: give shares above 0 and below 1, as in 0.9,0.99")
+        raise argparse.ArgumentTypeError(
+            f"{shown(text)} is not usable: give shares above 0 and below 1, as in 0.9,0.99"
+        )
     return found
 
 
@@ -54,10 +124,20 @@ def json_object(text: str) -> dict[str, Any]:
     """For argparse: a JSON object."""
     try:
         found = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is not JSON: {error}") from None
+    except (ValueError, RecursionError) as error:
+        raise argparse.ArgumentTypeError(f"{shown(text)} is not JSON: {error}") from None
     if not isinstance(found, dict):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a JSON object, such as '{{\"compression\": 4}}'")
+        raise argparse.ArgumentTypeError(f"{shown(text)} is not a JSON object, such as '{{\"compression\": 4}}'")
+    return found
+
+
+def llm_arguments(text: str) -> dict[str, Any]:
+    """For argparse: arguments of vLLM's, a JSON object; the numbers that we read as well are checked here."""
+    found = json_object(text)
+    for name in ("max_model_len", "block_size", "kv_cache_memory_bytes"):
+        value = found.get(name, 1)
+        if type(value) is not int or value < 1:
+            raise argparse.ArgumentTypeError(f"{name} {shown(json.dumps(value))} must be a whole number above 0")
     return found
 
 
@@ -99,10 +179,15 @@ def check_model(model: str | Path, *, hub_names: bool = False) -> Path:
     Raises:
         UsageError: there is no such folder, or no config.json in it.
     """
-    folder = Path(model).expanduser()
-    if (folder / "config.json").is_file():
-        return folder.resolve()
-    if folder.is_dir():
+    try:
+        folder = Path(model).expanduser()
+        if (folder / "config.json").is_file():
+            return folder.resolve()
+        is_folder = folder.is_dir()
+    except (OSError, RuntimeError) as error:  # too long a name, no such user
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise UsageError(f"--model {shown(str(model))} cannot be looked up ({reason}): give a folder") from None
+    if is_folder:
         raise UsageError(
             f"--model {model}: there is no config.json in it; give a folder with config.json, weights and tokenizer"
         )

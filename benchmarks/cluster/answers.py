@@ -15,6 +15,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from vllm_sparq.benchmarks.common.lines import make_folder
 from vllm_sparq.console import UsageError
 
 SCHEMA = 1
@@ -130,18 +131,6 @@ class Answers:
                 f"--out {self.folder} holds a run with {name} {found['case'].get(name)!r}, and this one has "
                 f"{case[name]!r}: give another folder, or the same {name} to go on with that run"
             )
-
-
-def make_folder(folder: Path) -> None:
-    """Make it if it is absent.
-
-    Raises:
-        UsageError: it cannot be made.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError(f"--out {folder}: {error.strerror}; give a folder that can be written") from None
 
 
 def arrow_schema() -> Any:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_sparq.benchmarks.cluster import prompts
-from vllm_sparq.benchmarks.cluster.answers import Answers, make_folder
+from vllm_sparq.benchmarks.cluster.answers import Answers
 from vllm_sparq.benchmarks.cluster.prompts import Prompt, Source, Survey
 from vllm_sparq.benchmarks.cluster.replicas import (
     Pool,
@@ -24,11 +24,23 @@ from vllm_sparq.benchmarks.cluster.replicas import (
     unpacked,
 )
 from vllm_sparq.benchmarks.cluster.summary import summary, table
+from vllm_sparq.benchmarks.common.lines import check_out, make_folder
 from vllm_sparq.benchmarks.common.methods import Method
 from vllm_sparq.benchmarks.common.proof import WrongAttentionError, with_dense
 from vllm_sparq.benchmarks.common.records import append_records, case_key, provenance, recorded, skipped_note
 from vllm_sparq.benchmarks.tiny_model import WEIGHTS
-from vllm_sparq.console import UsageError, check_model, comma_names, json_object, make_console
+from vllm_sparq.console import (
+    UsageError,
+    check_model,
+    comma_names,
+    json_object,
+    llm_arguments,
+    make_console,
+    natural,
+    place,
+    positive,
+    real_number,
+)
 
 RUNNERS = ("data", "actors")
 
@@ -66,37 +78,41 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `vllm-sparq bench ray`."""
     parser.epilog = EPILOG
     add = parser.add_argument
-    add("--model", type=Path, default=WEIGHTS, help="a model folder (default: the bundled model)")
+    add("--model", type=place, default=WEIGHTS, help="a model folder (default: the bundled model)")
     add("--methods", type=comma_names, default=["sparq"], metavar="M,...", help="beside dense (default: sparq)")
-    add("--replicas", type=int, default=2, help="engines that work at the same time (default: 2)")
+    add("--replicas", type=positive, default=2, help="engines that work at the same time (default: 2)")
     add("--address", help="of a Ray cluster: ray://HOST:10001, HOST:6379 or auto (default: this machine)")
     add("--runner", choices=RUNNERS, help="Ray Data LLM or plain actors (default: data; actors through ray://)")
     add(
         "--data",
-        type=Path,
+        type=place,
         metavar="FILE",
         help=".jsonl or .parquet with a column prompt; id, max_tokens, seed if wanted",
     )
-    add("--n", type=int, default=64, help="prompts to generate without --data (default: 64)")
-    add("--input-len", type=int, default=512, metavar="TOKENS", help="of a generated prompt (default: 512)")
-    add("--output-len", type=int, default=32, metavar="TOKENS", help="at most, of an answer (default: 32)")
+    add("--n", type=positive, default=64, help="prompts to generate without --data (default: 64)")
+    add("--input-len", type=positive, default=512, metavar="TOKENS", help="of a generated prompt (default: 512)")
+    add("--output-len", type=positive, default=32, metavar="TOKENS", help="at most, of an answer (default: 32)")
     add("--ignore-eos", action="store_true", help="answers have exactly that length")
-    add("--temperature", type=float, default=0.0, help="of sampling (default: 0, greedy)")
-    add("--seed", type=int, default=0, help="of generated prompts and of sampling; row i gets SEED + i")
-    add("--out", type=Path, default=Path("ray-answers"), metavar="FOLDER", help="answers (default: ray-answers)")
-    add("--record", type=Path, metavar="FILE", help="append one JSON line per method")
+    add("--temperature", type=real_number(least=0), default=0.0, help="of sampling (default: 0, greedy)")
+    add("--seed", type=natural, default=0, help="of generated prompts and of sampling; row i gets SEED + i")
+    add("--out", type=place, default=Path("ray-answers"), metavar="FOLDER", help="answers (default: ray-answers)")
+    add("--record", type=place, metavar="FILE", help="append one JSON line per method")
     add("--again", action="store_true", help="run methods that --record holds already")
-    add("--cpus", type=float, default=1, help="logical CPUs that a replica reserves (default: 1)")
-    add("--gpus", type=float, default=0, help="GPUs that a replica reserves (default: 0)")
-    add("--kv-cache-mib", type=int, help="KV cache of a replica (default: 512 on a CPU, vLLM's own choice on a GPU)")
-    add("--engine-args", type=json_object, default={}, metavar="JSON", help="more engine arguments of vLLM's")
+    add("--cpus", type=real_number(least=0), default=1, help="logical CPUs that a replica reserves (default: 1)")
+    add("--gpus", type=real_number(least=0), default=0, help="GPUs that a replica reserves (default: 0)")
+    add(
+        "--kv-cache-mib",
+        type=positive,
+        help="KV cache of a replica (default: 512 on a CPU, vLLM's own choice on a GPU)",
+    )
+    add("--engine-args", type=llm_arguments, default={}, metavar="JSON", help="more engine arguments of vLLM's")
     add(
         "--batch-size",
-        type=int,
+        type=positive,
         help="rows that a replica is handed at a time (default: a quarter of its share, to 32)",
     )
-    add("--retries", type=int, default=2, help="of rows that failed and of replicas that died (default: 2)")
-    add("--ship", type=Path, metavar="WHEEL", help="a wheel of this plugin for nodes that lack it")
+    add("--retries", type=natural, default=2, help="of rows that failed and of replicas that died (default: 2)")
+    add("--ship", type=place, metavar="WHEEL", help="a wheel of this plugin for nodes that lack it")
     add("--runtime-env", type=json_object, default={}, metavar="JSON", help="more of Ray's runtime_env")
 
 
@@ -106,9 +122,6 @@ def main(args: argparse.Namespace) -> int:
     model = check_model(args.model)
     methods = with_dense(args.methods)
     source = source_of(args, model)
-    for name in ("replicas", "n", "batch_size", "output_len"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            raise UsageError(f"--{name.replace('_', '-')} {getattr(args, name)} must be 1 or more")
     args.runner = runner_of(args)
     check_pool(args)
     found = prompts.survey(source())
@@ -116,6 +129,9 @@ def main(args: argparse.Namespace) -> int:
     pools = [pool_of(args, method, model) for method in methods]
     cases = {pool.method.name: case_of(args, pool, found) for pool in pools}
     keys = {name: case_key("ray", case | measured_with(args)) for name, case in cases.items()}
+    make_folder(args.out)
+    if args.record is not None:
+        check_out(args.record, "--record")
     known = recorded(args.record, keys.values(), again=args.again)
     todo = [pool for pool in pools if keys[pool.method.name] not in known]
     records = list(known.values())
@@ -124,7 +140,6 @@ def main(args: argparse.Namespace) -> int:
     try:
         with contextlib.ExitStack() as stack:
             if todo:
-                make_folder(args.out)
                 stack.enter_context(stderr_to(args.out / "ray.log"))
                 stack.enter_context(cluster(todo[0], args.address))
             for pool in todo:

@@ -12,6 +12,7 @@ import json
 import os
 import stat
 import sys
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,22 @@ def check_out(path: Path, option: str = "--out") -> None:
     with _locked(path, option):
         pass
     if not existed:
-        path.unlink()
+        path.unlink(missing_ok=True)
+
+
+def make_folder(folder: Path, option: str = "--out") -> None:
+    """Make it if it is absent.
+
+    Raises:
+        UsageError: it cannot be made, or not written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        reason = "it is a file" if isinstance(error, FileExistsError) else error.strerror
+        raise UsageError(f"{option} {folder} cannot be used ({reason}): give a folder that can be written") from None
 
 
 def append_lines(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
@@ -136,8 +152,10 @@ def _locked(path: Path, option: str = "--out") -> Iterator[int]:
             path.parent.mkdir(parents=True, exist_ok=True)
             file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         except OSError as error:
+            above = isinstance(error, (FileExistsError, NotADirectoryError))
+            reason = "a folder above it is a file" if above else error.strerror
             raise UsageError(
-                f"{option} {path} cannot be written ({error.strerror}): give a file in a folder that can"
+                f"{option} {path} cannot be written ({reason}): give a file in a folder that can"
             ) from None
         try:
             if not stat.S_ISREG(os.fstat(file).st_mode):

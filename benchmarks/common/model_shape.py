@@ -9,11 +9,8 @@ from typing import Any, Self
 
 import torch
 
-from vllm_sparq.console import UsageError, check_model
+from vllm_sparq.console import DTYPES, UsageError, check_model
 from vllm_sparq.reads import HeadShape
-
-DTYPES = ("auto", "bfloat16", "float16", "float32")
-"""Element types that engines of ours run in, as vLLM names them; auto: the one that config.json names."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,6 +98,6 @@ def torch_dtype(name: str) -> torch.dtype:
     Raises:
         UsageError: it is none that an engine of ours runs in.
     """
-    if name not in DTYPES[1:]:
+    if name not in DTYPES[:-1]:
         raise UsageError(f"--dtype {name!r} is not usable: give {', '.join(DTYPES[:-1])} or {DTYPES[-1]}")
     return {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}[name]

@@ -24,11 +24,12 @@ WORKER_REPORT = "vllm_sparq.attention_backends.worker.AttentionReport"
 
 DECODE_TIME = "vllm:request_decode_time_seconds"
 METRICS_TIMEOUT_S = 5.0
+RESET_TIMEOUT_S = 30.0
 
 ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
     "VLLM_NO_USAGE_STATS": "1",
-    "VLLM_SERVER_DEV_MODE": "1",  # offers POST /collective_rpc
+    "VLLM_SERVER_DEV_MODE": "1",  # offers POST /collective_rpc and /reset_prefix_cache
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # two servers share the cores
     "PYTHONUNBUFFERED": "1",
 }
@@ -132,6 +133,18 @@ class Server:
         answer = self._ask("POST", "/collective_rpc", {"method": "attention_report"})
         reports: list[dict[str, dict[str, Any]]] = json.loads(answer)["results"]
         return reports[0]
+
+    def reset_prefix_cache(self) -> None:
+        """Forget every cached prefix.
+
+        Raises:
+            ServerError: blocks are still held after some seconds, as if requests were running.
+        """
+        deadline = time.monotonic() + RESET_TIMEOUT_S
+        while not json.loads(self._ask("POST", "/reset_prefix_cache", {}))["success"]:
+            if time.monotonic() > deadline:
+                raise self.error(f"vllm serve ({self.name}) holds cached blocks and did not let go of them")
+            time.sleep(0.1)
 
     def metrics(self) -> list[tuple[str, dict[str, str], float]]:
         """Name, labels and value of everything that `/metrics` shows."""

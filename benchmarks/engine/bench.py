@@ -16,18 +16,18 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import multiprocessing
 import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
-from multiprocessing.connection import Connection
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from vllm_sparq.benchmarks.common.cache_layout import layout_in_use
+from vllm_sparq.benchmarks.common.engine_process import IN_TURNS, EngineProcess
 from vllm_sparq.benchmarks.common.lines import check_out
 from vllm_sparq.benchmarks.common.methods import DENSE
 from vllm_sparq.benchmarks.common.model_shape import ModelShape
@@ -44,7 +44,7 @@ from vllm_sparq.benchmarks.engine.cases import (
     engines,
     key_of,
 )
-from vllm_sparq.console import UsageError, comma_names, comma_numbers, make_console
+from vllm_sparq.console import comma_names, comma_numbers, json_object, make_console, place, positive
 
 EPILOG = """\
 With --context, decode steps of all engines in turns, dense and "no attention" always among them. With --input-len,
@@ -62,7 +62,7 @@ class SkippedAttention:
 
     def __init__(self, impl: Any, *, decode: bool) -> None:
         self.attend, self.decode = impl.forward, decode
-        self.write = getattr(impl, "_write", None)
+        self.write_step = getattr(impl, "write_step", None)  # vLLM's write before `forward`
 
     def __call__(
         self, layer: Any, query: Any, key: Any, value: Any, kv_cache: Any, meta: Any, output: Any, **kw: Any
@@ -71,112 +71,96 @@ class SkippedAttention:
         step = turns[0].step if turns else meta
         if meta is None or (self.decode and int(step.query_start_loc.diff().max()) == 1):
             return self.attend(layer, query, key, value, kv_cache, meta, output=output, **kw)
-        if self.write is not None:  # our backends write inside of forward, vLLM's before it
-            pages = layer.impl._bind(layer, kv_cache, query.dtype)
-            for turn in turns or ():
-                rows = slice(None) if turn.rows is None else turn.rows
-                self._write(turn.step, key[rows], value[rows], pages)
-            if not turns:
-                self._write(meta, key, value, pages)
+        if self.write_step is not None:
+            self.write_step(layer, key, value, kv_cache, meta)
         return output.fill_(0)
 
-    def _write(self, step: Any, key: Any, value: Any, pages: Any) -> None:
-        assert self.write is not None
-        self.write(key, value, pages, step.block_table, step.query_start_loc, step.seq_lens, step.first_positions)
 
+class TurnsWorker:
+    """One engine, in the process that it is made in: prepares a batch when told to, and decodes when it is its turn."""
 
-def orders(pipe: Connection) -> Iterator[tuple[str, Any]]:
-    """What an engine is told to do, until it is told to stop or nobody is there to tell."""
-    with contextlib.suppress(EOFError):
-        while (order := pipe.recv()) is not None:
-            yield order
+    def __init__(self, chosen: Engine, model: Path, *, dummy: bool, max_context: int, max_batch: int) -> None:
+        import torch
+        from vllm import LLM, SamplingParams
 
+        # The shared prompt, a tail of its own for each request, and room for our larger pages. Where tokens are evicted
+        # nothing is shared, but a prompt is cut to its budget before the next one is read.
+        self.kv_bytes = ModelShape.of(model).dense_bytes * (max_context + N_TAIL * (max_batch + 2)) * 5 // 4
+        llm = LLM(
+            str(model),
+            load_format="dummy" if dummy else "auto",
+            skip_tokenizer_init=True,
+            enforce_eager=True,
+            max_model_len=max_context + N_TAIL,
+            max_num_batched_tokens=4096,
+            kv_cache_memory_bytes=self.kv_bytes,
+            disable_log_stats=True,
+            **chosen.arguments,
+        )
+        self.engine: Any = llm.llm_engine
+        self.report = engine_report(self.engine.vllm_config)
+        for layer in self.engine.vllm_config.compilation_config.static_forward_context.values():
+            layer.impl.forward = SkippedAttention(layer.impl, decode=not chosen.skip_attention)
+        generator = torch.Generator().manual_seed(0)
+        self.prompt = torch.randint(10, 1000, (max_context,), generator=generator).tolist()
+        self.params = SamplingParams(temperature=0, max_tokens=N_TAIL - 64, ignore_eos=True, detokenize=False)
 
-def serve_turns(chosen: Engine, model: Path, dummy: bool, max_context: int, max_batch: int, pipe: Connection) -> None:
-    """The process of one engine: prepares a batch when told to, and decodes when it is its turn."""
-    os.environ.update(
-        HF_HUB_OFFLINE="1",
-        VLLM_ENABLE_V1_MULTIPROCESSING="0",
-        VLLM_LOGGING_LEVEL="ERROR",
-        VLLM_CPU_OMP_THREADS_BIND="nobind",
-        OMP_WAIT_POLICY="passive",  # waiting engines must not burn the cores of the one that decodes
-    )
-    import torch
-    from vllm import LLM, SamplingParams
+    def describe(self) -> dict[str, Any]:
+        """The classes that run, and how the cache is cut."""
+        return {
+            "report": self.report,
+            "kv_capacity_tokens": self.engine.vllm_config.cache_config.kv_cache_size_tokens,
+            "kv_bytes": self.kv_bytes,
+            **layout_in_use(self.engine).fields,
+        }
 
-    # The shared prompt, a tail of its own for each request, and room for our larger pages. Where tokens are evicted
-    # nothing is shared, but a prompt is cut to its budget before the next one is read.
-    kv_bytes = ModelShape.of(model).dense_bytes * (max_context + N_TAIL * (max_batch + 2)) * 5 // 4
-    llm = LLM(
-        str(model),
-        load_format="dummy" if dummy else "auto",
-        skip_tokenizer_init=True,
-        enforce_eager=True,
-        max_model_len=max_context + N_TAIL,
-        max_num_batched_tokens=4096,
-        kv_cache_memory_bytes=kv_bytes,
-        disable_log_stats=True,
-        **chosen.arguments,
-    )
-    engine: Any = llm.llm_engine
-    cache = engine.vllm_config.cache_config
-    pipe.send((engine_report(engine.vllm_config), cache.kv_cache_size_tokens, kv_bytes, layout_in_use(engine)))
-    for layer in engine.vllm_config.compilation_config.static_forward_context.values():
-        layer.impl.forward = SkippedAttention(layer.impl, decode=not chosen.skip_attention)
-    generator = torch.Generator().manual_seed(0)
-    prompt = torch.randint(10, 1000, (max_context,), generator=generator).tolist()
-    params = SamplingParams(temperature=0, max_tokens=N_TAIL - 64, ignore_eos=True, detokenize=False)
-    for kind, argument in orders(pipe):
-        if kind == "prepare":
-            running = [request.request_id for request in engine.output_processor.request_states.values()]
-            engine.abort_request(running, internal=True)
-            for i in range(argument.batch):
-                name = f"{argument.context}-{argument.batch}-{i}"
-                engine.add_request(name, {"prompt_token_ids": prompt[: argument.context]}, params)
-            started = 0
-            while started < argument.batch:  # until every request has decoded its first token
-                started += sum(len(out.outputs[0].token_ids) == 1 for out in engine.step())
-            pipe.send(None)
-        else:
-            times = []
-            for _ in range(argument):
-                begin = time.perf_counter()
-                engine.step()
-                times.append(time.perf_counter() - begin)
-            pipe.send(times)
+    def prepare(self, case: Case) -> None:
+        """Fill the cache, and let every request decode its first token."""
+        running = [request.request_id for request in self.engine.output_processor.request_states.values()]
+        self.engine.abort_request(running, internal=True)
+        for i in range(case.batch):
+            name = f"{case.context}-{case.batch}-{i}"
+            self.engine.add_request(name, {"prompt_token_ids": self.prompt[: case.context]}, self.params)
+        started = 0
+        while started < case.batch:
+            started += sum(len(out.outputs[0].token_ids) == 1 for out in self.engine.step())
+
+    def decode(self, n_steps: int) -> list[float]:
+        """Seconds of each of the next steps."""
+        times = []
+        for _ in range(n_steps):
+            begin = time.perf_counter()
+            self.engine.step()
+            times.append(time.perf_counter() - begin)
+        return times
 
 
 def start(
-    chosen: list[Engine], model: Model, folder: Path, max_context: int, max_batch: int, report: Callable[[str], None]
-) -> tuple[dict[str, Connection], dict[str, dict[str, Any]]]:
-    """Name -> pipe to a running engine, and name -> what is recorded of it: attention classes, capacity of its cache.
+    stack: contextlib.ExitStack,
+    chosen: list[Engine],
+    model: Model,
+    folder: Path,
+    max_context: int,
+    max_batch: int,
+    report: Callable[[str], None],
+) -> tuple[dict[str, EngineProcess], dict[str, dict[str, Any]]]:
+    """Name -> running engine, which ends with ``stack``, and name -> what is recorded of it.
 
     Raises:
-        UsageError: an engine did not start; it has said why.
+        UsageError: an engine did not start.
         WrongAttentionError: an engine runs another attention than its method's.
     """
-    context = multiprocessing.get_context("spawn")
-    pipes: dict[str, Connection] = {}
+    running: dict[str, EngineProcess] = {}
     about: dict[str, dict[str, Any]] = {}
     for engine in chosen:
         report(f"starting the {engine.name} engine")
-        ours, theirs = context.Pipe()
-        arguments = (engine, folder, model.folder is None, max_context, max_batch, theirs)
-        context.Process(target=serve_turns, args=arguments, daemon=True).start()
-        theirs.close()
-        try:
-            report_of, n_tokens, kv_bytes, layout = ours.recv()
-        except EOFError:
-            raise UsageError(f"the {engine.name} engine ended before it was ready; its reason stands above") from None
-        about[engine.name] = {
-            "options": engine.method.options,
-            "attention": check_attention(engine.method, report_of),
-            "kv_capacity_tokens": n_tokens,
-            "kv_bytes": kv_bytes,
-            **layout.fields,
-        }
-        pipes[engine.name] = ours
-    return pipes, about
+        make = partial(TurnsWorker, dummy=model.folder is None, max_context=max_context, max_batch=max_batch)
+        process = EngineProcess(f"the {engine.name} engine", make, engine, folder, environment=IN_TURNS)
+        running[engine.name] = stack.enter_context(process)
+        found = process.ask("describe")
+        attention = check_attention(engine.method, found.pop("report"))
+        about[engine.name] = {"options": engine.method.options, "attention": attention, **found}
+    return running, about
 
 
 def measure(
@@ -201,33 +185,29 @@ def measure(
         report: called with a line of text when something has been done.
     """
     max_batch = max(c.batch for c in cases)
-    with tempfile.TemporaryDirectory() as temporary:
+    with tempfile.TemporaryDirectory() as temporary, contextlib.ExitStack() as stack:
         folder = model.folder or Path(temporary)
         if model.folder is None:
             (folder / "config.json").write_text(json.dumps(model.config))
-        pipes, about = start(chosen, model, folder, max_context, max_batch, report)
+        running, about = start(stack, chosen, model, folder, max_context, max_batch, report)
         for case in cases:
             report(f"{case.context} tokens of context, batch {case.batch}")
-            measured = measure_case(case, pipes, rounds=rounds, steps=steps)
+            measured = measure_case(case, running, rounds=rounds, steps=steps)
             keys = {engine.name: key_of(case, engine, model, max_context) for engine in chosen}
             yield [
                 {"bench": "engine", "key": keys[r["method"]], "model": model.name, **about[r["method"]], **r}
                 for r in measured
             ]
-        for pipe in pipes.values():
-            pipe.send(None)
 
 
-def measure_case(case: Case, engines: dict[str, Connection], *, rounds: int, steps: int) -> list[dict[str, Any]]:
+def measure_case(case: Case, engines: Mapping[str, EngineProcess], *, rounds: int, steps: int) -> list[dict[str, Any]]:
     """Time per output token of each engine, in turns."""
     times: dict[str, list[float]] = {name: [] for name in engines}
-    for pipe in engines.values():
-        pipe.send(("prepare", case))
-        pipe.recv()
+    for engine in engines.values():
+        engine.ask("prepare", case)
     for turn in range(rounds + 1):
-        for name, pipe in engines.items():
-            pipe.send(("decode", steps))
-            measured = pipe.recv()
+        for name, engine in engines.items():
+            measured = engine.ask("decode", steps)
             if turn:  # the first turn warms up
                 times[name] += measured
     median_ms = {name: 1e3 * statistics.median(values) for name, values in times.items()}
@@ -256,26 +236,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--methods", type=comma_names, default=[], metavar="M,...", help="beside dense, such as sparq,kivi,sparq+int4"
     )
-    parser.add_argument("--model", type=Path, help="a model folder (default: the shape of Llama-3.2-1B, dummy weights)")
-    parser.add_argument("--layers", type=int, default=4, help="of the default model (default 4 of the real 16)")
+    parser.add_argument(
+        "--model", type=place, help="a model folder (default: the shape of Llama-3.2-1B, dummy weights)"
+    )
+    parser.add_argument("--layers", type=positive, default=4, help="of the default model (default 4 of the real 16)")
     parser.add_argument(
         "--options",
-        type=json.loads,
+        type=json_object,
         action="append",
         metavar="JSON",
         help='sparq options; may be repeated, an engine each (default without --methods: {"r": 16, "k": 128})',
     )
     whole = parser.add_argument_group("whole requests, by `vllm bench latency` and `vllm bench throughput`")
-    whole.add_argument("--input-len", type=int, metavar="TOKENS", help="of a prompt; measures requests, not steps")
-    whole.add_argument("--output-len", type=int, default=128, metavar="TOKENS", help="of an answer (default 128)")
-    whole.add_argument("--num-prompts", type=int, default=16, metavar="N", help="of the throughput (default 16)")
-    whole.add_argument("--kv-cache-mib", type=int, help="KV cache of each engine (default: what vLLM takes)")
+    whole.add_argument("--input-len", type=positive, metavar="TOKENS", help="of a prompt; measures requests, not steps")
+    whole.add_argument("--output-len", type=positive, default=128, metavar="TOKENS", help="of an answer (default 128)")
+    whole.add_argument("--num-prompts", type=positive, default=16, metavar="N", help="of the throughput (default 16)")
+    whole.add_argument("--kv-cache-mib", type=positive, help="KV cache of each engine (default: what vLLM takes)")
     parser.add_argument(
-        "--block-size", type=int, metavar="N", help="tokens per block of our backends (default: theirs)"
+        "--block-size", type=positive, metavar="N", help="tokens per block of our backends (default: theirs)"
     )
-    parser.add_argument("--rounds", type=int, default=5, help="turns of each engine per case (default 5)")
-    parser.add_argument("--steps", type=int, default=8, help="decode steps per turn (default 8)")
-    parser.add_argument("--out", type=Path, help="append one JSON line per case and method to this file")
+    parser.add_argument("--rounds", type=positive, default=5, help="turns of each engine per case (default 5)")
+    parser.add_argument("--steps", type=positive, default=8, help="decode steps per turn (default 8)")
+    parser.add_argument("--out", type=place, help="append one JSON line per case and method to this file")
     parser.add_argument("--again", action="store_true", help="measure cases that --out holds already")
 
 

@@ -10,26 +10,23 @@ request loses its cache and is computed again. A method that evicts is run twice
 from __future__ import annotations
 
 import argparse
-import json
-import multiprocessing
-import os
 import random
 import time
 from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
-from multiprocessing.connection import Connection
 from pathlib import Path
 from statistics import fmean, quantiles
 from typing import Any
 
 from vllm_sparq.benchmarks.common.cache_layout import CacheLayout, layout_in_use
+from vllm_sparq.benchmarks.common.engine_process import EngineProcess
 from vllm_sparq.benchmarks.common.lines import check_out
 from vllm_sparq.benchmarks.common.methods import Method
 from vllm_sparq.benchmarks.common.model_shape import ModelShape
 from vllm_sparq.benchmarks.common.proof import check_attention, engine_report, with_dense
 from vllm_sparq.benchmarks.common.records import append_records, case_key, provenance
 from vllm_sparq.benchmarks.tiny_model import WEIGHTS
-from vllm_sparq.console import UsageError, check_model, comma_names
+from vllm_sparq.console import check_model, comma_names, llm_arguments, natural, place, positive, real_number
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,57 +80,66 @@ def engines(names: list[str]) -> list[Method]:
     return found
 
 
-def serve(method: Method, model: Path, trace: Trace, options: dict[str, Any], pipe: Connection) -> None:
-    """The process of one engine: the whole trace, then one record."""
-    os.environ.update(HF_HUB_OFFLINE="1", VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_LOGGING_LEVEL="ERROR")
-    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-    from vllm import LLM, SamplingParams
+class TraceWorker:
+    """One engine, in the process that it is made in, that answers a whole trace."""
 
-    requests = trace.requests()
-    llm = LLM(
-        str(model),
-        enforce_eager=True,
-        kv_cache_memory_bytes=int(trace.pool * 1e6),
-        max_model_len=trace.max_model_len,
-        enable_prefix_caching=False,
-        disable_log_stats=False,
-        **options,
-        **method.engine_args,
-    )
-    engine: Any = llm.llm_engine
-    attention = check_attention(method, engine_report(engine.vllm_config))
-    times: dict[str, list[float]] = {str(i): [] for i in range(trace.n)}
-    begin, asked, done = time.perf_counter(), 0, 0
-    while done < trace.n:
-        now = time.perf_counter() - begin
-        while asked < trace.n and requests[asked][0] <= now:
-            _, prompt, n_output = requests[asked]
-            params = SamplingParams(temperature=0, max_tokens=n_output, ignore_eos=True, detokenize=False)
-            engine.add_request(str(asked), {"prompt_token_ids": prompt}, params)
-            asked += 1
-        if not engine.has_unfinished_requests():
-            time.sleep(0.001)
-            continue
-        for output in engine.step():
-            times[output.request_id].append(time.perf_counter() - begin)
-            done += output.finished
-    whole = all(len(times[str(i)]) == n_output for i, (_, _, n_output) in enumerate(requests))
-    metrics = {m.name: m.value for m in llm.get_metrics() if hasattr(m, "value")}
-    scheduler = engine.engine_core.engine_core.scheduler
-    arrivals = {str(i): arrival for i, (arrival, _, _) in enumerate(requests)}
-    pipe.send(
-        {
-            "method": method.name,
-            "options": method.options,
-            "attention": attention,
+    def __init__(self, method: Method, model: Path, trace: Trace, options: dict[str, Any]) -> None:
+        from vllm import LLM
+
+        self.method, self.trace = method, trace
+        self.llm = LLM(
+            str(model),
+            enforce_eager=True,
+            kv_cache_memory_bytes=int(trace.pool * 1e6),
+            max_model_len=trace.max_model_len,
+            enable_prefix_caching=False,
+            disable_log_stats=False,
+            **options,
+            **method.engine_args,
+        )
+        self.engine: Any = self.llm.llm_engine
+        self.attention = check_attention(method, engine_report(self.engine.vllm_config))
+
+    def run(self) -> dict[str, Any]:
+        """Ask everything when its time has come; one record."""
+        requests = self.trace.requests()
+        times = self.times_of(requests)
+        whole = all(len(times[str(i)]) == n_output for i, (_, _, n_output) in enumerate(requests))
+        metrics = {m.name: m.value for m in self.llm.get_metrics() if hasattr(m, "value")}
+        scheduler = self.engine.engine_core.engine_core.scheduler
+        arrivals = {str(i): arrival for i, (arrival, _, _) in enumerate(requests)}
+        return {
+            "method": self.method.name,
+            "options": self.method.options,
+            "attention": self.attention,
             "n_failed": 0 if whole else sum(len(t) == 0 for t in times.values()) or 1,
             "preemptions": int(metrics["vllm:num_preemptions"]),
             "preemptions_avoided": getattr(scheduler, "n_preemptions_avoided", 0),
-            "kv_capacity_tokens": int(engine.vllm_config.cache_config.kv_cache_size_tokens),
-            **layout_in_use(engine).fields,
+            "kv_capacity_tokens": int(self.engine.vllm_config.cache_config.kv_cache_size_tokens),
+            **layout_in_use(self.engine).fields,
             **summary(times, arrivals),
         }
-    )
+
+    def times_of(self, requests: list[tuple[float, list[int], int]]) -> dict[str, list[float]]:
+        """Request -> when each of its tokens came (seconds)."""
+        from vllm import SamplingParams
+
+        times: dict[str, list[float]] = {str(i): [] for i in range(len(requests))}
+        begin, asked, done = time.perf_counter(), 0, 0
+        while done < len(requests):
+            now = time.perf_counter() - begin
+            while asked < len(requests) and requests[asked][0] <= now:
+                _, prompt, n_output = requests[asked]
+                params = SamplingParams(temperature=0, max_tokens=n_output, ignore_eos=True, detokenize=False)
+                self.engine.add_request(str(asked), {"prompt_token_ids": prompt}, params)
+                asked += 1
+            if not self.engine.has_unfinished_requests():
+                time.sleep(0.001)
+                continue
+            for output in self.engine.step():
+                times[output.request_id].append(time.perf_counter() - begin)
+                done += output.finished
+        return times
 
 
 def summary(times: dict[str, list[float]], arrivals: dict[str, float]) -> dict[str, float]:
@@ -154,16 +160,18 @@ def summary(times: dict[str, list[float]], arrivals: dict[str, float]) -> dict[s
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `vllm-sparq bench pressure`."""
-    parser.add_argument("--model", type=Path, default=WEIGHTS, help="a model folder (default: the bundled model)")
+    parser.add_argument("--model", type=place, default=WEIGHTS, help="a model folder (default: the bundled model)")
     parser.add_argument("--methods", type=comma_names, default=["h2o"], help="beside dense (default: h2o)")
-    parser.add_argument("--n", type=int, default=48, help="requests (default: 48)")
-    parser.add_argument("--rate", type=float, default=8.0, help="arrivals a second (default: 8)")
-    parser.add_argument("--prompt-len", type=int, default=200, help="tokens, on average (default: 200)")
-    parser.add_argument("--output-len", type=int, default=700, help="tokens, on average (default: 700)")
-    parser.add_argument("--pool", type=float, default=16.0, help="MB of KV cache of each engine (default: 16)")
-    parser.add_argument("--engine-args", type=json.loads, default={}, help="more arguments of vLLM's, as JSON")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, help="append one JSON line per engine")
+    parser.add_argument("--n", type=positive, default=48, help="requests (default: 48)")
+    parser.add_argument("--rate", type=real_number(above=0), default=8.0, help="arrivals a second (default: 8)")
+    parser.add_argument("--prompt-len", type=positive, default=200, help="tokens, on average (default: 200)")
+    parser.add_argument("--output-len", type=positive, default=700, help="tokens, on average (default: 700)")
+    parser.add_argument(
+        "--pool", type=real_number(above=0), default=16.0, help="MB of KV cache of each engine (default: 16)"
+    )
+    parser.add_argument("--engine-args", type=llm_arguments, default={}, help="more arguments of vLLM's, as JSON")
+    parser.add_argument("--seed", type=natural, default=0)
+    parser.add_argument("--out", type=place, help="append one JSON line per engine")
 
 
 def main(args: argparse.Namespace) -> int:
@@ -200,19 +208,11 @@ def run(method: Method, model: Path, trace: Trace, options: dict[str, Any]) -> d
     """One engine in a process of its own.
 
     Raises:
-        UsageError: it ended before it was through; it has said why.
+        UsageError: it did not start, runs another attention, or ended before it was through.
     """
-    context = multiprocessing.get_context("spawn")
-    ours, theirs = context.Pipe()
-    process = context.Process(target=serve, args=(method, model, trace, options, theirs), daemon=True)
-    process.start()
-    theirs.close()
-    try:
-        row: dict[str, Any] = ours.recv()
-    except EOFError:
-        raise UsageError(f"the engine of {method.name!r} ended before it answered; its reason stands above") from None
-    process.join()
-    return row
+    with EngineProcess(f"the engine of {method.name!r}", TraceWorker, method, model, trace, options) as engine:
+        row: dict[str, Any] = engine.ask("run")
+        return row
 
 
 def table(rows: list[dict[str, Any]], trace: Trace) -> Any:

@@ -10,17 +10,16 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import multiprocessing
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 from vllm_sparq.benchmarks.common.cache_layout import CacheLayout, layout_in_use
+from vllm_sparq.benchmarks.common.engine_process import EngineProcess
 from vllm_sparq.benchmarks.common.methods import DENSE, Method
 from vllm_sparq.benchmarks.common.proof import WrongAttentionError, check_attention, engine_report, speed_note
 from vllm_sparq.benchmarks.common.records import (
@@ -33,10 +32,13 @@ from vllm_sparq.benchmarks.common.records import (
 )
 from vllm_sparq.benchmarks.engine.cases import Model
 from vllm_sparq.benchmarks.tiny_model import WEIGHTS
-from vllm_sparq.console import UsageError, make_console
+from vllm_sparq.console import make_console
 
 DRAWN_IDS = 10_000
 """`vllm bench latency` draws its prompts from so many token ids, whatever the model's vocabulary is."""
+
+ENVIRONMENT = {"VLLM_LOGGING_LEVEL": "INFO", "TQDM_DISABLE": ""}
+"""Of vLLM's commands, which divide by what their progress bars have counted."""
 
 SPEED = {"latency": "avg_latency", "throughput": "tokens_per_second"}
 """vLLM's command -> the key that says how fast; a latency is better the smaller it is."""
@@ -129,67 +131,56 @@ def words_for_vllm(requests: Requests, method: Method, folder: Path, model: Mode
     return words
 
 
-def run_in_child(command: str, words: list[str], log: Path, pipe: Connection) -> None:
-    """The process of one engine: vLLM's command, and then what its engine was."""
-    with log.open("w") as file:  # the command prints and draws progress bars
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
-    os.environ.update(HF_HUB_OFFLINE="1", VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_NO_USAGE_STATS="1")
-    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-    import importlib
+class VllmCommand:
+    """vLLM's own command, in the process of its engine."""
 
-    import vllm
-    from vllm.utils.argparse_utils import FlexibleArgumentParser
+    def run(self, command: str, words: list[str]) -> dict[str, Any]:
+        """Run it, and say what its engine was."""
+        import importlib
 
-    engines: list[Any] = []
-    make = vllm.LLM.from_engine_args
+        import vllm
+        from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-    def remember(arguments: Any) -> Any:
-        arguments.disable_log_stats = False  # preemptions are counted there
-        engines.append(make(arguments))
-        return engines[-1]
+        engines: list[Any] = []
+        make = vllm.LLM.from_engine_args
 
-    vllm.LLM.from_engine_args = remember  # type: ignore[method-assign, assignment]
-    module = importlib.import_module(f"vllm.benchmarks.{command}")
-    parser: Any = FlexibleArgumentParser()
-    module.add_cli_args(parser)
-    module.main(parser.parse_args(words))
-    config = engines[0].llm_engine.vllm_config
-    metrics = {m.name: m.value for m in engines[0].get_metrics() if hasattr(m, "value")}
-    pipe.send(
-        {
+        def remember(arguments: Any) -> Any:
+            arguments.disable_log_stats = False  # preemptions are counted there
+            engines.append(make(arguments))
+            return engines[-1]
+
+        vllm.LLM.from_engine_args = remember  # type: ignore[method-assign, assignment]
+        module = importlib.import_module(f"vllm.benchmarks.{command}")
+        parser: Any = FlexibleArgumentParser()
+        module.add_cli_args(parser)
+        module.main(parser.parse_args(words))
+        config = engines[0].llm_engine.vllm_config
+        metrics = {m.name: m.value for m in engines[0].get_metrics() if hasattr(m, "value")}
+        return {
             "report": engine_report(config),
             "kv_capacity_tokens": int(config.cache_config.kv_cache_size_tokens),
             "max_concurrency": round(float(config.cache_config.kv_cache_max_concurrency), 2),
             "preemptions": int(metrics["vllm:num_preemptions"]),
             "layout": layout_in_use(engines[0].llm_engine),
         }
-    )
 
 
 def measure(requests: Requests, method: Method, model: Model) -> dict[str, Any]:
     """One engine, in a process of its own.
 
     Raises:
-        UsageError: it ended before it was through; the message ends with its last lines.
+        UsageError: it ended before it was through.
         WrongAttentionError: it ran another attention than the method's.
     """
-    with model_folder(model) as folder, tempfile.TemporaryDirectory() as temporary:
-        result, log = Path(temporary) / "result.json", Path(temporary) / "log"
+    name = f"`vllm bench {requests.command}` with {method.name}"
+    with (
+        model_folder(model) as folder,
+        tempfile.TemporaryDirectory() as temporary,
+        EngineProcess(name, VllmCommand, environment=ENVIRONMENT) as process,
+    ):
+        result = Path(temporary) / "result.json"
         words = words_for_vllm(requests, method, folder, model, result)
-        context = multiprocessing.get_context("spawn")
-        ours, theirs = context.Pipe()
-        child = context.Process(target=run_in_child, args=(requests.command, words, log, theirs), daemon=True)
-        child.start()
-        theirs.close()
-        try:
-            engine = ours.recv()
-        except EOFError:
-            last = "\n".join(log.read_text(errors="replace").strip().splitlines()[-8:])
-            raise UsageError(
-                f"`vllm bench {requests.command}` with {method.name} ended before it was through:\n{last}"
-            ) from None
-        child.join()
+        engine = process.ask("run", requests.command, words)
         found = json.loads(result.read_text())
     found.pop("model_id")  # a path of this machine
     return {
@@ -244,9 +235,6 @@ def dense_of(record: Mapping[str, Any], records: Sequence[Mapping[str, Any]]) ->
 def main(args: argparse.Namespace, methods: list[Method], model: Model) -> int:
     """Measure what is not on record, print the table, write the lines."""
     console = make_console()
-    for name in ("input_len", "output_len", "num_prompts"):
-        if getattr(args, name) < 1:
-            raise UsageError(f"--{name.replace('_', '-')} {getattr(args, name)} must be 1 or more")
     model.check_length("--input-len", args.input_len, args.output_len)
     kv_cache_bytes = None if args.kv_cache_mib is None else args.kv_cache_mib << 20
     whole = Requests(

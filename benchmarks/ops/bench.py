@@ -9,7 +9,6 @@ import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,7 +22,7 @@ from vllm_sparq.benchmarks.common.lines import check_out
 from vllm_sparq.benchmarks.common.records import append_records, case_key, provenance, recorded, skipped_note
 from vllm_sparq.benchmarks.ops.methods import METHODS, Call, Cell, Tensors
 from vllm_sparq.config import Options
-from vllm_sparq.console import UsageError
+from vllm_sparq.console import UsageError, place, positive
 from vllm_sparq.formats import FORMATS
 from vllm_sparq.layout import BLOCK_SIZE_MULTIPLE
 from vllm_sparq.ops import native
@@ -88,15 +87,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "SparQ where contexts may be long)",
     )
     parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="element type of the model (default: bf16)")
-    parser.add_argument("--r", type=int, help="channels that rank the tokens (default: a quarter of the head size)")
-    parser.add_argument("--k", type=int, default=128, help="tokens read beside the current one (default: 128)")
+    parser.add_argument(
+        "--r", type=positive, help="channels that rank the tokens (default: a quarter of the head size)"
+    )
+    parser.add_argument("--k", type=positive, default=128, help="tokens read beside the current one (default: 128)")
     parser.add_argument(
         "--ranking", choices=("int4", "int8", "model"), default="int4", help="type of the ranking copy (default: int4)"
     )
-    parser.add_argument("--threads", type=int, help="threads of every op (default: what torch would use)")
-    parser.add_argument("--repeats", type=int, default=15, help="rounds (default: 15)")
+    parser.add_argument("--threads", type=positive, help="threads of every op (default: what torch would use)")
+    parser.add_argument("--repeats", type=positive, default=15, help="rounds (default: 15)")
     parser.add_argument("--clock", choices=CLOCKS, default="wall", help="see below (default: wall)")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="append one JSON object per method and shape")
+    parser.add_argument("--out", type=place, metavar="FILE", help="append one JSON object per method and shape")
     parser.add_argument("--again", action="store_true", help="measure cells that --out holds already")
 
 

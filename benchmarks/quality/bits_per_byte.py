@@ -20,7 +20,7 @@ from vllm_sparq.benchmarks.quality.evaluate import methods_at, scored
 from vllm_sparq.benchmarks.quality.prompts import read_text
 from vllm_sparq.benchmarks.tasks.generated import Example
 from vllm_sparq.benchmarks.tiny_model import WEIGHTS
-from vllm_sparq.console import UsageError, check_model, comma_names, make_console
+from vllm_sparq.console import DTYPES, UsageError, check_model, comma_names, make_console, place, positive
 
 
 def windows(model: Path, text: str, n_tokens: int, n_windows: int) -> list[Example]:
@@ -59,7 +59,7 @@ def corpus_text(n_tokens: int) -> str:
     """Held-out text of the bundled model's corpus, at least so many of its tokens."""
     from vllm_sparq.benchmarks.tiny_model.corpus import documents
 
-    return "\n\n".join(documents(8 * n_tokens, held_out=True))
+    return "\n\n".join(documents(max(1 << 19, 8 * n_tokens), held_out=True))
 
 
 def difference(found: Sequence[float], base: Sequence[float]) -> tuple[float, float]:
@@ -74,13 +74,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `vllm-sparq research bits`."""
     parser.description = __doc__
     add = parser.add_argument
-    add("--model", type=Path, default=WEIGHTS, help="a model folder (default: the bundled model)")
+    add("--model", type=place, default=WEIGHTS, help="a model folder (default: the bundled model)")
     add("--methods", type=comma_names, default=["int8", "int4", "kivi4", "kivi2"], help="beside dense")
     add("--compression", type=comma_names, default=["8"], help="of methods that take one (default: 8)")
-    add("--text", type=Path, help="a text file (default: held-out text of the bundled model's corpus)")
-    add("--length", type=int, default=1024, help="tokens of a window (default: 1024)")
-    add("--n", type=int, default=64, help="windows (default: 64)")
-    add("--dtype", default="bfloat16", help="element type of the model (default: bfloat16)")
+    add("--text", type=place, help="a text file (default: held-out text of the bundled model's corpus)")
+    add("--length", type=positive, default=1024, help="tokens of a window (default: 1024)")
+    add("--n", type=positive, default=64, help="windows (default: 64)")
+    add("--dtype", choices=DTYPES, default="bfloat16", help="element type of the model (default: bfloat16)")
 
 
 def main(args: argparse.Namespace) -> int:

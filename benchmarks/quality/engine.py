@@ -1,27 +1,17 @@
-"""One engine in a process of its own, which answers, measures and decodes when it is told to.
-
-vLLM cannot start a second engine in a process, and an engine that dies must not take the evaluation with it. The
-process proves at its start which attention classes run and with which options, and it ends with its parent.
-"""
+"""One engine in a process of its own, which answers, measures and decodes when it is told to."""
 
 from __future__ import annotations
 
-import contextlib
-import multiprocessing
-import os
-import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from multiprocessing.connection import Connection
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from vllm_sparq.attention_backends.engine import rebind_refusal
+from vllm_sparq.benchmarks.common.engine_process import IN_TURNS, EngineProcess
 from vllm_sparq.benchmarks.common.methods import Method
 from vllm_sparq.benchmarks.tasks.generated import Example
-from vllm_sparq.console import UsageError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,12 +68,12 @@ def same_cache(a: Method, b: Method) -> bool:
     )
 
 
-class Engine:
-    """Parent's side of the process; a context manager, or `start` and `close`."""
+class Engine(EngineProcess):
+    """An engine in a process of its own; `start` proves which attention classes run and with which options."""
 
     def __init__(self, method: Method, run: Run) -> None:
+        super().__init__(f"the {method.name} engine", Worker, method, run, environment=IN_TURNS)
         self.method, self.run = method, run
-        self.log = Path(tempfile.mkstemp(prefix="vllm-sparq-engine-", suffix=".log")[1])
         self.classes: list[str] = []
         self.max_model_len = 0
 
@@ -93,46 +83,13 @@ class Engine:
         Raises:
             UsageError: the engine did not start, or what runs in it is not what was asked for.
         """
-        context = multiprocessing.get_context("spawn")
-        self.pipe, theirs = context.Pipe()
-        self.process = context.Process(target=serve, args=(self.method, self.run, self.log, theirs), daemon=True)
-        self.process.start()
-        theirs.close()
-        try:
-            hello = self._receive()
-        except BaseException:
-            self.kill()
-            raise
-        self.classes, self.max_model_len = hello["classes"], hello["max_model_len"]
-
-    def close(self) -> None:
-        """End it in peace, if it still runs."""
-        with contextlib.suppress(BrokenPipeError):
-            self.pipe.send(None)
-            self.process.join(30)
-        self.kill()
-
-    def kill(self) -> None:
-        """End it, whatever it does."""
-        if self.process.is_alive():
-            self.process.kill()
-        self.process.join()
-        self.pipe.close()
-        self.log.unlink(missing_ok=True)
-
-    def __enter__(self) -> Engine:
-        self.start()
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        if kind is None:
-            self.close()
-        else:
-            self.kill()
+        super().start()
+        found = self.ask("describe")
+        self.classes, self.max_model_len = found["classes"], found["max_model_len"]
 
     def answer(self, examples: Sequence[Example]) -> list[Output]:
         """All examples in one batch: generated answers, and forced ones measured."""
-        return list(self._ask("answer", list(examples)))
+        return list(self.ask("answer", list(examples)))
 
     def use(self, method: Method) -> None:
         """Read as another method of the same cache does (`same_cache`), from here on."""
@@ -140,63 +97,16 @@ class Engine:
             return
         if not same_cache(method, self.method) or method.backend is None:
             raise ValueError(f"{method.name} needs an engine of its own")
-        self._ask("read", method)
+        self.ask("read", method)
         self.method = method
 
     def prepare(self, context: int, batch: int) -> None:
         """``batch`` requests with ``context`` random tokens each, ready to decode."""
-        self._ask("prepare", (context, batch))
+        self.ask("prepare", context, batch)
 
     def decode(self, n_steps: int) -> list[float]:
         """Seconds of each of the next steps of what was prepared."""
-        return list(self._ask("decode", n_steps))
-
-    def cached(self) -> tuple[float, float]:
-        """Prompt tokens looked for in the prefix cache, and found there, since the start (with vLLM's log of stats)."""
-        queries, hits = self._ask("cached", None)
-        return queries, hits
-
-    def _ask(self, order: str, argument: Any) -> Any:
-        with contextlib.suppress(BrokenPipeError):  # it is gone, which is found out and said below
-            self.pipe.send((order, argument))
-        return self._receive()
-
-    def _receive(self) -> Any:
-        try:
-            kind, value = self.pipe.recv()
-        except (EOFError, ConnectionResetError):
-            said = self.log.read_text(errors="replace").strip().splitlines()
-            last = said[-1] if said else "nothing"
-            raise UsageError(f"the {self.method.name} engine ended before it answered, after saying {last}") from None
-        if kind == "error":
-            raise UsageError(f"the {self.method.name} engine: {value}")
-        return value
-
-
-def serve(method: Method, run: Run, log: Path, pipe: Connection) -> None:
-    """The process: starts the engine, says what runs in it, does what it is told to until the parent is gone.
-
-    What vLLM and its libraries print goes to ``log``, so that it does not tear the progress bar and the table apart.
-    """
-    with log.open("a") as file:
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
-    os.environ.update(HF_HUB_OFFLINE="1", VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_LOGGING_LEVEL="ERROR")
-    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # an engine that waits must not burn the cores of another
-    os.environ.setdefault("TQDM_DISABLE", "1")
-    try:
-        worker = Worker(method, run)
-        pipe.send(("ready", worker.describe()))
-        while (order := pipe.recv()) is not None:
-            pipe.send(("done", getattr(worker, order[0])(order[1])))
-    except (EOFError, BrokenPipeError, KeyboardInterrupt):
-        return
-    except Exception as error:
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        telling = [line for line in lines if line.startswith(("Value error", "Assertion failed"))]
-        reason = (telling or lines or ["no reason given"])[0].split(" [type=")[0]
-        pipe.send(("error", f"{type(error).__name__}: {reason}"))
+        return list(self.ask("decode", n_steps))
 
 
 class Worker:
@@ -286,12 +196,11 @@ class Worker:
         nats = -sum(step[token].logprob for step, token in zip(steps, wanted, strict=True))
         return Output(text="", n_tokens=len(wanted), nats=nats)
 
-    def prepare(self, argument: tuple[int, int]) -> None:
+    def prepare(self, context: int, batch: int) -> None:
         """Fill the cache with prompts and decode one token of each."""
         import torch
         from vllm import SamplingParams
 
-        context, batch = argument
         self.batch = batch
         self._abort()
         generator = torch.Generator().manual_seed(0)

@@ -26,7 +26,19 @@ from vllm_sparq.benchmarks.tasks.generated import TASKS, Example
 from vllm_sparq.benchmarks.tasks.metrics import MEASURED
 from vllm_sparq.benchmarks.tiny_model import WEIGHTS
 from vllm_sparq.config import Options
-from vllm_sparq.console import UsageError, check_model, comma_names, comma_numbers, make_console
+from vllm_sparq.console import (
+    DTYPES,
+    UsageError,
+    check_model,
+    comma_names,
+    comma_numbers,
+    json_object,
+    llm_arguments,
+    make_console,
+    natural,
+    place,
+    positive,
+)
 
 GROUP = 32
 """Examples of a task and length that are answered in one batch."""
@@ -187,21 +199,23 @@ def summary(
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """Options that every command shares which answers prompts."""
-    parser.add_argument("--model", type=Path, default=WEIGHTS, help="a model folder (default: the bundled model)")
-    parser.add_argument("--dtype", default="bfloat16", help="element type of the model (default: bfloat16)")
+    parser.add_argument("--model", type=place, default=WEIGHTS, help="a model folder (default: the bundled model)")
     parser.add_argument(
-        "--engine-args", type=json.loads, default={}, metavar="JSON", help="more arguments of vLLM's LLM"
+        "--dtype", choices=DTYPES, default="bfloat16", help="element type of the model (default: bfloat16)"
     )
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--engine-args", type=llm_arguments, default={}, metavar="JSON", help="more arguments of vLLM's LLM"
+    )
+    parser.add_argument("--seed", type=natural, default=0)
 
 
 def add_text_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of what is read and written, for every command that answers prompts."""
-    parser.add_argument("--haystack", type=Path, help="text to hide facts in (default: written by a small grammar)")
-    parser.add_argument("--text", type=Path, help="file or folder for task text (default: the bundled model's corpus)")
-    parser.add_argument("--data", type=Path, help="folder with the papers' sets; what is missing is named")
+    parser.add_argument("--haystack", type=place, help="text to hide facts in (default: written by a small grammar)")
+    parser.add_argument("--text", type=place, help="file or folder for task text (default: the bundled model's corpus)")
+    parser.add_argument("--data", type=place, help="folder with the papers' sets; what is missing is named")
     parser.add_argument(
-        "--out", type=Path, metavar="FOLDER", help="keep every line there; a killed run goes on from it"
+        "--out", type=place, metavar="FOLDER", help="keep every line there; a killed run goes on from it"
     )
 
 
@@ -219,7 +233,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--lengths", type=comma_numbers, default=[512, 1024, 2048], help="prompt tokens (default: 512,1024,2048)"
     )
-    parser.add_argument("--n", type=int, default=50, help="prompts per task and length (default: 50)")
+    parser.add_argument("--n", type=positive, default=50, help="prompts per task and length (default: 50)")
     parser.add_argument(
         "--methods",
         type=comma_names,
@@ -227,7 +241,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="beside dense: a backend, a block format, or both as in sparq+int4 (default: sparq)",
     )
     parser.add_argument("--compression", type=comma_names, default=["8"], help="of methods that take one (default: 8)")
-    parser.add_argument("--options", type=json.loads, default={}, help="more sparq options, as JSON")
+    parser.add_argument("--options", type=json_object, default={}, help="more sparq options, as JSON")
     add_text_arguments(parser)
     parser.epilog = """\
 Contexts are read sparsely from the first token on (dense_below: 0), unless --options say otherwise. A prompt beyond the
@@ -271,8 +285,6 @@ def prepare(args: argparse.Namespace, console: Any) -> tuple[Run, list[Example]]
     tasks = expand(args.tasks)
     check_tasks(tasks)
     args.model = check_model(args.model)
-    if args.n < 1 or min(args.lengths) < 1:
-        raise UsageError(f"--n {args.n} and --lengths {args.lengths} must be at least 1")
     from vllm_sparq.benchmarks.quality.cache_bytes import CacheShape
 
     run = Run(model=args.model, dtype=args.dtype, engine_args=args.engine_args)

@@ -18,16 +18,19 @@ import argparse
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from vllm_sparq.benchmarks.quality.cells import CONFIDENCE, interval
 from vllm_sparq.console import (
+    DTYPES,
     check_model,
     comma_names,
     comma_numbers,
     comma_shares,
     make_console,
+    natural,
+    place,
+    positive,
 )
 
 BATCH = 25
@@ -183,23 +186,26 @@ def table(records: Sequence[dict[str, Any]]) -> Any:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `vllm-sparq research mass`."""
     parser.description = __doc__
-    parser.add_argument("--model", type=Path, help="a model folder (default: the bundled model)")
-    parser.add_argument("--dtype", default="bfloat16", help="element type of the model (default: bfloat16)")
+    parser.add_argument("--model", type=place, help="a model folder (default: the bundled model)")
+    parser.add_argument(
+        "--dtype", choices=DTYPES, default="bfloat16", help="element type of the model (default: bfloat16)"
+    )
     parser.add_argument("--mass", type=comma_shares, default="0.8,0.9,0.95,0.99", help="shares to try")
     parser.add_argument("--tasks", type=comma_names, default=["repetition", "recall"], help="as of vllm-sparq eval")
     parser.add_argument("--lengths", type=comma_numbers, default=[1024], help="prompt tokens (default: 1024)")
-    parser.add_argument("--n", type=int, default=50, help="prompts per task and length (default: 50)")
-    parser.add_argument("--r", type=int, default=8, help="channels that rank the tokens (default: 8)")
-    parser.add_argument("--local", type=int, default=8, help="newest tokens that any read holds (default: 8)")
-    parser.add_argument("--min-k", type=int, default=8, help="tokens that a mass reads at least (default: 8)")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, metavar="FILE", help="add a JSON line for each row of the table")
+    parser.add_argument("--n", type=positive, default=50, help="prompts per task and length (default: 50)")
+    parser.add_argument("--r", type=positive, default=8, help="channels that rank the tokens (default: 8)")
+    parser.add_argument("--local", type=natural, default=8, help="newest tokens that any read holds (default: 8)")
+    parser.add_argument("--min-k", type=positive, default=8, help="tokens that a mass reads at least (default: 8)")
+    parser.add_argument("--seed", type=natural, default=0)
+    parser.add_argument("--out", type=place, metavar="FILE", help="add a JSON line for each row of the table")
 
 
 def main(args: argparse.Namespace) -> int:
     """Answer, count, print."""
     from rich.progress import Progress
 
+    from vllm_sparq.benchmarks.common.lines import check_out
     from vllm_sparq.benchmarks.common.model_shape import ModelShape
     from vllm_sparq.benchmarks.common.records import append_records, provenance
     from vllm_sparq.benchmarks.quality.engine import Run
@@ -212,6 +218,8 @@ def main(args: argparse.Namespace) -> int:
     os.environ.setdefault("TQDM_DISABLE", "1")
     run = Run(model=check_model(args.model or WEIGHTS), dtype=args.dtype)
     check_tasks(args.tasks)
+    if args.out is not None:
+        check_out(args.out)
     wanted = Wanted(model=run.model, tasks=args.tasks, lengths=args.lengths, n=args.n, seed=args.seed)
     examples = wanted.examples(ModelShape.of(run.model, run.dtype).max_model_len)
     curve = Curve(run, {"r": args.r, "local": args.local, "min_k": args.min_k})

@@ -143,12 +143,17 @@ class Wanted:
 def text_windows(tokenizer: Any, ids: Sequence[int], *, length: int, n: int, n_scored: int) -> list[Example]:
     """``n`` windows of ``length`` tokens that do not overlap, evenly spread; the last ``n_scored`` of each are forced.
 
+    A window opens as the model's prompts do: with a token of its own where the tokenizer puts one.
+
     Raises:
-        UsageError: the text is too short for them.
+        UsageError: the text is too short for them, or they are.
     """
-    first = tokenizer.bos_token_id
-    head = [] if first is None else [int(first)]
+    head = opening(tokenizer)
     body = length - len(head)
+    if n_scored < 1 or n_scored >= length - len(head):
+        raise UsageError(
+            f"windows of {length:,} tokens leave nothing to read or to score: give longer ones (--lengths)"
+        )
     if len(ids) < n * body:
         raise UsageError(
             f"the text has {len(ids):,} tokens, {n} windows of {length:,} need {n * body:,}: give a longer text, "
@@ -176,6 +181,12 @@ def text_windows(tokenizer: Any, ids: Sequence[int], *, length: int, n: int, n_s
             )
         )
     return found
+
+
+def opening(tokenizer: Any) -> list[int]:
+    """What the tokenizer puts before every text: its first token, or nothing, even if it knows such a token."""
+    first = tokenizer.bos_token_id
+    return [] if first is None or tokenizer("a").input_ids[:1] != [first] else [int(first)]
 
 
 def read_text(path: Path) -> str:

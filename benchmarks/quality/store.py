@@ -9,12 +9,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from vllm_sparq.benchmarks.common.lines import check_out, replace_lines
+from vllm_sparq.benchmarks.common.lines import check_out, make_folder, replace_lines
 from vllm_sparq.benchmarks.common.methods import Method
 from vllm_sparq.benchmarks.common.records import SCHEMA, append_records, provenance, read_records
 from vllm_sparq.benchmarks.quality.engine import Run
 from vllm_sparq.benchmarks.tasks.generated import Example
-from vllm_sparq.console import UsageError
 
 N_EDGE_BYTES = 1 << 20
 """Bytes at either end of a weight file that stand for it: hashing tens of gigabytes takes longer than answering."""
@@ -55,8 +54,7 @@ class Store:
     """
 
     def __init__(self, folder: Path, run: Run) -> None:
-        if folder.exists() and not folder.is_dir():
-            raise UsageError(f"--out {folder} is a file: give a folder, which receives examples.jsonl and cells.jsonl")
+        make_folder(folder)
         self.examples_path, self.cells_path = folder / "examples.jsonl", folder / "cells.jsonl"
         for path in (self.examples_path, self.cells_path):
             check_out(path)

@@ -8,7 +8,6 @@ All cells read one cache, so two engines do: dense and SparQ. Lines and records 
 from __future__ import annotations
 
 import argparse
-import json
 import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
@@ -18,7 +17,7 @@ from typing import Any
 from vllm_sparq.benchmarks.common.methods import DENSE, Method
 from vllm_sparq.benchmarks.quality import evaluate as quality
 from vllm_sparq.benchmarks.quality.engine import Run
-from vllm_sparq.console import UsageError, comma_names, comma_numbers, make_console
+from vllm_sparq.console import UsageError, comma_names, comma_numbers, json_object, make_console, positive
 
 
 def grid(name: str, ranks: Sequence[int], tokens: Sequence[int], options: dict[str, Any]) -> list[Method]:
@@ -45,10 +44,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--method", default="sparq", help="what reads sparsely: sparq, sparq+int4, ... (default: sparq)"
     )
-    parser.add_argument("--options", type=json.loads, default={}, help="more sparq options, as JSON")
+    parser.add_argument("--options", type=json_object, default={}, help="more sparq options, as JSON")
     parser.add_argument("--tasks", type=comma_names, default=["repetition", "needle"], help="as in `vllm-sparq eval`")
     parser.add_argument("--lengths", type=comma_numbers, default=[1024], help="prompt tokens (default: 1024)")
-    parser.add_argument("--n", type=int, default=32, help="prompts per task and length (default: 32)")
+    parser.add_argument("--n", type=positive, default=32, help="prompts per task and length (default: 32)")
     quality.add_text_arguments(parser)
     parser.epilog = """\
 examples:

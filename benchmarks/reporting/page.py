@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from vllm_sparq.benchmarks.common.lines import check_out, make_folder, replace_text
 from vllm_sparq.benchmarks.common.methods import DENSE
 from vllm_sparq.benchmarks.common.records import read_records
 from vllm_sparq.benchmarks.engine.cases import SKIPPED
@@ -26,7 +27,7 @@ from vllm_sparq.benchmarks.reporting.tables import (
     requests_table,
     serve_table,
 )
-from vllm_sparq.console import UsageError
+from vllm_sparq.console import UsageError, place
 
 IDENTITY = (
     *("bench", "model", "method", "options", "context", "batch", "heads", "kv_heads", "head_dim", "dtype", "ranking"),
@@ -81,8 +82,8 @@ examples:
   vllm-sparq report results/ --out report.html
   vllm-sparq report --documents
 """
-    parser.add_argument("results", type=Path, nargs="?", help="a folder of results, or one file")
-    parser.add_argument("--out", type=Path, default=Path("report.html"), help="the page (default: report.html)")
+    parser.add_argument("results", type=place, nargs="?", help="a folder of results, or one file")
+    parser.add_argument("--out", type=place, default=Path("report.html"), help="the page (default: report.html)")
     parser.add_argument(
         "--documents",
         action="store_true",
@@ -103,12 +104,13 @@ def main(args: argparse.Namespace) -> int:
         raise UsageError(
             f"{args.results} holds no results: `vllm-sparq bench ... --out {args.results}/x.jsonl` makes some"
         )
-    if not args.out.absolute().parent.is_dir():
-        raise UsageError(f"--out {args.out}: there is no folder {args.out.absolute().parent}")
-    page, pictures = build(records)
-    args.out.write_text(page, encoding="utf-8")
     folder = args.out.with_suffix("")
-    folder.mkdir(exist_ok=True)
+    if folder == args.out:
+        raise UsageError(f"--out {args.out} needs a suffix, such as .html: its pictures go to the folder of that name")
+    check_out(args.out)
+    make_folder(folder)
+    page, pictures = build(records)
+    replace_text(args.out, page)
     for name, png in pictures.items():
         (folder / f"{name}.png").write_bytes(png)
     print(f"{args.out}: {len(records)} results; {len(pictures)} pictures in {folder}{'' if pictures else ' (none)'}")

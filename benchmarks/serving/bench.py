@@ -10,12 +10,16 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from vllm_sparq.benchmarks.common.cache_layout import CacheLayout
+from vllm_sparq.benchmarks.common.lines import check_out
 from vllm_sparq.benchmarks.common.methods import DENSE, Method
+from vllm_sparq.benchmarks.common.model_shape import ModelShape
 from vllm_sparq.benchmarks.common.proof import WrongAttentionError, check_attention, speed_note, with_dense
 from vllm_sparq.benchmarks.common.records import (
     append_records,
@@ -27,10 +31,24 @@ from vllm_sparq.benchmarks.common.records import (
 )
 from vllm_sparq.benchmarks.common.server import HOST, WORKER_REPORT, Server, ServerError, wait_until_healthy
 from vllm_sparq.benchmarks.tiny_model import WEIGHTS
-from vllm_sparq.console import UsageError, check_model, comma_names, json_object, make_console
+from vllm_sparq.console import (
+    UsageError,
+    check_model,
+    comma_names,
+    json_object,
+    make_console,
+    natural,
+    place,
+    positive,
+    real_number,
+)
 
 PREEMPTIONS = "vllm:num_preemptions_total"
+QUERIES, HITS = "vllm:prefix_cache_queries_total", "vllm:prefix_cache_hits_total"
 CACHE = "vllm:cache_config_info"
+
+WARM_UP = "warm-up"
+"""Stands for a rate where the seed of the first requests is drawn."""
 
 DROPPED = ("tokenizer_id", "label")
 """Keys of the client's that say nothing: a path of this machine, a name of none. Lists of every request go as well."""
@@ -38,7 +56,8 @@ DROPPED = ("tokenizer_id", "label")
 EPILOG = """\
 The keys of a record are those of `vllm bench serve --save-result`; `sparq` beside them says what the server was: the
 method and its options, the attention class inside the worker, the KV cache in tokens, how many requests of the
-longest kind fit at a time, preemptions during the run, and the lengths of the answers.
+longest kind fit at a time, preemptions during the run, the share of prompt tokens that the prefix cache knew, and the
+lengths of the answers. The requests of a rate are new to the cache, whatever ran before, and the same for all methods.
 
 examples:
   vllm-sparq bench serve --model M --methods sparq,kivi --request-rate 2,8,inf
@@ -51,20 +70,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `vllm-sparq bench serve`."""
     parser.epilog = EPILOG
     add = parser.add_argument
-    add("--model", type=Path, default=WEIGHTS, help="a model folder (default: the bundled model)")
+    add("--model", type=place, default=WEIGHTS, help="a model folder (default: the bundled model)")
     add("--methods", type=comma_names, default=["sparq"], metavar="M,...", help="beside dense (default: sparq)")
     add("--request-rate", type=rates, default="inf", metavar="R,...", help="per second; inf: all at once (default)")
-    add("--num-prompts", type=int, default=64, help="requests per rate (default: 64)")
-    add("--input-len", type=int, default=512, metavar="TOKENS", help="of a random prompt (default: 512)")
-    add("--output-len", type=int, default=64, metavar="TOKENS", help="of every answer (default: 64)")
-    add("--max-concurrency", type=int, help="requests that the client has open at a time (default: no limit)")
+    add("--num-prompts", type=positive, default=64, help="requests per rate (default: 64)")
+    add("--input-len", type=positive, default=512, metavar="TOKENS", help="of a random prompt (default: 512)")
+    add("--output-len", type=positive, default=64, metavar="TOKENS", help="of every answer (default: 64)")
+    add("--max-concurrency", type=positive, help="requests that the client has open at a time (default: no limit)")
     add("--goodput", nargs="+", metavar="KEY:MS", help="service levels, such as ttft:500 tpot:50")
-    add("--kv-cache-mib", type=int, help="KV cache of each server, the same for all (default: 256 on a CPU)")
+    add("--kv-cache-mib", type=positive, help="KV cache of each server, the same for all (default: 256 on a CPU)")
     add("--serve-args", type=json_list, default=[], metavar="JSON", help="more arguments of `vllm serve`, as a list")
     add("--options", type=json_object, default={}, metavar="JSON", help="sparq options on top of every method")
-    add("--seed", type=int, default=0)
-    add("--timeout", type=float, default=600, help="seconds that a server may take to start (default: 600)")
-    add("--out", type=Path, help="append one JSON line per method and rate")
+    add("--seed", type=natural, default=0)
+    add(
+        "--timeout",
+        type=real_number(above=0),
+        default=600,
+        help="seconds that a server may take to start (default: 600)",
+    )
+    add("--out", type=place, help="append one JSON line per method and rate")
     add("--again", action="store_true", help="measure cases that --out holds already")
 
 
@@ -95,6 +119,8 @@ def main(args: argparse.Namespace) -> int:
     console = make_console()
     model = check_model(args.model)
     check_lengths(args, model)
+    if args.out:
+        check_out(args.out)
     methods = [Method.named(method.name, args.options) for method in with_dense(args.methods)]
     keys = {(m.name, rate): key_of(args, model, m, rate) for m in methods for rate in args.request_rate}
     known = recorded(args.out, keys.values(), again=args.again)
@@ -110,9 +136,9 @@ def main(args: argparse.Namespace) -> int:
                 for result in measure(args, model, method, todo, folder):
                     result["key"] = keys[method.name, float(result["rate"])]
                     found.append(result | provenance())
+                    if args.out:
+                        append_records(args.out, found[-1:])
                     status.update(f"{method.name}: {len(found)} of {len(todo)} rates done ...")
-            if args.out:
-                append_records(args.out, found)
             records += found
     except (ServerError, WrongAttentionError) as error:
         console.print(f"✗ {error}", style="red", highlight=False, markup=False, soft_wrap=True)
@@ -127,12 +153,9 @@ def check_lengths(args: argparse.Namespace, model: Path) -> None:
     """Refuse requests that the model has no positions for.
 
     Raises:
-        UsageError: they are too long, or empty.
+        UsageError: they are too long.
     """
-    for name in ("num_prompts", "input_len", "output_len"):
-        if getattr(args, name) < 1:
-            raise UsageError(f"--{name.replace('_', '-')} {getattr(args, name)} must be 1 or more")
-    limit = json.loads((model / "config.json").read_text()).get("max_position_embeddings", math.inf)
+    limit = ModelShape.of(model).max_model_len
     if args.input_len + args.output_len > limit:
         raise UsageError(
             f"--input-len {args.input_len} and --output-len {args.output_len} need more positions than the {limit} "
@@ -153,7 +176,40 @@ def key_of(args: argparse.Namespace, model: Path, method: Method, rate: float) -
         "seed",
     )
     fields = {name: getattr(args, name) for name in names}
-    return case_key("serve", fields | {"model": model.name, **asdict(method), "rate": str(rate)})
+    layout = layout_of(args, model, method)
+    return case_key("serve", fields | {"model": model.name, **asdict(method), "rate": str(rate)} | layout.fields)
+
+
+def layout_of(args: argparse.Namespace, model: Path, method: Method) -> CacheLayout:
+    """How the server of a method will cut its cache."""
+    given = {}
+    for option in ("--block-size", "--max-model-len"):
+        words = [word for both in args.serve_args for word in both.split("=", 1)]
+        if option in words[:-1]:
+            given[option] = given_number(words[words.index(option) + 1], f"--serve-args: {option}")
+    shape = ModelShape.of(model)
+    return CacheLayout.of(
+        method,
+        shape,
+        max_model_len=given.get("--max-model-len", shape.max_model_len),
+        block_size=given.get("--block-size"),
+    )
+
+
+def given_number(text: str, what: str) -> int:
+    """Of an argument of vLLM's that we have to know.
+
+    Raises:
+        UsageError: it is none.
+    """
+    if not text.isdecimal() or int(text) < 1:
+        raise UsageError(f"{what} {text!r} is not a whole number above 0")
+    return int(text)
+
+
+def seed_of(seed: int, rate: float | str) -> int:
+    """Of the requests of a rate: its own, whatever other rates are measured in whichever order."""
+    return (seed + zlib.crc32(str(rate).encode())) % 2**32
 
 
 def serve_arguments(args: argparse.Namespace, method: Method) -> list[str]:
@@ -185,10 +241,14 @@ def measure(
     with Server(method.name, model, serve_arguments(args, method), folder=folder, environment=threads) as server:
         wait_until_healthy([server], timeout_s=args.timeout)
         attention = check_attention(method, server.attention_report())
-        client(args, model, server, rate=math.inf, n=min(4, args.num_prompts), folder=folder)  # warms up
+        first = seed_of(args.seed, WARM_UP)
+        client(args, model, server, rate=math.inf, n=min(4, args.num_prompts), seed=first, folder=folder)
         for rate in todo:
-            before = preemptions(server)
-            result = client(args, model, server, rate=rate, n=args.num_prompts, folder=folder)
+            server.reset_prefix_cache()
+            before = counters(server)
+            seed = seed_of(args.seed, rate)
+            result = client(args, model, server, rate=rate, n=args.num_prompts, seed=seed, folder=folder)
+            counted = {name: value - before[name] for name, value in counters(server).items()}
             labels = next(labels for name, labels, _ in server.metrics() if name == CACHE)
             lengths = result.get("output_lens") or [0]
             yield {
@@ -199,26 +259,33 @@ def measure(
                 "rate": rate if math.isfinite(rate) else "inf",
                 "input_len": args.input_len,
                 "output_len": args.output_len,
+                "block_size": int(labels["block_size"]),
+                "kv_bytes_per_token": layout_of(args, model, method).kv_bytes_per_token,
                 "sparq": {
                     "method": method.name,
                     "options": method.options,
                     "attention": attention,
                     "kv_capacity_tokens": int(float(labels["kv_cache_size_tokens"])),
                     "max_concurrency": round(float(labels["kv_cache_max_concurrency"]), 2),
-                    "preemptions": int(preemptions(server) - before),
+                    "preemptions": int(counted[PREEMPTIONS]),
+                    "prefix_cache_hit_rate": round(counted[HITS] / counted[QUERIES], 4) if counted[QUERIES] else 0.0,
                     "mean_output_len": round(statistics.fmean(lengths), 2),
                     "max_output_len": max(lengths),
                 },
             }
 
 
-def preemptions(server: Server) -> float:
-    """Of all requests so far."""
-    return sum(value for name, _, value in server.metrics() if name == PREEMPTIONS)
+def counters(server: Server) -> dict[str, float]:
+    """Preemptions, and tokens that the prefix cache was asked for and knew, of all requests so far."""
+    found = dict.fromkeys((PREEMPTIONS, QUERIES, HITS), 0.0)
+    for name, _, value in server.metrics():
+        if name in found:
+            found[name] += value
+    return found
 
 
 def client(
-    args: argparse.Namespace, model: Path, server: Server, *, rate: float, n: int, folder: Path
+    args: argparse.Namespace, model: Path, server: Server, *, rate: float, n: int, seed: int, folder: Path
 ) -> dict[str, Any]:
     """One run of `vllm bench serve`.
 
@@ -231,7 +298,7 @@ def client(
         *(sys.executable, "-m", "vllm.entrypoints.cli.main", "bench", "serve", "--backend", "openai"),
         *("--host", HOST, "--port", str(server.port), "--model", server.name, "--tokenizer", str(model)),
         *("--dataset-name", "random", "--random-input-len", str(args.input_len)),
-        *("--random-output-len", str(args.output_len), "--num-prompts", str(n), "--seed", str(args.seed)),
+        *("--random-output-len", str(args.output_len), "--num-prompts", str(n), "--seed", str(seed)),
         *("--request-rate", str(rate), "--percentile-metrics", "ttft,tpot,itl,e2el", "--ignore-eos"),
         *("--disable-tqdm", "--save-result", "--save-detailed"),
         *("--result-dir", str(folder), "--result-filename", result.name),
@@ -259,6 +326,7 @@ def table(records: list[dict[str, Any]], order: Sequence[float]) -> Any:
     for column in ("rate", "method", "tokens/s", "beside dense", "TTFT ms", "TPOT ms", "p99 ITL ms", "KV tokens"):
         view.add_column(column, justify="left" if column == "method" else "right")
     view.add_column("preempted", justify="right")
+    view.add_column("from cache", justify="right")
     view.add_column("attention")
     for rate in order:
         rows = [record for record in records if float(record["rate"]) == rate]
@@ -274,6 +342,7 @@ def table(records: list[dict[str, Any]], order: Sequence[float]) -> Any:
                 f"{row['p99_itl_ms']:,.1f}",
                 f"{row['sparq']['kv_capacity_tokens']:,}",
                 str(row["sparq"]["preemptions"]),
+                f"{row['sparq']['prefix_cache_hit_rate']:.0%}",
                 row["sparq"]["attention"],
                 end_section=i == len(rows) - 1,
             )

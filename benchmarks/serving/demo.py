@@ -14,13 +14,23 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
+from vllm_sparq.benchmarks.common.lines import check_out, replace_text
 from vllm_sparq.benchmarks.common.model_shape import ModelShape
 from vllm_sparq.benchmarks.common.server import WORKER_REPORT, Completion, Server, ServerError, wait_until_healthy
 from vllm_sparq.benchmarks.serving.demo_report import Row, Run, Side, print_run, run_as_json
 from vllm_sparq.benchmarks.tasks import generated as tasks
 from vllm_sparq.benchmarks.tiny_model import WEIGHTS
 from vllm_sparq.config import Options
-from vllm_sparq.console import UsageError, check_model, make_console, sparq_options
+from vllm_sparq.console import (
+    UsageError,
+    check_model,
+    make_console,
+    natural,
+    place,
+    positive,
+    sparq_options,
+    whole_number,
+)
 from vllm_sparq.reads import Read
 
 LENGTHS = (512, 1024, 2048, 3900)
@@ -53,18 +63,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """For the command line."""
     parser.epilog = EXAMPLES
     parser.add_argument(
-        "--model", type=Path, default=WEIGHTS, metavar="PATH", help="model folder; default: the bundled one"
+        "--model", type=place, default=WEIGHTS, metavar="PATH", help="model folder; default: the bundled one"
     )
     parser.add_argument(
         "--lengths",
-        type=int,
+        type=positive,
         nargs="+",
         default=list(LENGTHS),
         metavar="TOKENS",
         help=f"context lengths; default: {' '.join(map(str, LENGTHS))}",
     )
-    parser.add_argument("--questions", type=int, default=4, metavar="N", help="questions per length; default: 4")
-    parser.add_argument("--seed", type=int, default=0, help="of the questions; default: 0")
+    parser.add_argument("--questions", type=positive, default=4, metavar="N", help="questions per length; default: 4")
+    parser.add_argument("--seed", type=natural, default=0, help="of the questions; default: 0")
     parser.add_argument(
         "--sparq",
         type=sparq_options,
@@ -72,18 +82,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="JSON",
         help="options of SparQ; default: '{\"dense_below\": 0}', so that short contexts are read sparsely as well",
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write everything that was found there")
-    parser.add_argument("--port", type=int, metavar="PORT", help="first of two ports; default: free ones")
+    parser.add_argument("--json", type=place, metavar="FILE", help="write everything that was found there")
+    parser.add_argument(
+        "--port", type=whole_number(1, 65534), metavar="PORT", help="first of two ports; default: free ones"
+    )
 
 
 def main(args: argparse.Namespace) -> int:
     """Run the demo."""
-    if args.questions < 1:
-        raise UsageError(f"--questions {args.questions} must be 1 or more")
-    if args.port is not None and not 1 <= args.port <= 65534:
-        raise UsageError(f"--port {args.port} must lie between 1 and 65534")
-    if args.json is not None and not args.json.absolute().parent.is_dir():
-        raise UsageError(f"--json {args.json}: there is no folder {args.json.absolute().parent}")
+    if args.json is not None:
+        check_out(args.json, "--json")
     started = time.monotonic()
     args.model = check_model(args.model)
     if not (args.model / "tokenizer.json").is_file():
@@ -121,7 +129,7 @@ def main(args: argparse.Namespace) -> int:
     )
     print_run(console, run)
     if args.json is not None:
-        args.json.write_text(json.dumps(run_as_json(run), indent=2, ensure_ascii=False) + "\n")
+        replace_text(args.json, json.dumps(run_as_json(run), indent=2, ensure_ascii=False) + "\n")
     return 0
 
 

@@ -20,8 +20,8 @@ from transformers import DynamicCache
 from vllm_sparq.benchmarks.common.methods import DENSE
 from vllm_sparq.benchmarks.quality.cells import cells
 from vllm_sparq.benchmarks.simulation.model import answer, load_plain
-from vllm_sparq.benchmarks.simulation.prompts import add_prompt_arguments, cells_of, keep, line, table
-from vllm_sparq.console import comma_numbers, make_console
+from vllm_sparq.benchmarks.simulation.prompts import add_prompt_arguments, cells_of, checked, keep, line, table
+from vllm_sparq.console import comma_numbers, make_console, natural, positive
 
 
 def rounded(x: torch.Tensor, bits: int) -> torch.Tensor:
@@ -61,12 +61,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = __doc__
     add_prompt_arguments(parser)
     parser.add_argument("--bits", type=comma_numbers, default=[4, 2], help="of the codes (default: 4,2)")
-    parser.add_argument("--group", type=int, default=32, help="g (default: 32)")
-    parser.add_argument("--residual", type=int, default=128, help="R, tokens in full precision (default: 128)")
+    parser.add_argument("--group", type=positive, default=32, help="g (default: 32)")
+    parser.add_argument("--residual", type=natural, default=128, help="R, tokens in full precision (default: 128)")
 
 
 def main(args: argparse.Namespace) -> int:
     """Score the simulation, and the model without it, on the prompts of `vllm-sparq eval`."""
+    checked(args)
     model, tokenizer = load_plain(args.model)
     console = make_console()
     records: list[dict[str, Any]] = []

@@ -4,26 +4,42 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
+from vllm_sparq.benchmarks.common.lines import check_out
+from vllm_sparq.benchmarks.common.model_shape import ModelShape
 from vllm_sparq.benchmarks.common.records import append_records, provenance
 from vllm_sparq.benchmarks.quality.cells import CONFIDENCE
 from vllm_sparq.benchmarks.quality.prompts import GENERATED, Wanted
 from vllm_sparq.benchmarks.quality.store import digest
 from vllm_sparq.benchmarks.tasks.generated import TASKS, Example, score
 from vllm_sparq.benchmarks.tiny_model import WEIGHTS
-from vllm_sparq.console import comma_names, comma_numbers
+from vllm_sparq.console import UsageError, check_model, comma_names, comma_numbers, natural, place, positive
 
 
 def add_prompt_arguments(parser: argparse.ArgumentParser) -> None:
     """Which model, which prompts, and where the records go."""
-    parser.add_argument("--model", type=Path, default=WEIGHTS, help="a model folder (default: the bundled model)")
+    parser.add_argument("--model", type=place, default=WEIGHTS, help="a model folder (default: the bundled model)")
     parser.add_argument("--tasks", type=comma_names, default=list(TASKS), help=f"of {', '.join(GENERATED)}")
     parser.add_argument("--lengths", type=comma_numbers, default=[1024], help="prompt tokens (default: 1024)")
-    parser.add_argument("--n", type=int, default=50, help="prompts per task and length (default: 50)")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, metavar="FILE", help="add a JSON line for each row of the table")
+    parser.add_argument("--n", type=positive, default=50, help="prompts per task and length (default: 50)")
+    parser.add_argument("--seed", type=natural, default=0)
+    parser.add_argument("--out", type=place, metavar="FILE", help="add a JSON line for each row of the table")
+
+
+def checked(args: argparse.Namespace) -> None:
+    """Refuse, before a model is loaded, what cannot be used.
+
+    Raises:
+        UsageError: no model, an unknown task, or records that cannot be written.
+    """
+    args.model = check_model(args.model)
+    ModelShape.of(args.model)
+    unknown = [task for task in args.tasks if task not in GENERATED]
+    if unknown:
+        raise UsageError(f"unknown task {unknown[0]!r}: choose from {', '.join(GENERATED)}")
+    if args.out is not None:
+        check_out(args.out)
 
 
 def cells_of(args: argparse.Namespace, max_model_len: int) -> Iterator[list[Example]]:

@@ -21,10 +21,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from vllm_sparq.benchmarks.common.methods import DENSE
 from vllm_sparq.benchmarks.quality.cells import cells
-from vllm_sparq.benchmarks.quality.prompts import GENERATED
 from vllm_sparq.benchmarks.simulation.model import Contexts, decode, load, read_prompts
 from vllm_sparq.benchmarks.simulation.policies import POLICIES, Dense, InfLLM, Policy, Shape, Wanted
-from vllm_sparq.benchmarks.simulation.prompts import add_prompt_arguments, cells_of, keep, line, table
+from vllm_sparq.benchmarks.simulation.prompts import add_prompt_arguments, cells_of, checked, keep, line, table
 from vllm_sparq.benchmarks.tasks.generated import Example
 from vllm_sparq.config import NAMESPACE, parse_options
 from vllm_sparq.console import UsageError, comma_names, json_object, make_console
@@ -125,9 +124,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     """Answer, score, write, print."""
     console = make_console()
-    for task in args.tasks:
-        if task not in GENERATED:
-            raise UsageError(f"unknown task {task!r}: choose from {', '.join(GENERATED)}")
+    checked(args)
+    policies_at(args.policies, args.compression, args.options, Shape(1, 16))  # names and numbers mean something
     model, tokenizer = load(args.model)
     config = model.config
     if config.rope_parameters["rope_type"] != "default":

@@ -23,7 +23,7 @@ from transformers import DynamicCache
 from vllm_sparq.benchmarks.common.methods import DENSE
 from vllm_sparq.benchmarks.quality.cells import cells
 from vllm_sparq.benchmarks.simulation.model import answer, load, running
-from vllm_sparq.benchmarks.simulation.prompts import add_prompt_arguments, cells_of, keep, line, table
+from vllm_sparq.benchmarks.simulation.prompts import add_prompt_arguments, cells_of, checked, keep, line, table
 from vllm_sparq.console import comma_shares, make_console
 
 ALL = 1e6
@@ -100,6 +100,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Score the simulations, and the model without them, on the prompts of `vllm-sparq eval`."""
+    checked(args)
     model, tokenizer = load(args.model)
     console = make_console()
     records: list[dict[str, Any]] = []

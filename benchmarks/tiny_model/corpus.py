@@ -14,6 +14,8 @@ import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
+from vllm_sparq.console import UsageError
+
 MANUALS = Path("/usr/share/man")
 HELD_OUT_EVERY = 20
 MIN_CHARS = 400  # shorter documents are mostly redirections to other pages
@@ -98,5 +100,5 @@ def documents(max_bytes: int, *, held_out: bool) -> list[str]:
         n_bytes += len(text)
         kept.append(text)
     if not kept:
-        raise RuntimeError(f"found no text: neither manual pages in {MANUALS} nor docstrings of the standard library")
+        raise UsageError(f"found no text: neither manual pages in {MANUALS} nor docstrings of the standard library")
     return kept

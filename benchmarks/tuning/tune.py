@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from vllm_sparq.benchmarks.common.lines import make_folder, mend, replace_text
 from vllm_sparq.benchmarks.common.methods import DENSE
 from vllm_sparq.benchmarks.common.optional import optional
 from vllm_sparq.benchmarks.quality import evaluate as quality
@@ -26,10 +27,13 @@ from vllm_sparq.benchmarks.quality.prompts import TEXT, Wanted, read_text, text_
 from vllm_sparq.benchmarks.tasks.generated import Example
 from vllm_sparq.benchmarks.tuning.measure import Engines, Measured, answers_of, measure, times_in_turns
 from vllm_sparq.benchmarks.tuning.space import DEFAULT, Workload, draw, method_of, options_of, starting_points
-from vllm_sparq.console import UsageError, check_model, make_console
+from vllm_sparq.console import UsageError, check_model, make_console, place, positive, real_number
 
 N_SCORED = 128
 """Tokens at the end of each window that are forced; the context before them is read."""
+
+JOURNAL = "search.journal"
+"""The search, in its folder."""
 
 TAIL = 64  # more than MIN_TURNS + 2 turns of STEPS
 """Room after the context for the tokens whose time is taken."""
@@ -44,21 +48,25 @@ N_CONFIRMED = 3
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `vllm-sparq tune`."""
     quality.add_model_arguments(parser)
-    parser.add_argument("--text", type=Path, help="text file or folder that loss is measured on (default: the corpus)")
+    parser.add_argument("--text", type=place, help="text file or folder that loss is measured on (default: the corpus)")
     parser.add_argument(
-        "--max-loss", type=float, default=0.01, help="bits per byte, and share of needles (default: 0.01)"
+        "--max-loss", type=real_number(), default=0.01, help="bits per byte, and share of needles (default: 0.01)"
     )
-    parser.add_argument("--context", type=int, help="tokens of a request (default: half the model's, 8192 at most)")
-    parser.add_argument("--batch", type=int, default=4, help="requests at a time (default: 4)")
-    parser.add_argument("--time-limit", type=float, default=540, metavar="SECONDS", help="of this run (default: 540)")
-    parser.add_argument("--trials", type=int, help="settings, earlier runs included (default: as many as fit)")
-    parser.add_argument("--n", type=int, default=16, help="windows of text, and needles (default: 16)")
     parser.add_argument(
-        "--engines", type=int, default=2, help="kept running beside dense's, if memory allows (default: 2)"
+        "--context", type=positive, help="tokens of a request (default: half the model's, 8192 at most)"
+    )
+    parser.add_argument("--batch", type=positive, default=4, help="requests at a time (default: 4)")
+    parser.add_argument(
+        "--time-limit", type=real_number(least=0), default=540, metavar="SECONDS", help="of this run (default: 540)"
+    )
+    parser.add_argument("--trials", type=positive, help="settings, earlier runs included (default: as many as fit)")
+    parser.add_argument("--n", type=positive, default=16, help="windows of text, and needles (default: 16)")
+    parser.add_argument(
+        "--engines", type=positive, default=2, help="kept running beside dense's, if memory allows (default: 2)"
     )
     default = Path.home() / ".cache" / "vllm-sparq" / "tune"
     parser.add_argument(
-        "--out", type=Path, default=default, metavar="FOLDER", help=f"the search, kept (default: {default})"
+        "--out", type=place, default=default, metavar="FOLDER", help=f"the search, kept (default: {default})"
     )
     parser.epilog = """\
 A run that was stopped goes on where it was, for the same model, text, context, batch and seed.
@@ -109,10 +117,9 @@ def prepare(args: argparse.Namespace) -> tuple[Workload, Run, list[Example]]:
     shape = CacheShape.of(args.model, args.dtype)
     limit = args.engine_args.get("max_model_len") or shape.max_model_len
     context = args.context or min(8192, limit // 2)
-    if min(context - 2 * N_SCORED, args.batch, args.n, args.engines) < 1 or context + TAIL > limit:
+    if not 2 * N_SCORED < context <= limit - TAIL:
         raise UsageError(
-            f"--context {context}, --batch {args.batch}, --n {args.n} and --engines {args.engines} are not usable: the "
-            f"context must lie between {2 * N_SCORED + 1} and {limit - TAIL} tokens, the others be at least 1"
+            f"--context {context} is not usable: it must lie between {2 * N_SCORED + 1} and {limit - TAIL} tokens"
         )
     text = read_text(args.text) if args.text else None
     wanted = Wanted(model=args.model, tasks=(), lengths=(), n=args.n, seed=args.seed, text=text)
@@ -138,13 +145,12 @@ def open_study(args: argparse.Namespace, run: Run, workload: Workload, examples:
     optuna, journal = (optional(name, "the search") for name in ("optuna", "optuna.storages.journal"))
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)  # conditional spaces are one
-    if args.out.exists() and not args.out.is_dir():
-        raise UsageError(f"--out {args.out} is a file: give a folder")
-    args.out.mkdir(parents=True, exist_ok=True)
+    make_folder(args.out)
+    mend(args.out / JOURNAL)  # of a run that was killed while it wrote
     prompts = [(example.prompt, example.prompt_ids) for example in examples]
     identity = fingerprint(run.model), run.dtype, run.engine_args, workload.context, workload.batch, args.seed, prompts
     study = optuna.create_study(
-        storage=optuna.storages.JournalStorage(journal.JournalFileBackend(str(args.out / "search.journal"))),
+        storage=optuna.storages.JournalStorage(journal.JournalFileBackend(str(args.out / JOURNAL))),
         study_name=digest(*identity),
         directions=["minimize"] * 3,
         sampler=optuna.samplers.TPESampler(seed=args.seed, multivariate=True, group=True, n_startup_trials=8),
@@ -308,4 +314,4 @@ def write(folder: Path, name: str, found: Sequence[Measured]) -> None:
     """All settings of a search, in a file of its own."""
     best = {id(one) for one in pareto(found)}
     lines = [json.dumps({"bench": "tune", **one.record(), "pareto": id(one) in best}) for one in found]
-    (folder / f"{name}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    replace_text(folder / f"{name}.jsonl", "\n".join(lines) + "\n")

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from tests.benchmarks.commands import exit_code
 from vllm_sparq.benchmarks.cluster import bench as ray_bench
 from vllm_sparq.benchmarks.cluster import prompts
 from vllm_sparq.benchmarks.cluster import summary as ray_summary
@@ -55,14 +56,14 @@ def source() -> Iterator[prompts.Prompt]:
         (["--model", "nowhere"], "--model nowhere: no such folder"),
         (["--methods", "sparrow"], "unknown method 'sparrow'"),
         (["--replicas", "4096"], "4096 replicas of 1 CPUs need 4096, and this machine has"),
-        (["--replicas", "0"], "--replicas 0 must be 1 or more"),
+        (["--replicas", "0"], "argument --replicas: '0' must be 1 or more"),
         (["--data", "nowhere.jsonl"], "there is no such file"),
         (["--ship", "nowhere.whl"], "there is no such wheel"),
         (["--input-len", "3"], "--input-len 3: n_tokens=3 is too short"),
     ],
 )
 def test_bad_usage(words: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["bench", "ray", "--out", str(tmp_path / "out"), *words]) == 2
+    assert exit_code("bench", "ray", "--out", str(tmp_path / "out"), *words) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 

@@ -55,7 +55,7 @@ def test_a_shape_is_read_from_the_folder(tmp_path: Path) -> None:
     assert (shape.n_layers, shape.n_heads, shape.n_kv_heads, shape.head_size) == (4, 8, 2, 64)
     assert (shape.max_model_len, shape.vocab_size) == (4096, 1024)
     assert ModelShape.of(WEIGHTS, "float32").dtype == torch.float32
-    with pytest.raises(UsageError, match="--dtype 'nope' is not usable: give auto, bfloat16, float16 or float32"):
+    with pytest.raises(UsageError, match="--dtype 'nope' is not usable: give bfloat16, float16, float32 or auto"):
         ModelShape.of(WEIGHTS, "nope")
 
 

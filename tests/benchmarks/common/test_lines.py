@@ -92,8 +92,10 @@ def test_killed_writers_leave_whole_lines(tmp_path: Path) -> None:
     path, context = tmp_path / "x.jsonl", multiprocessing.get_context("fork")
     for i in range(5):
         writer = context.Process(target=write_many, args=(path, 10_000 * i, 10_000))
+        before = path.stat().st_size if path.exists() else 0
         writer.start()
-        time.sleep(0.1)
+        while not path.exists() or path.stat().st_size < before + 100_000:
+            time.sleep(0.01)
         assert writer.pid is not None
         os.kill(writer.pid, signal.SIGKILL)
         writer.join()

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
-import threading
 import time
-from multiprocessing import Pipe
-from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Console
 
+from tests.benchmarks.commands import exit_code
 from vllm_sparq.benchmarks.common.methods import Method
 from vllm_sparq.benchmarks.common.proof import WrongAttentionError, check_attention, with_dense
 from vllm_sparq.benchmarks.engine import bench as engine_bench
@@ -21,32 +21,28 @@ from vllm_sparq.benchmarks.tiny_model import WEIGHTS
 from vllm_sparq.cli import main
 
 
-def sleeper(seconds: float) -> Connection:
-    """A pipe to what looks like an engine whose decode steps take so long."""
-    ours, theirs = Pipe()
+class Sleeper:
+    """What looks like an engine whose decode steps take so long."""
 
-    def answer() -> None:
-        while (order := theirs.recv()) is not None:
-            kind, argument = order
-            times = []
-            for _ in range(argument if kind == "decode" else 0):
-                begin = time.perf_counter()
-                time.sleep(seconds)
-                times.append(time.perf_counter() - begin)
-            theirs.send(times)
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
 
-    threading.Thread(target=answer, daemon=True).start()
-    return ours
+    def ask(self, order: str, argument: Any) -> list[float]:
+        times = []
+        for _ in range(argument if order == "decode" else 0):
+            begin = time.perf_counter()
+            time.sleep(self.seconds)
+            times.append(time.perf_counter() - begin)
+        return times
 
 
 def test_a_slow_method_is_called_slower_than_dense() -> None:
-    pipes = {"dense": sleeper(0.004), "no attention": sleeper(0.002), "sparq": sleeper(0.001), "kivi": sleeper(0.012)}
-    measured = engine_bench.measure_case(Case(context=8, batch=1), pipes, rounds=2, steps=5)
-    for pipe in pipes.values():
-        pipe.send(None)
+    seconds = {"dense": 0.004, "no attention": 0.002, "sparq": 0.001, "kivi": 0.012}
+    engines: Any = {name: Sleeper(one) for name, one in seconds.items()}
+    measured = engine_bench.measure_case(Case(context=8, batch=1), engines, rounds=2, steps=5)
     text = io.StringIO()
     Console(file=text, width=200).print(engine_bench.table([{"model": "m", **record} for record in measured]))
-    rows = {name: line for line in text.getvalue().splitlines() for name in pipes if f"│ {name} " in line}
+    rows = {name: line for line in text.getvalue().splitlines() for name in seconds if f"│ {name} " in line}
     assert "slower than dense" in rows["kivi"]
     assert not any("slower" in rows[name] for name in ("dense", "no attention", "sparq"))
     assert measured[3]["speedup_vs_vllm"] < 0.5 < 1.5 < measured[2]["speedup_vs_vllm"]
@@ -84,11 +80,11 @@ def test_layers_without_full_attention_may_stay_with_vllm() -> None:
         (["--model", "nowhere"], "--model nowhere: no such folder"),
         (["--context", "200000"], "need 201024 positions, and the model has 131072: use --context 130048 or less"),
         (["--input-len", "140000"], "the model has 131072: use --input-len 130944 or less"),
-        (["--input-len", "0"], "--input-len 0 must be 1 or more"),
+        (["--input-len", "0"], "argument --input-len: '0' must be 1 or more"),
     ],
 )
 def test_bad_usage(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["bench", "engine", *words]) == 2
+    assert exit_code("bench", "engine", *words) == 2
     assert message in capsys.readouterr().err
 
 
@@ -109,5 +105,6 @@ def test_recorded_cases_are_not_measured_again(tmp_path: Path, capsys: pytest.Ca
 @pytest.mark.engine
 def test_a_silently_dense_engine_stops_the_run() -> None:
     silent = Engine(method=Method.named("sparq"), arguments={})
-    with pytest.raises(WrongAttentionError, match=r"asked for the backend SPARQ and runs 4 × .*CPU_ATTN"):
-        engine_bench.start([silent], Model.of(WEIGHTS, 4), WEIGHTS, 64, 1, lambda line: None)
+    wrong = pytest.raises(WrongAttentionError, match=r"asked for the backend SPARQ and runs 4 × .*CPU_ATTN")
+    with wrong, contextlib.ExitStack() as stack:
+        engine_bench.start(stack, [silent], Model.of(WEIGHTS, 4), WEIGHTS, 64, 1, lambda line: None)

@@ -7,11 +7,13 @@ import random
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from rich.console import Console
 
+from tests.benchmarks.commands import exit_code
 from vllm_sparq.benchmarks.common.methods import Method
 from vllm_sparq.benchmarks.common.records import read_records
 from vllm_sparq.benchmarks.quality import engine as quality_engine
@@ -281,15 +283,26 @@ def test_windows_are_apart_and_their_ends_are_scored() -> None:
     class Tokenizer:
         bos_token_id = 7
 
+        def __init__(self, adds: bool = True) -> None:
+            self.adds = adds
+
         def decode(self, ids: Sequence[int]) -> str:
             return " ".join(map(str, ids))
 
+        def __call__(self, text: str) -> Any:
+            return SimpleNamespace(input_ids=[7, 50] if self.adds else [50])
+
+    silent = text_windows(Tokenizer(adds=False), range(100, 200), length=20, n=5, n_scored=5)
+    assert [one.prompt_ids[:2] for one in silent] == [(100, 101), (120, 121), (140, 141), (160, 161), (180, 181)]
     found = text_windows(Tokenizer(), range(100, 200), length=21, n=4, n_scored=5)
     assert [one.prompt_ids[:2] for one in found] == [(7, 100), (7, 125), (7, 150), (7, 175)]
     assert found[0].answer_ids == (115, 116, 117, 118, 119)
     assert found[0].n_prompt_tokens == 16
     with pytest.raises(UsageError, match=r"the text has 100 tokens, 6 windows of 21 need 120"):
         text_windows(Tokenizer(), range(100, 200), length=21, n=6, n_scored=5)
+    for length, n_scored in ((3, 0), (6, 5)):
+        with pytest.raises(UsageError, match=f"windows of {length} tokens leave nothing to read or to score"):
+            text_windows(Tokenizer(), range(100, 200), length=length, n=1, n_scored=n_scored)
 
 
 def test_a_haystack_of_the_users_own(tmp_path: Path) -> None:
@@ -327,16 +340,20 @@ def test_texts_that_cannot_be_read(tmp_path: Path) -> None:
         (["--methods", "sparq,int3"], "unknown method 'int3'"),
         (["--compression", "0.5"], "--compression '0.5' is not usable: give numbers of at least 1"),
         (["--compression", "8,8"], "is named twice"),
-        (["--n", "0"], "must be at least 1"),
+        (["--n", "0"], "argument --n: '0' must be 1 or more"),
+        (["--options", "[1]"], "argument --options: '[1]' is not a JSON object"),
+        (["--options", "null"], "argument --options: 'null' is not a JSON object"),
+        (["--dtype", "nope"], "argument --dtype: invalid choice: 'nope' (choose from 'bfloat16'"),
+        (["--engine-args", '{"max_model_len": "x"}'], "max_model_len '\"x\"' must be a whole number above 0"),
         (["--lengths", "10", "--n", "1"], "give larger --lengths"),
         (["--tasks", "squad"], "give --data DIR with squad/dev-v1.1.json"),
         (["--haystack", "nowhere"], "no text at nowhere"),
-        (["--out", __file__], "is a file: give a folder"),
+        (["--out", __file__], "(it is a file): give a folder that can be written"),
     ],
 )
 def test_bad_usage(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     common = [] if {"--n", "--tasks"} & set(words) else ["--n", "1", "--lengths", "300"]
-    assert main(["eval", *common, *words]) == 2
+    assert exit_code("eval", *common, *words) == 2
     assert message in capsys.readouterr().err.replace("\n", " ")
 
 

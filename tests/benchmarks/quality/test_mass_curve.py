@@ -66,4 +66,4 @@ def test_a_mass_is_measured_beside_the_k_that_reads_as_much() -> None:
 def test_shares_that_mean_nothing_are_refused(text: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         cli.main(["research", "mass", f"--mass={text}"])
-    assert f"argument --mass: {text} is not usable: give shares above 0 and below 1" in capsys.readouterr().err
+    assert f"argument --mass: {text!r} is not usable: give shares above 0 and below 1" in capsys.readouterr().err

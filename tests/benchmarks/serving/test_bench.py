@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import argparse
 import io
+import json
 import math
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 
+from tests.benchmarks.commands import exit_code
 from vllm_sparq.benchmarks.common.methods import Method
 from vllm_sparq.benchmarks.common.server import WORKER_REPORT
 from vllm_sparq.benchmarks.serving import bench as serve_bench
+from vllm_sparq.benchmarks.tiny_model import WEIGHTS
 from vllm_sparq.cli import main
 
 
@@ -32,11 +35,11 @@ def parse(*words: str) -> argparse.Namespace:
             ["--input-len", "4090"],
             "--input-len 4090 and --output-len 64 need more positions than the 4096 of the model",
         ),
-        (["--num-prompts", "0"], "--num-prompts 0 must be 1 or more"),
+        (["--num-prompts", "0"], "argument --num-prompts: '0' must be 1 or more"),
     ],
 )
 def test_bad_usage(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["bench", "serve", *words]) == 2
+    assert exit_code("bench", "serve", *words) == 2
     assert message in capsys.readouterr().err
 
 
@@ -59,11 +62,36 @@ def test_all_servers_get_the_same_cache_and_say_what_they_run() -> None:
 def test_keys_tell_rates_and_methods_apart() -> None:
     args = parse()
     cases = [(Method.named(name), rate) for name in ("dense", "sparq", "kivi") for rate in (2.0, math.inf)]
-    assert len({serve_bench.key_of(args, Path("m"), *case) for case in cases}) == len(cases)
+    assert len({serve_bench.key_of(args, WEIGHTS, *case) for case in cases}) == len(cases)
+
+
+def test_a_block_size_of_the_servers_is_part_of_the_case() -> None:
+    sparq, given = Method.named("sparq"), ('["--block-size", "64"]', '["--block-size=64"]', '["--max-num-seqs", "2"]')
+    layouts = [serve_bench.layout_of(parse("--serve-args", words), WEIGHTS, sparq) for words in given]
+    assert [layout.block_size for layout in layouts] == [64, 64, 128]
+
+
+def test_each_rate_has_prompts_of_its_own_in_any_order() -> None:
+    seeds = {rate: serve_bench.seed_of(7, rate) for rate in (4.0, 16.0, math.inf, serve_bench.WARM_UP)}
+    assert len(set(seeds.values())) == len(seeds)
+    assert serve_bench.seed_of(7, 4.0) == seeds[4.0] != serve_bench.seed_of(8, 4.0)
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize("order", ["16,4", "4,16"])
+def test_no_rate_is_answered_from_the_cache_of_another(order: str, tmp_path: Path) -> None:
+    """Prompts of several blocks, which a rate with the seed of the one before it would find."""
+    out = tmp_path / "serve.jsonl"
+    words = ["--methods", "dense", "--request-rate", order, "--num-prompts", "6", "--input-len", "300"]
+    assert main(["bench", "serve", *words, "--output-len", "4", "--kv-cache-mib", "64", "--out", str(out)]) == 0
+    lines = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [line["rate"] for line in lines] == [float(rate) for rate in order.split(",")]
+    assert [line["sparq"]["prefix_cache_hit_rate"] for line in lines] == [0.0, 0.0]
+    assert all(line["block_size"] == 128 for line in lines)
 
 
 def test_the_table_says_slower_than_dense() -> None:
-    server = {"kv_capacity_tokens": 1000, "preemptions": 0, "attention": "4 × Impl"}
+    server = {"kv_capacity_tokens": 1000, "preemptions": 0, "prefix_cache_hit_rate": 0.0, "attention": "4 × Impl"}
     common = {"model": "m", "num_prompts": 4, "mean_ttft_ms": 1.0, "mean_tpot_ms": 2.0, "p99_itl_ms": 3.0}
     common |= {"sparq": server, "rate": "inf"}
     rates = {"kivi": 50.0, "dense": 100.0, "sparq": 200.0}

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.benchmarks.commands import exit_code
 from vllm_sparq.benchmarks.common.methods import Method
 from vllm_sparq.benchmarks.quality import sweep
 from vllm_sparq.benchmarks.quality.cache_bytes import CacheShape
@@ -182,16 +183,18 @@ def test_a_grid_is_dense_and_all_pairs() -> None:
     [
         (["sweep", "--r", "65"], "--r 65 is more than the 64 channels of the model's heads"),
         (["sweep", "--method", "int4"], "ranks no tokens"),
-        (["sweep", "--k", "0"], "k=0 is not usable"),
+        (["sweep", "--k", "0"], "argument --k: '0' must be 1 or more"),
+        (["tune", "--max-loss", "nan"], "argument --max-loss: 'nan' is not a number"),
+        (["tune", "--trials", "0"], "argument --trials: '0' must be 1 or more"),
         (["tune", "--context", "4096"], "--context 4096"),
         (["tune", "--text", "nowhere"], "no text at nowhere"),
         (["tune", "--model", "nowhere"], "--model nowhere: no such folder"),
-        (["tune", "--out", __file__], "is a file: give a folder"),
+        (["tune", "--out", __file__], "(it is a file): give a folder that can be written"),
     ],
 )
 def test_bad_usage(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     sizes = ["--n", "1", "--lengths", "300"] if words[0] == "sweep" else ["--n", "1"]
-    assert main([*words, *sizes]) == 2
+    assert exit_code(*words, *sizes) == 2
     assert message in capsys.readouterr().err.replace("\n", " ")
 
 
