@@ -56,7 +56,7 @@ def test_sessions(method: str, engine: Any) -> None:
         assert pool.get_usage() == 0
     if method in DENSE_READS:
         return
-    with engine(backend, options, async_scheduling=True, enable_prefix_caching=True) as llm:
+    with engine(backend, options, enable_prefix_caching=True) as llm:
         sessions = Sessions(llm)
         assert sessions.talk({"a": FIRST, "b": SECOND}) == alone
         assert sessions.talk({"a": FIRST, "b": SECOND}) == alone  # from cached blocks, where there are any
