@@ -54,6 +54,11 @@ def raising_on_stop_signals() -> Iterator[None]:
             signal.signal(number, handler)
 
 
+def bound_to_parent(command: Sequence[str]) -> list[str]:
+    """The command as one that ends with the process that starts it; its first word must be a path."""
+    return [sys.executable, "-I", "-S", "-c", _BOUND_TO_PARENT, *command] if sys.platform == "linux" else [*command]
+
+
 def start_group(
     command: Sequence[str], *, log: Path, folder: Path, environment: Mapping[str, str]
 ) -> subprocess.Popen[bytes]:
@@ -62,10 +67,9 @@ def start_group(
     Args:
         command: its first word must be a path.
     """
-    bound = [sys.executable, "-I", "-S", "-c", _BOUND_TO_PARENT] if sys.platform == "linux" else []
     with log.open("ab") as output:
         return subprocess.Popen(
-            [*bound, *command],
+            bound_to_parent(command),
             cwd=folder,
             env=dict(environment),
             stdin=subprocess.DEVNULL,

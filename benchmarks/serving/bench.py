@@ -16,6 +16,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from vllm_sparq import processes
 from vllm_sparq.benchmarks.common.cache_layout import CacheLayout
 from vllm_sparq.benchmarks.common.lines import check_out
 from vllm_sparq.benchmarks.common.methods import DENSE, Method
@@ -308,7 +309,9 @@ def client(
     if args.goodput:
         command += ["--goodput", *args.goodput]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, cwd=folder)
+    done = subprocess.run(
+        processes.bound_to_parent(command), capture_output=True, text=True, check=False, env=environment, cwd=folder
+    )
     if done.returncode or not result.exists():
         last = "\n".join((done.stderr or done.stdout).strip().splitlines()[-8:])
         raise ServerError(f"vllm bench serve failed with exit code {done.returncode}:\n{last}")

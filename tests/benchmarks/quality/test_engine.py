@@ -5,10 +5,14 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+import psutil
 import pytest
 import torch
 
@@ -130,3 +134,29 @@ def test_an_engine_that_does_not_start_says_why_in_a_line() -> None:
     run = Run(model=WEIGHTS, engine_args={"max_model_len": 10**6})
     with pytest.raises(UsageError, match=r"the dense engine: .*max_model_len"), Engine(Method.named("dense"), run):
         pass
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_killed_eval_leaves_no_engine_and_the_next_run_goes_on(number: signal.Signals, tmp_path: Path) -> None:
+    """Killed when the first group of 32 answers is on disk, in the middle of the second."""
+    words = ["eval", "--tasks", "needle", "--lengths", "1500", "--n", "40", "--methods", "int8", "--out", str(tmp_path)]
+    code = "import sys; from vllm_sparq.cli import main; sys.exit(main(sys.argv[1:]))"
+    with (tmp_path / "log").open("w") as log:
+        parent = subprocess.Popen([sys.executable, "-c", code, *words], stdout=log, stderr=log, start_new_session=True)
+        path = tmp_path / "examples.jsonl"
+        while not path.exists() or not path.stat().st_size:
+            assert parent.poll() is None, (tmp_path / "log").read_text()
+            time.sleep(0.05)
+        family = psutil.Process(parent.pid).children(recursive=True)
+        assert family
+        parent.send_signal(number)
+        parent.wait(60)
+    _, alive = psutil.wait_procs(family, timeout=20)
+    assert not alive
+    before = path.read_bytes()
+    assert before.count(b"\n") >= 32
+    assert main(words) == 0
+    assert path.read_bytes().startswith(before[: before.rindex(b"\n") + 1])
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert len({line["key"] for line in lines}) == len(lines) == 80
