@@ -151,7 +151,8 @@ class VllmCommand:
 
         vllm.LLM.from_engine_args = remember  # type: ignore[method-assign, assignment]
         module = importlib.import_module(f"vllm.benchmarks.{command}")
-        parser: Any = FlexibleArgumentParser()
+        parser_class: Any = FlexibleArgumentParser
+        parser = parser_class()
         module.add_cli_args(parser)
         module.main(parser.parse_args(words))
         config = engines[0].llm_engine.vllm_config

@@ -108,6 +108,11 @@ class Engine(EngineProcess):
         """Seconds of each of the next steps of what was prepared."""
         return list(self.ask("decode", n_steps))
 
+    def cached(self) -> tuple[float, float]:
+        """Prompt tokens looked for in the prefix cache, and found there, since the start (with vLLM's log of stats)."""
+        queries, hits = self.ask("cached")
+        return queries, hits
+
 
 class Worker:
     """Child's side: the engine, in the process that it is made in. Its public methods are the orders it takes."""
@@ -219,7 +224,7 @@ class Worker:
         states = self.engine.output_processor.request_states.values()
         self.engine.abort_request([state.request_id for state in states], internal=True)
 
-    def cached(self, _: None) -> tuple[float, float]:
+    def cached(self) -> tuple[float, float]:
         """Prompt tokens looked for in the prefix cache, and found there."""
         values = {metric.name: metric.value for metric in self.llm.get_metrics() if hasattr(metric, "value")}
         return values["vllm:prefix_cache_queries"], values["vllm:prefix_cache_hits"]
