@@ -14,7 +14,6 @@ import argparse
 import os
 import shlex
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
@@ -182,11 +181,24 @@ def run(folder: Path, words: list[str]) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, *words], cwd=folder, env=environment, capture_output=True, text=True)
 
 
-def is_found(mutation: Mutation, root: Path) -> tuple[bool, str]:
-    """Whether the tests are red with the mutation, and which was first.
+def run_tests(folder: Path, words: list[str]) -> tuple[bool, str | None]:
+    """Whether they are red, and then the first that failed (None if the process was killed).
 
     Raises:
-        RuntimeError: what ran was not the copy, it does not compile, or pytest itself failed.
+        RuntimeError: pytest itself failed.
+    """
+    done = run(folder, ["-m", "pytest", "-q", "-x", "-n", "0", "-p", "no:cacheprovider", "--tb=no", *words])
+    if done.returncode > 1:
+        raise RuntimeError(f"pytest ended with {done.returncode}: {done.stdout[-2000:]}")
+    failed = [line.split(" ", 1)[1] for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
+    return done.returncode != 0, failed[0].split(" - ")[0] if failed else None
+
+
+def is_found(mutation: Mutation, root: Path) -> tuple[bool, str]:
+    """Whether a test is red with the mutation and green without it, and which.
+
+    Raises:
+        RuntimeError: what ran was not the copy, it does not compile, pytest itself failed, or the test is red anyway.
     """
     source = locate(root, mutation.find)
     with tempfile.TemporaryDirectory() as name:
@@ -203,13 +215,13 @@ def is_found(mutation: Mutation, root: Path) -> tuple[bool, str]:
                 raise RuntimeError(f"{mutation.name}: does not compile: {built.stderr[-2000:]}")
         words = shlex.split(mutation.tests)
         words = [word for word in words if not word.startswith("tests/") or (folder / word).exists()]
-        done = run(folder, ["-m", "pytest", "-q", "-x", "-n", "0", "-p", "no:cacheprovider", "--tb=no", *words])
-        if done.returncode < 0:
-            return True, f"killed by {signal.Signals(-done.returncode).name}"  # kernels that read where nothing is
-        if done.returncode > 1:
-            raise RuntimeError(f"{mutation.name}: pytest ended with {done.returncode}: {done.stdout[-2000:]}")
-        failed = [line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
-        return done.returncode == 1, (failed or done.stdout.splitlines())[-1]
+        is_red, first = run_tests(folder, words)
+        if is_red:
+            shutil.copy2(source, mutated)
+            shutil.copytree(root / "vllm_sparq" / "lib", folder / "vllm_sparq" / "lib", dirs_exist_ok=True)
+            if run_tests(folder, [first] if first else words)[0]:
+                raise RuntimeError(f"{mutation.name}: {first or mutation.tests} is red without it too")
+        return is_red, first or ("the process was killed" if is_red else "nothing failed")
 
 
 def main() -> int:
