@@ -7,7 +7,7 @@ READY  := $(VENV)/.ready
 TINY   := benchmarks/tiny_model/weights
 SOURCES := $(wildcard vllm_sparq/csrc/*.* vllm_sparq/csrc/*/*)
 
-.PHONY: help setup demo test test-fast lint types unit mutations sanitize bench clean
+.PHONY: help setup demo test test-fast test-long lint types unit mutations sanitize bench clean
 .DEFAULT_GOAL := help
 
 help:  ## what can be made
@@ -25,10 +25,10 @@ $(READY): requirements/cpu.lock pyproject.toml setup.py packaging/vllm_cpu_name/
 demo: $(READY)  ## a real `vllm serve` with SparQ on the bundled model, beside dense, answering questions
 	$(BIN)/vllm-sparq demo
 
-test: lint types unit  ## what CI runs: lint, types, every test
+test: lint types unit  ## what CI runs: lint, types, every test but those of test-long
 
 test-fast: lint  ## the inner loop, under two minutes: lint, and the tests without engines and interpreted kernels
-	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not engine and not slow" -k "not triton"
+	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not engine and not slow and not long" -k "not triton"
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -41,7 +41,10 @@ types: $(READY)  ## mypy, over the packages as they install
 
 # In the order of tests/conftest.py, the longest files first: xdist would begin with those of the most tests.
 unit: $(READY)
-	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
+	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not long"
+
+test-long: $(READY)  ## the tests that take a minute or more each: killed processes, several servers, toys in a copy of the sources
+	$(BIN)/pytest -n 2 -m long
 
 # What reads or writes past the end of anything in csrc, and undefined behaviour. `make sanitize ISA=avx2` takes another library
 # than the best one. Leaks are not asked for, since Python never frees all; torch is not instrumented.

@@ -336,6 +336,7 @@ def flags(case: Case) -> Iterable[str]:
 
 
 @pytest.mark.parametrize("name", ["offloading", "a worker of CUDA's", "fp8 by compressed-tensors"])
+@pytest.mark.long
 def test_vllm_serve_says_so(name: str, tmp_path: Path) -> None:
     """The message is the last thing that a user sees, and no engine has been started for it."""
     case = CASES[name]

@@ -16,7 +16,7 @@ import pytest
 from tests.engine.support import MODEL, environment
 from tests.test_imports import FOLDERS, ROOT
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.long]
 
 READ = '''"""``read: newest``: the newest tokens alone."""
 

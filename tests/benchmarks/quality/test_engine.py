@@ -137,6 +137,7 @@ def test_an_engine_that_does_not_start_says_why_in_a_line() -> None:
 
 
 @pytest.mark.engine
+@pytest.mark.long
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_a_killed_eval_leaves_no_engine_and_the_next_run_goes_on(number: signal.Signals, tmp_path: Path) -> None:
     """Killed when the first group of 32 answers is on disk, in the middle of the second."""
