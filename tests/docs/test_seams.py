@@ -57,6 +57,15 @@ def has_member(cls: ast.ClassDef, name: str) -> bool:
     return any(node.attr == name and isinstance(node.value, ast.Name) and node.value.id == "self" for node in stores)
 
 
+def is_module(name: str) -> bool:
+    """Whether vLLM has a module of that name, a file or a package."""
+    try:
+        parsed(name)
+    except (ImportError, AssertionError):
+        return False
+    return True
+
+
 def exists(seam: str) -> bool:
     """``module:name`` or ``module:Class.member``, by the source: nothing is imported, so CUDA's modules can be read."""
     module, _, path = seam.partition(":")
@@ -64,7 +73,7 @@ def exists(seam: str) -> bool:
     found = dict(defined(parsed(module).body))
     lazily = name in ast.unparse(parsed(module))  # a package whose `__getattr__` imports what it is asked for
     if name not in found and not lazily:
-        return False
+        return not member and is_module(f"{module}.{name}")
     if not member:
         return True
     cls = found.get(name)
