@@ -35,6 +35,7 @@ SMALL = {
     "research retention": ["--tasks", "needle", "--lengths", "300", "--n", "1"],
     "research mass": ["--tasks", "needle", "--lengths", "300", "--n", "1"],
     "research bits": ["--n", "1", "--length", "300"],
+    "research conversation": ["--n", "1", "--length", "300", "--turns", "2"],
     "report": [],
 }
 """Command -> what makes it short."""
