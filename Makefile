@@ -55,7 +55,7 @@ sanitize: $(READY)  ## the op tests over CPU kernels compiled with the address a
 		$(BIN)/python setup.py -q build_ext --build-lib $(SANITIZED) --build-temp $(SANITIZED)/temp
 	VLLM_SPARQ_ISA=$(ISA) VLLM_SPARQ_LIBRARIES=$(CURDIR)/$(SANITIZED)/vllm_sparq/lib \
 		LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so)" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
-		$(BIN)/pytest -n 2 tests/ops --ignore tests/ops/test_triton_aot.py -k "cpu and not other_instruction_sets"
+		$(BIN)/pytest -n 2 --capture=sys tests/ops --ignore tests/ops/test_triton_aot.py -k "cpu and not other_instruction_sets"
 
 mutations: $(READY)  ## faults put into a copy of the sources, one by one: whether the tests find them
 	$(BIN)/python tests/mutations.py
