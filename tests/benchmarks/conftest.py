@@ -24,7 +24,10 @@ def _vllm_is_loaded_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Loading it takes eight seconds of CPU, and a dozen of engines are started here.
 
     A process of a fork server inherits nothing from this one, just as a spawned one: what it is given is pickled.
+    Progress bars, which read their variable as they are imported, would keep what the first such process was given;
+    vLLM's own commands divide by what theirs count.
     """
+    monkeypatch.setenv("TQDM_DISABLE", "")
     get_context = multiprocessing.get_context
     get_context("forkserver").set_forkserver_preload(PRELOADED)  # type: ignore[attr-defined]
 
