@@ -12,7 +12,7 @@ from vllm.logger import init_logger
 from vllm.v1.attention.backend import AttentionImpl, AttentionType
 
 from vllm_sparq.attention_backends.engine import PagedEngine, page_layout, rebind_refusal
-from vllm_sparq.attention_backends.refusals import impl_refusals
+from vllm_sparq.attention_backends.refusals import CANNOT_START, impl_refusals
 from vllm_sparq.attention_backends.steps.evicting import EvictingMetadata
 from vllm_sparq.attention_backends.steps.requests import StepRequests
 from vllm_sparq.attention_backends.steps.rows import PagedMetadata
@@ -48,7 +48,7 @@ class PagedImpl(AttentionImpl[PagedMetadata | EvictingMetadata]):
             sinks=sinks,
         )
         if refusals:
-            raise NotImplementedError("; ".join(refusals))
+            raise NotImplementedError(CANNOT_START + "; ".join(refusals))
         vllm_config: Any = get_current_vllm_config()
         engine = PagedEngine.of(vllm_config)
         assert engine is not None

@@ -23,6 +23,9 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 KV_CACHE_DTYPES = ("auto", "bfloat16", "float16")
 """Values of --kv-cache-dtype that mean the model's own type."""
 
+CANNOT_START = "vllm-sparq cannot start: "
+"""What a refusal begins with, wherever it is raised; doctor looks for it in what vLLM makes of the exception."""
+
 DENSE = "use vLLM's own backend (leave --attention-backend out)"
 
 CONNECTOR = "a KV connector copies dense K and V, our pages hold more: start without "

@@ -40,11 +40,17 @@ class StagedSpec(FullAttentionSpec):
 
     @classmethod
     def merge(cls, specs: list[Self]) -> Self:
-        """One spec for the layers of a cache group, which must be alike; vLLM's own would lose our fields."""
+        """One spec for the layers of a cache group, which must be alike; vLLM's own would lose our fields.
+
+        Raises:
+            AssertionError: they are not, by which vLLM finds out that layers need groups of their own.
+        """
+        if any(type(spec) is not cls for spec in specs):
+            raise AssertionError(f"layers of one KV cache group must be alike, got {[type(spec) for spec in specs]}")
         added = [f.name for f in fields(cls) if f.name not in {known.name for known in fields(FullAttentionSpec)}]
         ours = [{name: getattr(spec, name) for name in added} for spec in specs]
         if any(other != ours[0] for other in ours):
-            raise ValueError(f"layers of one KV cache group must store and keep tokens alike, got {ours}")
+            raise AssertionError(f"layers of one KV cache group must store and keep tokens alike, got {ours}")
         return cls.extending(FullAttentionSpec.merge(list(specs)), **ours[0])
 
 

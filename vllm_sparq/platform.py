@@ -46,11 +46,13 @@ class SparqPlatformMixin:
             substitute = super().get_attn_backend_cls(None, attn_selector_config, num_heads, **kwargs)  # type: ignore[misc]
             logger.info_once("sliding-window layers run on %s, full-attention layers on %s", substitute, name)
             return str(substitute)
-        from vllm_sparq.attention_backends.refusals import layer_refusals
+        from vllm_sparq.attention_backends.refusals import CANNOT_START, layer_refusals
 
         refusals = layer_refusals(attn_selector_config)
         if refusals:
-            raise ValueError(f"--attention-backend {name.lower()} cannot serve this model: " + "; ".join(refusals))
+            raise ValueError(
+                f"{CANNOT_START}--attention-backend {name.lower()} cannot serve this model: {'; '.join(refusals)}"
+            )
         return BACKENDS[name]
 
     @classmethod
@@ -62,7 +64,7 @@ class SparqPlatformMixin:
         """
         super().check_and_update_config(vllm_config)  # type: ignore[misc]
         from vllm_sparq.attention_backends.engine import selected_backends
-        from vllm_sparq.attention_backends.refusals import engine_refusals, worker_refusals
+        from vllm_sparq.attention_backends.refusals import CANNOT_START, engine_refusals, worker_refusals
 
         if not selected_backends(vllm_config):
             return
@@ -74,7 +76,7 @@ class SparqPlatformMixin:
         if parallel.worker_cls != ours:
             refusals += worker_refusals(parallel.worker_cls, ours)
         if refusals:
-            raise ValueError("vllm-sparq cannot start: " + "; ".join(refusals))
+            raise ValueError(CANNOT_START + "; ".join(refusals))
         cls._arrange_eviction(vllm_config)
         cls._choose_scheduler(vllm_config)
 

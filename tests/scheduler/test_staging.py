@@ -16,8 +16,8 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from vllm import SamplingParams
 from vllm.utils.hashing import sha256
 from vllm.v1.core.kv_cache_manager import KVCacheManager
-from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
-from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
+from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash, is_kv_cache_spec_uniform
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec, SlidingWindowSpec
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 from vllm.v1.request import Request
 
@@ -31,7 +31,8 @@ from vllm_sparq.scheduler.spec import StagedSpec, page_spec
 N_BLOCKS = 24
 MAX_LEN = 160
 LAYOUT = PageLayout(head_size=16, block_size=16, dtype=torch.float32, format="int4", value_sum=True)
-PLAIN = FullAttentionSpec(block_size=16, num_kv_heads=1, head_size=16, dtype=torch.float32)
+KV: dict[str, Any] = dict(block_size=16, num_kv_heads=1, head_size=16, dtype=torch.float32)
+PLAIN = FullAttentionSpec(**KV)
 
 
 def new_manager() -> KVCacheManager:
@@ -193,8 +194,10 @@ def test_merged_specs_keep_their_fields() -> None:
     other = page_spec(
         PLAIN, PageLayout(head_size=16, block_size=16, dtype=torch.float32, format="int8", value_sum=True)
     )
-    with pytest.raises((ValueError, AssertionError)):
-        type(spec).merge([spec, other])
+    for unlike in (other, SlidingWindowSpec(**KV, sliding_window=32), PLAIN):
+        with pytest.raises(AssertionError, match="must"):  # which is how vLLM asks whether layers are alike
+            type(spec).merge([spec, unlike])
+    assert not is_kv_cache_spec_uniform({"0": spec, "1": SlidingWindowSpec(**KV, sliding_window=32)})
 
 
 def test_model_format_needs_no_staging() -> None:
