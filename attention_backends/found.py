@@ -1,7 +1,7 @@
 """Which backend each layer of a built model runs on, and whether any of them is ours: the same check for all who ask.
 
-Workers ask once the model is loaded, and doctor of a model that is built without weights. A configuration alone does not
-tell: a model may pin a backend of its own, or give each of its layers a sliding window.
+Workers ask once the model is loaded, and doctor of a model that is built without weights. A configuration alone does
+not tell: a model may pin a backend of its own, or give each of its layers a sliding window.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from vllm.config import set_current_vllm_config
-from vllm.distributed import get_pp_group
+from vllm.distributed.parallel_state import get_pp_group
 
 from vllm_sparq.attention_backends.engine import selected_backends
 from vllm_sparq.attention_backends.found import layers_by_backend, silence_refusal

@@ -141,7 +141,7 @@ def _turn(shares: list[Share], block_table: torch.Tensor, spec: RetainedSpec, op
     seq_lens, query_start_loc = [share.seq_len for share in shares], int32(starts)
     prefill = None
     if n_decodes < len(shares):
-        if spec.n_staging_blocks:
+        if spec.n_staging_pages:
             prefill, _ = staged_rows(starts, seq_lens, table, n_decodes, None, spec, options)
         else:
             prefill = PrefillRows(

@@ -16,6 +16,9 @@ from vllm_sparq.retention import RETENTIONS
 if TYPE_CHECKING:
     from vllm_sparq.attention_backends.capacity import Capacity
 
+FULL_KINDS = ("full_attention", "attention", "hybrid")
+"""What models call a layer with full attention in ``layer_types``."""
+
 CONTEXTS = (1024, 4096, 16384, 65536, 131072)
 
 
@@ -80,7 +83,7 @@ def _shape(config: Any) -> dict[str, int]:
     kinds: Sequence[str] = getattr(text, "layer_types", None) or ["full_attention"] * n_layers
     return {
         "n_layers": n_layers,
-        "n_full": sum(kind == "full_attention" for kind in kinds),
+        "n_full": sum(kind in FULL_KINDS for kind in kinds),
         "n_heads": int(text.num_attention_heads),
         "n_kv_heads": int(config.get_total_num_kv_heads()),
         "head_size": int(config.get_head_size()),
