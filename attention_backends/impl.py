@@ -170,11 +170,15 @@ class PagedImpl(AttentionImpl[PagedMetadata | EvictingMetadata]):
     def _bind(self, layer: Any, kv_cache: torch.Tensor, dtype: torch.dtype) -> Pages:
         """The layer's cache as pages; remembered until vLLM hands over another one."""
         pages = self._pages
-        if pages is None or pages.data.data_ptr() != kv_cache.data_ptr():
+        if pages is None or _address(pages.data) != _address(kv_cache):
             layout = page_layout(self._options, self._heads, kv_cache.shape[2], dtype)
             pages = self._pages = Pages.from_kv_cache(kv_cache, layout)
             self._decode = self._read_policy(layer.layer_name)
         return pages
+
+    def forget_pages(self) -> None:
+        """Keep nothing of the cache alive; the next step binds what vLLM hands over then."""
+        self._pages = None
 
     def _read_policy(self, layer_name: str) -> Callable[..., None]:
         """What a decode row of this layer reads."""
@@ -200,6 +204,11 @@ def slow_ops(choices: dict[str, Choice]) -> str | None:
     """What to tell a user whose ops run on the reference, which is a specification and not meant to be fast."""
     reasons = {choice.reason for choice in choices.values() if choice.implementation == "reference"}
     return f"sparq attention will be slow: {'; '.join(sorted(reasons))}" if reasons else None
+
+
+def _address(cache: torch.Tensor) -> tuple[int, ...]:
+    """Where a cache is, and how many pages and KV heads it has; another one may begin where an earlier one did."""
+    return cache.data_ptr(), *cache.shape[:2], *cache.stride()[:2]
 
 
 def _layer_index(layer_name: str) -> int:

@@ -30,6 +30,7 @@ class ReplayedRows:
     """Arguments of a decode op for single rows of the step: row ``rows[i]`` has ``seq_lens[i]`` tokens to look at."""
 
     rows: torch.Tensor
+    rows_on_host: list[int]
     block_table: torch.Tensor
     seq_lens: torch.Tensor
     staged: StagedReplay | None = None
