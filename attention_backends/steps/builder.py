@@ -127,6 +127,9 @@ def prefill_rows(step: CommonAttentionMetadata, n_decodes: int) -> PrefillRows:
         block_table=step.block_table_tensor[n_decodes:],
         query_start_loc=starts,
         context_lens=step.seq_lens[n_decodes:] - (starts[1:] - starts[:-1]),
+        seq_lens=step.seq_lens[n_decodes:],
+        max_query_len=step.max_query_len,
+        max_seq_len=int(_seq_lens_on_cpu(step).max()),
     )
 
 

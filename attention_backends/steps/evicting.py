@@ -177,6 +177,9 @@ def _turn(shares: list[Share], block_table: torch.Tensor, spec: RetainedSpec, op
                 block_table=table[n_decodes:],
                 query_start_loc=query_start_loc[n_decodes:],
                 context_lens=int32([share.arrival.kept for share in shares[n_decodes:]]),
+                seq_lens=int32(seq_lens[n_decodes:]),
+                max_query_len=max(share.stop - share.start for share in shares[n_decodes:]),
+                max_seq_len=max(seq_lens[n_decodes:]),
             )
     step = PagedMetadata(
         n_decodes=n_decodes,
