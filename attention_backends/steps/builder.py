@@ -21,7 +21,8 @@ from vllm.v1.attention.backend import AttentionCGSupport, AttentionMetadataBuild
 from vllm.v1.kv_cache_interface import AttentionSpec
 
 from vllm_sparq.attention_backends.engine import PagedEngine
-from vllm_sparq.attention_backends.steps.evicting import EvictingMetadata, plan_turns, take_turns
+from vllm_sparq.attention_backends.steps.arrivals import Arrivals, Phases, arrivals, on_device
+from vllm_sparq.attention_backends.steps.evicting import EvictingMetadata, answer_turn, plan_turns, take_turns
 from vllm_sparq.attention_backends.steps.requests import StepRequests
 from vllm_sparq.attention_backends.steps.rows import PagedMetadata, PrefillRows, ReplayedRows
 from vllm_sparq.attention_backends.steps.staged_rows import staged_rows
@@ -42,6 +43,11 @@ class PagedMetadataBuilder(AttentionMetadataBuilder[PagedMetadata | EvictingMeta
         assert engine is not None
         self.options = engine.options
         self.requests = requests_of(vllm_config, layer_names)
+        self.max_model_len = vllm_config.model_config.max_model_len
+        self.phases = Phases(device)
+        # Where a captured graph looks for the lengths of the step that replays it.
+        n_requests = vllm_config.scheduler_config.max_num_seqs
+        self.arrivals = torch.zeros(len(Arrivals._fields), n_requests, dtype=torch.int32, device=device)
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
@@ -69,24 +75,23 @@ class PagedMetadataBuilder(AttentionMetadataBuilder[PagedMetadata | EvictingMeta
         )
 
     def _take_turns(self, step: CommonAttentionMetadata, spec: RetainedSpec) -> EvictingMetadata:
-        """Where tokens are evicted, what a row sees depends on the rows before it: they take turns."""
-        prompt_lens = self.requests.prompt_lens(step)
-        if prompt_lens is None:
-            raise RuntimeError(
-                "tokens cannot be evicted in a step whose requests vLLM does not name (req_idx is None): start without "
-                "--speculative-config, or with retention 'all'"
-            )
+        """Where tokens are evicted, what a row sees depends on the rows before it: they take turns.
+
+        Raises:
+            RuntimeError: vLLM does not say which requests the step brings.
+        """
         phases = self.requests.shrunk(step)
+        if count_decodes(step) == step.num_reqs:
+            prompt_lens = self.requests.prompt_lens_on(step, self.device)
+            shrunk = self.phases.on_device(phases)
+            found = arrivals(step.seq_lens[: step.num_reqs], prompt_lens, spec.retention, shrunk)
+            kept = self.arrivals[:, : step.num_reqs]
+            torch.stack(found, out=kept)
+            return answer_turn(Arrivals(*kept), step, spec, self.max_model_len)
         starts, seq_lens = step.query_start_loc_cpu.tolist(), _seq_lens_on_cpu(step).tolist()
+        prompt_lens = self.requests.prompt_lens_of(step)
         turns = plan_turns(starts, seq_lens, prompt_lens.tolist(), phases, spec.retention)
         return take_turns(turns, step.block_table_tensor, spec, self.options)
-
-    @classmethod
-    def get_cudagraph_support(cls, vllm_config: VllmConfig, kv_cache_spec: Any) -> AttentionCGSupport:
-        """A step that may evict has no fixed shape; its attention runs between the graphs of the other layers."""
-        if isinstance(kv_cache_spec, RetainedSpec):
-            return AttentionCGSupport.NEVER
-        return cls._cudagraph_support
 
 
 def requests_of(vllm_config: VllmConfig, layer_names: list[str]) -> StepRequests:
@@ -108,8 +113,8 @@ def count_decodes(step: CommonAttentionMetadata) -> int:
     if step.max_query_len > 1 or _any_prefilling(step):
         query_lens = step.query_start_loc_cpu[1:] - step.query_start_loc_cpu[:-1]
         is_decode = query_lens <= 1
-        if step.is_prefilling is not None:
-            is_decode &= ~step.is_prefilling
+        if step.is_prefilling is not None:  # of the step's requests alone, where the others are padding
+            is_decode[: len(step.is_prefilling)] &= ~step.is_prefilling
         others = (~is_decode).nonzero()
         return int(others[0]) if len(others) else step.num_reqs
     return step.num_reqs
@@ -122,6 +127,9 @@ def prefill_rows(step: CommonAttentionMetadata, n_decodes: int) -> PrefillRows:
         block_table=step.block_table_tensor[n_decodes:],
         query_start_loc=starts,
         context_lens=step.seq_lens[n_decodes:] - (starts[1:] - starts[:-1]),
+        seq_lens=step.seq_lens[n_decodes:],
+        max_query_len=step.max_query_len,
+        max_seq_len=int(_seq_lens_on_cpu(step).max()),
     )
 
 
@@ -146,10 +154,11 @@ def find_replayed(
     ends = starts[1:][requests]  # one after the last row of each row's request
     # The replayed rows are the last ones of their request: count down from its end.
     countdown = torch.cat([torch.arange(int(n), 0, -1) for n in n_after_prompt])
-    device = step.seq_lens.device
-    requests, countdown = requests.to(device), countdown.to(device)
+    rows, device = ends.long() - countdown, step.seq_lens.device
+    requests, countdown, there = (on_device(x, torch.int64, device) for x in (requests, countdown, rows))
     return ReplayedRows(
-        rows=ends.to(device).long() - countdown,
+        rows=there,
+        rows_on_host=rows.tolist(),
         block_table=step.block_table_tensor[requests],
         seq_lens=(step.seq_lens[requests] - countdown + 1).to(torch.int32),
     )
@@ -162,7 +171,9 @@ def _tokens_after_prompt(step: CommonAttentionMetadata, prompt_lens: torch.Tenso
         return seq_lens - prompt_lens.to(seq_lens.dtype)
     if step.is_prefilling is None:
         return torch.zeros_like(seq_lens)
-    return torch.where(step.is_prefilling, 0, seq_lens)
+    prefilling = torch.zeros(step.num_reqs, dtype=torch.bool)
+    prefilling[: len(step.is_prefilling)] = step.is_prefilling
+    return torch.where(prefilling, 0, seq_lens)
 
 
 def _seq_lens_on_cpu(step: CommonAttentionMetadata) -> torch.Tensor:

@@ -16,11 +16,18 @@ class PrefillRows:
     """Arguments of the prefill op: requests b with rows ``query_start_loc[b] : query_start_loc[b + 1]`` of the step.
 
     Over quantized pages they are pieces of requests, and ``begun`` says which staged tokens their keys begin with.
+
+    Attributes:
+        seq_lens: int32 [B], slots taken with the new tokens.
+        max_query_len: most rows of one request; max_seq_len: most slots. Bounds, known without asking the device.
     """
 
     block_table: torch.Tensor
     query_start_loc: torch.Tensor
     context_lens: torch.Tensor
+    seq_lens: torch.Tensor
+    max_query_len: int
+    max_seq_len: int
     key_start_loc: torch.Tensor | None = None
     begun: BegunBlocks | None = None
 
@@ -30,6 +37,7 @@ class ReplayedRows:
     """Arguments of a decode op for single rows of the step: row ``rows[i]`` has ``seq_lens[i]`` tokens to look at."""
 
     rows: torch.Tensor
+    rows_on_host: list[int]
     block_table: torch.Tensor
     seq_lens: torch.Tensor
     staged: StagedReplay | None = None
