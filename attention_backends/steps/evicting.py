@@ -79,7 +79,7 @@ def answer_turn(
 ) -> EvictingMetadata:
     """A step of decodes: one turn, planned without knowing how many tokens go, so that a CUDA graph can hold it."""
     table = step.block_table_tensor
-    n_blocks = -(-spec.retention.budget_of(max_model_len) // spec.block_size) + spec.n_staging_blocks
+    n_blocks = -(-spec.retention.budget_of(max_model_len) // spec.block_size) + spec.n_staging_pages
     eviction = Eviction(
         block_table=table,
         seq_lens=arrivals.held,

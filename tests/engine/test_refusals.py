@@ -206,7 +206,8 @@ CASES: dict[str, Case] = {
         rf"the model has no attention layers{DENSE}",
         architectures=["Mamba2ForCausalLM"],
         model_type="mamba2",
-        num_heads=8,
+        num_heads=10,
+        head_dim=64,
         state_size=16,
     ),
     "attention within chunks": model(
