@@ -155,7 +155,8 @@ class PagedImpl(AttentionImpl[PagedMetadata | EvictingMetadata]):
         assert decode is not None
         n = step.n_decodes
         if n:
-            decode(query[:n], pages, step.block_table, step.seq_lens, scale=self.scale, out=output[:n])
+            own = step.decodes
+            decode(query[:n], pages, own.block_table, own.seq_lens, scale=self.scale, out=output[:n])
         if step.replayed is not None:
             replayed = step.replayed
             out = torch.empty_like(output[: len(replayed.rows)])
