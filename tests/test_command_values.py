@@ -21,6 +21,7 @@ from vllm_sparq.benchmarks.tiny_model import WEIGHTS
 
 SMALL = {
     "doctor": ["--quick"],
+    "models": [],
     "demo": ["--lengths", "300", "--questions", "1"],
     "bench ops": ["--shape", "2/1/64", "--context", "64", "--repeats", "1", "--methods", "dense"],
     "eval": ["--tasks", "needle", "--lengths", "300", "--n", "1"],
