@@ -54,9 +54,9 @@ def flash_prefill(query: torch.Tensor, pages: Pages, rows: PrefillRows, *, scale
         rows: which of its rows are attended to, over which blocks.
         out: [T, H, D], written in those rows.
     """
-    from vllm.v1.attention.backends.fa_utils import flash_attn_varlen_func
+    from vllm.v1.attention.backends import fa_utils
 
-    run: Any = flash_attn_varlen_func
+    run: Any = vars(fa_utils)["flash_attn_varlen_func"]  # defined on CUDA alone
     run(
         q=query,
         k=pages.keys.transpose(1, 2),

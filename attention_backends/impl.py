@@ -12,7 +12,7 @@ from vllm.config import get_current_vllm_config
 from vllm.logger import init_logger
 from vllm.v1.attention.backend import AttentionImpl, AttentionType
 
-from vllm_sparq.attention_backends.engine import PagedEngine, page_layout, rebind_refusal
+from vllm_sparq.attention_backends.engine import PagedEngine, on_platform, page_layout, rebind_refusal
 from vllm_sparq.attention_backends.flash import flash_choice, flash_prefill
 from vllm_sparq.attention_backends.refusals import CANNOT_START, impl_refusals
 from vllm_sparq.attention_backends.steps.evicting import EvictingMetadata
@@ -94,6 +94,7 @@ class PagedImpl(AttentionImpl[PagedMetadata | EvictingMetadata]):
         Raises:
             ValueError: they need other pages, or concern more than what is read.
         """
+        options = on_platform(options)
         refusal = rebind_refusal(self._options, options, grouped=self._heads.grouped)
         if refusal is not None:
             raise ValueError(refusal)
@@ -154,7 +155,8 @@ class PagedImpl(AttentionImpl[PagedMetadata | EvictingMetadata]):
         assert decode is not None
         n = step.n_decodes
         if n:
-            decode(query[:n], pages, step.block_table, step.seq_lens, scale=self.scale, out=output[:n])
+            own = step.decodes
+            decode(query[:n], pages, own.block_table, own.seq_lens, scale=self.scale, out=output[:n])
         if step.replayed is not None:
             replayed = step.replayed
             out = torch.empty_like(output[: len(replayed.rows)])

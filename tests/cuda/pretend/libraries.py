@@ -38,6 +38,18 @@ def _triton() -> None:
             return launch(self, *args, **kwargs)
 
     interpreter.GridExecutor.__call__ = recorded
+    _any_mask(interpreter.InterpreterBuilder)
+
+
+def _any_mask(builder: Any) -> None:
+    """Masks that are no booleans, as some of vLLM's kernels have them; compiled, whatever is not zero counts as true."""
+    load, store = builder.create_masked_load, builder.create_masked_store
+
+    def boolean(mask: Any) -> Any:
+        return mask if mask.data.dtype == bool else type(mask)(mask.data != 0, mask.dtype)
+
+    builder.create_masked_load = lambda self, ptrs, mask, *rest: load(self, ptrs, boolean(mask), *rest)
+    builder.create_masked_store = lambda self, ptrs, value, mask, *rest: store(self, ptrs, value, boolean(mask), *rest)
 
 
 def record_native() -> None:
