@@ -32,7 +32,7 @@ from vllm_sparq.attention_backends.found import layers_by_backend, silence_refus
 from vllm_sparq.attention_backends.refusals import CANNOT_START
 from vllm_sparq.attention_backends.shared_pages import share_pages
 from vllm_sparq.scheduler.manager import register_specs
-from vllm_sparq.scheduler.spec import is_ours
+from vllm_sparq.scheduler.spec import is_ours, know_each_other
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,7 +161,7 @@ def layer_specs(vllm_config: Any) -> dict[str, KVCacheSpec]:
             if spec is not None:
                 specs[name] = spec
         if selected_backends(vllm_config):
-            specs = share_pages(specs, vllm_config, lambda name: layers[name].get_attn_backend())
+            specs = know_each_other(share_pages(specs, vllm_config, lambda name: layers[name].get_attn_backend()))
         names = [layout.name for layout in get_supported_kv_cache_layouts(_backends(layers, specs))]
         layout = resolve_kv_cache_layout(vllm_config, [names], specs.values())
         vllm_config.cache_config.kv_cache_layout = layout.name

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from vllm_sparq.config import Options, OptionsError, check_budget
 from vllm_sparq.layout import BLOCK_SIZE_MULTIPLE
 from vllm_sparq.reads import READS, SparseRead
 from vllm_sparq.retention import RETENTIONS
+from vllm_sparq.scheduler.spec import SHARED_POOL
 
 HEAD_SIZES = (64, 80, 96, 128, 256)
 """Head sizes the kernels are compiled for."""
@@ -34,7 +36,7 @@ CONNECTOR = "a KV connector copies dense K and V, our pages hold more: start wit
 def engine_refusals(vllm_config: Any) -> list[str]:
     """Reasons why an engine with this configuration cannot run on our backends; empty if it can."""
     reasons = _option_refusals(vllm_config)
-    reasons += _block_size_refusals(vllm_config.cache_config)
+    reasons += _block_size_refusals(vllm_config.cache_config) + _pressure_refusals(vllm_config)
     if vllm_config.model_config is not None:
         reasons += model_refusals(vllm_config.model_config, vllm_config.cache_config.cache_dtype)
     parallel = vllm_config.parallel_config
@@ -163,6 +165,17 @@ def _format_refusals(vllm_config: Any, engine: PagedEngine) -> list[str]:
             "without --speculative-config, or with format 'model'"
         )
     return reasons
+
+
+def _pressure_refusals(vllm_config: Any) -> list[str]:
+    """Models whose layers are of several kinds, before they are loaded; the scheduler finds all others."""
+    model, engine = vllm_config.model_config, None
+    with contextlib.suppress(ValueError):  # refused on its own account
+        engine = PagedEngine.of(vllm_config)
+    if engine is None or model is None or engine.options.pressure != "evict":
+        return []
+    kinds = set(getattr(model.hf_text_config, "layer_types", None) or ())
+    return [SHARED_POOL] if model.is_hybrid or len(kinds) > 1 else []
 
 
 def _block_size_refusals(cache_config: Any) -> list[str]:

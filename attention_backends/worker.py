@@ -14,6 +14,7 @@ from vllm_sparq.attention_backends.refusals import CANNOT_START, engine_refusals
 from vllm_sparq.attention_backends.shared_pages import share_pages
 from vllm_sparq.attention_backends.steps.requests import StepRequests
 from vllm_sparq.retention import PHASES
+from vllm_sparq.scheduler.spec import know_each_other
 
 
 class AttentionReport:
@@ -110,7 +111,8 @@ class SparqWorkerMixin(AttentionReport):
         specs_of_layers, layers = runner.get_kv_cache_spec, config.compilation_config.static_forward_context
 
         def get_kv_cache_spec() -> Any:
-            return share_pages(specs_of_layers(), config, lambda name: layers[name].get_attn_backend())
+            specs = share_pages(specs_of_layers(), config, lambda name: layers[name].get_attn_backend())
+            return know_each_other(specs)
 
         runner.get_kv_cache_spec = get_kv_cache_spec
 

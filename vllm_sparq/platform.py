@@ -99,7 +99,9 @@ class SparqPlatformMixin:
             if not cache.user_specified_block_size:
                 shared = preferred_with_windows(vllm_config, engine, partial(cls._window_backend, vllm_config))
                 cache.block_size = shared or preferred_block_size(engine.options, model.max_model_len)
-        if model.is_hybrid or "sliding_attention" in (getattr(model.hf_text_config, "layer_types", None) or ()):
+        if getattr(model, "is_hybrid", False) or "sliding_attention" in (
+            getattr(model.hf_text_config, "layer_types", None) or ()
+        ):
             given: Any = vllm_config.additional_config or {}
             vllm_config.additional_config = {**given, BLOCK_SIZE: cache.block_size}
 
