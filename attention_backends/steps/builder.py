@@ -19,7 +19,7 @@ from typing import Any, ClassVar
 import torch
 from vllm.config import VllmConfig
 from vllm.v1.attention.backend import AttentionCGSupport, AttentionMetadataBuilder, CommonAttentionMetadata
-from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec
+from vllm.v1.kv_cache_interface import AttentionSpec
 
 from vllm_sparq.attention_backends.engine import PagedEngine
 from vllm_sparq.attention_backends.steps.arrivals import Arrivals, Phases, arrivals, on_device
@@ -40,7 +40,7 @@ class PagedMetadataBuilder(AttentionMetadataBuilder[PagedMetadata | EvictingMeta
         self, kv_cache_spec: AttentionSpec, layer_names: list[str], vllm_config: VllmConfig, device: torch.device
     ) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
-        self._init_reorder_batch_threshold(1, supports_spec_as_decode=type(kv_cache_spec) is FullAttentionSpec)
+        self._init_reorder_batch_threshold(1, supports_spec_as_decode=not isinstance(kv_cache_spec, StagedSpec))
         self.drafts = DraftTables(vllm_config, self.most_rows, device)
         engine = PagedEngine.of(vllm_config)
         assert engine is not None
@@ -89,7 +89,7 @@ class PagedMetadataBuilder(AttentionMetadataBuilder[PagedMetadata | EvictingMeta
     @classmethod
     def get_cudagraph_support(cls, vllm_config: VllmConfig, kv_cache_spec: Any) -> AttentionCGSupport:
         """Steps of decodes, with drafts where they are decodes too."""
-        if type(kv_cache_spec) is FullAttentionSpec:
+        if not isinstance(kv_cache_spec, StagedSpec):
             return cls._cudagraph_support
         return AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
 

@@ -71,7 +71,7 @@ CASES: dict[str, Case] = {
     "k of nothing": options({"k": 0}, r"k=0 is not usable: .*greater than or equal to 1"),
     "compression below 1": options({"compression": 0.5}, r"compression=0.5 .*greater than or equal to 1"),
     "r in words": options({"r": "many"}, r"r='many' .*valid integer"),
-    "no such format": options({"format": "int3"}, r"format='int3' is not usable: .*'int8', 'int4', 'kivi4' or 'kivi2'"),
+    "no such format": options({"format": "int3"}, r"format='int3' is not usable: .*'kivi4', 'k4v2' or 'kivi2'"),
     "group across heads": options(
         {"format": "int4", "group_size": 48},
         r"group_size=48 does not fit head size 64: .*multiple of 8.*leave it out",
