@@ -30,7 +30,7 @@ class Coding:
         if not self.group:
             return head_size
         parts = [head_size // n for n in range(1, head_size) if head_size % (8 * n) == 0]
-        return next(g for g in parts if g <= self.group and not (self.channel_keys and g & (g - 1)))
+        return next(g for g in parts if g <= self.group and not (self.channels and g & (g - 1)))
 
 
 @dataclass(frozen=True)

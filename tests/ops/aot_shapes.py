@@ -42,12 +42,6 @@ SHAPES = (
     ),
     Shape(head_size=80, dtype="float32", ranking="int4", alpha_floor=1.0),
     Shape(head_size=256, dtype="bfloat16", ranking="model", heads=4, block_size=32, new_tokens=2),
-    Shape(head_size=512, dtype="bfloat16", ranking="int4", ops=ALL[:-1]),
-    Shape(head_size=192, dtype="bfloat16", ranking="int4", format="int4"),
-    Shape(head_size=512, dtype="bfloat16", ranking=None, format="kivi4"),
-    Shape(head_size=48, dtype="bfloat16", ranking="int4", ops=ALL[:-1]),
-    Shape(head_size=512, dtype="bfloat16", ranking="int4", format="int4", tracked=True, ops=ALL),
-    Shape(head_size=512, dtype="bfloat16", ranking="bounds", alpha_floor=1.0, ops=SPANS),
     Shape(head_size=128, dtype="bfloat16", ranking="int4", format="int4"),
     Shape(head_size=128, dtype="bfloat16", ranking=None, format="kivi2"),
     Shape(
@@ -117,6 +111,12 @@ SHAPES = (
         alpha_floor=1.0,
         ops=SPANS,
     ),
+    Shape(head_size=512, dtype="bfloat16", ranking="int4", ops=ALL[:-1]),
+    Shape(head_size=192, dtype="bfloat16", ranking="int4", format="int4"),
+    Shape(head_size=512, dtype="bfloat16", ranking=None, format="kivi4"),
+    Shape(head_size=48, dtype="bfloat16", ranking="int4", ops=ALL[:-1]),
+    Shape(head_size=512, dtype="bfloat16", ranking="int4", format="int4", tracked=True, ops=ALL),
+    Shape(head_size=512, dtype="bfloat16", ranking="bounds", alpha_floor=1.0, ops=SPANS),
 )
 
 
