@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from vllm import envs
+from vllm.platforms import current_platform
 from vllm.utils.import_utils import resolve_obj_by_qualname
 from vllm.utils.torch_utils import get_kv_cache_quant_algo_string
 
@@ -24,6 +25,9 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 KV_CACHE_DTYPES = ("auto", "bfloat16", "float16")
 """Values of --kv-cache-dtype that mean the model's own type."""
+
+LEAST_CAPABILITY = 80
+"""Of a GPU, ten times: what our Triton kernels are compiled for in the tests."""
 
 CANNOT_START = "vllm-sparq cannot start: "
 """What a refusal begins with, wherever it is raised; doctor looks for it in what vLLM makes of the exception."""
@@ -47,7 +51,7 @@ def engine_refusals(vllm_config: Any) -> list[str]:
     ):
         if size > 1:
             reasons.append(f"{flag} {size} splits a request's tokens over workers, which is not supported: set it to 1")
-    return reasons + _connector_refusals(vllm_config) + _switch_refusals(vllm_config)
+    return reasons + _connector_refusals(vllm_config) + _switch_refusals(vllm_config) + _device_refusals()
 
 
 def _connector_refusals(vllm_config: Any) -> list[str]:
@@ -67,6 +71,11 @@ def _switch_refusals(vllm_config: Any) -> list[str]:
         reasons.append(f"batch-invariant kernels (VLLM_BATCH_INVARIANT) are not supported: unset it, or {DENSE}")
     if vllm_config.attention_config.use_non_causal:
         reasons.append(f"non-causal attention (use_non_causal) is not supported: {DENSE}")
+    if vllm_config.parallel_config.use_ubatching:
+        reasons.append(
+            "steps that are cut into microbatches (--enable-dbo, --ubatch-size) are not supported: our layers know the "
+            "requests of whole steps; leave them out"
+        )
     speculative = vllm_config.speculative_config
     if speculative is not None and speculative.enable_adaptive_verification:
         reasons.append(
@@ -74,6 +83,16 @@ def _switch_refusals(vllm_config: Any) -> list[str]:
             "--speculative-config"
         )
     return reasons
+
+
+def _device_refusals() -> list[str]:
+    """GPUs that our kernels are not compiled for."""
+    if not current_platform.is_cuda() or current_platform.has_device_capability(LEAST_CAPABILITY):
+        return []
+    found = current_platform.get_device_capability()
+    name = "unknown" if found is None else f"{found.major}.{found.minor}"
+    least = f"{LEAST_CAPABILITY // 10}.{LEAST_CAPABILITY % 10}"
+    return [f"this GPU has compute capability {name}, and our kernels need {least} (Ampere) or newer: {DENSE}"]
 
 
 def worker_refusals(worker_cls: str, ours: str) -> list[str]:

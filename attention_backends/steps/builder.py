@@ -41,7 +41,8 @@ class PagedMetadataBuilder(AttentionMetadataBuilder[PagedMetadata | EvictingMeta
     ) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         self._init_reorder_batch_threshold(1, supports_spec_as_decode=not isinstance(kv_cache_spec, StagedSpec))
-        self.drafts = DraftTables(vllm_config, self.most_rows, device)
+        n_requests = most_requests(vllm_config)
+        self.drafts = DraftTables(n_requests * self.most_rows, device)
         engine = PagedEngine.of(vllm_config)
         assert engine is not None
         self.options = engine.options
@@ -49,7 +50,6 @@ class PagedMetadataBuilder(AttentionMetadataBuilder[PagedMetadata | EvictingMeta
         self.max_model_len = vllm_config.model_config.max_model_len
         self.phases = Phases(device)
         # Where a captured graph looks for the lengths of the step that replays it.
-        n_requests = vllm_config.scheduler_config.max_num_seqs
         self.arrivals = torch.zeros(len(Arrivals._fields), n_requests, dtype=torch.int32, device=device)
 
     def build(
@@ -111,6 +111,12 @@ class PagedMetadataBuilder(AttentionMetadataBuilder[PagedMetadata | EvictingMeta
         prompt_lens = self.requests.prompt_lens_of(step)
         turns = plan_turns(starts, seq_lens, prompt_lens.tolist(), phases, spec.retention)
         return take_turns(turns, step.block_table_tensor, spec, self.options)
+
+
+def most_requests(vllm_config: VllmConfig) -> int:
+    """Requests of a step, with the padding of the largest graph."""
+    padded = vllm_config.compilation_config.max_cudagraph_capture_size
+    return max(vllm_config.scheduler_config.max_num_seqs, padded or 0)
 
 
 def requests_of(vllm_config: VllmConfig, layer_names: list[str]) -> StepRequests:
