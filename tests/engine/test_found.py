@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
+from tests.architectures.configurations import STATES, Model
 from tests.engine.support import MODEL
-from tests.models.architectures import STATES, Model
 
 pytestmark = pytest.mark.engine
 

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
+from tests.architectures import seeded
+from tests.architectures.configurations import STATES, Model
 from tests.engine.poison import poisoned
 from tests.engine.support import Prompts
-from tests.models import seeded
-from tests.models.architectures import STATES, Model
 from vllm_sparq.scheduler.spec import is_ours
 
 pytestmark = pytest.mark.engine

@@ -1,1 +1,1 @@
-"""Tiny models of many architectures with random weights, against stock vLLM."""
+"""Models by name, and their conversion."""

@@ -124,8 +124,6 @@ CLASSIC: dict[str, Model] = {
     "nemotron": model("NemotronForCausalLM", "nemotron"),
     "stablelm": model("StableLmForCausalLM", "stablelm"),
     "starcoder-2": model("Starcoder2ForCausalLM", "starcoder2", sliding_window=None),
-    "internlm-2": model("InternLM2ForCausalLM", "internlm2"),
-    "orion": model("OrionForCausalLM", "orion"),
     "gpt-neox": model("GPTNeoXForCausalLM", "gpt_neox", without=("num_key_value_heads",)),
     "gpt-j": model(
         "GPTJForCausalLM",
@@ -257,4 +255,39 @@ STATES: dict[str, Model] = {
 }
 """Attention beside layers with a state."""
 
-MODELS: dict[str, Model] = {**CLASSIC, **STATES}
+REFUSED: dict[str, Model] = {
+    "bloom": model("BloomForCausalLM", "bloom", n_head=4, n_layer=4),
+    "deepseek-v2": model(
+        "DeepseekV2ForCausalLM",
+        "deepseek_v2",
+        kv_lora_rank=64,
+        q_lora_rank=64,
+        qk_nope_head_dim=64,
+        qk_rope_head_dim=64,
+        v_head_dim=64,
+        n_routed_experts=4,
+        n_shared_experts=1,
+        num_experts_per_tok=2,
+        moe_intermediate_size=128,
+        first_k_dense_replace=1,
+    ),
+    "gemma-2": model(
+        "Gemma2ForCausalLM", "gemma2", attn_logit_softcapping=50.0, query_pre_attn_scalar=64, sliding_window=64
+    ),
+    "gpt-oss": model(
+        "GptOssForCausalLM",
+        "gpt_oss",
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        sliding_window=128,
+        layer_types=[WINDOW, FULL] * 2,
+    ),
+    "llama-4": model(
+        "Llama4ForCausalLM", "llama4_text", attention_chunk_size=64, num_local_experts=2, intermediate_size_mlp=256
+    ),
+    "mamba-2": model("Mamba2ForCausalLM", "mamba2", num_heads=8, head_dim=64, state_size=16, n_groups=1),
+    "mistral-v0.1": model("MistralForCausalLM", "mistral", sliding_window=64),
+}
+"""What is refused, with the reason."""
+
+MODELS: dict[str, Model] = {**CLASSIC, **STATES, **REFUSED}

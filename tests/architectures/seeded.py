@@ -43,7 +43,7 @@ def values(name: str, parameter: torch.Tensor) -> torch.Tensor:
     if last == "sinks":
         return normal
     if parameter.dim() == 1:
-        return 0.1 * normal + (1 if last == "weight" or "norm" in name else 0)
+        return 0.1 * normal + (1 if last == "weight" else 0)
     if "embed" in name or "lm_head" in name or "wte" in name:
         return normal
     gain = ATTENTION_GAIN if any(part in name for part in ("qkv", "q_proj", "k_proj", "c_attn", "query_key")) else 1.0
