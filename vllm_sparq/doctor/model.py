@@ -128,6 +128,10 @@ def _describe_read(section: Section, options: Options, shape: dict[str, int], ma
         return
     for line in lines:
         section.good(line)
+    if options.lossless:
+        section.note(
+            f"lossless: so it drafts up to {options.drafts} tokens while that pays, and dense attention verifies them"
+        )
     if options.dense_layers:
         section.note(f"the first {min(options.dense_layers, shape['n_full'])} layers always read densely")
     first_sparse = next((n for n in range(max_model_len + 1) if not read.is_dense(n)), None)
