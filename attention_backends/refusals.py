@@ -18,7 +18,7 @@ from vllm_sparq.reads import READS, SparseRead
 from vllm_sparq.retention import RETENTIONS
 from vllm_sparq.scheduler.spec import SHARED_POOL
 
-HEAD_SIZES = (64, 80, 96, 128, 256)
+HEAD_SIZES = (32, 48, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 """Head sizes the kernels are compiled for."""
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)

@@ -227,7 +227,7 @@ def test_more_context_never_reads_less(read: SparqRead, s: int) -> None:
     assert read.is_dense(s) or not read.is_dense(s + 1) or read.k(s + 1) > read.k(s)
 
 
-@given(st.floats(1, 1000), st.sampled_from([64, 80, 96, 128, 256]))
+@given(st.floats(1, 1000), st.sampled_from([32, 48, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512]))
 def test_compression_means_what_it_says(compression: float, head_size: int) -> None:
     read = parse(compression=compression, min_k=1).read_of(HeadShape(head_size=head_size, n_heads=8, n_kv_heads=2))
     assert 1 <= read.r <= head_size
