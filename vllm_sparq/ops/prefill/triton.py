@@ -194,8 +194,8 @@ def tile_sizes(
     """(query rows, keys, warps) of a tile: q, and two or three stages of K and V, stay within 160 KiB of shared memory.
 
     ``rows_per_request`` are the (token, head) pairs of a mean request: short steps get a small tile. fp32 has no tensor
-    cores of its own precision, and keeps its operands in registers. Heads of more than 256 elements get the smallest tile
-    whose sums and codes stay in registers.
+    cores of its own precision, and keeps its operands in registers. Heads of more than 256 elements get the smallest
+    tile whose sums and codes stay in registers.
     """
     width = triton.next_power_of_2(head_size)
     if dtype == torch.float32:
