@@ -79,7 +79,7 @@ def answer_turn(
 ) -> EvictingMetadata:
     """A step of decodes: one turn, planned without knowing how many tokens go, so that a CUDA graph can hold it."""
     table = step.block_table_tensor
-    n_blocks = -(-spec.retention.budget_of(max_model_len) // spec.block_size) + spec.n_staging_blocks
+    n_blocks = -(-spec.retention.budget_of(max_model_len) // spec.block_size) + spec.n_staging_pages
     eviction = Eviction(
         block_table=table,
         seq_lens=arrivals.held,
@@ -170,13 +170,16 @@ def _turn(shares: list[Share], block_table: torch.Tensor, spec: RetainedSpec, op
     seq_lens, query_start_loc = [share.seq_len for share in shares], int32(starts)
     prefill = None
     if n_decodes < len(shares):
-        if spec.n_staging_blocks:
+        if spec.n_staging_pages:
             prefill, _ = staged_rows(starts, seq_lens, table, n_decodes, None, spec, options)
         else:
             prefill = PrefillRows(
                 block_table=table[n_decodes:],
                 query_start_loc=query_start_loc[n_decodes:],
                 context_lens=int32([share.arrival.kept for share in shares[n_decodes:]]),
+                seq_lens=int32(seq_lens[n_decodes:]),
+                max_query_len=max(share.stop - share.start for share in shares[n_decodes:]),
+                max_seq_len=max(seq_lens[n_decodes:]),
             )
     step = PagedMetadata(
         n_decodes=n_decodes,

@@ -41,10 +41,15 @@ def staged_rows(
     def int32(numbers: list[int]) -> torch.Tensor:
         return on_device(numbers, torch.int32, table.device)
 
+    ends = [*seen[1:], len(pieces)]  # of the pieces that are seen as one
+    lens = [pieces[end - 1].block * spec.block_size + pieces[end - 1].n_keys for end in ends]
     prefill = PrefillRows(
         block_table=table[int64([pieces[i].request for i in seen], table.device)],
         query_start_loc=int32([cuts[i] for i in (*seen, -1)]),
         context_lens=int32([pieces[i].block * spec.block_size for i in seen]),
+        seq_lens=int32(lens),
+        max_query_len=max(cuts[end] - cuts[i] for i, end in zip(seen, ends, strict=True)),
+        max_seq_len=max(lens),
         key_start_loc=None if begun is None else int32([key_starts[i] for i in (*seen, -1)]),
         begun=None if begun is None else begun[0],
     )

@@ -30,6 +30,9 @@ MEASURED_TASKS = (TEXT, "wikitext")
 SHARE_SCORED = 4
 """A window of the text is read up to its last quarter, which is forced upon the model and measured."""
 
+MOST_SCORED = 256
+"""Tokens of it at most, the last ones: each takes a decode step, and more windows say more than longer ends."""
+
 
 def known_tasks() -> list[str]:
     """Every name that ``--tasks`` takes."""
@@ -126,8 +129,9 @@ class Wanted:
         return replace(example, length=length)
 
     def windows(self, length: int) -> list[Example]:
-        """Pieces of ``length`` tokens from the text, evenly spread over it; the last quarter of each is scored."""
-        return text_windows(self.tokenizer, self.text_ids, length=length, n=self.n, n_scored=length // SHARE_SCORED)
+        """Pieces of ``length`` tokens from the text, evenly spread over it; the end of each is scored."""
+        n_scored = min(MOST_SCORED, length // SHARE_SCORED)
+        return text_windows(self.tokenizer, self.text_ids, length=length, n=self.n, n_scored=n_scored)
 
     @cached_property
     def text_ids(self) -> list[int]:

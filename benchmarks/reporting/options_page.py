@@ -66,8 +66,8 @@ EVICTING = "`retention` `heavy_hitter`, `window`"
 APPLIES = {
     "read": "all",
     "format": "all",
-    "group_size": "`format` `int4`, `kivi4`, `kivi2`",
-    "chunk": "`format` `int8`, `int4`, `kivi4`, `kivi2`",
+    "group_size": "`format` `int4`, `kivi4`, `kivi2`, `k8v4`, `k4v2`",
+    "chunk": "`format` `int8`, `int4`, `kivi4`, `kivi2`, `k8v4`, `k4v2`",
     "retention": "all",
     "budget": EVICTING,
     "recent": "`retention` `heavy_hitter`",

@@ -63,6 +63,15 @@ FORMATS: tuple[Case, ...] = (
     replace(_QUANTIZED, format="int4", heads=8, block_size=128, dtype=torch.bfloat16, lens=(128, 300)),
     replace(_QUANTIZED, format="int4", heads=4, head_size=96, group_size=32, dtype=torch.bfloat16, lens=(33, 70)),
     replace(_QUANTIZED, format="int4", kv_heads=4, head_size=80, group_size=16, dtype=torch.bfloat16, lens=(97,)),
+    # K and V in different bits.
+    replace(_QUANTIZED, format="k8v4", lens=(1, 31, 32, 33, 65, 0, 96)),
+    replace(_BASE, format="k8v4", heads=8, head_size=128, block_size=128, dtype=torch.bfloat16, lens=(128, 129, 390)),
+    replace(_BASE, format="k8v4", heads=3, kv_heads=1, head_size=80, dtype=torch.float16, lens=(16, 47, 49)),
+    replace(_QUANTIZED, format="k8v4", heads=4, head_size=96, group_size=32, dtype=torch.bfloat16, lens=(33, 70)),
+    replace(_QUANTIZED, format="k4v2", lens=(1, 31, 32, 33, 65, 0, 96)),
+    replace(_QUANTIZED, format="k4v2", heads=8, head_size=128, block_size=128, dtype=torch.bfloat16, lens=(129, 400)),
+    replace(_QUANTIZED, format="k4v2", heads=3, kv_heads=1, head_size=80, dtype=torch.float16, lens=(64, 47, 65)),
+    replace(_QUANTIZED, format="k4v2", heads=4, head_size=96, group_size=16, block_size=48, value_sum=True, lens=(97,)),
 )
 """Quantized pages, which every op takes as well."""
 
@@ -84,6 +93,8 @@ TINY_FORMATS: tuple[Case, ...] = (
     replace(_BASE, format="kivi4", heads=2, block_size=32, dtype=torch.float16, ranking=None, lens=(64, 65)),
     replace(_BASE, format="kivi2", heads=2, kv_heads=1, block_size=32, dtype=torch.bfloat16, ranking=None, lens=(70,)),
     replace(_BASE, format="kivi2", heads=1, kv_heads=1, head_size=80, block_size=48, ranking=None, lens=(97,)),
+    replace(_BASE, format="k8v4", heads=2, kv_heads=1, head_size=80, dtype=torch.bfloat16, lens=(33, 17)),
+    replace(_BASE, format="k4v2", heads=2, kv_heads=1, block_size=32, dtype=torch.float16, ranking=None, lens=(70,)),
 )
 """Quantized pages for the Triton interpreter."""
 
@@ -115,6 +126,8 @@ SPAN_FORMATS: tuple[Case, ...] = (
     replace(_CODED_SPANS, format="kivi4", heads=3, kv_heads=1, head_size=96, group_size=16, block_size=48, lens=(145,)),
     replace(_CODED_SPANS, format="kivi2", heads=8, head_size=128, block_size=128, dtype=torch.bfloat16, lens=(0, 513)),
     replace(_CODED_SPANS, format="kivi2", heads=6, head_size=256, block_size=64, dtype=torch.float16, lens=(64, 140)),
+    replace(_CODED_SPANS, format="k8v4", heads=3, kv_heads=1, head_size=80, dtype=torch.float16, lens=(96, 130)),
+    replace(_CODED_SPANS, format="k4v2", dtype=torch.bfloat16, lens=(64, 95, 96, 130)),
 )
 """The same over quantized blocks."""
 

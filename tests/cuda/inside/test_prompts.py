@@ -6,6 +6,8 @@ from typing import Any
 
 from tests.engine.support import EXACT
 
+CACHED: dict[str, Any] = dict(enable_prefix_caching=True, block_size=128, max_model_len=1024)
+
 
 def first_logprobs(llm: Any, prompt: list[int]) -> dict[int, float]:
     from vllm import SamplingParams
@@ -18,7 +20,7 @@ def first_logprobs(llm: Any, prompt: list[int]) -> dict[int, float]:
 def test_the_same_from_cached_blocks(engine: Any, prompts: Any) -> None:
     """All but one token of it are cached the second time."""
     prompt = prompts.of_length(257)
-    with engine("sparq", EXACT["sparse"], enable_prefix_caching=True, block_size=128, max_model_len=1024) as llm:
+    with engine("sparq", EXACT["sparse"], **CACHED) as llm:
         cold, warm = first_logprobs(llm, prompt), first_logprobs(llm, prompt)
     assert warm == cold
 
@@ -26,7 +28,7 @@ def test_the_same_from_cached_blocks(engine: Any, prompts: Any) -> None:
 def test_beside_decodes(engine: Any, prompts: Any) -> None:
     """Three requests in a graph for four, one of them a prompt of which a token is left."""
     others, prompt = [prompts.of_length(200), prompts.of_length(300)], prompts.of_length(129)
-    with engine("sparq", EXACT["sparse"], enable_prefix_caching=True, block_size=128, max_model_len=1024) as llm:
+    with engine("sparq", EXACT["sparse"], **CACHED) as llm:
         alone = prompts.answers(llm, [prompt], 8)
         core = llm.llm_engine
         from vllm import SamplingParams

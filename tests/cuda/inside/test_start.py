@@ -89,3 +89,11 @@ def test_nothing_keeps_the_cache_that_graphs_were_measured_with(
         assert live_bytes() - before <= len(ours) * cache * 1.01
         model = worker.model_runner.model
     assert live_bytes() <= before, model
+
+
+def test_short_contexts_are_read_densely(engine: Any) -> None:
+    """Below the break-even of CUDA, which is not that of a CPU; a user's own number stays."""
+    for options, tokens in (({}, 16384), ({"dense_below": 77}, 77)):
+        with engine("sparq", options, max_model_len=512) as llm:
+            ours = worker_of(llm).vllm_config.compilation_config.static_forward_context.values()
+            assert {layer.impl.options.dense_below for layer in ours} == {tokens}

@@ -164,19 +164,25 @@ class Listed {
 // Kernels of the bf16 instructions in place of those that they beat, where there are some for these codes.
 void use_bf16(const Pages& pages, CodeKernels& kernels) {
 #ifdef __AVX512BF16__
-  const auto use = [&](auto codes) {
+  const auto with_codes = [](const CodeShape& shape, auto&& f) {
+    const auto use = [&](auto codes) {
+      if (decltype(codes)::has_zero == shape.has_zero) f(codes);
+    };
+    if (shape.bits == 8) use(EightBits{});
+    if (shape.bits == 4) use(FourBits{});
+    if (shape.bits == 2) use(TwoBits{});
+  };
+  with_codes(kernels.value, [&](auto codes) {
+    if (can_mix_bf16(kernels.value)) kernels.mix_values = mix_bf16<decltype(codes), 1>;
+  });
+  with_codes(kernels.key, [&](auto codes) {
     using C = decltype(codes);
-    if (C::has_zero != (pages.has_zero != 0)) return;
-    if (can_mix_bf16(kernels.value)) kernels.mix_values = mix_bf16<C, 1>;
     if constexpr (C::has_zero)
       if (pages.channel_keys && can_mix_bf16(kernels.key))
         kernels.mix_keys = mix_bf16<C, 2>, kernels.score_keys = mix_bf16<C, 1>;
     if constexpr (C::planes <= MAX_DOT_PLANES)
       if (!pages.channel_keys && can_dot_bf16(kernels.key)) kernels.dot = dot_bf16<C>, kernels.pairs = true;
-  };
-  if (pages.bits == 8) use(EightBits{});
-  if (pages.bits == 4) use(FourBits{});
-  if (pages.bits == 2) use(TwoBits{});
+  });
 #else
   (void)pages, (void)kernels;
 #endif
