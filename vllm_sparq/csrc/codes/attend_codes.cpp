@@ -2,6 +2,9 @@
 
 #include "codes/codes_float.h"
 #include "codes/dot_codes_bf16.h"
+#include "codes/dot_int16.h"
+#include "codes/key_columns.h"
+#include "codes/mix_int16.h"
 #include "attend/attention.h"
 #include "base/softmax_tile.h"
 #include "base/tile.h"
@@ -138,12 +141,21 @@ class Listed {
     for (int i = first; i < last; ++i) rows.push(where, page(i), slot(i));
   }
 
-  // Where K is channel-major a column of it touches as many lines as the whole page has: all logits of each page are
-  // made, and those that are wanted taken from it.
-  void score_columns(const Heads4& heads, int first, int last, RowPointers& keys, float* page_logits, int page_stride,
-                     float* logits, int stride) const {
+  // Where K is channel-major: of a page that has few of the tokens they are decoded one by one, else all of its logits
+  // are made, and those that are wanted taken from them.
+  void score_columns(const Heads4& heads, int first, int last, RowPointers& keys, KeyColumns columns,
+                     float* page_logits, int page_stride, float* logits, int stride) const {
+    constexpr int MANY = 16, AHEAD = 3;
+    for (int i = first; i < std::min(first + AHEAD, last); ++i) prefetch_key(i);
     for (int i = first, stop; i < last; i = stop) {
       for (stop = i + 1; stop < last && block(stop) == block(i);) ++stop;
+      if (stop - i < MANY) {
+        for (int k = i; k < stop; ++k) {
+          if (k + AHEAD < n_) prefetch_key(k + AHEAD);
+          kernels_.decode_column(pages_, page(k), slot(k), columns.next(k - first));
+        }
+        continue;
+      }
       Ahead ahead, unused;
       if (stop < n_) page_ahead(pages_, page(stop), &ahead, &unused);
       heads.score_page(page(i), keys, page_logits, page_stride, ahead);
@@ -151,15 +163,42 @@ class Listed {
         for (int k = i; k < stop; ++k)
           logits[(size_t)h * stride + k - first] = page_logits[(size_t)h * page_stride + slot(k)];
     }
+    columns.flush();
   }
 
  private:
+  void prefetch_key(int i) const { prefetch_column(pages_, kernels_.key, page(i), slot(i)); }
+
   const CodeKernels& kernels_;
   const Pages& pages_;
   const Sequence& sequence_;
   const int32_t* tokens_;
   int n_;
 };
+
+// Calls f with how the codes of a part lie in words, where whole numbers are multiplied.
+template <class F>
+void with_word_codes(const CodeShape& shape, F&& f) {
+  if (shape.bits == 8 && !shape.has_zero) f(WordCodes<8, true>{});
+  if (shape.bits == 8 && shape.has_zero) f(WordCodes<8, false>{});
+  if (shape.bits == 4 && shape.has_zero) f(WordCodes<4, false>{});
+  if (shape.bits == 2 && shape.has_zero) f(WordCodes<2, false>{});
+}
+
+// Kernels of whole numbers in place of those of fp32, where there are some for these codes.
+template <class T>
+void use_int16(const Pages& pages, CodeKernels& kernels) {
+  if (can_mix_int16(kernels.value))
+    with_word_codes(kernels.value, [&](auto codes) { kernels.mix_values = mix_int16<decltype(codes), T>; });
+  if (pages.channel_keys && can_mix_int16(kernels.key))
+    with_word_codes(kernels.key,
+                    [&](auto codes) { kernels.mix_keys = kernels.score_keys = mix_int16<decltype(codes), T>; });
+  if (!pages.channel_keys && can_dot_int16(kernels.key))
+    with_word_codes(kernels.key, [&](auto codes) {
+      using C = decltype(codes);
+      if constexpr (C::planes <= MAX_DOT_PLANES) kernels.dot = dot_int16<C, T>, kernels.pair_query = pair_query_int16;
+    });
+}
 
 // Kernels of the bf16 instructions in place of those that they beat, where there are some for these codes.
 void use_bf16(const Pages& pages, CodeKernels& kernels) {
@@ -172,7 +211,8 @@ void use_bf16(const Pages& pages, CodeKernels& kernels) {
       if (pages.channel_keys && can_mix_bf16(kernels.key))
         kernels.mix_keys = mix_bf16<C, 2>, kernels.score_keys = mix_bf16<C, 1>;
     if constexpr (C::planes <= MAX_DOT_PLANES)
-      if (!pages.channel_keys && can_dot_bf16(kernels.key)) kernels.dot = dot_bf16<C>, kernels.pairs = true;
+      if (!pages.channel_keys && can_dot_bf16(kernels.key))
+        kernels.dot = dot_bf16<C>, kernels.pair_query = pair_query_bf16;
   };
   if (pages.bits == 8) use(EightBits{});
   if (pages.bits == 4) use(FourBits{});
@@ -214,6 +254,7 @@ void attend_coded_tokens(const CodeKernels& kernels, const Group& group, const S
   Arena arena = scratch.arena();
   float* const page_logits = arena.take<float>(MAX_TILE_HEADS * page_stride + 16);
   float* const logits = arena.take<float>(MAX_TILE_HEADS * stride + 16);
+  float* const columns_memory = arena.take<float>((size_t)KeyColumns::AT_ONCE * pages.head_size);
   RowPointers rows = RowPointers::in(arena, n_rows);
   const Listed list(kernels, pages, sequence, tokens, n);
   Ahead nothing;
@@ -223,7 +264,9 @@ void attend_coded_tokens(const CodeKernels& kernels, const Group& group, const S
     list.prefetch(last, std::min(n, last + LIST_TILE));
     few_heads_at_a_time(kernels, group, state, pages, [&](const Heads4& heads) {
       if (pages.channel_keys) {
-        list.score_columns(heads, first, last, rows, page_logits, page_stride, logits, stride);
+        const float* const query = group.codes.whole + (size_t)heads.h0 * group.codes.stride;
+        const KeyColumns columns(pages.head_size, columns_memory, query, group.codes.stride, heads.n, logits, stride);
+        list.score_columns(heads, first, last, rows, columns, page_logits, page_stride, logits, stride);
       } else {
         list.push(first, last, pages.key, rows);
         kernels.dot(kernels.key, group.codes, heads.h0, heads.n, rows.rows(), logits, stride, nothing);
@@ -240,45 +283,26 @@ CodeKernels CodeKernels::of(const Pages& pages) {
     using T = decltype(type);
     kernels.dot = dot_float<T>;
     kernels.mix_keys = kernels.score_keys = kernels.mix_values = mix_float<T>;
+    kernels.decode_column = sparq::decode_column<T>;
+    if constexpr (sizeof(T) == 2) use_int16<T>(pages, kernels);
   });
   use_bf16(pages, kernels);
   return kernels;
 }
 
-namespace {
-
-int n_pairs(const CodeShape& key) { return key.row_bytes(); }  // four a dword
-
-}  // namespace
-
 CodesQuery CodeKernels::new_query(int n_heads, Arena& arena) const {
-  const size_t n = n_heads;
-  CodesQuery query{arena.take<float>(n * value.n + 16), nullptr, nullptr, value.n, n_pairs(key), key.n_groups()};
-  if (pairs) query.pairs = arena.take<int32_t>(n * n_pairs(key)), query.sums = arena.take<float>(n * key.n_groups());
+  const size_t n = n_heads, n_pairs = key.row_bytes(), n_groups = key.n_groups();  // four pairs a dword
+  CodesQuery query{arena.take<float>(n * value.n + 16), nullptr, nullptr, nullptr, nullptr, value.n, (int)n_pairs,
+                   (int)n_groups};
+  if (pair_query == nullptr) return query;
+  query.pairs = arena.take<int32_t>(n * n_pairs);
+  query.sums = arena.take<float>(n * n_groups), query.rests = arena.take<float>(n * n_groups);
+  query.units = arena.take<float>(n * n_groups);
   return query;
 }
 
 void CodeKernels::prepare(const CodesQuery& query, int n_heads) const {
-  if (!pairs) return;
-  for (int h = 0; h < n_heads; ++h) {
-    const float* q = query.whole + (size_t)h * query.stride;
-    const auto bits = [&](int code) {  // the upper half of the fp32, which came from bf16
-      uint32_t word;
-      memcpy(&word, q + code, 4);
-      return word >> 16;
-    };
-    int32_t* to = query.pairs + (size_t)h * query.n_pairs;
-    for (int byte = 0; byte < key.row_bytes(); byte += 4)
-      for (int i = 0; i < 4; ++i) {
-        const int code = code_at(key, byte, i);
-        *to++ = (int32_t)(bits(code) | bits(code + 2) << 16);
-      }
-    for (int group = 0; group < query.n_groups; ++group) {
-      float sum = 0;
-      for (int i = 0; i < key.group; ++i) sum += q[group * key.group + i];
-      query.sums[h * query.n_groups + group] = sum;
-    }
-  }
+  if (pair_query != nullptr) pair_query(key, query, n_heads);
 }
 
 }  // namespace sparq

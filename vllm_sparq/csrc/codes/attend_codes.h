@@ -21,7 +21,9 @@ struct CodeKernels {
   MixCodes mix_keys;     // K, where its rows are channels
   MixCodes score_keys;   // the same, weights rounded to the model's type where that is faster
   MixCodes mix_values;
-  bool pairs;            // whether `dot` wants pairs and sums
+  void (*decode_column)(const Pages&, const uint8_t* page, int slot, float* to);  // one token of channel-major K
+  // From rows of fp32 in query.whole, what else `dot` wants of the query; null where that is all.
+  void (*pair_query)(const CodeShape& key, const CodesQuery& query, int n_heads);
 
   static CodeKernels of(const Pages& pages);
   // From rows of fp32 already in query.whole.

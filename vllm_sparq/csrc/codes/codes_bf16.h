@@ -62,7 +62,6 @@ SPARQ_INLINE __m512i words_right(__m512i words) {
 }
 
 constexpr int MIX_ROWS = 128;    // rows whose weights are made at once
-constexpr int MIX_GROUPS = 16;   // groups of a row at most
 constexpr int MIX_UNIT = 32;     // bytes of a row that fill a vector, beside those of the next row
 
 constexpr int AHEAD_ROWS = 8;    // between requests for memory that is wanted next
