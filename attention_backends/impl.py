@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -11,15 +12,17 @@ from vllm.config import get_current_vllm_config
 from vllm.logger import init_logger
 from vllm.v1.attention.backend import AttentionImpl, AttentionType
 
-from vllm_sparq.attention_backends.engine import PagedEngine, page_layout, rebind_refusal
-from vllm_sparq.attention_backends.refusals import impl_refusals
+from vllm_sparq.attention_backends.engine import PagedEngine, on_platform, page_layout, rebind_refusal
+from vllm_sparq.attention_backends.flash import flash_choice, flash_prefill
+from vllm_sparq.attention_backends.refusals import CANNOT_START, impl_refusals
 from vllm_sparq.attention_backends.steps.evicting import EvictingMetadata
 from vllm_sparq.attention_backends.steps.requests import StepRequests
-from vllm_sparq.attention_backends.steps.rows import PagedMetadata
+from vllm_sparq.attention_backends.steps.rows import PagedMetadata, PrefillRows
 from vllm_sparq.config import Options
 from vllm_sparq.layout import Pages
-from vllm_sparq.ops.dispatch import Choice, choose
+from vllm_sparq.ops.dispatch import OVERRIDE, Choice, choose
 from vllm_sparq.reads import READS, HeadShape, Read
+from vllm_sparq.retention import RETENTIONS
 
 logger = init_logger("vllm.sparq")
 
@@ -48,7 +51,7 @@ class PagedImpl(AttentionImpl[PagedMetadata | EvictingMetadata]):
             sinks=sinks,
         )
         if refusals:
-            raise NotImplementedError("; ".join(refusals))
+            raise NotImplementedError(CANNOT_START + "; ".join(refusals))
         vllm_config: Any = get_current_vllm_config()
         engine = PagedEngine.of(vllm_config)
         assert engine is not None
@@ -59,12 +62,23 @@ class PagedImpl(AttentionImpl[PagedMetadata | EvictingMetadata]):
         self.kv_cache_dtype = kv_cache_dtype
         self.requests: StepRequests | None = None  # our worker's, once the model is loaded
         self._choices = _choose_ops(vllm_config.device_config.device_type, READS[self._options.read])
+        policy = RETENTIONS[self._options.retention]
+        flash = flash_choice(
+            dtype=vllm_config.model_config.dtype,
+            head_size=head_size,
+            format=self._options.format,
+            tracked=policy is not None and policy.rank == "attention",
+            forced=os.environ.get(OVERRIDE),
+        )
+        if flash is not None:
+            self._choices["prefill"] = flash
         warning = slow_ops(self._choices)
         if warning:
             logger.warning_once(warning)
         self._write = self._choices["write"].load()
         self._evict = self._choices["evict"].load()
-        self._prefill = self._choices["prefill"].load()
+        prefill = self._choices["prefill"]
+        self._prefill = None if prefill is flash else prefill.load()
         self._dense = self._choices["dense_decode"].load()
         self._decode: Callable[..., None] | None = None  # known with the layer's name, at its first step
         self._pages: Pages | None = None
@@ -80,6 +94,7 @@ class PagedImpl(AttentionImpl[PagedMetadata | EvictingMetadata]):
         Raises:
             ValueError: they need other pages, or concern more than what is read.
         """
+        options = on_platform(options)
         refusal = rebind_refusal(self._options, options, grouped=self._heads.grouped)
         if refusal is not None:
             raise ValueError(refusal)
@@ -135,19 +150,34 @@ class PagedImpl(AttentionImpl[PagedMetadata | EvictingMetadata]):
         tables = step.block_table, step.query_start_loc, step.seq_lens
         self._write(key, value, pages, *tables, step.first_positions)
         if rows is not None:
-            tables = rows.block_table, rows.query_start_loc, rows.context_lens
-            self._prefill(query, *new, pages, *tables, scale=self.scale, out=output, key_start_loc=rows.key_start_loc)
+            self._attend_densely(rows, query, new, pages, output)
         decode = self._decode
         assert decode is not None
         n = step.n_decodes
         if n:
-            decode(query[:n], pages, step.block_table, step.seq_lens, scale=self.scale, out=output[:n])
+            own = step.decodes
+            decode(query[:n], pages, own.block_table, own.seq_lens, scale=self.scale, out=output[:n])
         if step.replayed is not None:
             replayed = step.replayed
             out = torch.empty_like(output[: len(replayed.rows)])
             seen = replayed.pages_seen(pages, *new)
             decode(query[replayed.rows], seen, replayed.block_table, replayed.seq_lens, scale=self.scale, out=out)
             output[replayed.rows] = out
+
+    def _attend_densely(
+        self,
+        rows: PrefillRows,
+        query: torch.Tensor,
+        new: tuple[torch.Tensor, torch.Tensor],
+        pages: Pages,
+        output: torch.Tensor,
+    ) -> None:
+        """The rows of prompts, whose new tokens are in the pages by now, unless they are staged."""
+        if self._prefill is None:
+            flash_prefill(query, pages, rows, scale=self.scale, out=output)
+            return
+        tables = rows.block_table, rows.query_start_loc, rows.context_lens
+        self._prefill(query, *new, pages, *tables, scale=self.scale, out=output, key_start_loc=rows.key_start_loc)
 
     def write_step(
         self,
@@ -170,11 +200,15 @@ class PagedImpl(AttentionImpl[PagedMetadata | EvictingMetadata]):
     def _bind(self, layer: Any, kv_cache: torch.Tensor, dtype: torch.dtype) -> Pages:
         """The layer's cache as pages; remembered until vLLM hands over another one."""
         pages = self._pages
-        if pages is None or pages.data.data_ptr() != kv_cache.data_ptr():
+        if pages is None or _address(pages.data) != _address(kv_cache):
             layout = page_layout(self._options, self._heads, kv_cache.shape[2], dtype)
             pages = self._pages = Pages.from_kv_cache(kv_cache, layout)
             self._decode = self._read_policy(layer.layer_name)
         return pages
+
+    def forget_pages(self) -> None:
+        """Keep nothing of the cache alive; the next step binds what vLLM hands over then."""
+        self._pages = None
 
     def _read_policy(self, layer_name: str) -> Callable[..., None]:
         """What a decode row of this layer reads."""
@@ -200,6 +234,11 @@ def slow_ops(choices: dict[str, Choice]) -> str | None:
     """What to tell a user whose ops run on the reference, which is a specification and not meant to be fast."""
     reasons = {choice.reason for choice in choices.values() if choice.implementation == "reference"}
     return f"sparq attention will be slow: {'; '.join(sorted(reasons))}" if reasons else None
+
+
+def _address(cache: torch.Tensor) -> tuple[int, ...]:
+    """Where a cache is, and how many pages and KV heads it has; another one may begin where an earlier one did."""
+    return cache.data_ptr(), *cache.shape[:2], *cache.stride()[:2]
 
 
 def _layer_index(layer_name: str) -> int:

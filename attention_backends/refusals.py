@@ -23,6 +23,9 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 KV_CACHE_DTYPES = ("auto", "bfloat16", "float16")
 """Values of --kv-cache-dtype that mean the model's own type."""
 
+CANNOT_START = "vllm-sparq cannot start: "
+"""What a refusal begins with, wherever it is raised; doctor looks for it in what vLLM makes of the exception."""
+
 DENSE = "use vLLM's own backend (leave --attention-backend out)"
 
 CONNECTOR = "a KV connector copies dense K and V, our pages hold more: start without "
@@ -251,13 +254,11 @@ def _attention_refusals(model_config: Any) -> list[str]:
     config = model_config.hf_text_config
     reasons = []
     kinds = getattr(config, "layer_types", None) or []
-    if kinds and "full_attention" not in kinds and "attention" not in kinds:
+    if kinds and set(kinds) <= {"sliding_attention", "chunked_attention"}:
         reasons.append(
             f"no layer has full attention (layer_types: {', '.join(sorted(set(kinds)))}), so there is nothing to read "
             f"sparsely or to store smaller: {DENSE}"
         )
-    if model_config.is_hybrid:
-        reasons.append(f"layers with a state beside attention (state spaces, convolutions) are not supported: {DENSE}")
     chunk, window = model_config.attention_chunk_size, model_config.rswa_window
     if chunk is not None:
         reasons.append(f"attention within chunks (attention_chunk_size={chunk}) is not supported: {DENSE}")

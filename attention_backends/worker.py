@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from vllm.config import set_current_vllm_config
+from vllm.distributed.parallel_state import get_pp_group
 
 from vllm_sparq.attention_backends.engine import selected_backends
-from vllm_sparq.attention_backends.refusals import engine_refusals
+from vllm_sparq.attention_backends.found import layers_by_backend, silence_refusal
+from vllm_sparq.attention_backends.refusals import CANNOT_START, engine_refusals
 from vllm_sparq.attention_backends.shared_pages import share_pages
 from vllm_sparq.attention_backends.steps.requests import StepRequests
 from vllm_sparq.retention import PHASES
@@ -43,17 +46,63 @@ class SparqWorkerMixin(AttentionReport):
         """As vLLM does, and let our layers ask the model runner about requests.
 
         Raises:
-            ValueError: vLLM has made of the configuration, since our platform looked at it, what cannot be served.
+            ValueError: vLLM has made of the configuration, since our platform looked at it, what cannot be served; or
+                no layer of the loaded model runs on a backend of ours.
         """
         refusals = engine_refusals(self.vllm_config)  # type: ignore[attr-defined]
         if refusals and selected_backends(self.vllm_config):  # type: ignore[attr-defined]
-            raise ValueError("vllm-sparq cannot start: " + "; ".join(refusals))
+            raise ValueError(CANNOT_START + "; ".join(refusals))
         super().load_model(*args, **kwargs)  # type: ignore[misc]
+        self._check_found()
         self._requests = StepRequests(self.model_runner)  # type: ignore[attr-defined]
         for layer in self.vllm_config.compilation_config.static_forward_context.values():  # type: ignore[attr-defined]
             if hasattr(getattr(layer, "impl", None), "requests"):
                 layer.impl.requests = self._requests
         self._share_pages()
+        if hasattr(self.model_runner, "gather_batch_req_state"):  # type: ignore[attr-defined]
+            self._follow_second_runner(self.model_runner)  # type: ignore[attr-defined]
+
+    def _follow_second_runner(self, runner: Any) -> None:
+        """Model runner V2: learn where the requests of a step are on the device, and keep prompts out of its graphs.
+
+        It takes a prompt's last token, where that comes alone, for a decode, which a full graph would read sparsely:
+        what a request answers would depend on how its prompt was cut.
+        """
+        gather, prepare, prepare_dummy = (
+            getattr(runner, name) for name in ("gather_batch_req_state", "prepare_attn", "prepare_dummy_attn")
+        )
+        requests = self._requests
+        assert requests is not None
+
+        def gather_batch_req_state(*args: Any, **kwargs: Any) -> Any:
+            batch, n_uniform = gather(*args, **kwargs)
+            return batch, None if batch is not None and batch.has_prefill else n_uniform
+
+        def prepare_attn(input_batch: Any) -> Any:
+            requests.rows = input_batch.idx_mapping
+            return prepare(input_batch)
+
+        def prepare_dummy_attn(*args: Any, **kwargs: Any) -> Any:
+            requests.rows = None
+            return prepare_dummy(*args, **kwargs)
+
+        runner.gather_batch_req_state, runner.prepare_attn = gather_batch_req_state, prepare_attn
+        runner.prepare_dummy_attn = prepare_dummy_attn
+
+    def _check_found(self) -> None:
+        """That a layer of the model, be it in another stage of the pipeline, runs on a backend of ours."""
+        config = self.vllm_config  # type: ignore[attr-defined]
+        if not selected_backends(config):
+            return
+        found, stages = layers_by_backend(config), get_pp_group()
+        if stages.world_size > 1:
+            of_stages: list[dict[str, int]] = [{}] * stages.world_size
+            torch.distributed.all_gather_object(of_stages, found, group=stages.cpu_group)
+            names = sorted({name for stage in of_stages for name in stage})
+            found = {name: sum(stage.get(name, 0) for stage in of_stages) for name in names}
+        refusal = silence_refusal(config, found)
+        if refusal is not None:
+            raise ValueError(CANNOT_START + refusal)
 
     def _share_pages(self) -> None:
         """Let the model runner, whoever asks it for KV cache specs, answer with ones that share pages."""
@@ -72,8 +121,25 @@ class SparqWorkerMixin(AttentionReport):
 
     def determine_available_memory(self, *args: Any, **kwargs: Any) -> Any:
         """As vLLM does; where it captures graphs to measure them, it asks for page sizes here too."""
-        with set_current_vllm_config(self.vllm_config):  # type: ignore[attr-defined]
-            return super().determine_available_memory(*args, **kwargs)  # type: ignore[misc]
+        try:
+            with set_current_vllm_config(self.vllm_config):  # type: ignore[attr-defined]
+                return super().determine_available_memory(*args, **kwargs)  # type: ignore[misc]
+        finally:
+            self._let_go_of_pages()
+
+    def shutdown(self) -> None:
+        """As vLLM does; a model may outlive it, and its cache should not."""
+        self._let_go_of_pages()
+        super().shutdown()  # type: ignore[misc]
+
+    def _let_go_of_pages(self) -> None:
+        """Views of a cache keep all of it: what vLLM has measured graphs with, or what it has taken away."""
+        for layer in self.vllm_config.compilation_config.static_forward_context.values():  # type: ignore[attr-defined]
+            forget = getattr(getattr(layer, "impl", None), "forget_pages", None)
+            if forget is not None:
+                forget()
+        if torch.accelerator.is_available():
+            torch.accelerator.empty_cache()
 
     def execute_model(self, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
         """Take along what our scheduler says about budgets; vLLM's own says nothing."""

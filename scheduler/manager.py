@@ -8,14 +8,15 @@ from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
 from vllm_sparq.retention import Phase, Retention
-from vllm_sparq.scheduler.spec import RetainedSpec, StagedSpec
+from vllm_sparq.scheduler.spec import PagedSpec, RetainedSpec, StagedSpec
 
 
 class StagingManager(FullAttentionManager):
     """Full attention, with blocks in front of every request in which its newest, unquantized block is staged.
 
-    A request of S tokens holds ``ceil(S / N) + n_staging_blocks`` blocks. Blocks after the newest are never full, so
-    they are never shared: what is staged in them belongs to the request alone, and goes when its blocks go.
+    A request of S tokens holds ``ceil(S / N) + n_staging_pages`` pages, in whole blocks. Blocks that hold pages after
+    the newest are never full, so they are never shared: what is staged in them belongs to the request alone, and goes
+    when its blocks go.
     """
 
     supports_fine_grained_hash_lookup: ClassVar[bool] = False
@@ -35,9 +36,9 @@ class StagingManager(FullAttentionManager):
         return num_tokens
 
     def _with_staging(self, num_tokens: int) -> int:
-        """As if the request had so many tokens more that the staging blocks were theirs."""
+        """As if the request had so many tokens more that the staging pages were theirs."""
         spec: Any = self.kv_cache_spec
-        n_tokens: int = num_tokens + spec.n_staging_blocks * self.block_size
+        n_tokens: int = spec.with_staging(num_tokens)
         return n_tokens
 
     def _cache_partial_tail_block(self, *args: Any, **kwargs: Any) -> None:
@@ -124,5 +125,6 @@ def register_specs() -> None:
     """Make our specs known to vLLM; safe to call twice."""
     # Registering into an empty table would keep vLLM from ever adding its own.
     KVCacheSpecRegistry._ensure_registered()
+    KVCacheSpecRegistry.register(PagedSpec, FullAttentionManager, uniform_type_base_spec=PagedSpec)
     KVCacheSpecRegistry.register(StagedSpec, StagingManager, uniform_type_base_spec=StagedSpec)
     KVCacheSpecRegistry.register(RetainedSpec, RetainingManager, uniform_type_base_spec=RetainedSpec)

@@ -25,6 +25,7 @@ if not torch.cuda.is_available():
 
 LONGEST = (
     "ops/test_triton_aot.py",
+    "cuda/test_pretended.py",
     "engine/test_eviction.py",
     "benchmarks/quality/test_engine.py",
     "benchmarks/serving/test_demo.py",

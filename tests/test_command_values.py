@@ -21,6 +21,7 @@ from vllm_sparq.benchmarks.tiny_model import WEIGHTS
 
 SMALL = {
     "doctor": ["--quick"],
+    "models": ["get", "smollm2-135m"],
     "demo": ["--lengths", "300", "--questions", "1"],
     "bench ops": ["--shape", "2/1/64", "--context", "64", "--repeats", "1", "--methods", "dense"],
     "eval": ["--tasks", "needle", "--lengths", "300", "--n", "1"],
@@ -100,6 +101,7 @@ def _nothing_starts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     patch.setattr(server.Server, "__enter__", start)
     for module, name in (
         ("doctor.command", "checks"),
+        ("models.folders", "fetch"),
         ("benchmarks.ops.bench", "measure"),
         ("benchmarks.cluster.bench", "cluster"),
         ("benchmarks.simulation.reads", "load"),

@@ -32,7 +32,8 @@ MAY_IMPORT_OF_OURS = {
     **{name: CORE[:i] for i, name in enumerate(CORE)},
     "vllm_sparq.reads": ("vllm_sparq.formats", "vllm_sparq.reads", "vllm_sparq.config", "vllm_sparq.layout"),
     "vllm_sparq.ops": (*CORE, "vllm_sparq.ops"),
-    "vllm_sparq.console": CORE,
+    "vllm_sparq.console": (*CORE, "vllm_sparq.models"),
+    "vllm_sparq.models": ("vllm_sparq.models", "vllm_sparq.console"),
 }
 """Package -> all that it may import of this project; packages without a row follow the other rules only."""
 
@@ -53,7 +54,8 @@ MAY_IMPORT_VLLM = (
 LAZY = {
     **{f"vllm_sparq.reads.{name}": ("vllm_sparq.config", "vllm_sparq.layout") for name in ("base", "sparq", "spans")},
     "vllm_sparq.cli": ("vllm", "torch", "triton", "vllm_sparq.benchmarks", "vllm_sparq.ops"),
-    "vllm_sparq.console": ("vllm", "torch", "triton", "rich", *CORE),
+    "vllm_sparq.console": ("vllm", "torch", "triton", "rich", "vllm_sparq.models", *CORE),
+    **{f"vllm_sparq.models.{name}": ("torch", "transformers", "gguf") for name in ("convert", "folders", "command")},
     "vllm_sparq.plugin": ("vllm", "torch", "triton"),
     "vllm_sparq.compat": ("vllm", "torch", "triton"),
     **{f"vllm_sparq.doctor.{name}": ("vllm",) for name in ("command", "machine", "model", "engine")},

@@ -15,6 +15,7 @@ BENCHMARKS = "vllm_sparq.benchmarks"
 
 COMMANDS = {
     "doctor": ("vllm_sparq.doctor.command", "say whether everything works here, and what options mean for a model"),
+    "models": ("vllm_sparq.models.command", "real models by name: list them, get one, say where it is"),
     "demo": (f"{BENCHMARKS}.serving.demo", "two real `vllm serve`, SparQ and dense, answer the same questions"),
     "bench ops": (f"{BENCHMARKS}.ops.bench", "time the attention ops against dense ones on this machine"),
     "eval": (

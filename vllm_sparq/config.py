@@ -99,7 +99,10 @@ class Options(BaseModel):
     dense_layers: int = Field(default=0, ge=0)
     """First layers of the model that always read densely. quest: 2."""
     dense_below: Literal["auto"] | Annotated[int, Field(ge=0)] = "auto"
-    """Contexts shorter than this many tokens are read densely. auto: below the measured break-even."""
+    """Contexts shorter than this many tokens are read densely.
+
+    auto: below the break-even, 1,024 on CPU (measured) and 16,384 on CUDA (an estimate: not yet measured on a GPU).
+    """
 
     sharing: Literal["prompts", "all"] = "prompts"
     """Which blocks prefix caching shares: those that a prompt has written, or all, with decoded tokens in them.

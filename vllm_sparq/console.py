@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -176,8 +177,10 @@ def sparq_options(text: str) -> Options:
 def check_model(model: str | Path, *, hub_names: bool = False) -> Path:
     """The folder of a model; with ``hub_names``, an ``org/name`` that is no folder passes as it is.
 
+    A name of `vllm_sparq.models` where no such folder is: its folder, fetched and converted if it is not there yet.
+
     Raises:
-        UsageError: there is no such folder, or no config.json in it.
+        UsageError: there is no such folder and no model of that name, or no config.json in it; it could not be fetched.
     """
     try:
         folder = Path(model).expanduser()
@@ -191,9 +194,18 @@ def check_model(model: str | Path, *, hub_names: bool = False) -> Path:
         raise UsageError(
             f"--model {model}: there is no config.json in it; give a folder with config.json, weights and tokenizer"
         )
+    if "/" not in str(model):
+        from vllm_sparq.models.catalogue import MODELS
+        from vllm_sparq.models.folders import get
+
+        if str(model) in MODELS:
+            return get(str(model), say=lambda text: print(text, file=sys.stderr))
     if hub_names and str(model).count("/") == 1 and str(model)[0] not in "./~":
         return folder
     remedy = (
         "or a name of the hub (org/name)" if hub_names else "(a model of the hub must be downloaded to a folder first)"
     )
-    raise UsageError(f"--model {model}: no such folder; give a folder with config.json, weights and tokenizer {remedy}")
+    raise UsageError(
+        f"--model {model}: no such folder; give a folder with config.json, weights and tokenizer {remedy}, or a name "
+        "that `vllm-sparq models` lists"
+    )

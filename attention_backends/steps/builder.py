@@ -2,12 +2,13 @@
 
 Three kinds of rows:
 
-* *decodes*: requests with one new token after their prompt. They come first (the runner sorts the batch) and are read
-  by the read policy.
+* *decodes*: requests with one new token after their prompt, or with as many as speculative decoding lets them verify.
+  They come first (the runner sorts the batch) and are read by the read policy, each row at its own length. Over
+  quantized pages, where a row's block is staged differently for each, only single tokens are decodes.
 * *prefill rows*: tokens of a prompt, in chunks. Always dense, however short the chunk, so that what a request answers
   does not depend on how its prompt was cut.
-* *replayed rows*: several tokens after the prompt in one step. They are output tokens that are computed again after a
-  preemption, or draft tokens to verify. Each is read by the read policy at its own context length, which is what
+* *replayed rows*: other tokens after the prompt that come several in one step, such as output tokens that are computed
+  again after a preemption. Each is read by the read policy at its own context length, which is what
   happened (or would have happened) when it was decoded alone; so a preempted request goes on with the K and V it had.
 """
 
@@ -21,7 +22,9 @@ from vllm.v1.attention.backend import AttentionCGSupport, AttentionMetadataBuild
 from vllm.v1.kv_cache_interface import AttentionSpec
 
 from vllm_sparq.attention_backends.engine import PagedEngine
-from vllm_sparq.attention_backends.steps.evicting import EvictingMetadata, plan_turns, take_turns
+from vllm_sparq.attention_backends.steps.arrivals import Arrivals, Phases, arrivals, on_device
+from vllm_sparq.attention_backends.steps.drafts import DraftTables
+from vllm_sparq.attention_backends.steps.evicting import EvictingMetadata, answer_turn, plan_turns, take_turns
 from vllm_sparq.attention_backends.steps.requests import StepRequests
 from vllm_sparq.attention_backends.steps.rows import PagedMetadata, PrefillRows, ReplayedRows
 from vllm_sparq.attention_backends.steps.staged_rows import staged_rows
@@ -31,17 +34,23 @@ from vllm_sparq.scheduler.spec import RetainedSpec, StagedSpec
 class PagedMetadataBuilder(AttentionMetadataBuilder[PagedMetadata | EvictingMetadata]):
     """Sorts the rows of a step."""
 
-    _cudagraph_support: ClassVar[AttentionCGSupport] = AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
+    _cudagraph_support: ClassVar[AttentionCGSupport] = AttentionCGSupport.UNIFORM_BATCH
 
     def __init__(
         self, kv_cache_spec: AttentionSpec, layer_names: list[str], vllm_config: VllmConfig, device: torch.device
     ) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
-        self._init_reorder_batch_threshold(1)
+        self._init_reorder_batch_threshold(1, supports_spec_as_decode=not isinstance(kv_cache_spec, StagedSpec))
+        self.drafts = DraftTables(vllm_config, self.most_rows, device)
         engine = PagedEngine.of(vllm_config)
         assert engine is not None
         self.options = engine.options
         self.requests = requests_of(vllm_config, layer_names)
+        self.max_model_len = vllm_config.model_config.max_model_len
+        self.phases = Phases(device)
+        # Where a captured graph looks for the lengths of the step that replays it.
+        n_requests = vllm_config.scheduler_config.max_num_seqs
+        self.arrivals = torch.zeros(len(Arrivals._fields), n_requests, dtype=torch.int32, device=device)
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
@@ -49,44 +58,59 @@ class PagedMetadataBuilder(AttentionMetadataBuilder[PagedMetadata | EvictingMeta
         step = common_attn_metadata
         if isinstance(self.kv_cache_spec, RetainedSpec):
             return self._take_turns(step, self.kv_cache_spec)
-        n_decodes = count_decodes(step)
-        prefill, replayed = None, None
-        if n_decodes < step.num_reqs:
-            replayed = find_replayed(step, n_decodes, self.requests.prompt_lens(step))
+        n_decoding = count_decodes(step, self.most_rows)
+        prefill, replayed, drafts = None, None, None
+        if n_decoding < step.num_reqs:
+            replayed = find_replayed(step, n_decoding, self.requests.prompt_lens(step))
             if isinstance(self.kv_cache_spec, StagedSpec):
                 starts, seq_lens = step.query_start_loc_cpu.tolist(), _seq_lens_on_cpu(step).tolist()
                 table, spec = step.block_table_tensor, self.kv_cache_spec
-                prefill, replayed = staged_rows(starts, seq_lens, table, n_decodes, replayed, spec, self.options)
+                prefill, replayed = staged_rows(starts, seq_lens, table, n_decoding, replayed, spec, self.options)
             else:
-                prefill = prefill_rows(step, n_decodes)
+                prefill = prefill_rows(step, n_decoding)
+        n_rows = n_decoding
+        if self.most_rows > 1 and step.max_query_len > 1:
+            n_rows, drafts = self.drafts.of(step, n_decoding)
         return PagedMetadata(
-            n_decodes=n_decodes,
+            n_decodes=n_rows,
             block_table=step.block_table_tensor,
             query_start_loc=step.query_start_loc,
             seq_lens=step.seq_lens,
             prefill=prefill,
             replayed=replayed,
+            drafts=drafts,
         )
 
-    def _take_turns(self, step: CommonAttentionMetadata, spec: RetainedSpec) -> EvictingMetadata:
-        """Where tokens are evicted, what a row sees depends on the rows before it: they take turns."""
-        prompt_lens = self.requests.prompt_lens(step)
-        if prompt_lens is None:
-            raise RuntimeError(
-                "tokens cannot be evicted in a step whose requests vLLM does not name (req_idx is None): start without "
-                "--speculative-config, or with retention 'all'"
-            )
-        phases = self.requests.shrunk(step)
-        starts, seq_lens = step.query_start_loc_cpu.tolist(), _seq_lens_on_cpu(step).tolist()
-        turns = plan_turns(starts, seq_lens, prompt_lens.tolist(), phases, spec.retention)
-        return take_turns(turns, step.block_table_tensor, spec, self.options)
+    @property
+    def most_rows(self) -> int:
+        """Tokens after its prompt that a request may bring and still be a decode."""
+        return self.reorder_batch_threshold or 1
 
     @classmethod
     def get_cudagraph_support(cls, vllm_config: VllmConfig, kv_cache_spec: Any) -> AttentionCGSupport:
-        """A step that may evict has no fixed shape; its attention runs between the graphs of the other layers."""
-        if isinstance(kv_cache_spec, RetainedSpec):
-            return AttentionCGSupport.NEVER
-        return cls._cudagraph_support
+        """Steps of decodes, with drafts where they are decodes too."""
+        if not isinstance(kv_cache_spec, StagedSpec):
+            return cls._cudagraph_support
+        return AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
+
+    def _take_turns(self, step: CommonAttentionMetadata, spec: RetainedSpec) -> EvictingMetadata:
+        """Where tokens are evicted, what a row sees depends on the rows before it: they take turns.
+
+        Raises:
+            RuntimeError: vLLM does not say which requests the step brings.
+        """
+        phases = self.requests.shrunk(step)
+        if count_decodes(step) == step.num_reqs:
+            prompt_lens = self.requests.prompt_lens_on(step, self.device)
+            shrunk = self.phases.on_device(phases)
+            found = arrivals(step.seq_lens[: step.num_reqs], prompt_lens, spec.retention, shrunk)
+            kept = self.arrivals[:, : step.num_reqs]
+            torch.stack(found, out=kept)
+            return answer_turn(Arrivals(*kept), step, spec, self.max_model_len)
+        starts, seq_lens = step.query_start_loc_cpu.tolist(), _seq_lens_on_cpu(step).tolist()
+        prompt_lens = self.requests.prompt_lens_of(step)
+        turns = plan_turns(starts, seq_lens, prompt_lens.tolist(), phases, spec.retention)
+        return take_turns(turns, step.block_table_tensor, spec, self.options)
 
 
 def requests_of(vllm_config: VllmConfig, layer_names: list[str]) -> StepRequests:
@@ -103,13 +127,16 @@ def requests_of(vllm_config: VllmConfig, layer_names: list[str]) -> StepRequests
     return requests
 
 
-def count_decodes(step: CommonAttentionMetadata) -> int:
-    """Leading requests that bring one token after their prompt (padding requests, which bring none, count as well)."""
+def count_decodes(step: CommonAttentionMetadata, most_rows: int = 1) -> int:
+    """Leading requests that bring at most so many tokens, all of them after their prompt; padding brings none.
+
+    Where vLLM does not say who is in its prompt, those that bring one.
+    """
     if step.max_query_len > 1 or _any_prefilling(step):
         query_lens = step.query_start_loc_cpu[1:] - step.query_start_loc_cpu[:-1]
-        is_decode = query_lens <= 1
-        if step.is_prefilling is not None:
-            is_decode &= ~step.is_prefilling
+        is_decode = query_lens <= (1 if step.is_prefilling is None else most_rows)
+        if step.is_prefilling is not None:  # of the step's requests alone, where the others are padding
+            is_decode[: len(step.is_prefilling)] &= ~step.is_prefilling
         others = (~is_decode).nonzero()
         return int(others[0]) if len(others) else step.num_reqs
     return step.num_reqs
@@ -122,6 +149,9 @@ def prefill_rows(step: CommonAttentionMetadata, n_decodes: int) -> PrefillRows:
         block_table=step.block_table_tensor[n_decodes:],
         query_start_loc=starts,
         context_lens=step.seq_lens[n_decodes:] - (starts[1:] - starts[:-1]),
+        seq_lens=step.seq_lens[n_decodes:],
+        max_query_len=step.max_query_len,
+        max_seq_len=int(_seq_lens_on_cpu(step).max()),
     )
 
 
@@ -146,10 +176,11 @@ def find_replayed(
     ends = starts[1:][requests]  # one after the last row of each row's request
     # The replayed rows are the last ones of their request: count down from its end.
     countdown = torch.cat([torch.arange(int(n), 0, -1) for n in n_after_prompt])
-    device = step.seq_lens.device
-    requests, countdown = requests.to(device), countdown.to(device)
+    rows, device = ends.long() - countdown, step.seq_lens.device
+    requests, countdown, there = (on_device(x, torch.int64, device) for x in (requests, countdown, rows))
     return ReplayedRows(
-        rows=ends.to(device).long() - countdown,
+        rows=there,
+        rows_on_host=rows.tolist(),
         block_table=step.block_table_tensor[requests],
         seq_lens=(step.seq_lens[requests] - countdown + 1).to(torch.int32),
     )
@@ -162,7 +193,9 @@ def _tokens_after_prompt(step: CommonAttentionMetadata, prompt_lens: torch.Tenso
         return seq_lens - prompt_lens.to(seq_lens.dtype)
     if step.is_prefilling is None:
         return torch.zeros_like(seq_lens)
-    return torch.where(step.is_prefilling, 0, seq_lens)
+    prefilling = torch.zeros(step.num_reqs, dtype=torch.bool)
+    prefilling[: len(step.is_prefilling)] = step.is_prefilling
+    return torch.where(prefilling, 0, seq_lens)
 
 
 def _seq_lens_on_cpu(step: CommonAttentionMetadata) -> torch.Tensor:

@@ -14,8 +14,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from vllm.v1.attention.backend import AttentionMetadata
+from vllm.v1.attention.backend import AttentionMetadata, CommonAttentionMetadata
 
+from vllm_sparq.attention_backends.steps.arrivals import Arrivals, on_device
 from vllm_sparq.attention_backends.steps.rows import PagedMetadata, PrefillRows
 from vllm_sparq.attention_backends.steps.staged import int64
 from vllm_sparq.attention_backends.steps.staged_rows import staged_rows
@@ -73,6 +74,30 @@ class EvictingMetadata(AttentionMetadata):
     turns: tuple[Turn, ...]
 
 
+def answer_turn(
+    arrivals: Arrivals, step: CommonAttentionMetadata, spec: RetainedSpec, max_model_len: int
+) -> EvictingMetadata:
+    """A step of decodes: one turn, planned without knowing how many tokens go, so that a CUDA graph can hold it."""
+    table = step.block_table_tensor
+    n_blocks = -(-spec.retention.budget_of(max_model_len) // spec.block_size) + spec.n_staging_pages
+    eviction = Eviction(
+        block_table=table,
+        seq_lens=arrivals.held,
+        kept_lens=arrivals.kept,
+        recent_from=arrivals.recent_from,
+        sinks=spec.retention.sinks,
+        rank=spec.retention.rank,
+    )
+    rows = PagedMetadata(
+        n_decodes=step.num_reqs,
+        block_table=table[:, :n_blocks],  # after the eviction no answer has more
+        query_start_loc=step.query_start_loc,
+        seq_lens=arrivals.seq_lens,
+        first_positions=arrivals.positions,
+    )
+    return EvictingMetadata((Turn(rows=None, eviction=eviction, step=rows),))
+
+
 def plan_turns(
     starts: list[int],
     seq_lens: list[int],
@@ -128,12 +153,16 @@ def _turn(shares: list[Share], block_table: torch.Tensor, spec: RetainedSpec, op
     device = block_table.device
 
     def int32(numbers: list[int]) -> torch.Tensor:
-        return torch.tensor(numbers, dtype=torch.int32, device=device)
+        return on_device(numbers, torch.int32, device)
 
     requests = [share.request for share in shares]
     every = in_order and requests == list(range(len(block_table)))
     table = block_table if every else block_table[int64(requests, device)]
-    rows = None if in_order else torch.cat([torch.arange(share.start, share.stop) for share in shares]).to(device)
+    rows = (
+        None
+        if in_order
+        else on_device(torch.cat([torch.arange(share.start, share.stop) for share in shares]), torch.int64, device)
+    )
     starts = [0]
     for share in shares:
         starts.append(starts[-1] + share.stop - share.start)
@@ -141,13 +170,16 @@ def _turn(shares: list[Share], block_table: torch.Tensor, spec: RetainedSpec, op
     seq_lens, query_start_loc = [share.seq_len for share in shares], int32(starts)
     prefill = None
     if n_decodes < len(shares):
-        if spec.n_staging_blocks:
+        if spec.n_staging_pages:
             prefill, _ = staged_rows(starts, seq_lens, table, n_decodes, None, spec, options)
         else:
             prefill = PrefillRows(
                 block_table=table[n_decodes:],
                 query_start_loc=query_start_loc[n_decodes:],
                 context_lens=int32([share.arrival.kept for share in shares[n_decodes:]]),
+                seq_lens=int32(seq_lens[n_decodes:]),
+                max_query_len=max(share.stop - share.start for share in shares[n_decodes:]),
+                max_seq_len=max(seq_lens[n_decodes:]),
             )
     step = PagedMetadata(
         n_decodes=n_decodes,

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from vllm_sparq.attention_backends.steps.arrivals import on_device
 from vllm_sparq.retention import Phase
 
 
@@ -19,11 +20,14 @@ class StepRequests:
 
     Attributes:
         phases: request id -> the budget that the scheduler has shrunk, as of the step that runs.
+        rows: model runner V2: the rows of the step's requests in the runner's table, int32 on the device; None before
+            the first step.
     """
 
     def __init__(self, runner: Any) -> None:
         self._runner = runner
         self.phases: Mapping[str, Phase] = {}
+        self.rows: torch.Tensor | None = None
 
     def prompt_lens(self, step: Any) -> torch.Tensor | None:
         """Prompt length of each request of a step: int [B], on the CPU, 0 for padding; None where vLLM hides it."""
@@ -36,6 +40,32 @@ class StepRequests:
             return None
         lens = torch.zeros(step.num_reqs, dtype=torch.int32)
         lens[: len(rows)] = torch.from_numpy(runner.req_states.prompt_len.np)[rows]
+        return lens
+
+    def prompt_lens_on(self, step: Any, device: torch.device) -> torch.Tensor:
+        """The same on the device, without waiting for it: int [B].
+
+        Raises:
+            RuntimeError: vLLM does not say which requests the step brings.
+        """
+        if hasattr(self._runner, "req_states") and self.rows is not None:
+            lens = torch.zeros(step.num_reqs, dtype=torch.int32, device=device)
+            lens[: len(self.rows)] = self._runner.req_states.prompt_len.gpu[self.rows]
+            return lens
+        return on_device(self.prompt_lens_of(step), torch.int32, device)
+
+    def prompt_lens_of(self, step: Any) -> torch.Tensor:
+        """`prompt_lens`, for those that cannot do without.
+
+        Raises:
+            RuntimeError: vLLM does not say which requests the step brings.
+        """
+        lens = self.prompt_lens(step)
+        if lens is None:
+            raise RuntimeError(
+                "tokens cannot be evicted in a step whose requests vLLM does not name (req_idx is None): start without "
+                "--speculative-config, or with retention 'all'"
+            )
         return lens
 
     def shrunk(self, step: Any) -> list[Phase | None]:

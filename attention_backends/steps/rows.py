@@ -16,11 +16,18 @@ class PrefillRows:
     """Arguments of the prefill op: requests b with rows ``query_start_loc[b] : query_start_loc[b + 1]`` of the step.
 
     Over quantized pages they are pieces of requests, and ``begun`` says which staged tokens their keys begin with.
+
+    Attributes:
+        seq_lens: int32 [B], slots taken with the new tokens.
+        max_query_len: most rows of one request; max_seq_len: most slots. Bounds, known without asking the device.
     """
 
     block_table: torch.Tensor
     query_start_loc: torch.Tensor
     context_lens: torch.Tensor
+    seq_lens: torch.Tensor
+    max_query_len: int
+    max_seq_len: int
     key_start_loc: torch.Tensor | None = None
     begun: BegunBlocks | None = None
 
@@ -30,6 +37,7 @@ class ReplayedRows:
     """Arguments of a decode op for single rows of the step: row ``rows[i]`` has ``seq_lens[i]`` tokens to look at."""
 
     rows: torch.Tensor
+    rows_on_host: list[int]
     block_table: torch.Tensor
     seq_lens: torch.Tensor
     staged: StagedReplay | None = None
@@ -40,11 +48,23 @@ class ReplayedRows:
 
 
 @dataclass(frozen=True)
+class DraftRows:
+    """The first rows of a step where some requests bring several after their prompt, such as drafts to verify.
+
+    Attributes:
+        block_table: int32 [n_decodes, M]; seq_lens: int32 [n_decodes], what each row may look at, 0 for padding.
+    """
+
+    block_table: torch.Tensor
+    seq_lens: torch.Tensor
+
+
+@dataclass(frozen=True)
 class PagedMetadata(AttentionMetadata):
     """One step of one KV cache group.
 
     Attributes:
-        n_decodes: leading requests that are read by the policy, one row each.
+        n_decodes: leading rows that are read by the policy, one of each request unless ``drafts`` says otherwise.
         block_table: int32 [B, M]; query_start_loc: int32 [B + 1]; seq_lens: int32 [B], new tokens included.
         first_positions: int32 [B], the position of each request's first new token, where it is not its slot; or None.
         prefill: rows to attend densely, or None.
@@ -59,3 +79,9 @@ class PagedMetadata(AttentionMetadata):
     prefill: PrefillRows | None = None
     replayed: ReplayedRows | None = None
     first_positions: torch.Tensor | None = None
+    drafts: DraftRows | None = None
+
+    @property
+    def decodes(self) -> PagedMetadata | DraftRows:
+        """Where the block table and the lengths of the leading rows are."""
+        return self if self.drafts is None else self.drafts

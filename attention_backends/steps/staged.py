@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 import torch
 
+from vllm_sparq.attention_backends.steps.arrivals import on_device
 from vllm_sparq.layout import Pages
 
 
@@ -173,8 +174,8 @@ def staged_replay(
         places=int64([place for _, place, _ in slots], device),
         rows=int64([row for _, _, row in slots], device),
     )
-    return replay, table.to(device)
+    return replay, on_device(table, torch.int32, device)
 
 
 def int64(numbers: list[int], device: torch.device) -> torch.Tensor:
-    return torch.tensor(numbers, dtype=torch.int64, device=device)
+    return on_device(numbers, torch.int64, device)

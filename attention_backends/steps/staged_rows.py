@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import torch
 
+from vllm_sparq.attention_backends.steps.arrivals import on_device
 from vllm_sparq.attention_backends.steps.rows import PrefillRows, ReplayedRows
 from vllm_sparq.attention_backends.steps.staged import begun_blocks, cut_pieces, int64, staged_replay
 from vllm_sparq.config import Options
@@ -31,20 +32,24 @@ def staged_rows(
     cuts = [piece.start for piece in pieces] + [pieces[-1].stop]
     key_starts = cuts if begun is None else begun[1]
     if replayed is not None:
-        rows = replayed.rows.tolist()
-        staged, its_table = staged_replay(pieces, key_starts, rows, table, per_page)
+        staged, its_table = staged_replay(pieces, key_starts, replayed.rows_on_host, table, per_page)
         replayed = replace(replayed, staged=staged, block_table=its_table)
     # Rows that may see their whole chunk as it is need no cut: a request is one piece, from its first block on.
     firsts = [i for i, piece in enumerate(pieces) if i == 0 or piece.request != pieces[i - 1].request]
     seen = list(range(len(pieces))) if options.chunk == "codes" else firsts
 
     def int32(numbers: list[int]) -> torch.Tensor:
-        return torch.tensor(numbers, dtype=torch.int32, device=table.device)
+        return on_device(numbers, torch.int32, table.device)
 
+    ends = [*seen[1:], len(pieces)]  # of the pieces that are seen as one
+    lens = [pieces[end - 1].block * spec.block_size + pieces[end - 1].n_keys for end in ends]
     prefill = PrefillRows(
         block_table=table[int64([pieces[i].request for i in seen], table.device)],
         query_start_loc=int32([cuts[i] for i in (*seen, -1)]),
         context_lens=int32([pieces[i].block * spec.block_size for i in seen]),
+        seq_lens=int32(lens),
+        max_query_len=max(cuts[end] - cuts[i] for i, end in zip(seen, ends, strict=True)),
+        max_seq_len=max(lens),
         key_start_loc=None if begun is None else int32([key_starts[i] for i in (*seen, -1)]),
         begun=None if begun is None else begun[0],
     )

@@ -64,6 +64,7 @@ def _cell(mine: list[dict[str, Any]], dense: dict[str, dict[str, Any]]) -> dict[
     record |= dict(score=float(np.mean(scores)))
     record["low"], record["high"] = interval(scores)
     record["output_tokens"] = float(np.mean([line["output_tokens"] for line in scored]))
+    record |= _divergence(scored)
     record["prompt_tokens"] = float(np.mean([line["prompt_tokens"] for line in scored]))
     pairs = [(line, dense[line["prompt_sha"]]) for line in scored if line["prompt_sha"] in dense]
     if first["method"] != DENSE and pairs:
@@ -73,6 +74,23 @@ def _cell(mine: list[dict[str, Any]], dense: dict[str, dict[str, Any]]) -> dict[
     return record
 
 
+def _divergence(scored: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """Of forced answers, how far a method is from dense: nats per token, and the share of changed tops in percent.
+
+    Intervals are of means over examples, since the tokens of one are not independent; the 99th percentile is of tokens.
+    """
+    measured = [line for line in scored if "divergence" in line]
+    if not measured:
+        return {}
+    means = [float(np.mean(line["divergence"])) for line in measured]
+    changed = [100 * line["n_changed"] / len(line["divergence"]) for line in measured]
+    found = {"kl": float(np.mean(means)), "changed": float(np.mean(changed))}
+    found["kl_low"], found["kl_high"] = interval(means)
+    found["changed_low"], found["changed_high"] = interval(changed)
+    found["kl_p99"] = float(np.quantile(np.concatenate([line["divergence"] for line in measured]), 0.99))
+    return found
+
+
 def table(records: Sequence[dict[str, Any]]) -> Any:
     """A row per task, length and method; the dense row of each first."""
     from rich import box
@@ -80,7 +98,9 @@ def table(records: Sequence[dict[str, Any]]) -> Any:
 
     title = f"Points of 100, bits where measured; {CONFIDENCE:.0%} bootstrap intervals; bytes are times dense's"
     view = Table(title=title, box=box.SIMPLE_HEAD)
-    for column in ("task", "length", "method", "score", "beside dense", "n", "output", "read", "kept"):
+    forced = any("kl" in record for record in records)
+    divergence = ("KL", "99%", "tops changed") if forced else ()
+    for column in ("task", "length", "method", "score", "beside dense", *divergence, "n", "output", "read", "kept"):
         view.add_column(column, justify="left" if column in ("task", "method") else "right")
     before: tuple[Any, Any] | None = None
     dense: dict[str, Any] = {}
@@ -91,14 +111,24 @@ def table(records: Sequence[dict[str, Any]]) -> Any:
             if before is not None:
                 view.add_section()
             head, dense = (record["task"], "" if record["length"] is None else f"{record['length']:,}"), record
-        view.add_row(*head, record["method"], *_columns(record, dense))
+        score, difference, *rest = _columns(record, dense)
+        far = _far(record) if forced else ()
+        view.add_row(*head, record["method"], score, difference, *far, *rest)
         before = cell
     skipped = sum(record["n_skipped"] for record in records)
     cut = sum(record["n_cut"] for record in records)
     notes = [f"{skipped} prompts did not fit into the model's context and were skipped"] if skipped else []
     notes += [f"{cut} prompts lost their middle, as their set has it"] if cut else []
+    notes += ["KL: nats per token beside dense, mean and 99th percentile of tokens"] if forced else []
     view.caption = "; ".join(notes) or None
     return view
+
+
+def _far(record: dict[str, Any]) -> tuple[str, str, str]:
+    if "kl" not in record:
+        return ("", "", "")
+    ends = f"({record['kl_low']:.4f} .. {record['kl_high']:.4f})"
+    return (f"{record['kl']:.4f} {ends}", f"{record['kl_p99']:.3f}", f"{record['changed']:.1f}%")
 
 
 def _columns(record: dict[str, Any], dense: dict[str, Any]) -> list[str]:

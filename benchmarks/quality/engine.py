@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -11,6 +12,7 @@ from typing import Any
 from vllm_sparq.attention_backends.engine import rebind_refusal
 from vllm_sparq.benchmarks.common.engine_process import IN_TURNS, EngineProcess
 from vllm_sparq.benchmarks.common.methods import Method
+from vllm_sparq.benchmarks.quality.divergence import distribution_file, read_divergence
 from vllm_sparq.benchmarks.tasks.generated import Example
 
 
@@ -51,11 +53,16 @@ class Output:
         text: the output.
         n_tokens: its tokens.
         nats: negative log-likelihood of forced tokens; None where the output was generated.
+        divergence: of each forced token's distribution from dense's, in nats (`divergence`); None where that was not
+            asked for, and for dense.
+        n_changed: forced tokens before which another token was the likeliest than dense's.
     """
 
     text: str
     n_tokens: int
     nats: float | None = None
+    divergence: tuple[float, ...] | None = None
+    n_changed: int | None = None
 
 
 def same_cache(a: Method, b: Method) -> bool:
@@ -87,9 +94,13 @@ class Engine(EngineProcess):
         found = self.ask("describe")
         self.classes, self.max_model_len = found["classes"], found["max_model_len"]
 
-    def answer(self, examples: Sequence[Example]) -> list[Output]:
-        """All examples in one batch: generated answers, and forced ones measured."""
-        return list(self.ask("answer", list(examples)))
+    def answer(self, examples: Sequence[Example], distributions: Path | None = None) -> list[Output]:
+        """All examples in one batch: generated answers, and forced ones measured.
+
+        With a folder of ``distributions`` answers are forced step by step; dense leaves its distributions there, and
+        every other method is compared with them.
+        """
+        return list(self.ask("answer", list(examples), distributions))
 
     def use(self, method: Method) -> None:
         """Read as another method of the same cache does (`same_cache`), from here on."""
@@ -157,26 +168,46 @@ class Worker:
             impl.rebind(wanted)
         self.method = method
 
-    def answer(self, examples: list[Example]) -> list[Output]:
+    def answer(self, examples: list[Example], distributions: Path | None = None) -> list[Output]:
         self._abort()
-        params = [self._params(example) for example in examples]
-        prompts = [self._prompt(example) for example in examples]
-        found = self.llm.generate(prompts, params, use_tqdm=False)
-        return [self._output(example, output) for example, output in zip(examples, found, strict=True)]
+        self.from_prompts = self.prompts_measure and distributions is None
+        with tempfile.TemporaryDirectory(prefix="vllm-sparq-divergence-") as scratch:
+            files = self._recordings(examples, distributions, Path(scratch))
+            params = [self._params(example, asked) for example, asked in zip(examples, files, strict=True)]
+            prompts = [self._prompt(example) for example in examples]
+            found = self.llm.generate(prompts, params, use_tqdm=False)
+            return [self._output(*one) for one in zip(examples, found, files, strict=True)]
+
+    def _recordings(
+        self, examples: Sequence[Example], distributions: Path | None, scratch: Path
+    ) -> list[dict[str, str] | None]:
+        """What is kept of the distributions of each answer: dense's in their folder, else what is compared."""
+        if distributions is None:
+            return [None] * len(examples)
+        found: list[dict[str, str] | None] = []
+        for i, example in enumerate(examples):
+            kept = str(distributions / distribution_file(example))
+            if not example.answer_ids:
+                found.append(None)
+            elif self.method.backend is None:
+                found.append({"to": kept})
+            else:
+                found.append({"to": str(scratch / f"{i}.npz"), "dense": kept})
+        return found
 
     def _prompt(self, example: Example) -> Any:
-        if example.answer_ids and self.prompts_measure:
+        if example.answer_ids and self.from_prompts:
             return {"prompt_token_ids": [*example.prompt_ids, *example.answer_ids]}
         return {"prompt_token_ids": list(example.prompt_ids)} if example.prompt_ids else example.prompt
 
-    def _params(self, example: Example) -> Any:
+    def _params(self, example: Example, asked: dict[str, str] | None) -> Any:
         from vllm import SamplingParams
 
-        from vllm_sparq.benchmarks.quality.forced import FORCED
+        from vllm_sparq.benchmarks.quality.forced import FORCED, RECORDED
 
         if not example.answer_ids:
             return SamplingParams(temperature=0, max_tokens=example.max_tokens, stop=list(example.stop))
-        if self.prompts_measure:
+        if self.from_prompts:
             return SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0, detokenize=False)
         forced = list(example.answer_ids)
         return SamplingParams(
@@ -185,21 +216,24 @@ class Worker:
             ignore_eos=True,
             logprobs=0,
             detokenize=False,
-            extra_args={FORCED: forced},
+            extra_args={FORCED: forced} | ({} if asked is None else {RECORDED: asked}),
         )
 
-    def _output(self, example: Example, output: Any) -> Output:
+    def _output(self, example: Example, output: Any, asked: dict[str, str] | None) -> Output:
         one, wanted = output.outputs[0], list(example.answer_ids)
         if not wanted:
             return Output(text=one.text, n_tokens=len(one.token_ids))
-        if self.prompts_measure:
+        if self.from_prompts:
             steps = output.prompt_logprobs[-len(wanted) :]
         else:
             steps = one.logprobs
             if list(one.token_ids) != wanted:
                 raise RuntimeError("the engine did not say the tokens it was made to say")
         nats = -sum(step[token].logprob for step, token in zip(steps, wanted, strict=True))
-        return Output(text="", n_tokens=len(wanted), nats=nats)
+        if asked is None or "dense" not in asked:
+            return Output(text="", n_tokens=len(wanted), nats=nats)
+        divergence, n_changed = read_divergence(Path(asked["to"]))
+        return Output(text="", n_tokens=len(wanted), nats=nats, divergence=divergence, n_changed=n_changed)
 
     def prepare(self, context: int, batch: int) -> None:
         """Fill the cache with prompts and decode one token of each."""

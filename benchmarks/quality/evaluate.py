@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_sparq.benchmarks.common.methods import DENSE, Method
+from vllm_sparq.benchmarks.quality.divergence import distribution_file
 from vllm_sparq.benchmarks.quality.engine import Engine, Output, Run, same_cache
 from vllm_sparq.benchmarks.tasks.generated import TASKS, Example
 from vllm_sparq.benchmarks.tasks.metrics import MEASURED
@@ -117,7 +118,7 @@ def evaluate(
             for method in methods:
                 progress.update(bar, description=method.name)
                 for piece in pieces:
-                    missing = [one for one in piece if store.key(method, one) not in store.lines]
+                    missing = [one for one in piece if _is_missing(method, one, methods, store)]
                     if missing:
                         engine = _engine_for(method, run, engine, console)
                         store.add(_answered(engine, method, missing, store))
@@ -129,6 +130,15 @@ def evaluate(
     if engine is not None:
         engine.close()
     return [store.lines[store.key(method, one)] for method in methods for one in examples]
+
+
+def _is_missing(method: Method, example: Example, methods: Sequence[Method], store: Any) -> bool:
+    """Whether an example is to be answered: it is not in the store, or dense's distributions are wanted and are not."""
+    if store.key(method, example) not in store.lines:
+        return True
+    if method.name != DENSE or not example.answer_ids or (store.distributions / distribution_file(example)).exists():
+        return False
+    return any(store.key(other, example) not in store.lines for other in methods)
 
 
 def _engine_for(method: Method, run: Run, engine: Engine | None, console: Any) -> Engine:
@@ -147,7 +157,9 @@ def _answered(engine: Engine, method: Method, examples: Sequence[Example], store
     """Lines of examples; those that do not fit into the model's context are skipped, and say so."""
     limit = engine.max_model_len
     fitting = [one for one in examples if one.n_prompt_tokens + one.max_tokens <= limit]
-    outputs = dict(zip(map(id, fitting), engine.answer(fitting), strict=True)) if fitting else {}
+    forced = any(one.answer_ids for one in fitting)
+    answers = engine.answer(fitting, store.distributions if forced else None) if fitting else []
+    outputs = dict(zip(map(id, fitting), answers, strict=True))
     lines = []
     for one in examples:
         if id(one) in outputs:
@@ -167,7 +179,10 @@ def scored(example: Example, output: Output) -> dict[str, Any]:
         score = _bits(example, output.nats)
     else:
         score = ALL_METRICS[example.metric](output.text, example.accepted, example.choices)
-    return {"output": output.text, "score": score, "output_tokens": output.n_tokens}
+    found = {"output": output.text, "score": score, "output_tokens": output.n_tokens}
+    if output.divergence is not None:
+        found |= {"divergence": [round(kl, 7) for kl in output.divergence], "n_changed": output.n_changed}
+    return found
 
 
 def _bits(example: Example, nats: float) -> float:

@@ -18,16 +18,21 @@ from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor
 from vllm.v1.sample.logits_processor.builtin import process_dict_updates
 
 from vllm_sparq.benchmarks.common.methods import Method
+from vllm_sparq.benchmarks.quality.divergence import Recording
 
 FORCED = "sparq_forced_tokens"
 """Key in `SamplingParams.extra_args`: the tokens that a request has to say."""
+
+RECORDED = "sparq_recording"
+"""Another: what to keep of the distribution at each of them, the arguments of `Recording`."""
 
 
 class ForcedTokens(LogitsProcessor):
     """Leaves each request that asks for it one token to say. Others are left alone."""
 
     def __init__(self, vllm_config: Any, device: torch.device, is_pin_memory: bool) -> None:
-        self.requests: dict[int, tuple[Sequence[int], list[int]]] = {}
+        self.requests: dict[int, tuple[Sequence[int], list[int], Recording | None]] = {}
+        self.recordings: dict[str, Recording] = {}  # by their files: a preempted request goes on with its own
 
     def is_argmax_invariant(self) -> bool:
         return False
@@ -36,15 +41,25 @@ class ForcedTokens(LogitsProcessor):
         """Keep, for each row of the batch, the tokens to say and the growing list of those said."""
         process_dict_updates(self.requests, batch_update, self._request)
 
-    @staticmethod
-    def _request(params: Any, prompt: list[int] | None, said: list[int]) -> tuple[Sequence[int], list[int]] | None:
-        tokens = (params.extra_args or {}).get(FORCED)
-        return None if tokens is None else (tokens, said)
+    def _request(
+        self, params: Any, prompt: list[int] | None, said: list[int]
+    ) -> tuple[Sequence[int], list[int], Recording | None] | None:
+        given = params.extra_args or {}
+        tokens = given.get(FORCED)
+        if tokens is None:
+            return None
+        recording = None
+        if RECORDED in given:
+            asked = given[RECORDED]
+            recording = self.recordings.setdefault(asked["to"], Recording(n_tokens=len(tokens), **asked))
+        return tokens, said, recording
 
     def apply(self, logits: torch.Tensor) -> torch.Tensor:
         """logits [B, vocabulary], in place."""
-        for row, (tokens, said) in self.requests.items():
+        for row, (tokens, said, recording) in self.requests.items():
             if len(said) < len(tokens):
+                if recording is not None and recording.add(len(said), logits[row]):
+                    del self.recordings[recording.to]
                 keep = logits[row, tokens[len(said)]].clone()
                 logits[row] = -torch.inf
                 logits[row, tokens[len(said)]] = keep

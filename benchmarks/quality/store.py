@@ -43,7 +43,7 @@ def fingerprint(model: Path) -> str:
 
 
 class Store:
-    """Lines of examples by key, and cells by key.
+    """Lines of examples by key, and cells by key; and dense's distributions at the tokens of forced answers.
 
     Args:
         folder: made if it is absent.
@@ -55,6 +55,8 @@ class Store:
 
     def __init__(self, folder: Path, run: Run) -> None:
         make_folder(folder)
+        self.distributions = folder / "distributions"
+        make_folder(self.distributions)
         self.examples_path, self.cells_path = folder / "examples.jsonl", folder / "cells.jsonl"
         for path in (self.examples_path, self.cells_path):
             check_out(path)

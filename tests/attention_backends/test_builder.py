@@ -10,6 +10,7 @@ import torch
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
 from vllm_sparq.attention_backends.steps.builder import PagedMetadataBuilder
+from vllm_sparq.attention_backends.steps.drafts import DraftTables
 from vllm_sparq.attention_backends.steps.requests import StepRequests
 from vllm_sparq.attention_backends.steps.rows import PagedMetadata
 from vllm_sparq.config import Options
@@ -45,9 +46,11 @@ class Known:
         return lens
 
 
-def build(common: Any) -> PagedMetadata:
+def build(common: Any, most_rows: int = 1) -> PagedMetadata:
     builder = object.__new__(PagedMetadataBuilder)
-    builder.options, builder.requests = Options(), Known()
+    builder.options, builder.requests, builder.reorder_batch_threshold = Options(), Known(), most_rows
+    config = SimpleNamespace(scheduler_config=SimpleNamespace(max_num_seqs=8))
+    builder.drafts = DraftTables(config, most_rows, torch.device("cpu"))
     builder.kv_cache_spec = FullAttentionSpec(block_size=16, num_kv_heads=1, head_size=16, dtype=torch.float32)
     return builder.build(0, common)
 
@@ -144,3 +147,35 @@ def test_requests_of_model_runner_v1_stand_in_its_batch() -> None:
     two = SimpleNamespace(num_reqs=2)
     assert requests.prompt_lens(two).tolist() == [5, 6]  # type: ignore[union-attr]
     assert requests.shrunk(two) == [None, phase]
+
+
+def test_drafts_are_decodes_at_their_own_lengths() -> None:
+    """Requests that verify two, one and no draft; then a prompt, and an answer computed again."""
+    result = build(step((3, 50, 40), (2, 30, 20), (1, 41, 40), (5, 5, 9), (6, 30, 10)), most_rows=4)
+    assert result.n_decodes == 6
+    assert result.drafts is not None
+    assert result.drafts.seq_lens.tolist() == [48, 49, 50, 29, 30, 41]
+    assert result.drafts.block_table[:, 0].tolist() == [0, 0, 0, 100, 100, 200]
+    assert result.block_table.shape[0] == 5
+    assert result.prefill is not None
+    assert result.prefill.query_start_loc.tolist() == [6, 11, 17]
+    assert result.replayed is not None
+    assert result.replayed.rows.tolist() == [11, 12, 13, 14, 15, 16]
+
+
+def test_padded_drafts_see_nothing() -> None:
+    """A graph for three requests of two rows that holds two."""
+    common = step((2, 50, 40), (2, 30, 20), (0, 0, 0))
+    common.num_actual_tokens, common.is_prefilling = 6, torch.tensor([False, False])
+    first = build(common, most_rows=2)
+    assert first.n_decodes == 6
+    assert first.drafts is not None
+    assert first.drafts.seq_lens.tolist() == [49, 50, 29, 30, 0, 0]
+
+
+def test_drafts_whose_prompts_are_unknown_are_not_read_sparsely() -> None:
+    """vLLM says nothing of prompts to the metadata of a drafting model."""
+    common = step((3, 50, 40), (3, 60, 40))
+    common.is_prefilling = common.prompt_lens = None
+    result = build(common, most_rows=4)
+    assert (result.n_decodes, result.replayed) == (0, None)

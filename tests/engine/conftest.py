@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.engine.support import EXACT, MODEL, Prompts, environment
+from tests.engine.support import ENGINE, EXACT, MODEL, Prompts, environment
 
 environment()  # before vLLM is imported
 
@@ -39,20 +39,9 @@ def running_engine(backend: str, options: dict[str, Any] | None = None, **engine
     from vllm import LLM
     from vllm.distributed import cleanup_dist_env_and_memory
 
-    defaults = dict(
-        model=str(MODEL),
-        dtype="float32",
-        enforce_eager=True,
-        max_model_len=4096,
-        kv_cache_memory_bytes=256 << 20,
-        max_num_batched_tokens=2048,
-        enable_prefix_caching=False,
-        seed=0,
-        disable_log_stats=True,
-    )
     gc.freeze()
     llm = LLM(
-        **{**defaults, **engine_args},
+        **{**ENGINE, **engine_args},
         attention_backend=backend,
         additional_config={"sparq": options or {}},
     )

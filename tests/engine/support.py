@@ -23,6 +23,19 @@ EXACT: dict[str, dict[str, Any]] = {
 }
 N_ANSWER = 24
 
+ENGINE: dict[str, Any] = {
+    "model": str(MODEL),
+    "dtype": "float32",
+    "enforce_eager": True,
+    "max_model_len": 4096,
+    "kv_cache_memory_bytes": 256 << 20,
+    "max_num_batched_tokens": 2048,
+    "enable_prefix_caching": False,
+    "seed": 0,
+    "disable_log_stats": True,
+}
+"""Arguments of every engine that a test does not set otherwise."""
+
 
 def environment() -> None:
     """Small, offline, in-process engines."""

@@ -202,11 +202,12 @@ CASES: dict[str, Case] = {
         sliding_window=128,
         layer_types=["sliding_attention", "full_attention"] * 2,
     ),
-    "state spaces": model(
-        rf"layers with a state beside attention.*are not supported{DENSE}",
-        architectures=["Lfm2ForCausalLM"],
-        model_type="lfm2",
-        layer_types=["conv", "full_attention"] * 2,
+    "no attention": model(
+        rf"the model has no attention layers{DENSE}",
+        architectures=["Mamba2ForCausalLM"],
+        model_type="mamba2",
+        num_heads=8,
+        state_size=16,
     ),
     "attention within chunks": model(
         rf"attention within chunks \(attention_chunk_size=512\) is not supported{DENSE}",

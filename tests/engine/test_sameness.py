@@ -58,7 +58,7 @@ def test_prefix_cache_is_hit(engine: Any, prompts: Prompts) -> None:
     """As many hits as dense attention gets on the same requests."""
     hits = {}
     for backend, options in (("sparq", EXACT["sparse"]), ("CPU_ATTN", None)):
-        with engine(backend, options, enable_prefix_caching=True, disable_log_stats=False) as llm:
+        with engine(backend, options, enable_prefix_caching=True, disable_log_stats=False, block_size=128) as llm:
             prompts.answers(llm, prompts.mixed)
             prompts.answers(llm, prompts.mixed)
             metrics = {m.name: m.value for m in llm.get_metrics() if hasattr(m, "value")}

@@ -9,6 +9,7 @@ import logging
 import shlex
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
+from pathlib import Path
 
 from vllm_sparq import compat
 from vllm_sparq.backends import PRESETS
@@ -56,7 +57,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     """Run every check, print the findings."""
     if args.model is not None:
-        check_model(args.model, hub_names=True)
+        folder = check_model(args.model, hub_names=True)
+        if not Path(args.model).expanduser().exists():  # a name of ours: the folder that it stands for
+            args.model = str(folder)
     options = chosen_options(args)
     sections = []
     logging.disable(logging.CRITICAL)  # vLLM's, which repeats what the findings say

@@ -9,7 +9,7 @@ Plain numbers: nothing here knows about vLLM or tensors. S is the context length
 
 from __future__ import annotations
 
-from vllm_sparq.reads.base import MEASURED_BREAK_EVEN, Counts, HeadShape, PageNeeds, Read, SparseRead
+from vllm_sparq.reads.base import CUDA_BREAK_EVEN, MEASURED_BREAK_EVEN, Counts, HeadShape, PageNeeds, Read, SparseRead
 from vllm_sparq.reads.dense import DenseRead
 from vllm_sparq.reads.spans import LEAST_SPANS, SPAN_TOKENS, SpansRead, spans_of
 from vllm_sparq.reads.sparq import SparqRead
@@ -21,6 +21,7 @@ DIALS = frozenset(dial for read in READS.values() for dial in read.dials)
 """Options that turn a read. All others say which read it is, and what the cache holds."""
 
 __all__ = [
+    "CUDA_BREAK_EVEN",
     "DIALS",
     "LEAST_SPANS",
     "MEASURED_BREAK_EVEN",

@@ -15,6 +15,12 @@ if TYPE_CHECKING:
 MEASURED_BREAK_EVEN = 1024
 """Tokens of context from which a sparse read beats our own dense read (``vllm-sparq bench ops`` measures it)."""
 
+CUDA_BREAK_EVEN = 16384
+"""The same on CUDA: estimated from the launches that a sparse read takes more, since no GPU has measured it yet.
+
+It does not depend on the batch, though speed does: what a request answers must not.
+"""
+
 
 @dataclass(frozen=True, kw_only=True)
 class HeadShape:

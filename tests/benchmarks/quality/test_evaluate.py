@@ -51,7 +51,7 @@ class FakeEngine:
     def use(self, method: Method) -> None:
         self.method = method
 
-    def answer(self, examples: Sequence[Example]) -> list[Output]:
+    def answer(self, examples: Sequence[Example], distributions: Path | None = None) -> list[Output]:
         self.asked.append((self.method.name, len(examples)))
         return [Output(text=text, n_tokens=len(text), nats=None) for text in type(self).say(self.method, examples)]
 

@@ -303,10 +303,12 @@ def load_block_tile(
     page, slot, live = tile_cells(table, first, stop, N, FORMAT, TILE)
     at = as_bytes(records) + page * page_stride * FORMAT.keys.number_bytes
     if FORMAT.channel_keys:
-        k = decode_channels(as_bytes(records), table, first, stop, page_stride, FORMAT.keys, D, D_PAD, TILE, dtype)
+        k = decode_channels(
+            as_bytes(records), table, first, stop, page_stride, tl.constexpr(FORMAT.keys), D, D_PAD, TILE, dtype
+        )
     else:
-        k = tl.trans(decode_rows(at, slot, live, FORMAT.keys, dtype))
-    return k, decode_rows(at, slot, live, FORMAT.values, dtype), live
+        k = tl.trans(decode_rows(at, slot, live, tl.constexpr(FORMAT.keys), dtype))
+    return k, decode_rows(at, slot, live, tl.constexpr(FORMAT.values), dtype), live
 
 
 @triton.jit
@@ -325,10 +327,12 @@ def load_cells(
     at = as_bytes(records) + page * page_stride * FORMAT.keys.number_bytes
     if FORMAT.channel_keys:
         d = tl.arange(0, D_PAD)[:, None]
-        k = cast(gather(at[None, :], d, slot[None, :], live[None, :] & (d < D), FORMAT.keys, dtype), dtype)
+        k = cast(
+            gather(at[None, :], d, slot[None, :], live[None, :] & (d < D), tl.constexpr(FORMAT.keys), dtype), dtype
+        )
     else:
-        k = tl.trans(decode_rows(at, slot, live, FORMAT.keys, dtype))
-    return k, decode_rows(at, slot, live, FORMAT.values, dtype)
+        k = tl.trans(decode_rows(at, slot, live, tl.constexpr(FORMAT.keys), dtype))
+    return k, decode_rows(at, slot, live, tl.constexpr(FORMAT.values), dtype)
 
 
 @triton.jit

@@ -80,9 +80,13 @@ def page_keys(
     if FORMAT is None:
         return load_block(key, records, ahead, slot, d, mask, n_old, key_stride_t, page_stride, D, STAGED)
     elif FORMAT.channel_keys:
-        return cast(gather(records, d, slot, mask, FORMAT.keys, key.dtype.element_ty), key.dtype.element_ty)
+        return cast(
+            gather(records, d, slot, mask, tl.constexpr(FORMAT.keys), key.dtype.element_ty), key.dtype.element_ty
+        )
     else:
-        return cast(gather(records, slot, d, mask, FORMAT.keys, key.dtype.element_ty), key.dtype.element_ty)
+        return cast(
+            gather(records, slot, d, mask, tl.constexpr(FORMAT.keys), key.dtype.element_ty), key.dtype.element_ty
+        )
 
 
 @triton.jit

@@ -1,0 +1,1 @@
+"""vLLM's CUDA path without a GPU: see `tests.cuda.pretend`."""

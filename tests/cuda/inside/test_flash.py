@@ -1,0 +1,74 @@
+"""Prompts go through FlashAttention where blocks are in the model's type: a stand-in sees what it is called with."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from tests.cuda.pretend.libraries import FLASH_CALLS
+from tests.engine.support import EXACT, Prompts
+
+HALF: dict[str, Any] = dict(dtype="bfloat16", max_model_len=1024, block_size=128, kv_cache_memory_bytes=64 << 20)
+
+
+def test_ragged_cached_and_chunked_prompts(engine: Any, prompts: Any) -> None:
+    """Their rows, their lengths, their blocks; and the strides of pages in which K and V lie side by side."""
+    some = [prompts.of_length(n) for n in (300, 129, 37)]
+    with engine("sparq", EXACT["sparse"], enable_prefix_caching=True, max_num_batched_tokens=256, **HALF) as llm:
+        worker = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
+        report = worker.attention_report().values()
+        assert {layer["ops"]["prefill"] for layer in report} == {"flash (FlashAttention 3 of vLLM)"}
+        FLASH_CALLS.clear()
+        Prompts.answers(llm, some, 1)
+        n_layers, page = len(report), next(iter(llm_layers(worker)))._pages.layout
+        calls = FLASH_CALLS[::n_layers]
+        assert [call["lens"] for call in calls] == [[256], [37, 300, 129]]  # those with the fewest new tokens first
+        assert calls[1]["starts"] == [0, 37, 81, 210]
+        d, bytes_per_element = page.head_size, 2
+        assert calls[0]["k_stride"][1:] == (2 * d, page.page_bytes // bytes_per_element, 1)
+        FLASH_CALLS.clear()
+        Prompts.answers(llm, [some[0]], 1)  # two blocks of it are cached by now
+        assert [(call["starts"], call["lens"]) for call in FLASH_CALLS[::n_layers]] == [([0, 44], [300])]
+
+
+def llm_layers(worker: Any) -> Any:
+    return [layer.impl for layer in worker.vllm_config.compilation_config.static_forward_context.values()]
+
+
+@pytest.mark.parametrize(("backend", "options"), [("sparq", EXACT["full"]), ("streaming", {"budget": 512})])
+def test_answers_are_those_of_our_own_kernel(
+    backend: str, options: dict[str, Any], engine: Any, prompts: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Log-probabilities of the first token, which follow from the prompt alone."""
+    from vllm import SamplingParams
+
+    prompt = prompts.of_length(300)
+    params = SamplingParams(temperature=0, max_tokens=1, logprobs=5, detokenize=False)
+    found = []
+    for forced in (None, "cpu"):
+        if forced:
+            monkeypatch.setenv("VLLM_SPARQ_IMPL", forced)
+        FLASH_CALLS.clear()
+        with engine(backend, options, **HALF) as llm:
+            (out,) = llm.generate([{"prompt_token_ids": prompt}], params, use_tqdm=False)
+        assert bool(FLASH_CALLS) == (forced is None)
+        found.append({token: entry.logprob for token, entry in out.outputs[0].logprobs[0].items()})
+    assert found[0].keys() == found[1].keys()
+    ours, theirs = (torch.tensor([each[token] for token in found[0]]) for each in found)
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=0.05)
+
+
+@pytest.mark.parametrize(
+    ("backend", "options", "more"),
+    [("h2o", {}, {}), ("flexgen", {}, {}), ("sparq", {}, {"dtype": "float32"})],
+    ids=["adds attention up", "codes", "float32"],
+)
+def test_what_it_cannot_do_runs_on_our_own_kernel(
+    backend: str, options: dict[str, Any], more: dict[str, Any], engine: Any, prompts: Any
+) -> None:
+    FLASH_CALLS.clear()
+    with engine(backend, options, **{**HALF, **more}) as llm:
+        Prompts.answers(llm, [prompts.of_length(200)], 2)
+    assert not FLASH_CALLS

@@ -1,0 +1,72 @@
+"""Our Triton kernels in the engine, interpreted: captured, replayed and padded, they answer as the C++ ones do."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.cuda.pretend.graphs import Graph
+from tests.engine.support import Prompts
+
+SPARSE = {"r": 8, "k": 24, "dense_below": 0}
+METHODS: dict[str, tuple[str, dict[str, Any]]] = {
+    "sparq": ("sparq", SPARSE),
+    "sparq with the mean value": ("sparq", {**SPARSE, "mean_value": "on"}),
+    "sparq by probabilities": ("sparq", {**SPARSE, "group_reduce": "probs"}),
+    "sparq with a mass": ("sparq", {**SPARSE, "mass": 0.7, "min_k": 4}),
+    "sparq over int4": ("sparq", {**SPARSE, "format": "int4"}),
+    "sparq over kivi4": ("sparq", {**SPARSE, "format": "kivi4"}),
+    "quest": ("quest", {"k": 16, "dense_below": 0}),
+    "flexgen": ("flexgen", {}),
+    "kivi": ("kivi", {}),
+    "h2o": ("h2o", {"budget": 64, "recent": 16}),
+    "h2o over int4": ("h2o", {"budget": 128, "format": "int4"}),
+    "streaming": ("streaming", {"budget": 64}),
+}
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two layers of two query heads on one KV head, with random weights."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        hidden_size=64,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=64,
+        vocab_size=256,
+        max_position_embeddings=512,
+        initializer_range=0.2,
+        tie_word_embeddings=True,
+    )
+    torch.manual_seed(5)
+    folder = tmp_path_factory.mktemp("tiny")
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_answers_are_those_of_the_cpu_kernels(
+    name: str, tiny: Path, engine: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backend, options = METHODS[name]
+    rng = random.Random(2)
+    some = [[rng.randrange(3, 256) for _ in range(n)] for n in (30, 65, 110)]
+    small: dict[str, Any] = dict(model=str(tiny), skip_tokenizer_init=True, max_model_len=256, max_num_seqs=4)
+    small |= dict(kv_cache_memory_bytes=8 << 20, block_size=32, compilation_config={"mode": 0, "custom_ops": ["none"]})
+    small["compilation_config"]["cudagraph_capture_sizes"] = [4]
+    found = {}
+    for implementation in ("cpu", "triton"):
+        monkeypatch.setenv("VLLM_SPARQ_IMPL", implementation)
+        before = Graph.n_replays
+        with engine(backend, options, **small) as llm:
+            found[implementation] = Prompts.answers(llm, some, 6)
+        assert Graph.n_replays - before >= 5
+    assert found["triton"] == found["cpu"]

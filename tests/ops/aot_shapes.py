@@ -1,0 +1,192 @@
+"""What the ahead-of-time tests compile: the shapes, options and page formats that ops are called with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from fractions import Fraction
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shape:
+    head_size: int
+    dtype: str
+    ranking: str | None
+    format: str = "model"
+    heads: int = 8
+    kv_heads: int = 2
+    block_size: int = 128
+    alpha_floor: float = 0.5
+    group_reduce: str = "logits"
+    mass: float | None = None
+    n_requests: int = 2
+    new_tokens: int = 4096
+    tracked: bool = False  # positions and scores
+    ops: tuple[str, ...] = ("write", "dense_decode", "sparq_decode", "prefill")
+
+
+ALL = ("write", "dense_decode", "sparq_decode", "prefill", "evict")
+DENSE = ("dense_decode", "prefill", "evict")
+SPANS = ("write", "quest_decode")
+SHAPES = (
+    Shape(head_size=128, dtype="bfloat16", ranking="int4"),
+    Shape(head_size=128, dtype="bfloat16", ranking="int4", heads=2, alpha_floor=0.0, ops=("sparq_decode",)),
+    Shape(
+        head_size=64,
+        dtype="bfloat16",
+        ranking="int8",
+        heads=16,
+        group_reduce="probs",
+        block_size=64,
+        n_requests=512,
+        ops=("write", "sparq_decode"),
+    ),
+    Shape(head_size=80, dtype="float32", ranking="int4", alpha_floor=1.0),
+    Shape(head_size=256, dtype="bfloat16", ranking="model", heads=4, block_size=32, new_tokens=2),
+    Shape(head_size=128, dtype="bfloat16", ranking="int4", format="int4"),
+    Shape(head_size=128, dtype="bfloat16", ranking=None, format="kivi2"),
+    Shape(
+        head_size=64,
+        dtype="float16",
+        ranking="int8",
+        format="int8",
+        heads=16,
+        alpha_floor=1.0,
+        block_size=64,
+        ops=("write", "dense_decode"),
+    ),
+    Shape(
+        head_size=80,
+        dtype="float32",
+        ranking=None,
+        format="kivi4",
+        block_size=48,
+        alpha_floor=1.0,
+        ops=("sparq_decode", "prefill"),
+    ),
+    Shape(
+        head_size=256,
+        dtype="bfloat16",
+        ranking=None,
+        format="kivi2",
+        heads=4,
+        block_size=32,
+        new_tokens=2,
+        ops=("write", "dense_decode"),
+    ),
+    Shape(head_size=128, dtype="bfloat16", ranking="int4", mass=0.9, ops=("sparq_decode",)),
+    Shape(
+        head_size=128,
+        dtype="bfloat16",
+        ranking=None,
+        format="kivi4",
+        heads=16,
+        group_reduce="probs",
+        mass=0.9,
+        tracked=True,
+        ops=("sparq_decode",),
+    ),
+    Shape(head_size=128, dtype="bfloat16", ranking="int4", tracked=True, ops=ALL),
+    Shape(
+        head_size=64,
+        dtype="float16",
+        ranking="int8",
+        heads=16,
+        group_reduce="probs",
+        block_size=64,
+        n_requests=512,
+        tracked=True,
+        ops=("sparq_decode",),
+    ),
+    Shape(head_size=80, dtype="float32", ranking="int4", format="int4", block_size=48, tracked=True, ops=("evict",)),
+    Shape(head_size=128, dtype="bfloat16", ranking=None, format="kivi2", tracked=True, ops=("write", *DENSE)),
+    Shape(head_size=256, dtype="float16", ranking=None, format="kivi4", block_size=256, tracked=True, ops=("evict",)),
+    Shape(head_size=128, dtype="bfloat16", ranking="bounds", heads=32, kv_heads=8, alpha_floor=1.0, ops=SPANS),
+    Shape(
+        head_size=80,
+        dtype="float32",
+        ranking="bounds",
+        format="kivi4",
+        block_size=48,
+        n_requests=512,
+        alpha_floor=1.0,
+        ops=SPANS,
+    ),
+)
+
+
+def launch_all(shape: Shape) -> None:
+    """Call every op once on tensors of this shape."""
+    import torch
+
+    from vllm_sparq.layout import PageLayout, Pages
+    from vllm_sparq.ops.dense_decode.triton import dense_decode
+    from vllm_sparq.ops.evict.triton import evict
+    from vllm_sparq.ops.prefill.triton import prefill
+    from vllm_sparq.ops.quest_decode.triton import quest_decode
+    from vllm_sparq.ops.sparq_decode.triton import sparq_decode
+    from vllm_sparq.ops.write.triton import write
+    from vllm_sparq.reads import SpansRead, SparqRead
+
+    dtype, d, b = getattr(torch, shape.dtype), shape.head_size, shape.n_requests
+    layout = PageLayout(
+        head_size=d,
+        block_size=shape.block_size,
+        dtype=dtype,
+        ranking=shape.ranking,
+        value_sum=shape.alpha_floor < 1,
+        format=shape.format,
+        positions=shape.tracked,
+        attention=shape.tracked,
+    )
+    pages = Pages.empty(1, shape.kv_heads, layout)
+    query = torch.empty(shape.new_tokens, shape.heads, d, dtype=dtype)
+    key = torch.empty(shape.new_tokens, shape.kv_heads, d, dtype=dtype)
+    table = torch.empty(b, 4096 // shape.block_size, dtype=torch.int32)
+    starts, lens = torch.empty(b + 1, dtype=torch.int32), torch.empty(b, dtype=torch.int32)
+    read = SparqRead(
+        r=max(1, d // 8),
+        min_k=128,
+        k_per_token=Fraction(1, 16),
+        alpha_floor=shape.alpha_floor,
+        group_reduce=shape.group_reduce,
+        mass=shape.mass,
+        least_k=64,
+        dense_below=1024,
+    )
+    spans = SpansRead(min_k=128, k_per_token=Fraction(1, 16), dense_below=1024)
+    one = query[:b]
+    calls = {
+        "write": lambda: write(key, key, pages, table, starts, lens, lens if shape.tracked else None),
+        "prefill": lambda: prefill(query, key, key, pages, table, starts, lens, scale=1.0, out=query),
+        "dense_decode": lambda: dense_decode(one, pages, table, lens, scale=1.0, out=one),
+        "sparq_decode": lambda: sparq_decode(one, pages, table, lens, read=read, scale=1.0, out=one),
+        "quest_decode": lambda: quest_decode(one, pages, table, lens, read=spans, scale=1.0, out=one),
+        "evict": lambda: evict(
+            pages, table, lens, lens, lens, sinks=4, rank="attention" if pages.layout.attention else "age"
+        ),
+    }
+    for op in shape.ops:
+        calls[op]()
+
+
+KERNELS = {
+    "choose_kernel",
+    "move_kernel",
+    "sum_kernel",
+    "attention_kernel",
+    "note_prefill_kernel",
+    "write_kernel",
+    "encode_kernel",
+    "open_sums_kernel",
+    "attend_kernel",
+    "merge_kernel",
+    "score_kernel",
+    "rank_kernel",
+    "count_kernel",
+    "partition_kernel",
+    "finish_kernel",
+    "cut_kernel",
+    "blend_kernel",
+    "prefill_kernel",
+}
+"""What `SHAPES` launch, by name."""
