@@ -4,6 +4,7 @@
 #include "codes/dot_codes_bf16.h"
 #include "codes/dot_int16.h"
 #include "codes/key_columns.h"
+#include "codes/listed.h"
 #include "codes/mix_int16.h"
 #include "attend/attention.h"
 #include "base/softmax_tile.h"
@@ -11,36 +12,6 @@
 
 namespace sparq {
 namespace {
-
-constexpr int LIST_TILE = 128;  // tokens of a list at a time
-
-// Arrays of pointers to rows.
-struct RowPointers {
-  const uint8_t** codes;
-  const uint8_t** scales;
-  int n = 0;
-
-  static RowPointers in(Arena& arena, int capacity) {
-    return {arena.take<const uint8_t*>(capacity + 1), arena.take<const uint8_t*>(capacity + 1)};
-  }
-
-  void push(const Codes& where, const uint8_t* page, int row) {
-    codes[n] = page + where.codes + row * where.code_stride;
-    scales[n++] = page + where.scales + row * where.scale_stride;
-  }
-  CodeRows rows() const {
-    codes[n] = codes[n - 1];  // room: see `in`
-    return {codes, scales, n};
-  }
-
-  // The first n rows of a page.
-  CodeRows all(const Codes& where, const CodeShape& shape, const uint8_t* page, int count) {
-    n = 0;
-    for (int row = 0; row < count; ++row) push(where, page, row);
-    const bool dense = where.scale_stride == shape.scale_bytes();
-    return {codes, scales, n, dense ? page + where.scales : nullptr};
-  }
-};
 
 // Attention of up to MAX_TILE_HEADS heads from h0 on.
 struct Heads4 {
@@ -109,72 +80,34 @@ void touch(const Pages& pages, const uint8_t* page) {
   for (int64_t byte = 0; byte < codes_end(pages); byte += 4096) prefetch_l2(page + byte);
 }
 
-void prefetch_row(const Codes& where, const uint8_t* page, int row, int code_bytes, int scale_bytes) {
-  const uint8_t *codes = page + where.codes + row * where.code_stride;
-  const uint8_t *scales = page + where.scales + row * where.scale_stride;
-  for (int byte = 0; byte < code_bytes; byte += 64) prefetch_l2(codes + byte);
-  prefetch_l2(codes + code_bytes - 1);
-  prefetch_l2(scales), prefetch_l2(scales + scale_bytes - 1);
-}
-
-// The tokens of a list, a tile at a time.
-class Listed {
- public:
-  Listed(const CodeKernels& kernels, const Pages& pages, const Sequence& sequence, const int32_t* tokens, int n)
-      : kernels_(kernels), pages_(pages), sequence_(sequence), tokens_(tokens), n_(n) {}
-
-  int block(int i) const { return tokens_[i] / pages_.block_size; }
-  int slot(int i) const { return tokens_[i] % pages_.block_size; }
-  const uint8_t* page(int i) const { return sequence_.page(block(i)); }
-
-  void prefetch(int first, int last) const {
-    const int value_bytes = kernels_.value.row_bytes(), scale_bytes = kernels_.value.scale_bytes();
-    for (int i = first; i < last; ++i) {
-      prefetch_row(pages_.value, page(i), slot(i), value_bytes, scale_bytes);
-      if (!pages_.channel_keys)
-        prefetch_row(pages_.key, page(i), slot(i), kernels_.key.row_bytes(), kernels_.key.scale_bytes());
-    }
-  }
-
-  void push(int first, int last, const Codes& where, RowPointers& rows) const {
-    rows.n = 0;
-    for (int i = first; i < last; ++i) rows.push(where, page(i), slot(i));
-  }
-
-  // Where K is channel-major: of a page that has few of the tokens they are decoded one by one, else all of its logits
-  // are made, and those that are wanted taken from them.
-  void score_columns(const Heads4& heads, int first, int last, RowPointers& keys, KeyColumns columns,
-                     float* page_logits, int page_stride, float* logits, int stride) const {
-    constexpr int MANY = 16, AHEAD = 3;
-    for (int i = first; i < std::min(first + AHEAD, last); ++i) prefetch_key(i);
-    for (int i = first, stop; i < last; i = stop) {
-      for (stop = i + 1; stop < last && block(stop) == block(i);) ++stop;
-      if (stop - i < MANY) {
-        for (int k = i; k < stop; ++k) {
-          if (k + AHEAD < n_) prefetch_key(k + AHEAD);
-          kernels_.decode_column(pages_, page(k), slot(k), columns.next(k - first));
-        }
-        continue;
+// Logits of a tile of a list where K is channel-major. Of a page that has few of the tokens they are decoded one by
+// one, else all of its logits are made, and those that are wanted taken from them.
+void score_columns(const Heads4& heads, const ListTile& tile, const uint8_t* next_page, RowPointers& keys,
+                   KeyColumns columns, float* page_logits, float* logits, int stride) {
+  constexpr int MANY = 16, AHEAD = 3;
+  const Pages& pages = heads.pages;
+  const CodeShape& shape = heads.kernels.key;
+  const int page_stride = pages.block_size + 16;
+  for (int i = 0; i < std::min(AHEAD, tile.n); ++i) prefetch_column(pages, shape, tile.page[i], tile.slot[i]);
+  for (int i = 0, stop; i < tile.n; i = stop) {
+    stop = i + tile.run(i);
+    if (stop - i < MANY) {
+      for (int k = i; k < stop; ++k) {
+        if (k + AHEAD < tile.n) prefetch_column(pages, shape, tile.page[k + AHEAD], tile.slot[k + AHEAD]);
+        heads.kernels.decode_column(pages, tile.page[k], tile.slot[k], columns.next(k));
       }
-      Ahead ahead, unused;
-      if (stop < n_) page_ahead(pages_, page(stop), &ahead, &unused);
-      heads.score_page(page(i), keys, page_logits, page_stride, ahead);
-      for (int h = 0; h < heads.n; ++h)
-        for (int k = i; k < stop; ++k)
-          logits[(size_t)h * stride + k - first] = page_logits[(size_t)h * page_stride + slot(k)];
+      continue;
     }
-    columns.flush();
+    Ahead ahead, unused;
+    const uint8_t* const then = stop < tile.n ? tile.page[stop] : next_page;
+    if (then != nullptr) page_ahead(pages, then, &ahead, &unused);
+    heads.score_page(tile.page[i], keys, page_logits, page_stride, ahead);
+    for (int h = 0; h < heads.n; ++h)
+      for (int k = i; k < stop; ++k)
+        logits[(size_t)h * stride + k] = page_logits[(size_t)h * page_stride + tile.slot[k]];
   }
-
- private:
-  void prefetch_key(int i) const { prefetch_column(pages_, kernels_.key, page(i), slot(i)); }
-
-  const CodeKernels& kernels_;
-  const Pages& pages_;
-  const Sequence& sequence_;
-  const int32_t* tokens_;
-  int n_;
-};
+  columns.flush();
+}
 
 // Calls f with how the codes of a part lie in words, where whole numbers are multiplied.
 template <class F>
@@ -191,8 +124,7 @@ void use_int16(const Pages& pages, CodeKernels& kernels) {
   if (can_mix_int16(kernels.value))
     with_word_codes(kernels.value, [&](auto codes) { kernels.mix_values = mix_int16<decltype(codes), T>; });
   if (pages.channel_keys && can_mix_int16(kernels.key))
-    with_word_codes(kernels.key,
-                    [&](auto codes) { kernels.mix_keys = kernels.score_keys = mix_int16<decltype(codes), T>; });
+    with_word_codes(kernels.key, [&](auto codes) { kernels.mix_keys = mix_int16<decltype(codes), T>; });
   if (!pages.channel_keys && can_dot_int16(kernels.key))
     with_word_codes(kernels.key, [&](auto codes) {
       using C = decltype(codes);
@@ -200,23 +132,21 @@ void use_int16(const Pages& pages, CodeKernels& kernels) {
     });
 }
 
-// Kernels of the bf16 instructions in place of those that they beat, where there are some for these codes.
+// Kernels of the bf16 instructions where there are some for these codes: as fast as whole numbers in the inner loop, and
+// weights need no unit.
 void use_bf16(const Pages& pages, CodeKernels& kernels) {
 #ifdef __AVX512BF16__
-  const auto use = [&](auto codes) {
-    using C = decltype(codes);
-    if (C::has_zero != (pages.has_zero != 0)) return;
-    if (can_mix_bf16(kernels.value)) kernels.mix_values = mix_bf16<C, 1>;
-    if constexpr (C::has_zero)
-      if (pages.channel_keys && can_mix_bf16(kernels.key))
-        kernels.mix_keys = mix_bf16<C, 2>, kernels.score_keys = mix_bf16<C, 1>;
-    if constexpr (C::planes <= MAX_DOT_PLANES)
-      if (!pages.channel_keys && can_dot_bf16(kernels.key))
-        kernels.dot = dot_bf16<C>, kernels.pair_query = pair_query_bf16;
+  const auto with_codes = [](const CodeShape& shape, auto&& f) {
+    if (shape.bits == 4 && shape.has_zero) f(FourBits{});
+    if (shape.bits == 2 && shape.has_zero) f(TwoBits{});
   };
-  if (pages.bits == 8) use(EightBits{});
-  if (pages.bits == 4) use(FourBits{});
-  if (pages.bits == 2) use(TwoBits{});
+  if (can_mix_bf16(kernels.value))
+    with_codes(kernels.value, [&](auto codes) { kernels.mix_values = mix_bf16<decltype(codes)>; });
+  if (!pages.channel_keys && can_dot_bf16(kernels.key))
+    with_codes(kernels.key, [&](auto codes) {
+      using C = decltype(codes);
+      if constexpr (C::planes == 2) kernels.dot = dot_bf16<C>, kernels.pair_query = pair_query_bf16;
+    });
 #else
   (void)pages, (void)kernels;
 #endif
@@ -231,7 +161,7 @@ void attend_blocks(const CodeKernels& kernels, const Group& group, const State& 
   const int n = pages.block_size, stride = n + 16, n_rows = std::max(n, pages.head_size);
   Arena arena = scratch.arena();
   float* const logits = arena.take<float>(MAX_TILE_HEADS * stride + 16);
-  RowPointers rows = RowPointers::in(arena, n_rows);
+  RowPointers key_rows = RowPointers::in(arena, n_rows), value_rows = RowPointers::in(arena, n_rows);
   for (int block = first_block; block < last_block; ++block) {
     const uint8_t* page = sequence.page(block);
     Ahead keys, values;
@@ -239,8 +169,8 @@ void attend_blocks(const CodeKernels& kernels, const Group& group, const State& 
     if (block + 2 < last_block) touch(pages, sequence.page(block + 2));
     if (state.logits != nullptr) fetch_attention(sequence, block * n, n);
     few_heads_at_a_time(kernels, group, state.after((block - first_block) * n), pages, [&](const Heads4& heads) {
-      heads.score_page(page, rows, logits, stride, keys);
-      heads.absorb(logits, stride, n, rows.all(pages.value, kernels.value, page, n), values);
+      heads.score_page(page, key_rows, logits, stride, keys);
+      heads.absorb(logits, stride, n, value_rows.all(pages.value, kernels.value, page, n), values);
     });
   }
 }
@@ -250,29 +180,33 @@ void attend_coded_tokens(const CodeKernels& kernels, const Group& group, const S
   thread_local Scratch scratch;
   const Pages& pages = *sequence.pages;
   const int page_stride = pages.block_size + 16, stride = LIST_TILE + 16;
-  const int n_rows = std::max(LIST_TILE, pages.head_size);
+  const int n_rows = std::max({LIST_TILE, pages.block_size, pages.head_size});
   Arena arena = scratch.arena();
   float* const page_logits = arena.take<float>(MAX_TILE_HEADS * page_stride + 16);
   float* const logits = arena.take<float>(MAX_TILE_HEADS * stride + 16);
   float* const columns_memory = arena.take<float>((size_t)KeyColumns::AT_ONCE * pages.head_size);
-  RowPointers rows = RowPointers::in(arena, n_rows);
-  const Listed list(kernels, pages, sequence, tokens, n);
+  RowPointers page_rows = RowPointers::in(arena, n_rows), rows = RowPointers::in(arena, n_rows);
+  ListTile tiles[2];
+  tiles[0].take(sequence, tokens, n);
+  tiles[0].prefetch(pages, kernels);
   Ahead nothing;
-  list.prefetch(0, std::min(n, LIST_TILE));
-  for (int first = 0; first < n; first += LIST_TILE) {
-    const int last = std::min(n, first + LIST_TILE);
-    list.prefetch(last, std::min(n, last + LIST_TILE));
+  for (int first = 0, i = 0; first < n; first += LIST_TILE, ++i) {
+    const ListTile& tile = tiles[i % 2];
+    ListTile& next = tiles[(i + 1) % 2];
+    next.take(sequence, tokens + first + tile.n, n - first - tile.n);
+    next.prefetch(pages, kernels);
     few_heads_at_a_time(kernels, group, state, pages, [&](const Heads4& heads) {
       if (pages.channel_keys) {
         const float* const query = group.codes.whole + (size_t)heads.h0 * group.codes.stride;
         const KeyColumns columns(pages.head_size, columns_memory, query, group.codes.stride, heads.n, logits, stride);
-        list.score_columns(heads, first, last, rows, columns, page_logits, page_stride, logits, stride);
+        const uint8_t* const next_page = next.n > 0 ? next.page[0] : nullptr;
+        score_columns(heads, tile, next_page, page_rows, columns, page_logits, logits, stride);
       } else {
-        list.push(first, last, pages.key, rows);
+        tile.push(pages.key, rows);
         kernels.dot(kernels.key, group.codes, heads.h0, heads.n, rows.rows(), logits, stride, nothing);
       }
-      list.push(first, last, pages.value, rows);
-      heads.absorb(logits, stride, last - first, rows.rows(), nothing);
+      tile.push(pages.value, rows);
+      heads.absorb(logits, stride, tile.n, rows.rows(), nothing);
     });
   }
 }
@@ -282,7 +216,7 @@ CodeKernels CodeKernels::of(const Pages& pages) {
   with_dtype(pages.dtype, [&](auto type) {
     using T = decltype(type);
     kernels.dot = dot_float<T>;
-    kernels.mix_keys = kernels.score_keys = kernels.mix_values = mix_float<T>;
+    kernels.mix_keys = kernels.mix_values = mix_float<T>;
     kernels.decode_column = sparq::decode_column<T>;
     if constexpr (sizeof(T) == 2) use_int16<T>(pages, kernels);
   });

@@ -12,7 +12,7 @@
 namespace sparq {
 
 inline bool can_dot_bf16(const CodeShape& shape) {
-  return shape.dtype == DType::bf16 && can_turn(shape);
+  return shape.dtype == DType::bf16 && shape.has_zero && can_turn(shape);
 }
 
 inline void pair_query_bf16(const CodeShape& key, const CodesQuery& query, int n_heads) {
@@ -89,14 +89,11 @@ void dot_heads_bf16(const CodeShape& shape, const CodesQuery& query, int h0, con
 #pragma GCC unroll 4
       for (int h = 0; h < HH; ++h) {
         const Vec even = add(acc[h][0], acc[h][2]), odd = add(acc[h][1], acc[h][3]);
-        if constexpr (C::planes == 1)
-          apply(0, h, add(even, odd));
-        else
-          apply(segment.group[0], h, even), apply(segment.group[1], h, odd);
+        apply(segment.group[0], h, even), apply(segment.group[1], h, odd);
       }
     }
     // Zeros go by group and not by segment: a group may be in both planes, or in several segments.
-    for (int g = 0; g < (shape.has_zero ? n_groups : 0); ++g) {
+    for (int g = 0; g < n_groups; ++g) {
       const Vec low = _mm512_castsi512_ps(_mm512_and_si512(scales[g], _mm512_set1_epi32((int)0xffff0000)));
       const Vec base = fma(set1(C::middle), step_of(g), low);
 #pragma GCC unroll 4

@@ -108,7 +108,8 @@ void mix_int16(const CodeShape& shape, const CodeRows& rows, const float* x, int
     case 1: return mix_heads_int16<C, T, 1>(shape, rows, x, x_stride, out, out_stride, ahead);
     case 2: return mix_heads_int16<C, T, 2>(shape, rows, x, x_stride, out, out_stride, ahead);
     case 3: return mix_heads_int16<C, T, 3>(shape, rows, x, x_stride, out, out_stride, ahead);
-    default: return mix_heads_int16<C, T, 4>(shape, rows, x, x_stride, out, out_stride, ahead);
+    case 4: return mix_heads_int16<C, T, 4>(shape, rows, x, x_stride, out, out_stride, ahead);
+    default: return mix_heads_int16<C, T, MAX_MIX_ROWS>(shape, rows, x, x_stride, out, out_stride, ahead);
   }
 }
 

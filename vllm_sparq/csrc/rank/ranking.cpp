@@ -175,10 +175,10 @@ void score_key_codes(const Ranking& ranking, const uint8_t* page, const uint8_t*
       prefetch_l2(ahead + scale);
     }
     codes[n] = codes[n - 1];
-    for (int row = 0; row < ranking.n_rows; row += MAX_TILE_HEADS) {
+    for (int row = 0; row < ranking.n_rows; row += MAX_MIX_ROWS) {
       Ahead nothing;
-      const int n_rows = std::min(ranking.n_rows - row, MAX_TILE_HEADS);
-      kernels.score_keys(kernels.key, {codes, scales, n}, ranking.query + row * ranking.stride + first, ranking.stride,
+      const int n_rows = std::min(ranking.n_rows - row, MAX_MIX_ROWS);
+      kernels.mix_keys(kernels.key, {codes, scales, n}, ranking.query + row * ranking.stride + first, ranking.stride,
                          n_rows, scores + (size_t)row * stride, stride, nothing);
     }
   }
