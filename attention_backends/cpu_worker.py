@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import torch
 from vllm.logger import init_logger
+from vllm.v1.kv_cache_interface import FullAttentionSpec, group_kernel_blocks
 from vllm.v1.worker.cpu_worker import CPUWorker
 
 from vllm_sparq.attention_backends.worker import SparqWorkerMixin
 from vllm_sparq.ops import native
-from vllm_sparq.scheduler.spec import is_ours
 
 logger = init_logger("vllm.sparq")
 
@@ -20,25 +19,18 @@ class SparqCpuWorker(SparqWorkerMixin, CPUWorker):
     """Chosen by our platform in place of vLLM's default worker; a worker class of the user's own is left alone."""
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
-        """As vLLM does; and its runner no longer empties new blocks of layers of ours.
-
-        It takes a block for a row of a layer's cache, where a block of ours may be several pages and each a row. Our
-        layers need no zeros: nothing is read that was not written.
-        """
+        """As vLLM does; and its runner zeroes new blocks as it does on CUDA, whatever pages they are split into."""
         super().load_model(*args, **kwargs)
         runner: Any = self.model_runner
-        zero = runner._zero_block_ids
+        runner._zero_block_ids = self._zero_block_ids
 
-        def zero_block_ids(block_ids: list[int]) -> None:
-            config = runner.kv_cache_config
-            groups = [group for group in config.kv_cache_groups if not is_ours(group.kv_cache_spec)]
-            runner.kv_cache_config = replace(config, kv_cache_groups=groups)
-            try:
-                zero(block_ids)
-            finally:
-                runner.kv_cache_config = config
-
-        runner._zero_block_ids = zero_block_ids
+    def _zero_block_ids(self, block_ids: list[int]) -> None:
+        """vLLM's CPU runner takes a block for a row of a layer's cache, where a block of ours may be several rows."""
+        config, layers = self.model_runner.kv_cache_config, self.vllm_config.compilation_config.static_forward_context
+        groups = [group for group in config.kv_cache_groups if isinstance(group.kv_cache_spec, FullAttentionSpec)]
+        caches = [layers[name].kv_cache for group in groups for name in group.layer_names if name in layers]
+        for cache in {cache.data_ptr(): cache for cache in caches if isinstance(cache, torch.Tensor)}.values():
+            group_kernel_blocks(cache, config.num_blocks)[block_ids] = 0
 
     def initialize_from_config(self, *args: Any, **kwargs: Any) -> Any:
         """Allocate the KV cache as vLLM does, then put 2 MB pages under it."""

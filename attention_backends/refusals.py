@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import torch
 from vllm import envs
+from vllm.platforms import current_platform
 from vllm.utils.import_utils import resolve_obj_by_qualname
 from vllm.utils.torch_utils import get_kv_cache_quant_algo_string
 
@@ -14,14 +16,18 @@ from vllm_sparq.config import Options, OptionsError, check_budget
 from vllm_sparq.layout import BLOCK_SIZE_MULTIPLE
 from vllm_sparq.reads import READS, SparseRead
 from vllm_sparq.retention import RETENTIONS
+from vllm_sparq.scheduler.spec import SHARED_POOL
 
-HEAD_SIZES = (64, 80, 96, 128, 256)
+HEAD_SIZES = (32, 48, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 """Head sizes the kernels are compiled for."""
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 KV_CACHE_DTYPES = ("auto", "bfloat16", "float16")
 """Values of --kv-cache-dtype that mean the model's own type."""
+
+LEAST_CAPABILITY = 80
+"""Of a GPU, ten times: what our Triton kernels are compiled for in the tests."""
 
 CANNOT_START = "vllm-sparq cannot start: "
 """What a refusal begins with, wherever it is raised; doctor looks for it in what vLLM makes of the exception."""
@@ -34,7 +40,7 @@ CONNECTOR = "a KV connector copies dense K and V, our pages hold more: start wit
 def engine_refusals(vllm_config: Any) -> list[str]:
     """Reasons why an engine with this configuration cannot run on our backends; empty if it can."""
     reasons = _option_refusals(vllm_config)
-    reasons += _block_size_refusals(vllm_config.cache_config)
+    reasons += _block_size_refusals(vllm_config.cache_config) + _pressure_refusals(vllm_config)
     if vllm_config.model_config is not None:
         reasons += model_refusals(vllm_config.model_config, vllm_config.cache_config.cache_dtype)
     parallel = vllm_config.parallel_config
@@ -45,7 +51,7 @@ def engine_refusals(vllm_config: Any) -> list[str]:
     ):
         if size > 1:
             reasons.append(f"{flag} {size} splits a request's tokens over workers, which is not supported: set it to 1")
-    return reasons + _connector_refusals(vllm_config) + _switch_refusals(vllm_config)
+    return reasons + _connector_refusals(vllm_config) + _switch_refusals(vllm_config) + _device_refusals()
 
 
 def _connector_refusals(vllm_config: Any) -> list[str]:
@@ -65,6 +71,11 @@ def _switch_refusals(vllm_config: Any) -> list[str]:
         reasons.append(f"batch-invariant kernels (VLLM_BATCH_INVARIANT) are not supported: unset it, or {DENSE}")
     if vllm_config.attention_config.use_non_causal:
         reasons.append(f"non-causal attention (use_non_causal) is not supported: {DENSE}")
+    if vllm_config.parallel_config.use_ubatching:
+        reasons.append(
+            "steps that are cut into microbatches (--enable-dbo, --ubatch-size) are not supported: our layers know the "
+            "requests of whole steps; leave them out"
+        )
     speculative = vllm_config.speculative_config
     if speculative is not None and speculative.enable_adaptive_verification:
         reasons.append(
@@ -72,6 +83,16 @@ def _switch_refusals(vllm_config: Any) -> list[str]:
             "--speculative-config"
         )
     return reasons
+
+
+def _device_refusals() -> list[str]:
+    """GPUs that our kernels are not compiled for."""
+    if not current_platform.is_cuda() or current_platform.has_device_capability(LEAST_CAPABILITY):
+        return []
+    found = current_platform.get_device_capability()
+    name = "unknown" if found is None else f"{found.major}.{found.minor}"
+    least = f"{LEAST_CAPABILITY // 10}.{LEAST_CAPABILITY % 10}"
+    return [f"this GPU has compute capability {name}, and our kernels need {least} (Ampere) or newer: {DENSE}"]
 
 
 def worker_refusals(worker_cls: str, ours: str) -> list[str]:
@@ -99,7 +120,7 @@ def _option_refusals(vllm_config: Any) -> list[str]:
     model = vllm_config.model_config
     if engine is None or model is None or model.use_mla:
         return []
-    reasons = _format_refusals(vllm_config, engine)
+    reasons = _format_refusals(vllm_config, engine) + _lossless_refusals(vllm_config, engine)
     try:
         engine.read(heads_of(model, vllm_config.parallel_config))
     except ValueError as error:
@@ -163,6 +184,41 @@ def _format_refusals(vllm_config: Any, engine: PagedEngine) -> list[str]:
             "without --speculative-config, or with format 'model'"
         )
     return reasons
+
+
+def _lossless_refusals(vllm_config: Any, engine: PagedEngine) -> list[str]:
+    """What a model that drafts for itself cannot be combined with."""
+    options, parallel, speculative = engine.options, vllm_config.parallel_config, vllm_config.speculative_config
+    if not options.lossless:
+        return []
+    model, reasons = vllm_config.model_config, []
+    if current_platform.is_cuda():
+        reasons.append("runs on CPU alone so far")
+    if not engine.reads_sparsely:
+        reasons.append(f"drafts by a sparse read, and read={options.read!r} is none: use read 'sparq' or 'spans'")
+    if options.format != "model" or options.retention != "all":
+        reasons.append("takes drafts back, which blocks of codes and evicted tokens do not allow: use format 'model'")
+    if speculative is not None and speculative.method != "custom_class":
+        reasons.append("is speculative decoding itself: leave --speculative-config out")
+    if parallel.world_size > 1:
+        reasons.append("runs on one worker so far: leave --tensor-parallel-size and --pipeline-parallel-size out")
+    if vllm_config.lora_config is not None or model.uses_mrope or model.is_hybrid:
+        reasons.append("does not know adapters, M-RoPE and layers with a state: use another model, or leave LoRA out")
+    kinds = set(getattr(model.hf_text_config, "layer_types", None) or ())
+    if len(kinds) > 1:
+        reasons.append(f"needs layers of one kind, and this model's are {', '.join(sorted(kinds))}")
+    return [f"sparq option lossless=True {reason}" for reason in reasons]
+
+
+def _pressure_refusals(vllm_config: Any) -> list[str]:
+    """Models whose layers are of several kinds, before they are loaded; the scheduler finds all others."""
+    model, engine = vllm_config.model_config, None
+    with contextlib.suppress(ValueError):  # refused on its own account
+        engine = PagedEngine.of(vllm_config)
+    if engine is None or model is None or engine.options.pressure != "evict":
+        return []
+    kinds = set(getattr(model.hf_text_config, "layer_types", None) or ())
+    return [SHARED_POOL] if model.is_hybrid or len(kinds) > 1 else []
 
 
 def _block_size_refusals(cache_config: Any) -> list[str]:

@@ -51,6 +51,9 @@ class RetainingManager(StagingManager):
     They go back in the very step that evicts. That is safe because a step evicts before it writes, in each layer: the
     worker, which is not told, still knows the blocks and reads them first; only then may their next owner write. And
     since the request never grows beyond its budget again, nobody looks at those entries of its block table later.
+
+    Where layers of another kind have their blocks in the same memory, one of them may write, or vLLM may zero a block,
+    before a layer of ours has evicted: there blocks go back a step later.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -81,7 +84,9 @@ class RetainingManager(StagingManager):
             )
         if processed_computed_tokens >= num_prompt_tokens:
             self.answering.add(request_id)
-            self.give_back(request_id)
+            spec: Any = self.kv_cache_spec
+            if processed_computed_tokens > num_prompt_tokens or not spec.shares_pool:
+                self.give_back(request_id)
 
     def give_back(self, request_id: str) -> int:
         """Return the blocks of an answering request beyond its budget to the pool; how many these were."""

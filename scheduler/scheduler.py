@@ -24,6 +24,7 @@ from vllm_sparq.counters import Counters
 from vllm_sparq.retention import PHASES
 from vllm_sparq.scheduler.manager import RetainingManager
 from vllm_sparq.scheduler.prompts import PromptCachingMixin
+from vllm_sparq.scheduler.spec import SHARED_POOL
 
 if TYPE_CHECKING:
     from vllm.v1.request import Request
@@ -52,6 +53,9 @@ class EvictingMixin:
                 f"{type(self).__name__} takes blocks from requests that may evict, and none may here: select "
                 "--attention-backend h2o or streaming (or a retention), or leave --scheduler-cls out"
             )
+        specs: list[Any] = [manager.kv_cache_spec for manager in self._managers]
+        if any(spec.shares_pool for spec in specs):
+            raise ValueError(f"vllm-sparq cannot start: {SHARED_POOL}")
         if any(manager.retention != self._managers[0].retention for manager in self._managers):
             raise ValueError(
                 "cache groups that keep different numbers of tokens cannot give blocks: use pressure 'preempt'"

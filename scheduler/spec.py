@@ -6,10 +6,15 @@ from dataclasses import dataclass, fields, replace
 from typing import Any, Self
 
 import torch
-from vllm.v1.kv_cache_interface import FullAttentionSpec
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec
 
 from vllm_sparq.layout import PageLayout
 from vllm_sparq.retention import Retention
+
+SHARED_POOL = (
+    "pressure='evict' hands a block over within the step that empties it, which is not safe beside layers of another "
+    "kind (sliding windows, states) that use the same memory: use pressure 'preempt'"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,9 +88,11 @@ class RetainedSpec(StagedSpec):
 
     Attributes:
         retention: which number of tokens stays, and when others go.
+        shares_pool: whether layers of another kind have their blocks in the same memory.
     """
 
     retention: Retention
+    shares_pool: bool = False
 
     @property
     def prefix_cacheable(self) -> bool:
@@ -112,6 +119,16 @@ def page_spec(spec: FullAttentionSpec, layout: PageLayout, retention: Retention 
     if quantized:
         return StagedSpec.extending(spec, page_tokens=page_tokens, **staging)
     return spec if spec.block_size == page_tokens else PagedSpec.extending(spec, page_tokens=page_tokens)
+
+
+def know_each_other(specs: dict[str, KVCacheSpec]) -> dict[str, KVCacheSpec]:
+    """The specs of a worker's layers, those that evict told of the others."""
+    if all(spec == next(iter(specs.values())) for spec in specs.values()):
+        return specs
+    return {
+        name: replace(spec, shares_pool=True) if isinstance(spec, RetainedSpec) else spec
+        for name, spec in specs.items()
+    }
 
 
 def is_ours(spec: Any) -> bool:

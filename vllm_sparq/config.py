@@ -40,9 +40,12 @@ class Options(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
 
     format: FormatName = "model"
-    """How full blocks are stored: the model's type, or codes (int4: FlexGen; kivi: KIVI). 1/2 to 1/5 of the memory."""
+    """How full blocks are stored: the model's type, or codes, in 1/2 to 1/5 of the memory.
+
+    int4 is FlexGen's, kivi4 and kivi2 are KIVI's; k8v4 and k4v2 give K more bits than V, since K is what breaks first.
+    """
     group_size: int | None = Field(default=None, ge=8)
-    """Elements that share a scale, for int4 (default 64) and kivi (default 32)."""
+    """Elements that share a scale: int4 and V of k8v4 (default 64), kivi and k4v2 (default 32)."""
     chunk: Literal["codes", "exact"] = "codes"
     """How a prompt sees the full blocks of its own chunk: as codes, like any other, or exactly, as KIVI does.
 
@@ -103,6 +106,14 @@ class Options(BaseModel):
 
     auto: below the break-even, 1,024 on CPU (measured) and 16,384 on CUDA (an estimate: not yet measured on a GPU).
     """
+
+    lossless: bool = False
+    """The model drafts tokens with this read and verifies them with dense attention, whose answers it gives.
+
+    A preview, on CPU: for contexts so long that attention takes most of a step. Short ones are not drafted for.
+    """
+    drafts: int = Field(default=3, ge=1, le=16)
+    """Tokens that lossless drafts for each verification."""
 
     sharing: Literal["prompts", "all"] = "prompts"
     """Which blocks prefix caching shares: those that a prompt has written, or all, with decoded tokens in them.
@@ -174,6 +185,8 @@ def _check_read(options: Options) -> None:
     _refuse(options, read.meaningless, f"with read {options.read!r}: {read.instead}")
     for problem in read.problems(options):
         raise OptionsError(problem)
+    if not options.lossless:
+        _refuse(options, ("drafts",), "without lossless: set lossless true")
 
 
 def _refuse(options: Options, names: Iterable[str], where: str) -> None:

@@ -1,4 +1,4 @@
-"""Block formats: in how many bits, and in which groups, a full block stores its tokens."""
+"""Block formats: in how many bits, and in which groups, a full block stores its tokens' K and V."""
 
 from __future__ import annotations
 
@@ -6,34 +6,74 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Format:
-    """How a full block stores its tokens.
+class Coding:
+    """How one of K and V is stored.
 
     Attributes:
         bits: of a code.
-        channel_keys: whether a group of K is neighbouring tokens of one channel (KIVI) instead of neighbouring channels
-            of one token. Groups of V are always neighbouring channels of one token.
         group: default elements of a group, where they divide the head size; 0 is the whole head.
+        channels: whether a group is neighbouring tokens of one channel (KIVI's K) instead of neighbouring channels of
+            one token.
         scale_numbers: 2 for scale and zero point; 1 for a scale alone, codes being signed.
     """
 
     bits: int
-    channel_keys: bool
     group: int
+    channels: bool = False
     scale_numbers: int = 2
 
     def default_group(self, head_size: int) -> int:
-        """The largest sensible group for a head size: ``group``, or the largest part of the head that is below it."""
+        """The largest sensible group for a head size: ``group``, or the largest part of the head that is below it.
+
+        Where groups of K are tokens, a power of two, so that blocks hold whole groups.
+        """
         if not self.group:
             return head_size
-        return next(g for n in range(1, head_size) if (g := head_size // n) <= self.group and head_size % (8 * n) == 0)
+        parts = [head_size // n for n in range(1, head_size) if head_size % (8 * n) == 0]
+        return next(g for g in parts if g <= self.group and not (self.channels and g & (g - 1)))
 
+
+@dataclass(frozen=True)
+class Format:
+    """How a full block stores its tokens.
+
+    Attributes:
+        key: of K.
+        value: of V, whose groups are always neighbouring channels of one token.
+    """
+
+    key: Coding
+    value: Coding
+
+    @property
+    def channel_keys(self) -> bool:
+        """Whether K is channel-major, which makes it rank tokens as it is."""
+        return self.key.channels
+
+    @property
+    def has_groups(self) -> bool:
+        """Whether ``group_size`` means anything."""
+        return bool(self.key.group or self.value.group)
+
+
+def _both(coding: Coding) -> Format:
+    return Format(coding, coding)
+
+
+TOKEN_8 = Coding(bits=8, group=0, scale_numbers=1)
+TOKEN_4 = Coding(bits=4, group=64)
 
 FORMATS: dict[str, Format | None] = {
     "model": None,
-    "int8": Format(bits=8, channel_keys=False, group=0, scale_numbers=1),
-    "int4": Format(bits=4, channel_keys=False, group=64),
-    "kivi4": Format(bits=4, channel_keys=True, group=32),
-    "kivi2": Format(bits=2, channel_keys=True, group=32),
+    "int8": _both(TOKEN_8),
+    "k8v4": Format(key=TOKEN_8, value=TOKEN_4),
+    "int4": _both(TOKEN_4),
+    "kivi4": Format(key=Coding(bits=4, group=32, channels=True), value=Coding(bits=4, group=32)),
+    "k4v2": Format(key=Coding(bits=4, group=32, channels=True), value=Coding(bits=2, group=32)),
+    "kivi2": Format(key=Coding(bits=2, group=32, channels=True), value=Coding(bits=2, group=32)),
 }
-"""Block format -> how it stores. ``int4``: FlexGen (arXiv 2303.06865, section 5); ``kivi``: arXiv 2402.02750."""
+"""Block format -> how it stores. ``int4``: FlexGen (arXiv 2303.06865, section 5); ``kivi``: arXiv 2402.02750.
+
+K is what breaks on real models, by outlier channels in 4 bits per token and by 2 bits at all; V does not: ``k8v4`` and
+``k4v2`` spend their bits there.
+"""

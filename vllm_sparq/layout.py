@@ -9,15 +9,15 @@ tokens are stored is the block *format*. ``model`` keeps them as the model made 
     | one gathered token = one run     | one channel = one run  | fp16 per channel | V before   |
     +----------------------------------+------------------------+------------------+------------+
 
-``int8`` and ``int4`` keep a token in one run too, of codes and their scales:
+``int8``, ``int4`` and ``k8v4`` keep a token in one run too, of codes and their scales:
 
-    records [N, R] bytes:   K codes | V codes | K scales | V scales
+    records [N, R] bytes:   K codes | V codes | K scales | V scales    (filled up to whole words)
 
-``kivi4`` and ``kivi2`` keep K channel-major, so that it ranks tokens as it is and needs no ranking copy:
+``kivi4``, ``kivi2``, ``k4v2`` keep K channel-major, so that it ranks tokens itself (bits and g of K and V may differ):
 
     key_codes [D, N * bits/8]   key_scales [D, N/g, 2]   value_codes [N, D * bits/8]   value_scales [N, D/g, 2]
 
-* ``records``: written when a token arrives (``model``), or when the block fills (``int8``, ``int4``).
+* ``records``: written when a token arrives (``model``), or when the block fills (records of codes).
 * ``ranking`` and ``scales``: the low-bit copy of K that SparQ ranks tokens with; or, to rank spans of
   `SPAN_TOKENS` neighbours (Quest), ``ranking [N/16, 2, D]``: the least and the largest K of each span and channel.
   Written once, when the block fills; the tokens of an unfinished block are ranked from K itself.
@@ -44,7 +44,7 @@ from functools import cached_property
 
 import torch
 
-from vllm_sparq.formats import FORMATS, Format
+from vllm_sparq.formats import FORMATS, Coding, Format
 from vllm_sparq.reads import SPAN_TOKENS
 
 ALIGNMENT = 64
@@ -116,19 +116,19 @@ class PageLayout:
 
     def _check_group(self) -> None:
         fmt, d, g = self.quantized, self.head_size, self.group_size
-        if fmt is None or fmt.group == 0:
+        if fmt is None or not fmt.has_groups:
             if g is not None:
                 raise ValueError(f"format {self.format!r} has no groups, but group_size={g} was given: leave it out")
             return
         if g is not None and (g < 8 or g % 8 or d % g):
             raise ValueError(
                 f"group_size={g} does not fit head size {d}: it must be a multiple of 8 that divides {d}; "
-                f"leave it out for {fmt.default_group(d)}"
+                f"leave it out for {(fmt.value if fmt.value.group else fmt.key).default_group(d)}"
             )
-        if fmt.channel_keys and self.block_size % self.group:
+        if fmt.channel_keys and self.block_size % (key_group := self.group("key")):
             raise ValueError(
-                f"block size {self.block_size} does not hold whole groups of {self.group} tokens, in which "
-                f"{self.format!r} quantizes K: use a multiple of {self.group}, best --block-size 128"
+                f"block size {self.block_size} does not hold whole groups of {key_group} tokens, in which "
+                f"{self.format!r} quantizes K: use a multiple of {key_group}, best --block-size 128"
             )
 
     @property
@@ -136,11 +136,15 @@ class PageLayout:
         """How full blocks are quantized, or None for blocks in the model's own type."""
         return FORMATS[self.format]
 
-    @property
-    def group(self) -> int:
-        """g: elements of a quantization group."""
+    def coding(self, part: str) -> Coding:
+        """How the ``key`` or the ``value`` is quantized."""
         assert self.quantized is not None
-        return self.group_size or self.quantized.default_group(self.head_size)
+        return self.quantized.key if part == "key" else self.quantized.value
+
+    def group(self, part: str) -> int:
+        """g: elements of a quantization group of the ``key`` or the ``value``."""
+        coding = self.coding(part)
+        return (self.group_size if coding.group else None) or coding.default_group(self.head_size)
 
     @property
     def channel_keys(self) -> bool:
@@ -199,16 +203,29 @@ class PageLayout:
         n, d, fmt = self.block_size, self.head_size, self.quantized
         if fmt is None:
             return [("records", (n, 2, d), self.dtype)]
-        row_codes, numbers = d * fmt.bits // 8, fmt.scale_numbers
         if not fmt.channel_keys:
-            row_scales = d // self.group * numbers * self.dtype.itemsize
-            return [("records", (n, 2 * (row_codes + row_scales)), torch.uint8)]
+            return [("records", (n, self.record_parts[-1]), torch.uint8)]
         return [
-            ("key_codes", (d, n * fmt.bits // 8), torch.uint8),
-            ("key_scales", (d, n // self.group, numbers), self.dtype),
-            ("value_codes", (n, row_codes), torch.uint8),
-            ("value_scales", (n, d // self.group, numbers), self.dtype),
+            ("key_codes", (d, n * fmt.key.bits // 8), torch.uint8),
+            ("key_scales", (d, n // self.group("key"), fmt.key.scale_numbers), self.dtype),
+            ("value_codes", (n, d * fmt.value.bits // 8), torch.uint8),
+            ("value_scales", (n, d // self.group("value"), fmt.value.scale_numbers), self.dtype),
         ]
+
+    @cached_property
+    def record_parts(self) -> tuple[int, int, int, int]:
+        """Of a token's record of codes, bytes from its start: V's codes, K's scales, V's scales, the next record.
+
+        A pair of scale and zero point is read as one word, so that it starts at a multiple of its size.
+        """
+        fmt, d, item = self.quantized, self.head_size, self.dtype.itemsize
+        assert fmt is not None
+        value_codes = d * fmt.key.bits // 8
+        key_scales = value_codes + d * fmt.value.bits // 8
+        pair = item * max(fmt.key.scale_numbers, fmt.value.scale_numbers)
+        value_scales = _round_up(key_scales + d // self.group("key") * fmt.key.scale_numbers * item, pair)
+        end = _round_up(value_scales + d // self.group("value") * fmt.value.scale_numbers * item, pair)
+        return value_codes, key_scales, value_scales, end
 
     @cached_property
     def page_bytes(self) -> int:
@@ -290,20 +307,19 @@ class Pages:
 
     def _codes(self, name: str) -> torch.Tensor:
         layout = self.layout
-        assert layout.quantized is not None
         if layout.channel_keys:
             return self.part(f"{name}_codes")
-        n_bytes = layout.head_size * layout.quantized.bits // 8
-        return self._of_records(n_bytes if name == "value" else 0, n_bytes, torch.uint8)
+        value_codes, key_scales, *_ = layout.record_parts
+        start, stop = (0, value_codes) if name == "key" else (value_codes, key_scales)
+        return self._of_records(start, stop - start, torch.uint8)
 
     def _code_scales(self, name: str) -> torch.Tensor:
         layout = self.layout
-        assert layout.quantized is not None
         if layout.channel_keys:
             return self.part(f"{name}_scales")
-        codes = 2 * layout.head_size * layout.quantized.bits // 8
-        numbers, n_groups = layout.quantized.scale_numbers, layout.head_size // layout.group
-        start = codes + (n_groups * numbers * layout.dtype.itemsize if name == "value" else 0)
+        _, key_scales, value_scales, _ = layout.record_parts
+        start = key_scales if name == "key" else value_scales
+        numbers, n_groups = layout.coding(name).scale_numbers, layout.head_size // layout.group(name)
         scales = self._of_records(start, n_groups * numbers, layout.dtype)
         view: torch.Tensor = scales.unflatten(-1, (n_groups, numbers))
         return view

@@ -132,7 +132,7 @@ class Cache:
         pages, layout, fmt = self.pages, self.pages.layout, self.pages.layout.quantized
         assert fmt is not None
         codes = [pages.key_codes, pages.value_codes]
-        scales = [(view, fmt.bits) for view in (pages.key_scales, pages.value_scales)]
+        scales = [(pages.key_scales, fmt.key.bits), (pages.value_scales, fmt.value.bits)]
         if layout.ranking in RANKING_BITS:
             codes.append(pages.ranking)
             scales.append((pages.scales, RANKING_BITS[layout.ranking]))

@@ -45,7 +45,7 @@ class Recording:
     n_tokens: int
     to: str
     dense: str | None = None
-    rows: dict[int, tuple[np.ndarray | np.generic, ...]] = field(default_factory=dict)
+    rows: dict[int, tuple[Any, ...]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.kept: dict[str, np.ndarray] | None = None
@@ -66,8 +66,8 @@ class Recording:
         columns = [np.stack(column) for column in zip(*(self.rows[i] for i in range(self.n_tokens)), strict=True)]
         names = ("ids", "logs") if self.kept is None else ("divergence", "changed")
         unfinished = Path(self.to).with_suffix(".unfinished.npz")
-        named: dict[str, Any] = dict(zip(names, columns, strict=True))
-        np.savez(unfinished, **named)
+        found: Any = dict(zip(names, columns, strict=True))
+        np.savez(unfinished, **found)
         unfinished.rename(self.to)
         return True
 

@@ -68,7 +68,7 @@ GLOSSARY = {
     "h2o": "keeps the tokens that had the most attention, and the newest",
     "streaming": "keeps the first four tokens and the newest",
     "flexgen": "stores keys and values per token in 4 bits, reads all",
-    "int8, int4, kivi4, kivi2": "how full blocks are stored; with a plus, how they are read as well: sparq+int4",
+    "int8, k8v4, int4, kivi4, k4v2, kivi2": "how full blocks are stored; with a plus, how they are read: sparq+int4",
     SKIPPED: "an engine whose output tokens attend to nothing: the limit of any speed-up, not a method",
 }
 

@@ -19,6 +19,8 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "sparq over int8": ("sparq", {**EXACT["sparse"], "format": "int8"}),
     "sparq over kivi4": ("kivi", {**EXACT["sparse"], "read": "sparq"}),
     "spans over int4": ("flexgen", EXACT["sparse spans"]),
+    "k8v4": ("flexgen", {"format": "k8v4"}),
+    "sparq over k4v2": ("kivi", {**EXACT["sparse"], "read": "sparq", "format": "k4v2"}),
     "spans over kivi2": ("quest", {**EXACT["sparse spans"], "format": "kivi2", "dense_layers": 0}),
 }
 RUNS: dict[str, dict[str, Any]] = {
@@ -109,7 +111,7 @@ def test_tensor_parallel(prompts: Prompts, engine: Any) -> None:
 
 def test_capacity(engine: Any) -> None:
     """Tokens in the same memory, as vLLM itself counts them."""
-    promised = {"int8": 1.9, "int4": 3.5, "kivi4": 3.1, "kivi2": 5.0}
+    promised = {"int8": 1.9, "k8v4": 2.4, "int4": 3.5, "kivi4": 3.1, "k4v2": 3.9, "kivi2": 5.0}
     common = dict(dtype="bfloat16", block_size=128, kv_cache_memory_bytes=64 << 20)
 
     def tokens(backend: str, options: dict[str, Any]) -> int:

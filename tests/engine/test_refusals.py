@@ -71,7 +71,7 @@ CASES: dict[str, Case] = {
     "k of nothing": options({"k": 0}, r"k=0 is not usable: .*greater than or equal to 1"),
     "compression below 1": options({"compression": 0.5}, r"compression=0.5 .*greater than or equal to 1"),
     "r in words": options({"r": "many"}, r"r='many' .*valid integer"),
-    "no such format": options({"format": "int3"}, r"format='int3' is not usable: .*'int8', 'int4', 'kivi4' or 'kivi2'"),
+    "no such format": options({"format": "int3"}, r"format='int3' is not usable: .*'kivi4', 'k4v2' or 'kivi2'"),
     "group across heads": options(
         {"format": "int4", "group_size": 48},
         r"group_size=48 does not fit head size 64: .*multiple of 8.*leave it out",
@@ -103,10 +103,43 @@ CASES: dict[str, Case] = {
         r"retention='heavy_hitter' evicts tokens, so draft tokens.*retention 'all'",
         speculative_config=NGRAM,
     ),
+    "lossless without a sparse read": options(
+        {"read": "dense", "lossless": True},
+        r"lossless=True drafts by a sparse read, and read='dense' is none: use read",
+    ),
+    "lossless over codes": options(
+        {"format": "int4", "lossless": True}, r"lossless=True takes drafts back.*use format 'model'"
+    ),
+    "lossless beside another drafter": options(
+        {"lossless": True},
+        r"lossless=True is speculative decoding itself: leave --speculative-config out",
+        speculative_config=NGRAM,
+    ),
+    "lossless on two workers": options(
+        {"lossless": True},
+        r"lossless=True runs on one worker so far: leave --tensor-parallel-size",
+        tensor_parallel_size=2,
+    ),
+    "lossless with somebody else's scheduler": options(
+        {"lossless": True},
+        r"lossless=True needs our scheduler.*leave it out",
+        scheduler_cls="vllm.v1.core.sched.async_scheduler.AsyncScheduler",
+    ),
     "somebody else's scheduler": options(
         {**EVICTING, "pressure": "evict"},
         r"pressure='evict' is the work of our scheduler.*leave it out",
         scheduler_cls="vllm.v1.core.sched.async_scheduler.AsyncScheduler",
+    ),
+    "pressure beside windows": Case(
+        r"pressure='evict' hands a block over.*use pressure 'preempt'",
+        model=dict(
+            architectures=["Gemma3ForCausalLM"],
+            model_type="gemma3_text",
+            query_pre_attn_scalar=64,
+            sliding_window=512,
+            layer_types=["sliding_attention", "full_attention"] * 2,
+        ),
+        options={**EVICTING, "pressure": "evict"},
     ),
     "two backends": arguments(
         r"the backends kivi and sparq are presets of the same options and cannot be mixed: select one",
@@ -155,7 +188,7 @@ CASES: dict[str, Case] = {
         model=dict(quantization_config=COMPRESSED_TENSORS),
         arguments=dict(dtype="float32"),
     ),
-    "head size": model(rf"head size 40 is not one of \[64, 80, 96, 128, 256\]{DENSE}", head_dim=40, hidden_size=320),
+    "head size": model(rf"head size 40 is not one of \[32, 48, 64, .*256, 512\]{DENSE}", head_dim=40, hidden_size=320),
     "soft cap": model(
         rf"soft-capped logits \(attn_logit_softcapping=50.0\){DENSE}",
         architectures=["Gemma2ForCausalLM"],
@@ -206,7 +239,8 @@ CASES: dict[str, Case] = {
         rf"the model has no attention layers{DENSE}",
         architectures=["Mamba2ForCausalLM"],
         model_type="mamba2",
-        num_heads=8,
+        num_heads=10,
+        head_dim=64,
         state_size=16,
     ),
     "attention within chunks": model(
@@ -323,7 +357,8 @@ def test_doctor_refuses_the_same_models(name: str, tmp_path: Path, capsys: pytes
     from vllm_sparq.cli import main
 
     folder = altered(tmp_path, CASES[name].model)
-    assert main(["doctor", "--quick", "--json", "--model", str(folder)]) == 1
+    options = ["--options", json.dumps(CASES[name].options)] if CASES[name].options else []
+    assert main(["doctor", "--quick", "--json", "--model", str(folder), *options]) == 1
     sections = json.loads(capsys.readouterr().out)["sections"]
     wrong = [line["text"] for section in sections for line in section["findings"] if line["mark"] == "✗"]
     assert any(re.search(CASES[name].message, text) for text in wrong), wrong

@@ -65,12 +65,12 @@ class Case:
     new: tuple[int, ...] = ()
 
     def __str__(self) -> str:
+        stored = "" if self.format == "model" else f"-{self.format}.{self.layout.group('value')}"
         lens = ".".join(f"{s}+{t}" if self.new else f"{s}" for s, t in zip(self.lens, self.n_new, strict=True))
         return (
             f"h{self.heads}g{self.kv_heads}-d{self.head_size}-n{self.block_size}-{SHORT[self.dtype]}-"
             f"{self.ranking}{'' if self.value_sum else '-nosum'}"
-            f"{'' if self.format == 'model' else f'-{self.format}.{self.layout.group}'}"
-            f"{'-attention' if self.attention else '-positions' if self.positions else ''}-s{lens}"
+            f"{stored}{'-attention' if self.attention else '-positions' if self.positions else ''}-s{lens}"
         )
 
     @property

@@ -50,14 +50,13 @@ def ranked_by(world: World, key: Array, b: int, head: int) -> tuple[Array, Array
     """
     keys, size, n = key.copy(), np.abs(key), world.case.block_size
     pages, layout = world.pages, world.case.layout
-    fmt = layout.quantized
-    for block in range((len(key) - (fmt is not None)) // n):
+    for block in range((len(key) - (layout.quantized is not None)) // n):
         rows, page = slice(block * n, block * n + n), int(world.block_table[b, block])
         if layout.channel_keys:
-            assert fmt is not None
-            codes = unpack(pages.key_codes[page, head].cpu(), fmt.bits).double().numpy()
-            step, zero = pages.key_scales[page, head].cpu().double().repeat_interleave(layout.group, 1).unbind(2)
-            size[rows] = (zero.abs().numpy() + step.numpy() * np.maximum(codes, (2**fmt.bits - 1) / 2)).T
+            bits, scales = layout.coding("key").bits, pages.key_scales[page, head].cpu().double()
+            codes = unpack(pages.key_codes[page, head].cpu(), bits).double().numpy()
+            step, zero = scales.repeat_interleave(layout.group("key"), 1).unbind(2)
+            size[rows] = (zero.abs().numpy() + step.numpy() * np.maximum(codes, (2**bits - 1) / 2)).T
             continue
         copy = pages.ranking[page, head].cpu()
         if layout.ranking == "model":
@@ -93,7 +92,7 @@ def show(world: World, b: int, shown: range, width: int, blocks: range) -> None:
             for slot, row in enumerate(rows.repeat_interleave(width, 1).to(case.dtype)):
                 ahead, place = layout.staged_at(slot)
                 pages.staged[int(world.block_table[b, block + 1 + ahead]), :, place, 1] = row
-        elif layout.quantized.scale_numbers == 1:
+        elif layout.coding("value").scale_numbers == 1:
             pages.value_codes[page] = (rows > 0).to(torch.uint8)
             pages.value_scales[page] = SHOWN
         else:
@@ -119,7 +118,7 @@ def tokens_read(run: Callable[..., None], world: World, read: SparqRead | SpansR
     case = world.case
     exact = replace(read, alpha_floor=1.0) if isinstance(read, SparqRead) else read
     group, fmt = case.heads // case.kv_heads, case.layout.quantized
-    width = 1 if fmt is None or fmt.scale_numbers == 1 else case.layout.group
+    width = 1 if fmt is None or fmt.value.scale_numbers == 1 else case.layout.group("value")
     n, n_shown = case.block_size, case.head_size // width
     hidden = copy_of(world)
     for b, s in enumerate(case.lens):

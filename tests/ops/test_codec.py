@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from vllm_sparq.ops.codec import decode_page, encode_page, not_below, quantize, 
 QUANTIZED = [name for name in FORMATS if name != "model"]
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 GROUPS = {"int8": (None,), "int4": (None, 8, 16, 32), "kivi4": (None, 16, 64), "kivi2": (None, 16, 64)}
+GROUPS |= {"k8v4": (None, 16), "k4v2": (None, 16, 64)}
 
 
 def page_of(layout: PageLayout, keys: torch.Tensor, values: torch.Tensor) -> Pages:
@@ -42,44 +44,61 @@ def layouts(name: str) -> list[PageLayout]:
     ]
 
 
+BY_HAND = {"int8": ("s8", "s8"), "k8v4": ("s8", "t4"), "int4": ("t4", "t4")}
+BY_HAND |= {"kivi4": ("c4", "c4"), "k4v2": ("c4", "c2"), "kivi2": ("c2", "c2")}
+"""Of K and of V: s signed with one scale a token, t groups of 64 channels, c groups of 32 of KIVI; and the bits."""
+
+
 def by_hand(data: bytes, layout: PageLayout) -> tuple[list[list[float]], list[list[float]]]:
     """K and V [N][D] of a page, unpacked byte by byte from what `vllm_sparq.layout` says of it; no shared code."""
     n, d, e = layout.block_size, layout.head_size, layout.dtype.itemsize
-    bits = {"int8": 8, "int4": 4, "kivi4": 4, "kivi2": 2}[layout.format]
-    group = {"int8": d, "int4": min(64, d if d % 64 else 64), "kivi4": 32, "kivi2": 32}[layout.format]
-    group = layout.group_size or (d // 2 if layout.format == "int4" and d % 64 else group)
-    if layout.format.startswith("kivi") and d % group:
-        group = 16
+    (key_kind, key_bits), (value_kind, value_bits) = ((kind[0], int(kind[1])) for kind in BY_HAND[layout.format])
+
+    def group_of(kind: str) -> int:
+        if kind == "s":
+            return d
+        default = (64 if d % 64 == 0 else d // 2) if kind == "t" else (32 if d % 32 == 0 else 16)
+        return layout.group_size or default
 
     def number(at: int) -> float:
         return torch.frombuffer(bytearray(data[at : at + e]), dtype=layout.dtype).item()
 
-    def element(row_codes: int, row_scales: int, i: int, length: int) -> float:
+    def element(kind: str, bits: int, row_codes: int, row_scales: int, i: int, length: int) -> float:
         per_run = length * bits // 8
         code = data[row_codes + i % per_run] >> (bits * (i // per_run)) & (2**bits - 1)
-        if layout.format == "int8":
+        if kind == "s":
             return (code - 256 if code > 127 else code) * number(row_scales)
-        at = row_scales + i // group * 2 * e
+        at = row_scales + i // group_of(kind) * 2 * e
         return number(at + e) + number(at) * code
 
-    if layout.format.startswith("kivi"):
+    def rows(kind: str, bits: int, codes: int, codes_step: int, scales: int, scales_step: int) -> list[list[float]]:
+        return [
+            [element(kind, bits, codes + t * codes_step, scales + t * scales_step, c, d) for c in range(d)]
+            for t in range(n)
+        ]
+
+    value_scale_bytes = d // group_of(value_kind) * (1 if value_kind == "s" else 2) * e
+    if key_kind == "c":
         at = {name: part.offset for name, part in layout.parts.items()}
-        k_codes, k_scales, v_codes, v_scales = n * bits // 8, n // group * 2 * e, d * bits // 8, d // group * 2 * e
+        k_codes, k_scales = n * key_bits // 8, n // group_of("c") * 2 * e
         columns = [
-            [element(at["key_codes"] + c * k_codes, at["key_scales"] + c * k_scales, t, n) for t in range(n)]
+            [
+                element("c", key_bits, at["key_codes"] + c * k_codes, at["key_scales"] + c * k_scales, t, n)
+                for t in range(n)
+            ]
             for c in range(d)
         ]
         keys = [[columns[c][t] for c in range(d)] for t in range(n)]
-        values = [
-            [element(at["value_codes"] + t * v_codes, at["value_scales"] + t * v_scales, c, d) for c in range(d)]
-            for t in range(n)
-        ]
-        return keys, values
-    codes, scales = d * bits // 8, d // group * (1 if layout.format == "int8" else 2) * e
-    record = 2 * (codes + scales)
-    keys = [[element(t * record, t * record + 2 * codes, c, d) for c in range(d)] for t in range(n)]
-    values = [[element(t * record + codes, t * record + 2 * codes + scales, c, d) for c in range(d)] for t in range(n)]
-    return keys, values
+        v_codes = d * value_bits // 8
+        return keys, rows("c", value_bits, at["value_codes"], v_codes, at["value_scales"], value_scale_bytes)
+    v_codes = d * key_bits // 8
+    k_scales = v_codes + d * value_bits // 8
+    pair = 2 * e if "t" in (key_kind, value_kind) else e  # scale and zero point lie in one word
+    v_scales = -(-(k_scales + d // group_of(key_kind) * (1 if key_kind == "s" else 2) * e) // pair) * pair
+    record = -(-(v_scales + value_scale_bytes) // pair) * pair
+    return rows(key_kind, key_bits, 0, record, k_scales, record), rows(
+        value_kind, value_bits, v_codes, record, v_scales, record
+    )
 
 
 @pytest.mark.parametrize("name", QUANTIZED)
@@ -87,11 +106,11 @@ def test_round_trip_is_within_half_a_step(name: str) -> None:
     for layout in layouts(name):
         keys, values = tokens(layout)
         pages = page_of(layout, keys, values)
-        for got, want, scales, by_channel in (
-            (*(decode_page(pages, 0, 0)[0], keys), pages.key_scales[0, 0], layout.channel_keys),
-            (*(decode_page(pages, 0, 0)[1], values), pages.value_scales[0, 0], False),
+        for part, got, want, scales, by_channel in (
+            ("key", *(decode_page(pages, 0, 0)[0], keys), pages.key_scales[0, 0], layout.channel_keys),
+            ("value", *(decode_page(pages, 0, 0)[1], values), pages.value_scales[0, 0], False),
         ):
-            steps = scales[..., 0].float().repeat_interleave(layout.group, -1)
+            steps = scales[..., 0].float().repeat_interleave(layout.group(part), -1)
             steps = steps.T if by_channel else steps
             slack = 2.0**-20 * (want.float().abs() + 16 * steps)  # fp32: the multiplication, the addition
             assert ((got - want.float()).abs() <= steps / 2 + slack).all(), layout
@@ -121,6 +140,11 @@ def test_a_second_unpacker_reads_the_bytes(name: str) -> None:
         ("kivi4", 128, 2 * (64 + 16)),
         ("kivi2", 64, 2 * (16 + 8)),
         ("kivi2", 128, 2 * (32 + 16)),
+        ("k4v2", 64, 32 + 8 + 16 + 8),
+        ("k4v2", 128, 64 + 16 + 32 + 16),
+        # K in 8 bits with one scale, which fills up to the word of the next; V in 4 bits with a word for 64 channels.
+        ("k8v4", 64, 64 + 32 + 4 + 4),
+        ("k8v4", 128, 128 + 64 + 4 + 8),
     ],
 )
 def test_bytes_by_hand(name: str, head_size: int, bytes_per_token: int) -> None:
@@ -148,13 +172,12 @@ def test_each_format_keeps_what_its_bits_can(name: str) -> None:
     layout = PageLayout(head_size=64, block_size=128, dtype=torch.bfloat16, format=name)
     pages = page_of(layout, *tokens(layout))
     keys, _ = decode_page(pages, 0, 0)
-    groups = (keys.T if layout.channel_keys else keys).unflatten(-1, (-1, layout.group)).flatten(0, 1)
-    fmt = layout.quantized
-    assert fmt is not None
-    assert max(len(group.unique()) for group in groups) <= 2**fmt.bits
-    codes = unpack(pages.value_codes[0, 0], fmt.bits)
+    groups = (keys.T if layout.channel_keys else keys).unflatten(-1, (-1, layout.group("key"))).flatten(0, 1)
+    assert max(len(group.unique()) for group in groups) <= 2 ** layout.coding("key").bits
+    bits = layout.coding("value").bits
+    codes = unpack(pages.value_codes[0, 0], bits)
     codes = codes.view(torch.int8) if name == "int8" else codes
-    assert codes.max() == (127 if name == "int8" else 2**fmt.bits - 1)
+    assert codes.max() == (127 if name == "int8" else 2**bits - 1)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -174,15 +197,16 @@ def test_a_bad_element_makes_its_group_nan_and_no_other(name: str, bad: float) -
     keys, values = tokens(layout)
     clean = decode_page(page_of(layout, keys, values), 0, 0)
     keys[5, 40], values[6, 41] = bad, bad
-    for got, want, row, channel, by_channel in (
-        (decode_page(page_of(layout, keys, values), 0, 0)[0], clean[0], 5, 40, layout.channel_keys),
-        (decode_page(page_of(layout, keys, values), 0, 0)[1], clean[1], 6, 41, False),
+    for part, got, want, row, channel, by_channel in (
+        ("key", decode_page(page_of(layout, keys, values), 0, 0)[0], clean[0], 5, 40, layout.channel_keys),
+        ("value", decode_page(page_of(layout, keys, values), 0, 0)[1], clean[1], 6, 41, False),
     ):
+        group = layout.group(part)
         inside = torch.zeros(64, 64, dtype=torch.bool)
         if by_channel:
-            inside[row // layout.group * layout.group :][: layout.group, channel] = True
+            inside[row // group * group :][:group, channel] = True
         else:
-            inside[row, channel // layout.group * layout.group :][: layout.group] = True
+            inside[row, channel // group * group :][:group] = True
         assert got[inside].isnan().all()
         torch.testing.assert_close(got[~inside], want[~inside], rtol=0, atol=0)
 
@@ -192,17 +216,18 @@ def test_ranges_at_the_edge_of_the_type(name: str) -> None:
     """The widest range that the type holds reads back; one beyond it reads as NaN, never as a wrong number."""
     fmt = FORMATS[name]
     assert fmt is not None
-    for dtype in DTYPES:
+    for dtype, coding in itertools.product(DTYPES, (fmt.key, fmt.value)):
         largest = torch.finfo(dtype).max
         row = torch.tensor([[-largest / 4, largest / 4] * 32], dtype=dtype)
-        _, scales = quantize(row, fmt, 64)
+        _, scales = quantize(row, coding, 64)
         assert scales.isfinite().all()
         tiny = torch.tensor([[0.0, torch.finfo(dtype).smallest_normal] * 32], dtype=dtype)
-        codes, scales = quantize(tiny, fmt, 64)
+        codes, scales = quantize(tiny, coding, 64)
         assert scales.isfinite().all()
         assert codes[0, 1] > 0
-    _, scales = quantize(torch.tensor([[-3e38, 3e38] * 32]), fmt, 64)
-    assert bool(scales.isnan().any()) == (fmt.scale_numbers == 2)
+    for coding in (fmt.key, fmt.value):
+        _, scales = quantize(torch.tensor([[-3e38, 3e38] * 32]), coding, 64)
+        assert bool(scales.isnan().any()) == (coding.scale_numbers == 2)
 
 
 @settings(max_examples=300, deadline=None)
@@ -229,5 +254,7 @@ def test_bad_groups_are_refused() -> None:
         make(format="int8", group_size=64)
     with pytest.raises(ValueError, match=r"'model' has no groups"):
         make(group_size=64)
-    with pytest.raises(ValueError, match=r"format 'int3' is not one of \['model', 'int8', 'int4', 'kivi4', 'kivi2'\]"):
+    with pytest.raises(
+        ValueError, match=r"format 'int3' is not one of \['model', 'int8', 'k8v4', 'int4', 'kivi4', 'k4v2', 'kivi2'\]"
+    ):
         make(format="int3")

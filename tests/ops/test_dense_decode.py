@@ -37,7 +37,7 @@ def test_dense_decode_is_the_reference(implementation: str, case: Case) -> None:
 
 LONG_FORMATS = tuple(
     replace(LONG[0], format=fmt, ranking=None, value_sum=False, lens=(900, 3, 0, 513, 512))
-    for fmt in ("int8", "int4", "kivi4", "kivi2")
+    for fmt in ("int8", "int4", "kivi4", "kivi2", "k8v4", "k4v2")
 )
 QUANTIZED = KERNELS
 """Implementations that read quantized pages."""
@@ -65,7 +65,7 @@ def test_broken_groups_read_as_nan(implementation: str, case: Case) -> None:
     tokens.key[3][9, 1, 3] = torch.nan
     got = build(case, tokens, device=on).decode(load("dense_decode", implementation)).cpu()
     want = build(case, tokens).decode(rounded_dense_decode if implementation == "triton" else reference)
-    assert want[0, 0].isnan().sum() == case.layout.group
+    assert want[0, 0].isnan().sum() == case.layout.group("value")
     assert want[3, -1].isnan().all()
     assert want[:, 4:][:3].isfinite().all()
     torch.testing.assert_close(got, want, equal_nan=True, **tolerances.OUT[case.dtype])

@@ -16,7 +16,7 @@ import torch
 from tests.ops import tolerances
 from tests.ops.c_interface import differences, of_python, of_source, source
 from tests.ops.cases import Case, build, load, write_in_chunks
-from vllm_sparq.formats import FORMATS, Format
+from vllm_sparq.formats import FORMATS, Coding, Format
 from vllm_sparq.layout import Pages
 from vllm_sparq.ops import native
 
@@ -159,9 +159,11 @@ def test_the_number_of_the_interface_depends_on_all_of_it(change: str, monkeypat
 
 
 NEW_FORMATS = {
-    "zero8": Format(bits=8, channel_keys=False, group=64),
-    "token2": Format(bits=2, channel_keys=False, group=32),
-    "channel8": Format(bits=8, channel_keys=True, group=32),
+    "zero8": Format(Coding(bits=8, group=64), Coding(bits=8, group=64)),
+    "token2": Format(Coding(bits=2, group=32), Coding(bits=2, group=32)),
+    "channel8": Format(Coding(bits=8, group=32, channels=True), Coding(bits=8, group=32)),
+    "k2v8": Format(Coding(bits=2, group=32, channels=True), Coding(bits=8, group=0, scale_numbers=1)),
+    "k4v8": Format(Coding(bits=4, group=64), Coding(bits=8, group=0, scale_numbers=1)),
 }
 
 
@@ -181,9 +183,11 @@ def test_a_format_is_a_row_of_the_table(name: str, dtype: torch.dtype, monkeypat
 
 
 def test_a_format_that_no_kernel_reads_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(FORMATS, "signed4", Format(bits=4, channel_keys=False, group=0, scale_numbers=1))
+    monkeypatch.setitem(FORMATS, "signed4", Format(signed := Coding(bits=4, group=0, scale_numbers=1), signed))
     case = Case(head_size=64, block_size=32, format="signed4", ranking=None, value_sum=False)
-    with pytest.raises(NotImplementedError, match=r"format 'signed4' has Format\(bits=4, .*2, 4 or 8 bits with a zero"):
+    with pytest.raises(
+        NotImplementedError, match=r"format 'signed4' has Format\(key=Coding\(bits=4, .*2, 4 or 8 bits with a zero"
+    ):
         native.pages_struct(Pages.empty(1, 1, case.layout))
 
 

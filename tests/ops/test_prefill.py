@@ -56,7 +56,7 @@ CODED = (
     *(replace(case, new=tuple(min(s, b + 2) for b, s in enumerate(case.lens))) for case in FORMATS),
     *(
         replace(_LONG, format=fmt, dtype=dtype, block_size=block_size)
-        for fmt in ("int8", "int4", "kivi4", "kivi2")
+        for fmt in ("int8", "int4", "kivi4", "kivi2", "k8v4", "k4v2")
         for dtype, block_size in ((torch.bfloat16, 128), (torch.float16, 96), (torch.float32, 256))
     ),
 )
@@ -86,14 +86,16 @@ def test_prefill_of_quantized_pages_is_the_reference(implementation: str, case: 
         torch.testing.assert_close(got, rounded(case), **tolerance)
 
 
-@pytest.mark.parametrize(("implementation", "fmt"), each(["int8", "int4", "kivi4", "kivi2"], tiny=["int4", "kivi2"]))
+@pytest.mark.parametrize(
+    ("implementation", "fmt"), each(["int8", "int4", "kivi4", "kivi2", "k8v4", "k4v2"], tiny=["int4", "kivi2"])
+)
 def test_only_groups_that_are_not_finite_read_as_nan(implementation: str, fmt: str) -> None:
     """One NaN in V spoils its group of one token, which all rows see; and no other channel."""
     case = Case(lens=(70,), new=(3,), format=fmt, block_size=32, ranking=None, value_sum=False, dtype=torch.bfloat16)
     tokens = case.tokens()
     tokens.value[0][40, 1, 17] = torch.nan
     out = build(case, tokens, written="context", device=device(implementation)).prefill(load("prefill", implementation))
-    group = case.layout.group
+    group = case.layout.group("value")
     spoilt = torch.zeros(case.heads, case.head_size, dtype=torch.bool)
     spoilt[2:, 17 // group * group : 17 // group * group + group] = True
     assert out.isnan().cpu().equal(spoilt.expand(3, -1, -1))

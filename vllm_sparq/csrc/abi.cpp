@@ -59,14 +59,14 @@ constexpr uint64_t digest() {
   digest.add_enum(Rank::attention, Rank::age);
   {
     using Type = Codes;
-    digest.add_all({sizeof(Type), AT(codes), AT(code_stride), AT(scales), AT(scale_stride)});
+    digest.add_all({sizeof(Type), AT(codes), AT(code_stride), AT(scales), AT(scale_stride), AT(bits), AT(has_zero),
+                    AT(group)});
   }
   {
     using Type = Pages;
     digest.add_all({sizeof(Type), AT(data), AT(page_stride), AT(head_stride), AT(records), AT(ranking), AT(scales),
                     AT(value_sum), AT(positions), AT(attention), AT(n_kv_heads), AT(block_size), AT(head_size),
-                    AT(dtype), AT(ranking_type), AT(bits), AT(has_zero), AT(channel_keys), AT(group),
-                    AT(staged_per_page), AT(key), AT(value)});
+                    AT(dtype), AT(ranking_type), AT(channel_keys), AT(staged_per_page), AT(key), AT(value)});
   }
   {
     using Type = Tensor;

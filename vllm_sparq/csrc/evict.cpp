@@ -207,7 +207,7 @@ class KeyGroups {
     }
     encode_keys(pages, rows_, newest_.page);
     for (int i = 0, last = -1; i < n; ++i) {
-      const int group = held_.place(moves[i].to) / pages.group;
+      const int group = held_.place(moves[i].to) / pages.key.group;
       if (group != last) take_group(last = group, page);
     }
     take_codes(page);

@@ -7,30 +7,30 @@ from __future__ import annotations
 
 import torch
 
-from vllm_sparq.formats import Format
-from vllm_sparq.layout import PageLayout, Pages
+from vllm_sparq.formats import Coding
+from vllm_sparq.layout import Pages
 
 
 def encode_page(pages: Pages, page: int, head: int, keys: torch.Tensor, values: torch.Tensor) -> None:
     """Quantize the N tokens of a full block, K and V [N, D] in the model's dtype, into its page."""
     layout = pages.layout
-    fmt = layout.quantized
-    assert fmt is not None
     keys = keys.T if layout.channel_keys else keys
     for name, rows in (("key", keys), ("value", values)):
-        codes, scales = quantize(rows, fmt, layout.group)
-        getattr(pages, f"{name}_codes")[page, head] = pack(codes, fmt.bits)
+        coding = layout.coding(name)
+        codes, scales = quantize(rows, coding, layout.group(name))
+        getattr(pages, f"{name}_codes")[page, head] = pack(codes, coding.bits)
         getattr(pages, f"{name}_scales")[page, head] = scales
 
 
 def decode_page(pages: Pages, page: int, head: int) -> tuple[torch.Tensor, torch.Tensor]:
     """K and V, fp32 [N, D], that the codes of a full block stand for."""
-    keys = dequantize(pages.key_codes[page, head], pages.key_scales[page, head], pages.layout)
-    values = dequantize(pages.value_codes[page, head], pages.value_scales[page, head], pages.layout)
-    return (keys.T if pages.layout.channel_keys else keys), values
+    layout = pages.layout
+    keys = dequantize(pages.key_codes[page, head], pages.key_scales[page, head], layout.coding("key"))
+    values = dequantize(pages.value_codes[page, head], pages.value_scales[page, head], layout.coding("value"))
+    return (keys.T if layout.channel_keys else keys), values
 
 
-def quantize(x: torch.Tensor, fmt: Format, group: int) -> tuple[torch.Tensor, torch.Tensor]:
+def quantize(x: torch.Tensor, coding: Coding, group: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Codes of the groups of each row.
 
     With scale and zero point, ``zero`` is the least element and ``scale`` the smallest number of x's type that is not
@@ -43,7 +43,7 @@ def quantize(x: torch.Tensor, fmt: Format, group: int) -> tuple[torch.Tensor, to
 
     Args:
         x: [rows, n] in the model's dtype.
-        fmt: bits, and which scales.
+        coding: bits, and which scales.
         group: elements of a group; divides n.
 
     Returns:
@@ -52,29 +52,27 @@ def quantize(x: torch.Tensor, fmt: Format, group: int) -> tuple[torch.Tensor, to
     groups = x.float().unflatten(-1, (-1, group))
     low, high = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
     constant = low == high
-    if fmt.scale_numbers == 1:
+    if coding.scale_numbers == 1:
         largest = torch.maximum(-low, high)
         scale = torch.where(constant, largest, not_below(largest / 127, x.dtype))
         codes, scales = (groups / scale).round().clamp(-127, 127), [scale]
     else:
-        scale = not_below((high - low) / (2**fmt.bits - 1), x.dtype)
-        codes, scales = ((groups - low) / scale).round().clamp(0, 2**fmt.bits - 1), [scale, low]
+        scale = not_below((high - low) / (2**coding.bits - 1), x.dtype)
+        codes, scales = ((groups - low) / scale).round().clamp(0, 2**coding.bits - 1), [scale, low]
     broken = ~(groups.isfinite().all(-1, keepdim=True) & scale.isfinite())
     codes = torch.where(broken | (scale == 0), 0.0, codes)
     scales = [torch.where(broken, torch.nan, number).to(x.dtype) for number in scales]
     return codes.flatten(-2).to(torch.int16).to(torch.uint8), torch.cat(scales, -1)
 
 
-def dequantize(packed: torch.Tensor, scales: torch.Tensor, layout: PageLayout) -> torch.Tensor:
+def dequantize(packed: torch.Tensor, scales: torch.Tensor, coding: Coding) -> torch.Tensor:
     """fp32 [rows, n] that packed codes [rows, n * bits/8] with scales [rows, n / g, 2 | 1] stand for."""
-    fmt = layout.quantized
-    assert fmt is not None
-    codes = unpack(packed, fmt.bits)
-    if fmt.scale_numbers == 1:
+    codes = unpack(packed, coding.bits)
+    if coding.scale_numbers == 1:
         codes = codes.view(torch.int8)
     groups = codes.float().unflatten(-1, (scales.shape[-2], -1))
     numbers = scales.float()
-    zero = numbers[..., 1:] if fmt.scale_numbers == 2 else 0.0
+    zero = numbers[..., 1:] if coding.scale_numbers == 2 else 0.0
     rows: torch.Tensor = (zero + numbers[..., :1] * groups).flatten(-2)
     return rows
 

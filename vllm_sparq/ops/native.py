@@ -39,7 +39,7 @@ INSTRUCTION_SETS: dict[str, tuple[str, set[str]]] = {
 _HUGE = 2 << 20
 _MADV_COLLAPSE = 25  # since Linux 6.1; not in Python's mmap module yet
 
-STORAGE = ("bits", "has_zero", "channel_keys", "group", "staged_per_page")
+STORAGE = ("channel_keys", "staged_per_page")
 PARTS = ("records", "ranking", "scales", "value_sum", "positions", "attention")
 
 COMPILE_AGAIN = (
@@ -141,7 +141,10 @@ DTYPES = {torch.bfloat16: DType.bf16, torch.float16: DType.fp16, torch.float32: 
 class CodesStruct(ctypes.Structure):
     """``sparq::Codes`` of csrc/base/paged.h."""
 
-    _fields_: ClassVar = [(name, ctypes.c_int64) for name in ("codes", "code_stride", "scales", "scale_stride")]
+    _fields_: ClassVar = [
+        *[(name, ctypes.c_int64) for name in ("codes", "code_stride", "scales", "scale_stride")],
+        *[(name, ctypes.c_int32) for name in ("bits", "has_zero", "group")],
+    ]
 
 
 class PagesStruct(ctypes.Structure):
@@ -319,24 +322,31 @@ def _storage(layout: PageLayout) -> tuple[int, ...]:
     fmt = layout.quantized
     if fmt is None:
         return (0,) * len(STORAGE)
-    has_zero = fmt.scale_numbers == 2
-    if fmt.bits not in ((2, 4, 8) if has_zero else (8,)) or (fmt.channel_keys and not has_zero):
+    if any(
+        coding.bits not in ((2, 4, 8) if coding.scale_numbers == 2 else (8,))
+        or (coding.channels and (coding.scale_numbers != 2 or coding is not fmt.key))
+        for coding in (fmt.key, fmt.value)
+    ):
         raise NotImplementedError(
             f"format {layout.format!r} has {fmt}: the CPU kernels take codes of 2, 4 or 8 bits with a zero point, and "
             f"signed ones of 8 bits whose groups lie along a token. VLLM_SPARQ_IMPL=reference takes any."
         )
-    return fmt.bits, has_zero, fmt.channel_keys, layout.group, layout.staged_per_page
+    return fmt.channel_keys, layout.staged_per_page
 
 
 def _codes_struct(layout: PageLayout, name: str) -> CodesStruct:
-    """Where the codes and scales of K or V begin in a page, and how far its rows lie apart; zeros for ``model``."""
+    """Where the codes and scales of K or V begin in a page, how far its rows lie apart, and what they are.
+
+    Zeros for ``model``.
+    """
     if layout.quantized is None:
         return CodesStruct()
+    coding = layout.coding(name)
     page = Pages.empty(1, 1, layout)
     found = []
     for view in (getattr(page, f"{name}_codes"), getattr(page, f"{name}_scales")):
         found += [view.data_ptr() - page.data.data_ptr(), view.stride(2) * view.element_size()]
-    return CodesStruct(*found)
+    return CodesStruct(*found, coding.bits, coding.scale_numbers == 2, layout.group(name))
 
 
 def advise_huge_pages(memory: torch.Tensor) -> bool:

@@ -27,6 +27,9 @@ struct fp16 {
 struct Codes {
   int64_t codes, code_stride;
   int64_t scales, scale_stride;
+  int32_t bits;      // of a code; 0 where nothing is quantized, like what follows
+  int32_t has_zero;  // whether scales are step and zero: codes are unsigned then, else signed
+  int32_t group;     // g: elements of a quantization group
 };
 
 // The KV cache of one layer. vllm_sparq/layout.py decides every number in it.
@@ -45,14 +48,11 @@ struct Pages {
   int32_t head_size;   // D
   DType dtype;
   RankingType ranking_type;
-  int32_t bits;             // of a code; 0 where nothing is quantized, like what follows
-  int32_t has_zero;         // whether scales are step and zero: codes are unsigned then, else signed
   int32_t channel_keys;     // whether K is channel-major: a group of it is neighbouring tokens of one channel
-  int32_t group;            // g: elements of a quantization group
   int32_t staged_per_page;  // tokens of an unfinished block that fit into a page
   Codes key, value;
 
-  bool quantized() const { return bits > 0; }
+  bool quantized() const { return key.bits > 0; }
   bool adds_attention() const { return attention >= 0; }
   uint8_t* page(int32_t id, int head) const { return data + id * page_stride + head * head_stride; }
   int n_blocks(int n_tokens) const { return (n_tokens + block_size - 1) / block_size; }

@@ -132,8 +132,8 @@ void use_int16(const Pages& pages, CodeKernels& kernels) {
     });
 }
 
-// Kernels of the bf16 instructions where there are some for these codes: as fast as whole numbers in the inner loop, and
-// weights need no unit.
+// Kernels of the bf16 instructions where there are some for these codes: as fast as whole numbers in the inner loop,
+// and weights need no unit.
 void use_bf16(const Pages& pages, CodeKernels& kernels) {
 #ifdef __AVX512BF16__
   const auto with_codes = [](const CodeShape& shape, auto&& f) {

@@ -22,13 +22,13 @@ struct CodeShape {
   int n_planes() const { return 8 / bits; }  // codes of a byte, which are row_bytes() apart
   int scale_bytes() const { return n_groups() * (has_zero ? 2 : 1) * (dtype == DType::fp32 ? 4 : 2); }
 
-  static CodeShape of(const Pages& pages, int n) {
-    return {n, pages.bits, pages.group, pages.has_zero != 0, pages.dtype};
+  static CodeShape of(const Pages& pages, const Codes& part, int n) {
+    return {n, part.bits, part.group, part.has_zero != 0, pages.dtype};
   }
   static CodeShape keys(const Pages& pages) {
-    return of(pages, pages.channel_keys ? pages.block_size : pages.head_size);
+    return of(pages, pages.key, pages.channel_keys ? pages.block_size : pages.head_size);
   }
-  static CodeShape values(const Pages& pages) { return of(pages, pages.head_size); }
+  static CodeShape values(const Pages& pages) { return of(pages, pages.value, pages.head_size); }
 };
 
 constexpr int MIX_GROUPS = 16;  // groups of a row at most, where rows are mixed by anything but fp32

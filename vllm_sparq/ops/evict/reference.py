@@ -95,7 +95,6 @@ def _move_codes(
 ) -> None:
     """Token-major codes and scales from one (page, slot) to another; made now where the block is ``staged``."""
     layout = pages.layout
-    assert layout.quantized is not None
     for i, name in enumerate(("key", "value")):
         if name == "key" and layout.channel_keys:
             continue
@@ -103,25 +102,25 @@ def _move_codes(
         if staged is None:
             new_codes, new_scales = codes[source[0], head, source[1]], scales[source[0], head, source[1]]
         else:
-            unpacked, rows = quantize(staged[i][source[1] : source[1] + 1], layout.quantized, layout.group)
-            new_codes, new_scales = pack(unpacked, layout.quantized.bits)[0], rows[0]
+            coding = layout.coding(name)
+            unpacked, rows = quantize(staged[i][source[1] : source[1] + 1], coding, layout.group(name))
+            new_codes, new_scales = pack(unpacked, coding.bits)[0], rows[0]
         codes[to[0], head, to[1]], scales[to[0], head, to[1]] = new_codes.clone(), new_scales.clone()
 
 
 def _requantize_keys(pages: Pages, page: int, head: int, arriving: dict[int, torch.Tensor]) -> None:
     """Channel-major K: new codes for every group of tokens that one of ``arriving`` (slot -> K [D]) joins."""
     layout = pages.layout
-    fmt = layout.quantized
-    assert fmt is not None
-    keys = dequantize(pages.key_codes[page, head], pages.key_scales[page, head], layout).to(layout.dtype)  # [D, N]
+    coding, size = layout.coding("key"), layout.group("key")
+    keys = dequantize(pages.key_codes[page, head], pages.key_scales[page, head], coding).to(layout.dtype)  # [D, N]
     for slot, key in arriving.items():
         keys[:, slot] = key
-    new_codes, new_scales = quantize(keys, fmt, layout.group)
-    codes, scales = unpack(pages.key_codes[page, head], fmt.bits), pages.key_scales[page, head]
-    for group in sorted({slot // layout.group for slot in arriving}):
-        tokens = slice(group * layout.group, (group + 1) * layout.group)
+    new_codes, new_scales = quantize(keys, coding, size)
+    codes, scales = unpack(pages.key_codes[page, head], coding.bits), pages.key_scales[page, head]
+    for group in sorted({slot // size for slot in arriving}):
+        tokens = slice(group * size, (group + 1) * size)
         codes[:, tokens], scales[:, group] = new_codes[:, tokens], new_scales[:, group]
-    pages.key_codes[page, head] = pack(codes, fmt.bits)
+    pages.key_codes[page, head] = pack(codes, coding.bits)
 
 
 def _remake(pages: Pages, blocks: torch.Tensor, head: int, replaced: torch.Tensor, n_kept: int) -> None:

@@ -12,8 +12,8 @@ import triton
 import triton.language as tl
 
 from vllm_sparq.layout import Pages
+from vllm_sparq.ops.triton_common.count import row_statistics
 from vllm_sparq.ops.triton_common.launch import Counts, read_counts, split_count
-from vllm_sparq.ops.triton_common.select import row_statistics
 
 
 def tracked_parts(pages: Pages) -> tuple[torch.Tensor, torch.Tensor, int, int]:

@@ -98,36 +98,37 @@ class Codes:
     staged: int
 
 
+def _rows(layout: PageLayout, part: str, width: int, codes: int, scales: int, step: int | None = None) -> Rows:
+    """Rows of ``width`` codes; ``step`` where codes and scales of a token lie in one record."""
+    coding, group, item = layout.coding(part), layout.group(part), layout.dtype.itemsize
+    return Rows(
+        codes=codes,
+        codes_step=step or width * coding.bits // 8,
+        scales=scales,
+        scales_step=step or width // group * coding.scale_numbers * item,
+        bits=coding.bits,
+        width=width,
+        group=group,
+        numbers=coding.scale_numbers,
+        number_bytes=item,
+    )
+
+
 @functools.cache
 def codes_of(layout: PageLayout) -> Codes | None:
     """The ``FORMAT`` of pages."""
     fmt = layout.quantized
     if fmt is None:
         return None
-    n, d, item, parts = layout.block_size, layout.head_size, layout.dtype.itemsize, layout.parts
-    shared = dict(bits=fmt.bits, group=layout.group, numbers=fmt.scale_numbers, number_bytes=item)
-    row_codes, row_scales = d * fmt.bits // 8, d // layout.group * fmt.scale_numbers * item
     if fmt.channel_keys:
-        key_scales_step = n // layout.group * fmt.scale_numbers * item
-        key_codes, key_scales, value_codes, value_scales = (
-            parts[name].offset for name in ("key_codes", "key_scales", "value_codes", "value_scales")
-        )
-        key = Rows(
-            codes=key_codes,
-            codes_step=n * fmt.bits // 8,
-            scales=key_scales,
-            scales_step=key_scales_step,
-            width=n,
-            **shared,
-        )
-        value = Rows(
-            codes=value_codes, codes_step=row_codes, scales=value_scales, scales_step=row_scales, width=d, **shared
-        )
+        at = [layout.parts[name].offset for name in ("key_codes", "key_scales", "value_codes", "value_scales")]
+        key = _rows(layout, "key", layout.block_size, at[0], at[1])
+        value = _rows(layout, "value", layout.head_size, at[2], at[3])
     else:
-        first, step = parts["records"].offset, 2 * (row_codes + row_scales)
-        shared |= dict(codes_step=step, scales_step=step, width=d)
-        key = Rows(codes=first, scales=first + 2 * row_codes, **shared)
-        value = Rows(codes=first + row_codes, scales=first + 2 * row_codes + row_scales, **shared)
+        first = layout.parts["records"].offset
+        value_codes, key_scales, value_scales, step = (first + offset for offset in layout.record_parts)
+        key = _rows(layout, "key", layout.head_size, first, key_scales, step - first)
+        value = _rows(layout, "value", layout.head_size, value_codes, value_scales, step - first)
     return Codes(keys=key, values=value, channel_keys=fmt.channel_keys, staged=layout.staged_per_page)
 
 
@@ -138,8 +139,8 @@ def channel_order(FORMAT: tl.constexpr, KEYS: tl.constexpr, D: tl.constexpr, D_P
     if FORMAT is None or (KEYS and FORMAT.channel_keys) or (D == D_PAD):
         return position, position < D
     else:
-        RUN: tl.constexpr = FORMAT.values.run
-        RUN_PAD: tl.constexpr = FORMAT.values.run_pad
+        RUN: tl.constexpr = FORMAT.keys.run if KEYS else FORMAT.values.run
+        RUN_PAD: tl.constexpr = FORMAT.keys.run_pad if KEYS else FORMAT.values.run_pad
         return position // RUN_PAD * RUN + position % RUN_PAD, position % RUN_PAD < RUN
 
 
@@ -300,15 +301,15 @@ def load_block_tile(
 ):
     """(K [D_PAD, TILE], V [TILE, D_PAD], live [TILE]) of one tile of quantized blocks, tokens as in `tile_cells`."""
     dtype: tl.constexpr = records.dtype.element_ty
+    KEYS: tl.constexpr = FORMAT.keys  # an attribute as an argument would not be a constant to Triton 3.6
+    VALUES: tl.constexpr = FORMAT.values
     page, slot, live = tile_cells(table, first, stop, N, FORMAT, TILE)
     at = as_bytes(records) + page * page_stride * FORMAT.keys.number_bytes
     if FORMAT.channel_keys:
-        k = decode_channels(
-            as_bytes(records), table, first, stop, page_stride, tl.constexpr(FORMAT.keys), D, D_PAD, TILE, dtype
-        )
+        k = decode_channels(as_bytes(records), table, first, stop, page_stride, KEYS, D, D_PAD, TILE, dtype)
     else:
-        k = tl.trans(decode_rows(at, slot, live, tl.constexpr(FORMAT.keys), dtype))
-    return k, decode_rows(at, slot, live, tl.constexpr(FORMAT.values), dtype), live
+        k = tl.trans(decode_rows(at, slot, live, KEYS, dtype))
+    return k, decode_rows(at, slot, live, VALUES, dtype), live
 
 
 @triton.jit
@@ -324,15 +325,15 @@ def load_cells(
 ):
     """(K [D_PAD, TILE], V [TILE, D_PAD]) of any tokens of quantized blocks."""
     dtype: tl.constexpr = records.dtype.element_ty
+    KEYS: tl.constexpr = FORMAT.keys
+    VALUES: tl.constexpr = FORMAT.values
     at = as_bytes(records) + page * page_stride * FORMAT.keys.number_bytes
     if FORMAT.channel_keys:
         d = tl.arange(0, D_PAD)[:, None]
-        k = cast(
-            gather(at[None, :], d, slot[None, :], live[None, :] & (d < D), tl.constexpr(FORMAT.keys), dtype), dtype
-        )
+        k = cast(gather(at[None, :], d, slot[None, :], live[None, :] & (d < D), KEYS, dtype), dtype)
     else:
-        k = tl.trans(decode_rows(at, slot, live, tl.constexpr(FORMAT.keys), dtype))
-    return k, decode_rows(at, slot, live, tl.constexpr(FORMAT.values), dtype)
+        k = tl.trans(decode_rows(at, slot, live, KEYS, dtype))
+    return k, decode_rows(at, slot, live, VALUES, dtype)
 
 
 @triton.jit

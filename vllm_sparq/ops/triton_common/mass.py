@@ -10,8 +10,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from vllm_sparq.ops.triton_common.count import row_statistics
 from vllm_sparq.ops.triton_common.launch import read_counts
-from vllm_sparq.ops.triton_common.select import add_shares, append_cells, row_statistics, sort_key, store_shares
+from vllm_sparq.ops.triton_common.select import add_shares, append_cells, sort_key, store_shares
 
 N_DIGITS = tl.constexpr(16)
 """A pass settles 4 bits of a key. Its sums, one for each digit and token of a tile, stay in registers."""

@@ -157,6 +157,12 @@ def score_records(
 
 
 @triton.jit
+def full_pages(context_len, N: tl.constexpr, FORMAT: tl.constexpr):
+    """Pages of a request that have a ranking copy, or codes."""
+    return context_len // N if FORMAT is None else n_in_codes(context_len, N) // N
+
+
+@triton.jit
 def score_tile(
     weights,
     channels,
@@ -164,7 +170,7 @@ def score_tile(
     ranking,
     scales,
     table,  # of this request
-    first_page,
+    block,  # [PAGES], its blocks
     first_slot,
     context_len,
     page_stride,
@@ -181,15 +187,14 @@ def score_tile(
     SLOTS: tl.constexpr,
     CHANNELS: tl.constexpr,
 ):
-    """Scores of the slots n, n + N / RUNS, .. of several pages: a tuple with fp32 [PAGES, SLOTS] per run and head.
+    """Scores of the slots n, n + N / RUNS, .. of some pages: a tuple with fp32 [PAGES, SLOTS] per run and head.
 
     A tile reads per page ``R`` runs of codes (int4: N/2 of them) and R pairs of scale and zero point, or with
     channel-major K a pair for every group; the page that is not full yet, in one tile of a request, reads R elements of
     each token's record.
     """
-    block = first_page + tl.arange(0, PAGES)
     slot = first_slot + tl.arange(0, SLOTS)
-    n_full = context_len // N if FORMAT is None else n_in_codes(context_len, N) // N
+    n_full = full_pages(context_len, N, FORMAT)
     page = tl.load(table + block, mask=block * N < context_len, other=0).to(tl.int64)
     full = block < n_full
     scores = (tl.zeros([PAGES, SLOTS], tl.float32),) * (HEADS * RUNS)
@@ -207,7 +212,7 @@ def score_tile(
             *(full, full[:, None] & (slot < N // 2)[None, :], RANKING, HEADS, R, N, CHANNELS),
         )
     n_rest = context_len - n_full * N
-    if (n_rest > 0) & (first_page <= n_full) & (n_full < first_page + PAGES):
+    if (n_rest > 0) & (tl.max((block == n_full).to(tl.int32), 0) > 0):
         STAGED: tl.constexpr = 0 if FORMAT is None else FORMAT.staged
         scores = score_records(
             *(scores, weights, channels, records, table, block, page, slot, block == n_full, n_rest, page_stride),
