@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -18,7 +17,7 @@ from vllm_sparq.attention_backends.steps.builder import PagedMetadataBuilder
 from vllm_sparq.backends import PRESETS
 from vllm_sparq.layout import BLOCK_SIZE_MULTIPLE
 from vllm_sparq.reads import HeadShape
-from vllm_sparq.scheduler.spec import page_spec
+from vllm_sparq.scheduler.spec import PagedSpec, page_spec
 
 
 class PagedBackend(AttentionBackend):
@@ -47,6 +46,8 @@ class PagedBackend(AttentionBackend):
 
     @staticmethod
     def get_supported_kernel_block_sizes(kv_cache_spec: KVCacheSpec | None = None) -> list[int | MultipleOf]:
+        if isinstance(kv_cache_spec, PagedSpec) and kv_cache_spec.block_size != kv_cache_spec.page_tokens:
+            return [kv_cache_spec.page_tokens]  # block tables name our pages then, several to a block
         return [MultipleOf(BLOCK_SIZE_MULTIPLE)]
 
     @classmethod
@@ -74,7 +75,6 @@ class PagedBackend(AttentionBackend):
             n_heads=config.model_config.get_num_attention_heads(config.parallel_config),
             n_kv_heads=spec.num_kv_heads,
         )
-        engine = replace(engine, block_size=spec.block_size)
         return page_spec(spec, engine.layout(heads, spec.dtype), engine.retention)
 
 

@@ -28,10 +28,12 @@ from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheSpec
 from vllm.v1.worker.utils import customize_attention_spec
 
 from vllm_sparq.attention_backends.engine import selected_backends
+from vllm_sparq.attention_backends.found import layers_by_backend, silence_refusal
 from vllm_sparq.attention_backends.keys import biased_projections
+from vllm_sparq.attention_backends.refusals import CANNOT_START
 from vllm_sparq.attention_backends.shared_pages import share_pages
 from vllm_sparq.scheduler.manager import register_specs
-from vllm_sparq.scheduler.spec import is_ours
+from vllm_sparq.scheduler.spec import is_ours, know_each_other
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +74,8 @@ class Capacity:
         max_concurrency: how many of these fit at once; vLLM's "maximum concurrency".
         n_tokens: their tokens; vLLM's "KV cache size".
         n_blocks: blocks of the pool, which all groups share.
-        groups: the layers.
+        groups: the layers that have a KV cache.
+        backends: name of a backend -> how many layers run on it.
         n_biased_keys: projections of the model that add a bias to K.
     """
 
@@ -82,6 +85,7 @@ class Capacity:
     n_tokens: int
     n_blocks: int
     groups: tuple[CacheGroup, ...]
+    backends: dict[str, int]
     n_biased_keys: int
 
 
@@ -111,6 +115,7 @@ def capacity(vllm_config: Any, memory_bytes: int) -> Capacity:
         n_tokens=n_tokens,
         n_blocks=config.num_blocks,
         groups=tuple(_group(group, vllm_config) for group in config.kv_cache_groups),
+        backends=layers_by_backend(vllm_config),
         n_biased_keys=n_biased_keys,
     )
 
@@ -130,7 +135,11 @@ def _group(group: Any, vllm_config: Any) -> CacheGroup:
 
 
 def layer_specs(vllm_config: Any) -> dict[str, KVCacheSpec]:
-    """The KV cache spec of every layer that has one, as a worker of this engine reports them."""
+    """The KV cache spec of every layer that has one, as a worker of this engine reports them.
+
+    Raises:
+        ValueError: no layer runs on the backend of ours that was selected.
+    """
     return _built(vllm_config)[0]
 
 
@@ -146,6 +155,9 @@ def _built(vllm_config: Any) -> tuple[dict[str, KVCacheSpec], int]:
         finally:
             for rope in set(_ROPE_DICT) - ropes:  # vLLM would give these, without their tables, to the next model
                 del _ROPE_DICT[rope]
+        refusal = silence_refusal(vllm_config, layers_by_backend(vllm_config))
+        if refusal is not None and selected_backends(vllm_config):
+            raise ValueError(CANNOT_START + refusal)
         layers: dict[str, Any] = get_layers_from_vllm_config(vllm_config, AttentionLayerBase)
         specs: dict[str, KVCacheSpec] = {}
         for name, layer in layers.items():
@@ -158,7 +170,7 @@ def _built(vllm_config: Any) -> tuple[dict[str, KVCacheSpec], int]:
             if spec is not None:
                 specs[name] = spec
         if selected_backends(vllm_config):
-            specs = share_pages(specs, vllm_config, lambda name: layers[name].get_attn_backend())
+            specs = know_each_other(share_pages(specs, vllm_config, lambda name: layers[name].get_attn_backend()))
         names = [layout.name for layout in get_supported_kv_cache_layouts(_backends(layers, specs))]
         layout = resolve_kv_cache_layout(vllm_config, [names], specs.values())
         vllm_config.cache_config.kv_cache_layout = layout.name

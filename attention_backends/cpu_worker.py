@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from vllm.logger import init_logger
+from vllm.v1.kv_cache_interface import FullAttentionSpec, group_kernel_blocks
 from vllm.v1.worker.cpu_worker import CPUWorker
 
 from vllm_sparq.attention_backends.worker import SparqWorkerMixin
@@ -16,6 +17,19 @@ logger = init_logger("vllm.sparq")
 
 class SparqCpuWorker(SparqWorkerMixin, CPUWorker):
     """Chosen by our platform in place of vLLM's default worker; a worker class of the user's own is left alone."""
+
+    def load_model(self, *args: Any, **kwargs: Any) -> None:
+        """As vLLM does; and its runner zeroes new blocks as it does on CUDA, whatever pages they are split into."""
+        super().load_model(*args, **kwargs)
+        self.model_runner._zero_block_ids = self._zero_block_ids
+
+    def _zero_block_ids(self, block_ids: list[int]) -> None:
+        """vLLM's CPU runner takes a block for a row of a layer's cache, where a block of ours may be several rows."""
+        config, layers = self.model_runner.kv_cache_config, self.vllm_config.compilation_config.static_forward_context
+        groups = [group for group in config.kv_cache_groups if isinstance(group.kv_cache_spec, FullAttentionSpec)]
+        caches = [layers[name].kv_cache for group in groups for name in group.layer_names if name in layers]
+        for cache in {cache.data_ptr(): cache for cache in caches if isinstance(cache, torch.Tensor)}.values():
+            group_kernel_blocks(cache, config.num_blocks)[block_ids] = 0
 
     def initialize_from_config(self, *args: Any, **kwargs: Any) -> Any:
         """Allocate the KV cache as vLLM does, then put 2 MB pages under it."""

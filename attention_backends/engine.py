@@ -31,8 +31,9 @@ LONG_CONTEXT = 32768
 """Tokens from which a context is long: sharing and allocating whole blocks of 256 tokens costs next to nothing then."""
 
 BLOCK_SIZE = "sparq_block_size"
-"""Our second key in vLLM's ``additional_config``, written by our platform for models that have sliding windows too:
-tokens per block of the full-attention layers. vLLM's own number becomes the smallest of all once it knows all."""
+"""Our second key in vLLM's ``additional_config``, written by our platform for models that have sliding windows or
+states too: tokens per page of the full-attention layers. vLLM's own number becomes the smallest of all kinds of layers
+once it knows all; or, beside layers with a state, as large as a state."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +43,7 @@ class PagedEngine:
     Attributes:
         backend: its name, lower case.
         options: what the user wrote, over what the backend stands for.
-        block_size: N, tokens per block.
+        block_size: N, tokens per page: a block of vLLM's, or a part of one beside layers with a state.
     """
 
     backend: str

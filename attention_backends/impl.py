@@ -15,7 +15,7 @@ from vllm.v1.attention.backend import AttentionImpl, AttentionType
 from vllm_sparq.attention_backends.engine import PagedEngine, on_platform, page_layout, rebind_refusal
 from vllm_sparq.attention_backends.flash import flash_choice, flash_prefill
 from vllm_sparq.attention_backends.keys import LEAST_TOKENS, MOST_NOISE, is_fragile, noise_of_codes, noise_warning
-from vllm_sparq.attention_backends.refusals import impl_refusals
+from vllm_sparq.attention_backends.refusals import CANNOT_START, impl_refusals
 from vllm_sparq.attention_backends.steps.evicting import EvictingMetadata
 from vllm_sparq.attention_backends.steps.requests import StepRequests
 from vllm_sparq.attention_backends.steps.rows import PagedMetadata, PrefillRows
@@ -52,7 +52,7 @@ class PagedImpl(AttentionImpl[PagedMetadata | EvictingMetadata]):
             sinks=sinks,
         )
         if refusals:
-            raise NotImplementedError("; ".join(refusals))
+            raise NotImplementedError(CANNOT_START + "; ".join(refusals))
         vllm_config: Any = get_current_vllm_config()
         engine = PagedEngine.of(vllm_config)
         assert engine is not None

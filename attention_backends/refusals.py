@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import torch
 from vllm import envs
+from vllm.platforms import current_platform
 from vllm.utils.import_utils import resolve_obj_by_qualname
 from vllm.utils.torch_utils import get_kv_cache_quant_algo_string
 
@@ -14,6 +16,7 @@ from vllm_sparq.config import Options, OptionsError, check_budget
 from vllm_sparq.layout import BLOCK_SIZE_MULTIPLE
 from vllm_sparq.reads import READS, SparseRead
 from vllm_sparq.retention import RETENTIONS
+from vllm_sparq.scheduler.spec import SHARED_POOL
 
 HEAD_SIZES = (64, 80, 96, 128, 256)
 """Head sizes the kernels are compiled for."""
@@ -23,6 +26,12 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 KV_CACHE_DTYPES = ("auto", "bfloat16", "float16")
 """Values of --kv-cache-dtype that mean the model's own type."""
 
+LEAST_CAPABILITY = 80
+"""Of a GPU, ten times: what our Triton kernels are compiled for in the tests."""
+
+CANNOT_START = "vllm-sparq cannot start: "
+"""What a refusal begins with, wherever it is raised; doctor looks for it in what vLLM makes of the exception."""
+
 DENSE = "use vLLM's own backend (leave --attention-backend out)"
 
 CONNECTOR = "a KV connector copies dense K and V, our pages hold more: start without "
@@ -31,7 +40,7 @@ CONNECTOR = "a KV connector copies dense K and V, our pages hold more: start wit
 def engine_refusals(vllm_config: Any) -> list[str]:
     """Reasons why an engine with this configuration cannot run on our backends; empty if it can."""
     reasons = _option_refusals(vllm_config)
-    reasons += _block_size_refusals(vllm_config.cache_config)
+    reasons += _block_size_refusals(vllm_config.cache_config) + _pressure_refusals(vllm_config)
     if vllm_config.model_config is not None:
         reasons += model_refusals(vllm_config.model_config, vllm_config.cache_config.cache_dtype)
     parallel = vllm_config.parallel_config
@@ -42,7 +51,7 @@ def engine_refusals(vllm_config: Any) -> list[str]:
     ):
         if size > 1:
             reasons.append(f"{flag} {size} splits a request's tokens over workers, which is not supported: set it to 1")
-    return reasons + _connector_refusals(vllm_config) + _switch_refusals(vllm_config)
+    return reasons + _connector_refusals(vllm_config) + _switch_refusals(vllm_config) + _device_refusals()
 
 
 def _connector_refusals(vllm_config: Any) -> list[str]:
@@ -62,6 +71,11 @@ def _switch_refusals(vllm_config: Any) -> list[str]:
         reasons.append(f"batch-invariant kernels (VLLM_BATCH_INVARIANT) are not supported: unset it, or {DENSE}")
     if vllm_config.attention_config.use_non_causal:
         reasons.append(f"non-causal attention (use_non_causal) is not supported: {DENSE}")
+    if vllm_config.parallel_config.use_ubatching:
+        reasons.append(
+            "steps that are cut into microbatches (--enable-dbo, --ubatch-size) are not supported: our layers know the "
+            "requests of whole steps; leave them out"
+        )
     speculative = vllm_config.speculative_config
     if speculative is not None and speculative.enable_adaptive_verification:
         reasons.append(
@@ -69,6 +83,16 @@ def _switch_refusals(vllm_config: Any) -> list[str]:
             "--speculative-config"
         )
     return reasons
+
+
+def _device_refusals() -> list[str]:
+    """GPUs that our kernels are not compiled for."""
+    if not current_platform.is_cuda() or current_platform.has_device_capability(LEAST_CAPABILITY):
+        return []
+    found = current_platform.get_device_capability()
+    name = "unknown" if found is None else f"{found.major}.{found.minor}"
+    least = f"{LEAST_CAPABILITY // 10}.{LEAST_CAPABILITY % 10}"
+    return [f"this GPU has compute capability {name}, and our kernels need {least} (Ampere) or newer: {DENSE}"]
 
 
 def worker_refusals(worker_cls: str, ours: str) -> list[str]:
@@ -162,6 +186,17 @@ def _format_refusals(vllm_config: Any, engine: PagedEngine) -> list[str]:
     return reasons
 
 
+def _pressure_refusals(vllm_config: Any) -> list[str]:
+    """Models whose layers are of several kinds, before they are loaded; the scheduler finds all others."""
+    model, engine = vllm_config.model_config, None
+    with contextlib.suppress(ValueError):  # refused on its own account
+        engine = PagedEngine.of(vllm_config)
+    if engine is None or model is None or engine.options.pressure != "evict":
+        return []
+    kinds = set(getattr(model.hf_text_config, "layer_types", None) or ())
+    return [SHARED_POOL] if model.is_hybrid or len(kinds) > 1 else []
+
+
 def _block_size_refusals(cache_config: Any) -> list[str]:
     size = cache_config.block_size
     if size is None or size % BLOCK_SIZE_MULTIPLE == 0:
@@ -251,13 +286,11 @@ def _attention_refusals(model_config: Any) -> list[str]:
     config = model_config.hf_text_config
     reasons = []
     kinds = getattr(config, "layer_types", None) or []
-    if kinds and "full_attention" not in kinds and "attention" not in kinds:
+    if kinds and set(kinds) <= {"sliding_attention", "chunked_attention"}:
         reasons.append(
             f"no layer has full attention (layer_types: {', '.join(sorted(set(kinds)))}), so there is nothing to read "
             f"sparsely or to store smaller: {DENSE}"
         )
-    if model_config.is_hybrid:
-        reasons.append(f"layers with a state beside attention (state spaces, convolutions) are not supported: {DENSE}")
     chunk, window = model_config.attention_chunk_size, model_config.rswa_window
     if chunk is not None:
         reasons.append(f"attention within chunks (attention_chunk_size={chunk}) is not supported: {DENSE}")

@@ -207,7 +207,7 @@ def share_pages(
                 n_layers=len(ours),
                 block_size=full.block_size,
                 page_bytes=full.unpadded_page_size_bytes,
-                n_staging_blocks=getattr(full, "n_staging_blocks", 0),
+                n_staging_blocks=getattr(full, "n_staging_pages", 0),
                 n_tokens=n_tokens,
             )
         ],

@@ -6,14 +6,17 @@ from typing import Any
 
 import torch
 from vllm.config import set_current_vllm_config
+from vllm.distributed.parallel_state import get_pp_group
 from vllm.logger import init_logger
 
 from vllm_sparq.attention_backends.engine import selected_backends
+from vllm_sparq.attention_backends.found import layers_by_backend, silence_refusal
 from vllm_sparq.attention_backends.keys import bias_warning, biased_projections, is_fragile
-from vllm_sparq.attention_backends.refusals import engine_refusals
+from vllm_sparq.attention_backends.refusals import CANNOT_START, engine_refusals
 from vllm_sparq.attention_backends.shared_pages import share_pages
 from vllm_sparq.attention_backends.steps.requests import StepRequests
 from vllm_sparq.retention import PHASES
+from vllm_sparq.scheduler.spec import know_each_other
 
 logger = init_logger("vllm.sparq")
 
@@ -53,12 +56,14 @@ class SparqWorkerMixin(AttentionReport):
         """As vLLM does, and let our layers ask the model runner about requests.
 
         Raises:
-            ValueError: vLLM has made of the configuration, since our platform looked at it, what cannot be served.
+            ValueError: vLLM has made of the configuration, since our platform looked at it, what cannot be served; or
+                no layer of the loaded model runs on a backend of ours.
         """
         refusals = engine_refusals(self.vllm_config)  # type: ignore[attr-defined]
         if refusals and selected_backends(self.vllm_config):  # type: ignore[attr-defined]
-            raise ValueError("vllm-sparq cannot start: " + "; ".join(refusals))
+            raise ValueError(CANNOT_START + "; ".join(refusals))
         super().load_model(*args, **kwargs)  # type: ignore[misc]
+        self._check_found()
         self._requests = StepRequests(self.model_runner)  # type: ignore[attr-defined]
         for layer in self.vllm_config.compilation_config.static_forward_context.values():  # type: ignore[attr-defined]
             if hasattr(getattr(layer, "impl", None), "requests"):
@@ -71,7 +76,8 @@ class SparqWorkerMixin(AttentionReport):
     def _warn_of_biases(self) -> None:
         """Where blocks are stored in a format that the biases of this model's K do not fit into."""
         layers = self.vllm_config.compilation_config.static_forward_context.values()  # type: ignore[attr-defined]
-        formats = {impl.options.format for layer in layers if is_fragile_impl(impl := getattr(layer, "impl", None))}
+        impls = [layer.impl for layer in layers if is_fragile_impl(getattr(layer, "impl", None))]
+        formats = {impl.options.format for impl in impls}
         n_biased = biased_projections(self.get_model()) if formats else 0  # type: ignore[attr-defined]
         for name in formats if n_biased else ():
             logger.warning_once(bias_warning(name, n_biased))
@@ -103,13 +109,29 @@ class SparqWorkerMixin(AttentionReport):
         runner.gather_batch_req_state, runner.prepare_attn = gather_batch_req_state, prepare_attn
         runner.prepare_dummy_attn = prepare_dummy_attn
 
+    def _check_found(self) -> None:
+        """That a layer of the model, be it in another stage of the pipeline, runs on a backend of ours."""
+        config = self.vllm_config  # type: ignore[attr-defined]
+        if not selected_backends(config):
+            return
+        found, stages = layers_by_backend(config), get_pp_group()
+        if stages.world_size > 1:
+            of_stages: list[dict[str, int]] = [{}] * stages.world_size
+            torch.distributed.all_gather_object(of_stages, found, group=stages.cpu_group)
+            names = sorted({name for stage in of_stages for name in stage})
+            found = {name: sum(stage.get(name, 0) for stage in of_stages) for name in names}
+        refusal = silence_refusal(config, found)
+        if refusal is not None:
+            raise ValueError(CANNOT_START + refusal)
+
     def _share_pages(self) -> None:
         """Let the model runner, whoever asks it for KV cache specs, answer with ones that share pages."""
         runner, config = self.model_runner, self.vllm_config  # type: ignore[attr-defined]
         specs_of_layers, layers = runner.get_kv_cache_spec, config.compilation_config.static_forward_context
 
         def get_kv_cache_spec() -> Any:
-            return share_pages(specs_of_layers(), config, lambda name: layers[name].get_attn_backend())
+            specs = share_pages(specs_of_layers(), config, lambda name: layers[name].get_attn_backend())
+            return know_each_other(specs)
 
         runner.get_kv_cache_spec = get_kv_cache_spec
 

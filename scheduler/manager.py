@@ -8,14 +8,15 @@ from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
 from vllm_sparq.retention import Phase, Retention
-from vllm_sparq.scheduler.spec import RetainedSpec, StagedSpec
+from vllm_sparq.scheduler.spec import PagedSpec, RetainedSpec, StagedSpec
 
 
 class StagingManager(FullAttentionManager):
     """Full attention, with blocks in front of every request in which its newest, unquantized block is staged.
 
-    A request of S tokens holds ``ceil(S / N) + n_staging_blocks`` blocks. Blocks after the newest are never full, so
-    they are never shared: what is staged in them belongs to the request alone, and goes when its blocks go.
+    A request of S tokens holds ``ceil(S / N) + n_staging_pages`` pages, in whole blocks. Blocks that hold pages after
+    the newest are never full, so they are never shared: what is staged in them belongs to the request alone, and goes
+    when its blocks go.
     """
 
     supports_fine_grained_hash_lookup: ClassVar[bool] = False
@@ -35,9 +36,9 @@ class StagingManager(FullAttentionManager):
         return num_tokens
 
     def _with_staging(self, num_tokens: int) -> int:
-        """As if the request had so many tokens more that the staging blocks were theirs."""
+        """As if the request had so many tokens more that the staging pages were theirs."""
         spec: Any = self.kv_cache_spec
-        n_tokens: int = num_tokens + spec.n_staging_blocks * self.block_size
+        n_tokens: int = spec.with_staging(num_tokens)
         return n_tokens
 
     def _cache_partial_tail_block(self, *args: Any, **kwargs: Any) -> None:
@@ -50,6 +51,9 @@ class RetainingManager(StagingManager):
     They go back in the very step that evicts. That is safe because a step evicts before it writes, in each layer: the
     worker, which is not told, still knows the blocks and reads them first; only then may their next owner write. And
     since the request never grows beyond its budget again, nobody looks at those entries of its block table later.
+
+    Where layers of another kind have their blocks in the same memory, one of them may write, or vLLM may zero a block,
+    before a layer of ours has evicted: there blocks go back a step later.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -80,7 +84,9 @@ class RetainingManager(StagingManager):
             )
         if processed_computed_tokens >= num_prompt_tokens:
             self.answering.add(request_id)
-            self.give_back(request_id)
+            spec: Any = self.kv_cache_spec
+            if processed_computed_tokens > num_prompt_tokens or not spec.shares_pool:
+                self.give_back(request_id)
 
     def give_back(self, request_id: str) -> int:
         """Return the blocks of an answering request beyond its budget to the pool; how many these were."""
@@ -124,5 +130,6 @@ def register_specs() -> None:
     """Make our specs known to vLLM; safe to call twice."""
     # Registering into an empty table would keep vLLM from ever adding its own.
     KVCacheSpecRegistry._ensure_registered()
+    KVCacheSpecRegistry.register(PagedSpec, FullAttentionManager, uniform_type_base_spec=PagedSpec)
     KVCacheSpecRegistry.register(StagedSpec, StagingManager, uniform_type_base_spec=StagedSpec)
     KVCacheSpecRegistry.register(RetainedSpec, RetainingManager, uniform_type_base_spec=RetainedSpec)

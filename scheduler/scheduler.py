@@ -24,6 +24,7 @@ from vllm_sparq.counters import Counters
 from vllm_sparq.retention import PHASES
 from vllm_sparq.scheduler.manager import RetainingManager
 from vllm_sparq.scheduler.prompts import PromptCachingMixin
+from vllm_sparq.scheduler.spec import SHARED_POOL
 
 if TYPE_CHECKING:
     from vllm.v1.request import Request
@@ -52,6 +53,8 @@ class EvictingMixin:
                 f"{type(self).__name__} takes blocks from requests that may evict, and none may here: select "
                 "--attention-backend h2o or streaming (or a retention), or leave --scheduler-cls out"
             )
+        if any(manager.kv_cache_spec.shares_pool for manager in self._managers):
+            raise ValueError(f"vllm-sparq cannot start: {SHARED_POOL}")
         if any(manager.retention != self._managers[0].retention for manager in self._managers):
             raise ValueError(
                 "cache groups that keep different numbers of tokens cannot give blocks: use pressure 'preempt'"
@@ -102,11 +105,11 @@ class EvictingMixin:
         growing no further.
         """
         candidates = (*self._granted, asking)
-        spare = [self._spare_blocks(request, asking=request is asking) for request in candidates]
-        if not any(spare):
+        room = [self._spare_room(request, asking=request is asking) for request in candidates]
+        if not any(room):
             return False
-        request, manager = candidates[spare.index(max(spare))], self._managers[0]
-        budget, position = (max(spare) - 1) * manager.block_size, request.num_computed_tokens
+        request, manager = candidates[room.index(max(room))], self._managers[0]
+        budget, position = max(room) - manager.block_size, request.num_computed_tokens
         phase = manager.retention.shrunk(manager.phase(request.request_id), position, budget)
         self.n_tokens_evicted += manager.retention.arrival(position, 0, phase).n_evicted
         for manager in self._managers:  # all cache groups keep the same number of tokens
@@ -114,18 +117,19 @@ class EvictingMixin:
             self.n_blocks_taken += manager.give_back(request.request_id)
         return True
 
-    def _spare_blocks(self, request: Request, *, asking: bool) -> int:
-        """Blocks for tokens that a request holds or asks for in each cache group, if one less will do; else 0."""
+    def _spare_room(self, request: Request, *, asking: bool) -> int:
+        """Tokens for which a request holds, or asks for, blocks in each cache group, if one less will do; else 0."""
         manager = self._managers[0]
         if request.request_id not in manager.answering:
             return 0
         budget, size = manager.phase(request.request_id).budget, manager.block_size
         spec: Any = manager.kv_cache_spec
-        n_held = len(manager.req_to_blocks[request.request_id]) - spec.n_staging_blocks
-        n_blocks = n_held + 1 if asking and n_held * size < budget else n_held
+        room: int = len(manager.req_to_blocks[request.request_id]) * size - spec.n_staging_pages * spec.page_tokens
+        if asking and room < budget:
+            room += size
         would_keep = min(manager.retention.budget_of(request.num_prompt_tokens), request.num_computed_tokens)
         least = max(manager.retention.least_budget, would_keep // LEAST_SHARE)
-        return n_blocks if (n_blocks - 1) * size >= least else 0
+        return room if room - size >= least else 0
 
 
 class EvictingScheduler(EvictingMixin, PromptCachingMixin, Scheduler):

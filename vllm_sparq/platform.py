@@ -46,11 +46,13 @@ class SparqPlatformMixin:
             substitute = super().get_attn_backend_cls(None, attn_selector_config, num_heads, **kwargs)  # type: ignore[misc]
             logger.info_once("sliding-window layers run on %s, full-attention layers on %s", substitute, name)
             return str(substitute)
-        from vllm_sparq.attention_backends.refusals import layer_refusals
+        from vllm_sparq.attention_backends.refusals import CANNOT_START, layer_refusals
 
         refusals = layer_refusals(attn_selector_config)
         if refusals:
-            raise ValueError(f"--attention-backend {name.lower()} cannot serve this model: " + "; ".join(refusals))
+            raise ValueError(
+                f"{CANNOT_START}--attention-backend {name.lower()} cannot serve this model: {'; '.join(refusals)}"
+            )
         return BACKENDS[name]
 
     @classmethod
@@ -62,7 +64,7 @@ class SparqPlatformMixin:
         """
         super().check_and_update_config(vllm_config)  # type: ignore[misc]
         from vllm_sparq.attention_backends.engine import selected_backends
-        from vllm_sparq.attention_backends.refusals import engine_refusals, worker_refusals
+        from vllm_sparq.attention_backends.refusals import CANNOT_START, engine_refusals, worker_refusals
 
         if not selected_backends(vllm_config):
             return
@@ -74,7 +76,7 @@ class SparqPlatformMixin:
         if parallel.worker_cls != ours:
             refusals += worker_refusals(parallel.worker_cls, ours)
         if refusals:
-            raise ValueError("vllm-sparq cannot start: " + "; ".join(refusals))
+            raise ValueError(CANNOT_START + "; ".join(refusals))
         cls._arrange_eviction(vllm_config)
         cls._choose_scheduler(vllm_config)
 
@@ -97,7 +99,9 @@ class SparqPlatformMixin:
             if not cache.user_specified_block_size:
                 shared = preferred_with_windows(vllm_config, engine, partial(cls._window_backend, vllm_config))
                 cache.block_size = shared or preferred_block_size(engine.options, model.max_model_len)
-        if "sliding_attention" in (getattr(model.hf_text_config, "layer_types", None) or ()):
+        if getattr(model, "is_hybrid", False) or "sliding_attention" in (
+            getattr(model.hf_text_config, "layer_types", None) or ()
+        ):
             given: Any = vllm_config.additional_config or {}
             vllm_config.additional_config = {**given, BLOCK_SIZE: cache.block_size}
 
@@ -115,12 +119,17 @@ class SparqPlatformMixin:
     def update_block_size_for_backend(cls, vllm_config: VllmConfig) -> None:
         """As vLLM does, but the block size that we have chosen stays.
 
-        Where backends are mixed, vLLM takes the smallest size that all of them take, for all layers.
+        Where backends are mixed, vLLM takes the smallest size that all of them take, for all layers. Beside layers with
+        a state it asks what a token takes, of a backend that must know the engine to tell, and makes blocks as large as
+        a state: of whole pages of ours (`PagedSpec`).
         """
+        from vllm.config import set_current_vllm_config
+
         from vllm_sparq.attention_backends.engine import selected_backends
 
         chosen = vllm_config.cache_config.block_size
-        super().update_block_size_for_backend(vllm_config)  # type: ignore[misc]
+        with set_current_vllm_config(vllm_config):
+            super().update_block_size_for_backend(vllm_config)  # type: ignore[misc]
         model = vllm_config.model_config
         if model is not None and selected_backends(vllm_config) and not model.is_hybrid:
             vllm_config.cache_config.block_size = chosen

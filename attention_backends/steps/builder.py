@@ -19,7 +19,7 @@ from typing import Any, ClassVar
 import torch
 from vllm.config import VllmConfig
 from vllm.v1.attention.backend import AttentionCGSupport, AttentionMetadataBuilder, CommonAttentionMetadata
-from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec
+from vllm.v1.kv_cache_interface import AttentionSpec
 
 from vllm_sparq.attention_backends.engine import PagedEngine
 from vllm_sparq.attention_backends.steps.arrivals import Arrivals, Phases, arrivals, on_device
@@ -40,8 +40,9 @@ class PagedMetadataBuilder(AttentionMetadataBuilder[PagedMetadata | EvictingMeta
         self, kv_cache_spec: AttentionSpec, layer_names: list[str], vllm_config: VllmConfig, device: torch.device
     ) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
-        self._init_reorder_batch_threshold(1, supports_spec_as_decode=type(kv_cache_spec) is FullAttentionSpec)
-        self.drafts = DraftTables(vllm_config, self.most_rows, device)
+        self._init_reorder_batch_threshold(1, supports_spec_as_decode=not isinstance(kv_cache_spec, StagedSpec))
+        n_requests = most_requests(vllm_config)
+        self.drafts = DraftTables(n_requests * self.most_rows, device)
         engine = PagedEngine.of(vllm_config)
         assert engine is not None
         self.options = engine.options
@@ -49,7 +50,6 @@ class PagedMetadataBuilder(AttentionMetadataBuilder[PagedMetadata | EvictingMeta
         self.max_model_len = vllm_config.model_config.max_model_len
         self.phases = Phases(device)
         # Where a captured graph looks for the lengths of the step that replays it.
-        n_requests = vllm_config.scheduler_config.max_num_seqs
         self.arrivals = torch.zeros(len(Arrivals._fields), n_requests, dtype=torch.int32, device=device)
 
     def build(
@@ -89,7 +89,7 @@ class PagedMetadataBuilder(AttentionMetadataBuilder[PagedMetadata | EvictingMeta
     @classmethod
     def get_cudagraph_support(cls, vllm_config: VllmConfig, kv_cache_spec: Any) -> AttentionCGSupport:
         """Steps of decodes, with drafts where they are decodes too."""
-        if type(kv_cache_spec) is FullAttentionSpec:
+        if not isinstance(kv_cache_spec, StagedSpec):
             return cls._cudagraph_support
         return AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
 
@@ -111,6 +111,12 @@ class PagedMetadataBuilder(AttentionMetadataBuilder[PagedMetadata | EvictingMeta
         prompt_lens = self.requests.prompt_lens_of(step)
         turns = plan_turns(starts, seq_lens, prompt_lens.tolist(), phases, spec.retention)
         return take_turns(turns, step.block_table_tensor, spec, self.options)
+
+
+def most_requests(vllm_config: VllmConfig) -> int:
+    """Requests of a step, with the padding of the largest graph."""
+    padded = vllm_config.compilation_config.max_cudagraph_capture_size
+    return max(vllm_config.scheduler_config.max_num_seqs, padded or 0)
 
 
 def requests_of(vllm_config: VllmConfig, layer_names: list[str]) -> StepRequests:

@@ -6,8 +6,6 @@ rows, worked out on the device into tensors that stay in their place, where a ca
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
@@ -18,11 +16,11 @@ class DraftTables:
     """Block tables and lengths by row.
 
     Args:
-        most_rows: of one request.
+        n_rows: most of a step.
+        device: where kernels look for them.
     """
 
-    def __init__(self, vllm_config: Any, most_rows: int, device: torch.device) -> None:
-        n_rows = vllm_config.scheduler_config.max_num_seqs * most_rows
+    def __init__(self, n_rows: int, device: torch.device) -> None:
         self._index = torch.arange(n_rows, dtype=torch.int32, device=device)
         self._seq_lens = torch.zeros(n_rows, dtype=torch.int32, device=device)
         self._table = torch.zeros(n_rows, 0, dtype=torch.int32, device=device)

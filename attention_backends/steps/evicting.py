@@ -79,7 +79,7 @@ def answer_turn(
 ) -> EvictingMetadata:
     """A step of decodes: one turn, planned without knowing how many tokens go, so that a CUDA graph can hold it."""
     table = step.block_table_tensor
-    n_blocks = -(-spec.retention.budget_of(max_model_len) // spec.block_size) + spec.n_staging_blocks
+    n_blocks = -(-spec.retention.budget_of(max_model_len) // spec.block_size) + spec.n_staging_pages
     eviction = Eviction(
         block_table=table,
         seq_lens=arrivals.held,
@@ -170,7 +170,7 @@ def _turn(shares: list[Share], block_table: torch.Tensor, spec: RetainedSpec, op
     seq_lens, query_start_loc = [share.seq_len for share in shares], int32(starts)
     prefill = None
     if n_decodes < len(shares):
-        if spec.n_staging_blocks:
+        if spec.n_staging_pages:
             prefill, _ = staged_rows(starts, seq_lens, table, n_decodes, None, spec, options)
         else:
             prefill = PrefillRows(

@@ -49,8 +49,7 @@ class Known:
 def build(common: Any, most_rows: int = 1) -> PagedMetadata:
     builder = object.__new__(PagedMetadataBuilder)
     builder.options, builder.requests, builder.reorder_batch_threshold = Options(), Known(), most_rows
-    config = SimpleNamespace(scheduler_config=SimpleNamespace(max_num_seqs=8))
-    builder.drafts = DraftTables(config, most_rows, torch.device("cpu"))
+    builder.drafts = DraftTables(8 * most_rows, torch.device("cpu"))
     builder.kv_cache_spec = FullAttentionSpec(block_size=16, num_kv_heads=1, head_size=16, dtype=torch.float32)
     return builder.build(0, common)
 

@@ -11,9 +11,11 @@ POISON = 0xFF
 
 
 def caches(llm: Any) -> list[Any]:
-    """The KV tensor of every layer of ours, uint8 [P, G, N, bytes per token]."""
+    """The KV tensor of every layer of ours, uint8 [blocks, pages, G, N, bytes per token]."""
     layers = llm.llm_engine.vllm_config.compilation_config.static_forward_context.values()
-    return [layer.kv_cache for layer in layers if type(layer.impl).__name__ == "PagedImpl"]
+    ours = [layer.kv_cache for layer in layers if type(getattr(layer, "impl", None)).__name__ == "PagedImpl"]
+    n_blocks = llm.llm_engine.vllm_config.cache_config.num_gpu_blocks
+    return [cache.unflatten(0, (n_blocks, -1)) for cache in ours]
 
 
 def unowned(pool: Any) -> list[int]:

@@ -11,7 +11,7 @@ import pytest
 pytestmark = pytest.mark.engine
 
 FULL, WINDOW = "full_attention", "sliding_attention"
-MODELS = {"plain": [FULL] * 4, "1:1": [WINDOW, FULL] * 2, "5:1": [WINDOW] * 5 + [FULL]}
+MODELS = {"plain": [FULL] * 4, "1:1": [WINDOW, FULL] * 2, "5:1": [WINDOW] * 5 + [FULL], "full first": [FULL, WINDOW]}
 MEMORY = 48 << 20
 ARGUMENTS: dict[str, Any] = dict(
     dtype="bfloat16", max_model_len=2048, max_num_batched_tokens=2048, skip_tokenizer_init=True, load_format="dummy"
@@ -65,7 +65,7 @@ def capacity_of(folder: Path, backend: str, options: dict[str, Any], memory_byte
 
 
 RUNNING = [("plain", DENSE), ("1:1", DENSE), *((model, METHODS["int4"]) for model in MODELS), ("5:1", METHODS["kivi4"])]
-RUNNING += [("1:1", METHODS["h2o over int4"]), ("1:1", ("sparq", {}))]
+RUNNING += [("1:1", METHODS["h2o over int4"]), ("1:1", ("sparq", {})), ("full first", METHODS["h2o over int4"])]
 
 
 @pytest.mark.parametrize(("model", "method"), RUNNING, ids=lambda value: value if isinstance(value, str) else value[0])

@@ -108,6 +108,17 @@ CASES: dict[str, Case] = {
         r"pressure='evict' is the work of our scheduler.*leave it out",
         scheduler_cls="vllm.v1.core.sched.async_scheduler.AsyncScheduler",
     ),
+    "pressure beside windows": Case(
+        r"pressure='evict' hands a block over.*use pressure 'preempt'",
+        model=dict(
+            architectures=["Gemma3ForCausalLM"],
+            model_type="gemma3_text",
+            query_pre_attn_scalar=64,
+            sliding_window=512,
+            layer_types=["sliding_attention", "full_attention"] * 2,
+        ),
+        options={**EVICTING, "pressure": "evict"},
+    ),
     "two backends": arguments(
         r"the backends kivi and sparq are presets of the same options and cannot be mixed: select one",
         attention_config={"backend": "SPARQ", "backend_per_kind": {"sliding_window": "KIVI"}},
@@ -202,11 +213,13 @@ CASES: dict[str, Case] = {
         sliding_window=128,
         layer_types=["sliding_attention", "full_attention"] * 2,
     ),
-    "state spaces": model(
-        rf"layers with a state beside attention.*are not supported{DENSE}",
-        architectures=["Lfm2ForCausalLM"],
-        model_type="lfm2",
-        layer_types=["conv", "full_attention"] * 2,
+    "no attention": model(
+        rf"the model has no attention layers{DENSE}",
+        architectures=["Mamba2ForCausalLM"],
+        model_type="mamba2",
+        num_heads=10,
+        head_dim=64,
+        state_size=16,
     ),
     "attention within chunks": model(
         rf"attention within chunks \(attention_chunk_size=512\) is not supported{DENSE}",
@@ -322,7 +335,8 @@ def test_doctor_refuses_the_same_models(name: str, tmp_path: Path, capsys: pytes
     from vllm_sparq.cli import main
 
     folder = altered(tmp_path, CASES[name].model)
-    assert main(["doctor", "--quick", "--json", "--model", str(folder)]) == 1
+    options = ["--options", json.dumps(CASES[name].options)] if CASES[name].options else []
+    assert main(["doctor", "--quick", "--json", "--model", str(folder), *options]) == 1
     sections = json.loads(capsys.readouterr().out)["sections"]
     wrong = [line["text"] for section in sections for line in section["findings"] if line["mark"] == "✗"]
     assert any(re.search(CASES[name].message, text) for text in wrong), wrong

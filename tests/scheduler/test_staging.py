@@ -5,7 +5,7 @@ from __future__ import annotations
 import pickle
 import subprocess
 import sys
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 import pytest
@@ -16,28 +16,37 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from vllm import SamplingParams
 from vllm.utils.hashing import sha256
 from vllm.v1.core.kv_cache_manager import KVCacheManager
-from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
-from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
+from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash, is_kv_cache_spec_uniform
+from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec, SlidingWindowSpec
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 from vllm.v1.request import Request
 
+from vllm_sparq.attention_backends.backend import PagedBackend
 from vllm_sparq.layout import PageLayout, Pages
 from vllm_sparq.ops.codec import decode_page, encode_page
 from vllm_sparq.ops.dense_decode.reference import cached_tokens
 from vllm_sparq.ops.write.reference import write
 from vllm_sparq.scheduler.manager import StagingManager, register_specs
-from vllm_sparq.scheduler.spec import StagedSpec, page_spec
+from vllm_sparq.scheduler.spec import PagedSpec, StagedSpec, page_spec
 
 N_BLOCKS = 24
 MAX_LEN = 160
 LAYOUT = PageLayout(head_size=16, block_size=16, dtype=torch.float32, format="int4", value_sum=True)
-PLAIN = FullAttentionSpec(block_size=16, num_kv_heads=1, head_size=16, dtype=torch.float32)
+KV: dict[str, Any] = dict(block_size=16, num_kv_heads=1, head_size=16, dtype=torch.float32)
+PLAIN = FullAttentionSpec(**KV)
 
 
-def new_manager() -> KVCacheManager:
-    spec = page_spec(PLAIN, LAYOUT)
-    config = KVCacheConfig(N_BLOCKS, [], [KVCacheGroupSpec(["layer"], spec)])
-    return KVCacheManager(config, MAX_LEN, scheduler_block_size=16, hash_block_size=16, enable_caching=True)
+def new_manager(n_blocks: int = N_BLOCKS, block_size: int = 16) -> KVCacheManager:
+    spec = page_spec(replace(PLAIN, block_size=block_size), LAYOUT)
+    config = KVCacheConfig(n_blocks, [], [KVCacheGroupSpec(["layer"], spec)])
+    sizes = dict(scheduler_block_size=block_size, hash_block_size=block_size)
+    return KVCacheManager(config, MAX_LEN, **sizes, enable_caching=True)
+
+
+def pages_of(blocks: list[int], pages_per_block: int) -> list[int]:
+    """The pages that lie side by side in these blocks, as vLLM's workers number them."""
+    return [block * pages_per_block + page for block in blocks for page in range(pages_per_block)]
 
 
 def content(tokens: list[int]) -> torch.Tensor:
@@ -60,11 +69,15 @@ def as_read(kv: torch.Tensor) -> torch.Tensor:
 class Staging(RuleBasedStateMachine):
     """Requests that share prefixes come, grow in chunks, are preempted, come back and go, on too small a pool."""
 
+    n_blocks, pages_per_block = N_BLOCKS, 1
+
     def __init__(self) -> None:
         super().__init__()
         init_none_hash(sha256)
-        self.manager = new_manager()
-        self.pages = Pages(torch.full((N_BLOCKS, 1, LAYOUT.page_bytes), 0xFF, dtype=torch.uint8), LAYOUT)
+        self.block_size = 16 * self.pages_per_block
+        self.manager = new_manager(self.n_blocks, self.block_size)
+        n_pages = self.n_blocks * self.pages_per_block
+        self.pages = Pages(torch.full((n_pages, 1, LAYOUT.page_bytes), 0xFF, dtype=torch.uint8), LAYOUT)
         self.running: list[Request] = []
         self.waiting: list[Request] = []
         self.rows: dict[str, list[int]] = {}  # the worker's block table: it is appended to and nothing else
@@ -78,7 +91,7 @@ class Staging(RuleBasedStateMachine):
         """A prompt from one of four families, so that prefixes meet."""
         self.n_made += 1
         prompt = [shared + i % 5 for i in range(length)]
-        hasher = get_request_block_hasher(16, sha256)
+        hasher = get_request_block_hasher(self.block_size, sha256)
         sampling = SamplingParams(max_tokens=MAX_LEN - length, ignore_eos=True)
         sampling.update_from_generation_config({}, 2)
         self.waiting.append(Request(f"r{self.n_made}", prompt, sampling, None, block_hasher=hasher))
@@ -91,7 +104,7 @@ class Staging(RuleBasedStateMachine):
         n_new = min(chunk, request.num_tokens - n_hit)
         if self.manager.allocate_slots(request, n_new, n_hit, hit) is None:
             return
-        assert n_hit % 16 == 0
+        assert n_hit % self.block_size == 0
         self.waiting.pop(0)
         self.running.append(request)
         self.rows[request.request_id] = list(self.manager.get_block_ids(request.request_id)[0])
@@ -139,7 +152,10 @@ class Staging(RuleBasedStateMachine):
         request.num_computed_tokens = stop
 
     def table(self, request: Request) -> torch.Tensor:
-        return torch.tensor([self.rows[request.request_id]], dtype=torch.int32)
+        return torch.tensor([self.row(request)], dtype=torch.int32)
+
+    def row(self, request: Request) -> list[int]:
+        return pages_of(self.rows[request.request_id], self.pages_per_block)
 
     @invariant()
     def everybody_reads_what_they_wrote(self) -> None:
@@ -150,19 +166,27 @@ class Staging(RuleBasedStateMachine):
             torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
     @invariant()
-    def staging_blocks_belong_to_one_request(self) -> None:
+    def staging_pages_belong_to_one_request(self) -> None:
         owners: dict[int, int] = {}
         for request in self.running:
-            row = self.rows[request.request_id]
+            row = self.row(request)
             newest = (request.num_computed_tokens - 1) // 16
             assert len(row) >= newest + 1 + LAYOUT.n_staging_blocks
-            for block in row[newest:]:
-                owners[block] = owners.get(block, 0) + 1
+            for page in row[newest:]:
+                owners[page] = owners.get(page, 0) + 1
         assert all(n == 1 for n in owners.values())
+
+
+class StagingInLargeBlocks(Staging):
+    """Blocks of three pages, as beside layers with a state."""
+
+    n_blocks, pages_per_block = 10, 3
 
 
 TestStaging = pytest.mark.slow(Staging.TestCase)
 TestStaging.settings = settings(max_examples=60, stateful_step_count=60, deadline=None)
+TestStagingInLargeBlocks = pytest.mark.slow(StagingInLargeBlocks.TestCase)
+TestStagingInLargeBlocks.settings = settings(max_examples=40, stateful_step_count=60, deadline=None)
 
 
 def test_spec_counts_the_staging_blocks() -> None:
@@ -170,7 +194,7 @@ def test_spec_counts_the_staging_blocks() -> None:
     assert isinstance(spec, StagedSpec)
     # A page: 16 tokens of 2 x 8 bytes of codes and 2 x 8 bytes of scales, and 64 bytes of the sum of V: 576. A token in
     # full is 2 x 16 x 4 = 128 bytes: 4 fit into a page, so 16 need 4 pages.
-    assert (spec.page_size_bytes, spec.staged_per_page, spec.n_staging_blocks) == (576, 4, 4)
+    assert (spec.page_size_bytes, spec.staged_per_page, spec.n_staging_pages) == (576, 4, 4)
 
     class Model:
         max_model_len = 100
@@ -185,6 +209,22 @@ def test_spec_counts_the_staging_blocks() -> None:
     assert spec.max_num_blocks_per_req(Config, 100) == 7 + 4
 
 
+def test_a_block_of_several_pages() -> None:
+    """At 100 tokens: 7 pages and 4 ahead are 3 blocks of 4 pages; a page is as large as ever."""
+    spec: Any = page_spec(replace(PLAIN, block_size=64), LAYOUT)
+    assert (spec.page_size_bytes, spec.page_tokens, spec.n_staging_pages) == (4 * 576, 16, 4)
+    assert [spec.n_blocks(n) for n in (1, 16, 100, 128, 129)] == [2, 2, 3, 3, 4]
+    assert spec.copy_with_new_block_size(16) == page_spec(PLAIN, LAYOUT)
+    assert PagedBackend.get_supported_kernel_block_sizes(spec) == [16]
+    plain = page_spec(replace(PLAIN, block_size=64), PageLayout(head_size=16, block_size=16, dtype=torch.float32))
+    assert type(plain) is PagedSpec
+    assert type(plain).merge([plain, plain]) == plain
+    assert PagedBackend.get_supported_kernel_block_sizes(plain) == [16]
+    assert KVCacheSpecRegistry.get_manager_class(plain) is FullAttentionManager
+    one_token = page_spec(replace(PLAIN, block_size=1), LAYOUT)  # vLLM's question before it chooses a block size
+    assert one_token.page_size_bytes * 16 == 576
+
+
 def test_merged_specs_keep_their_fields() -> None:
     spec = page_spec(PLAIN, LAYOUT)
     merged = type(spec).merge([spec, spec])
@@ -193,8 +233,10 @@ def test_merged_specs_keep_their_fields() -> None:
     other = page_spec(
         PLAIN, PageLayout(head_size=16, block_size=16, dtype=torch.float32, format="int8", value_sum=True)
     )
-    with pytest.raises((ValueError, AssertionError)):
-        type(spec).merge([spec, other])
+    for unlike in (other, SlidingWindowSpec(**KV, sliding_window=32), PLAIN):
+        with pytest.raises(AssertionError, match="must"):  # which is how vLLM asks whether layers are alike
+            type(spec).merge([spec, unlike])
+    assert not is_kv_cache_spec_uniform({"0": spec, "1": SlidingWindowSpec(**KV, sliding_window=32)})
 
 
 def test_model_format_needs_no_staging() -> None:

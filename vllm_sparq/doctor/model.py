@@ -16,6 +16,9 @@ from vllm_sparq.retention import RETENTIONS
 if TYPE_CHECKING:
     from vllm_sparq.attention_backends.capacity import Capacity
 
+FULL_KINDS = ("full_attention", "attention", "hybrid")
+"""What models call a layer with full attention in ``layer_types``."""
+
 CONTEXTS = (1024, 4096, 16384, 65536, 131072)
 
 
@@ -51,16 +54,13 @@ def model_section(model: str, options: Options, backend: str = "sparq") -> Secti
             f"at most --tensor-parallel-size {shape['n_kv_heads']}: {' and '.join(choosing)} chooses tokens by all "
             "query heads of a KV head, so one worker must have them"
         )
-    n_others = shape["n_layers"] - shape["n_full"]
-    if n_others:
-        section.note(f"{n_others} layers without full attention stay with vLLM; what follows is about the others")
-    if not shape["n_full"]:
-        section.bad("no layer has full attention, so there is nothing to read sparsely: use vLLM's own backend")
-        return section
     try:
+        held = _capacities(section, model, options, backend)
+        if not section.is_well:
+            return section
+        _describe_layers(section, shape, held)
         kept = _describe_retention(section, options, config.max_model_len)
         _describe_read(section, options, shape, kept)
-        held = _capacities(section, model, options, backend)
         ours = [group.block_size for group in held["sparq"].groups if group.ours] if held else []
         block_size = ours[0] if ours else preferred_block_size(options, config.max_model_len)
         _describe_memory(section, options, shape, config.dtype, block_size)
@@ -84,7 +84,7 @@ def _shape(config: Any) -> dict[str, int]:
     kinds: Sequence[str] = getattr(text, "layer_types", None) or ["full_attention"] * n_layers
     return {
         "n_layers": n_layers,
-        "n_full": sum(kind == "full_attention" for kind in kinds),
+        "n_full": sum(kind in FULL_KINDS for kind in kinds),
         "n_heads": int(text.num_attention_heads),
         "n_kv_heads": int(config.get_total_num_kv_heads()),
         "head_size": int(config.get_head_size()),
@@ -155,28 +155,49 @@ def _describe_context(section: Section, read: Read, context: int) -> None:
     section.good(f"at {context:>7,} tokens a step reads {amount} in {context / least:.1f} ({read.explain(context)})")
 
 
+def _describe_layers(section: Section, shape: dict[str, int], held: dict[str, Capacity]) -> None:
+    """What runs on our backend and what stays with vLLM; corrects ``shape`` by what vLLM has really built."""
+    if held:
+        ours, backends = sum(group.n_layers for group in held["sparq"].groups if group.ours), held["sparq"].backends
+        shape["n_full"] = ours
+        section.numbers["backends"] = backends
+        if len(backends) > 1:
+            listed = ", ".join(f"{n} layers on {name}" for name, n in sorted(backends.items()))
+            section.note(f"{listed}; what follows is about ours")
+    elif shape["n_full"] < shape["n_layers"]:
+        others = shape["n_layers"] - shape["n_full"]
+        section.note(f"{others} layers without full attention stay with vLLM; what follows is about the others")
+
+
 def _capacities(section: Section, model: str, options: Options, backend: str) -> dict[str, Capacity]:
-    """What a GiB of KV cache holds on this backend and on vLLM's own, as vLLM counts it; empty where that fails."""
+    """What a GiB of KV cache holds on this backend and on vLLM's own, as vLLM counts it.
+
+    The engine's configuration and the model's layers are made as `vllm serve` makes them, so what it would refuse is
+    found here; the section is not well then. Empty where vLLM itself cannot build the model on this machine.
+    """
     from vllm.engine.arg_utils import EngineArgs
 
     from vllm_sparq.attention_backends.capacity import capacity
+    from vllm_sparq.attention_backends.refusals import CANNOT_START
 
-    given = {NAMESPACE: options.model_dump(exclude_unset=True)}
-    engines: dict[str, dict[str, Any]] = {
-        "sparq": dict(attention_backend=backend.upper(), additional_config=given),
-        "dense": {},
-    }
-    found = {}
+    def held_by(**chosen: Any) -> Capacity:
+        args = EngineArgs(model=model, skip_tokenizer_init=True, load_format="dummy", **chosen)
+        return capacity(args.create_engine_config(), 2**30)
+
     try:
-        for name, chosen in engines.items():
-            args = EngineArgs(model=model, skip_tokenizer_init=True, load_format="dummy", **chosen)
-            found[name] = capacity(args.create_engine_config(), 2**30)
+        dense = held_by()
     except Exception as error:  # whatever vLLM raises where a model cannot be built here
         section.note(
             f"what a GiB of KV cache holds is unknown, since vLLM cannot build the model: {_first_line(error)}"
         )
         return {}
-    return found
+    given = {NAMESPACE: options.model_dump(exclude_unset=True)}
+    try:
+        return {"sparq": held_by(attention_backend=backend.upper(), additional_config=given), "dense": dense}
+    except Exception as error:  # the same, through vLLM's own checks of configurations
+        _, is_refusal, reasons = _first_line(error).partition(CANNOT_START)
+        section.bad(f"refused: {reasons}" if is_refusal else f"vLLM cannot build it on {backend}: {_first_line(error)}")
+        return {}
 
 
 def _describe_capacity(section: Section, held: dict[str, Capacity]) -> None:

@@ -42,7 +42,7 @@ def _triton() -> None:
 
 
 def _any_mask(builder: Any) -> None:
-    """Masks that are no booleans, as some of vLLM's kernels have them; compiled, whatever is not zero counts as true."""
+    """Masks that are no booleans, as some of vLLM's kernels have; compiled, whatever is not zero counts as true."""
     load, store = builder.create_masked_load, builder.create_masked_store
 
     def boolean(mask: Any) -> Any:
