@@ -90,7 +90,7 @@ def main_loop(code: Code, wanted: str) -> tuple[int, int]:
 
 
 LOOPS = {
-    "score_kernel": (r"\bVOTE\b", r"$^"),
+    "score_kernel": (r"\bF2I\b", r"$^"),
     "partition_kernel": (r"\bSHFL\.UP\b", r"\bREDUX\.M"),
     "attend_kernel": (r"\bHMMA\b", r"$^"),
 }
