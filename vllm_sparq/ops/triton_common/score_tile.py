@@ -299,7 +299,7 @@ def score_tile(
     page = tl.load(table + block, mask=block * N < context_len, other=0).to(tl.int64)
     full = block < n_full
     scores = (tl.zeros([PAGES, SLOTS], tl.float32),) * (HEADS * RUNS)
-    WORDS: tl.constexpr = HEADS <= 4 and SLOTS % 4 == 0
+    WORDS: tl.constexpr = HEADS * RUNS <= 8 and SLOTS % 4 == 0  # more sums would not fit into registers
     if RANKING is None:
         dtype: tl.constexpr = records.dtype.element_ty
         KEYS: tl.constexpr = FORMAT.keys
