@@ -21,7 +21,8 @@ class SparqCpuWorker(SparqWorkerMixin, CPUWorker):
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         """As vLLM does; and its runner zeroes new blocks as it does on CUDA, whatever pages they are split into."""
         super().load_model(*args, **kwargs)
-        self.model_runner._zero_block_ids = self._zero_block_ids
+        runner: Any = self.model_runner
+        runner._zero_block_ids = self._zero_block_ids
 
     def _zero_block_ids(self, block_ids: list[int]) -> None:
         """vLLM's CPU runner takes a block for a row of a layer's cache, where a block of ours may be several rows."""

@@ -155,7 +155,7 @@ class PagedImpl(AttentionImpl[PagedMetadata | EvictingMetadata]):
         self._write(key, value, pages, *tables, step.first_positions)
         if rows is not None:
             self._attend_densely(rows, query, new, pages, output)
-        decode = self._decode
+        decode = self._dense if step.dense else self._decode
         assert decode is not None
         n = step.n_decodes
         if n:

@@ -9,6 +9,7 @@ from vllm.config import set_current_vllm_config
 from vllm.distributed.parallel_state import get_pp_group
 from vllm.logger import init_logger
 
+from vllm_sparq.attention_backends.drafting import SelfDrafter
 from vllm_sparq.attention_backends.engine import selected_backends
 from vllm_sparq.attention_backends.found import layers_by_backend, silence_refusal
 from vllm_sparq.attention_backends.keys import bias_warning, biased_projections, is_fragile
@@ -70,8 +71,15 @@ class SparqWorkerMixin(AttentionReport):
                 layer.impl.requests = self._requests
         self._warn_of_biases()
         self._share_pages()
+        self._hand_over_runner()
         if hasattr(self.model_runner, "gather_batch_req_state"):  # type: ignore[attr-defined]
             self._follow_second_runner(self.model_runner)  # type: ignore[attr-defined]
+
+    def _hand_over_runner(self) -> None:
+        """A model that drafts for itself is run by vLLM's runner, which our proposer is not told of."""
+        drafter = getattr(self.model_runner, "drafter", None)  # type: ignore[attr-defined]
+        if isinstance(drafter, SelfDrafter):
+            drafter.runner = self.model_runner  # type: ignore[attr-defined]
 
     def _warn_of_biases(self) -> None:
         """Where blocks are stored in a format that the biases of this model's K do not fit into."""

@@ -53,7 +53,8 @@ class EvictingMixin:
                 f"{type(self).__name__} takes blocks from requests that may evict, and none may here: select "
                 "--attention-backend h2o or streaming (or a retention), or leave --scheduler-cls out"
             )
-        if any(manager.kv_cache_spec.shares_pool for manager in self._managers):
+        specs: list[Any] = [manager.kv_cache_spec for manager in self._managers]
+        if any(spec.shares_pool for spec in specs):
             raise ValueError(f"vllm-sparq cannot start: {SHARED_POOL}")
         if any(manager.retention != self._managers[0].retention for manager in self._managers):
             raise ValueError(

@@ -49,6 +49,8 @@ def test_defaults() -> None:
         "dense_layers": 0,
         "dense_below": "auto",
         "sharing": "prompts",
+        "lossless": False,
+        "drafts": 3,
     }
 
 
@@ -225,7 +227,7 @@ def test_more_context_never_reads_less(read: SparqRead, s: int) -> None:
     assert read.is_dense(s) or not read.is_dense(s + 1) or read.k(s + 1) > read.k(s)
 
 
-@given(st.floats(1, 1000), st.sampled_from([64, 80, 96, 128, 256]))
+@given(st.floats(1, 1000), st.sampled_from([32, 48, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512]))
 def test_compression_means_what_it_says(compression: float, head_size: int) -> None:
     read = parse(compression=compression, min_k=1).read_of(HeadShape(head_size=head_size, n_heads=8, n_kv_heads=2))
     assert 1 <= read.r <= head_size
@@ -260,6 +262,8 @@ REFUSED = [
     ({"dense_below": "never"}, "dense_below='never'", "'auto' or a number of tokens >= 0", "read densely"),
     ({"dense_below": 1.5}, "dense_below=1.5", "'auto' or a number of tokens >= 0", "read densely"),
     ({"sharing": True}, "sharing=True", "'prompts' or 'all'", "Which blocks prefix caching shares"),
+    ({"lossless": 3}, "lossless=3", "boolean", "drafts tokens with this read"),
+    ({"lossless": True, "drafts": 0}, "drafts=0", "greater than or equal to 1", "for each verification"),
 ]
 
 
@@ -320,3 +324,11 @@ def test_r_beyond_the_head_is_refused() -> None:
 
 def test_errors_are_value_errors() -> None:
     assert issubclass(OptionsError, ValueError)
+
+
+def test_drafts_without_lossless_are_refused() -> None:
+    with pytest.raises(
+        OptionsError, match="drafts=5 means nothing without lossless: set lossless true, or leave it out"
+    ):
+        parse(drafts=5)
+    assert parse(drafts=5, lossless=True).drafts == 5

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from vllm_sparq.layout import ALIGNMENT, PageLayout, Pages
 
-HEAD_SIZES = (16, 64, 80, 96, 112, 128, 256)
+HEAD_SIZES = (16, 32, 48, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 BLOCK_SIZES = (16, 32, 48, 64, 128, 256)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 RANKINGS = (None, "int4", "int8", "model", "bounds")

@@ -23,10 +23,14 @@ class Coding:
     scale_numbers: int = 2
 
     def default_group(self, head_size: int) -> int:
-        """The largest sensible group for a head size: ``group``, or the largest part of the head that is below it."""
+        """The largest sensible group for a head size: ``group``, or the largest part of the head that is below it.
+
+        Where groups of K are tokens, a power of two, so that blocks hold whole groups.
+        """
         if not self.group:
             return head_size
-        return next(g for n in range(1, head_size) if (g := head_size // n) <= self.group and head_size % (8 * n) == 0)
+        parts = [head_size // n for n in range(1, head_size) if head_size % (8 * n) == 0]
+        return next(g for g in parts if g <= self.group and not (self.channels and g & (g - 1)))
 
 
 @dataclass(frozen=True)

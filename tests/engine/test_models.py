@@ -15,7 +15,10 @@ pytestmark = pytest.mark.engine
 
 LENGTHS = (1, 100, 128, 129, 300)
 # Head size -> query heads, KV heads: MHA, GQA, MQA.
-SHAPES = {80: (4, 4), 96: (8, 2), 128: (4, 2), 256: (8, 1)}
+SHAPES = {
+    **{32: (8, 2), 48: (4, 2), 80: (4, 4), 96: (8, 2), 112: (4, 1), 128: (4, 2)},
+    **{160: (4, 2), 192: (2, 2), 224: (2, 1), 256: (8, 1), 512: (4, 2)},
+}
 FULL = {"k": 4096, "dense_below": 0}
 
 
@@ -64,6 +67,18 @@ def test_head_sizes(head_size: int, model_of: Any, token_prompts: list[list[int]
     with engine("sparq", {**FULL, "ranking": "int4"}, **small(model)) as llm:
         assert Prompts.answers(llm, token_prompts) == dense
     assert len({tuple(answer) for answer in dense}) > 1
+
+
+@pytest.mark.parametrize("head_size", [48, 512])
+def test_codes_of_other_head_sizes(head_size: int, model_of: Any, token_prompts: list[list[int]], engine: Any) -> None:
+    """Groups that divide the head as well as the block; alike in any batch, and near what is dense."""
+    model = model_of(head_size)
+    with engine("CPU_ATTN", **small(model)) as llm:
+        dense = Prompts.answers(llm, token_prompts)
+    with engine("kivi", **small(model)) as llm:
+        together = Prompts.answers(llm, token_prompts)
+        assert [Prompts.answers(llm, [prompt])[0] for prompt in token_prompts] == together
+    assert sum(a[0] == b[0] for a, b in zip(together, dense, strict=True)) > len(dense) / 2
 
 
 def test_blocks_are_longer_where_contexts_may_be(model_of: Any, token_prompts: list[list[int]], engine: Any) -> None:

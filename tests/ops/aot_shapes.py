@@ -111,6 +111,12 @@ SHAPES = (
         alpha_floor=1.0,
         ops=SPANS,
     ),
+    Shape(head_size=512, dtype="bfloat16", ranking="int4", ops=ALL[:-1]),
+    Shape(head_size=192, dtype="bfloat16", ranking="int4", format="int4"),
+    Shape(head_size=512, dtype="bfloat16", ranking=None, format="kivi4"),
+    Shape(head_size=48, dtype="bfloat16", ranking="int4", ops=ALL[:-1]),
+    Shape(head_size=512, dtype="bfloat16", ranking="int4", format="int4", tracked=True, ops=ALL),
+    Shape(head_size=512, dtype="bfloat16", ranking="bounds", alpha_floor=1.0, ops=SPANS),
 )
 
 
@@ -184,9 +190,7 @@ KERNELS = {
     "rank_kernel",
     "count_kernel",
     "partition_kernel",
-    "finish_kernel",
     "cut_kernel",
-    "blend_kernel",
     "prefill_kernel",
 }
 """What `SHAPES` launch, by name."""

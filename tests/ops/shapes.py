@@ -30,6 +30,13 @@ SHAPES: tuple[Case, ...] = (
     ),
     replace(_BASE, heads=23, kv_heads=1, block_size=32, dtype=torch.bfloat16, lens=(33, 70)),
     replace(_BASE, heads=5, kv_heads=1, head_size=112, block_size=32, dtype=torch.bfloat16, lens=(40, 64, 70)),
+    replace(_BASE, heads=4, kv_heads=1, head_size=32, dtype=torch.bfloat16, lens=(16, 49)),
+    replace(_BASE, heads=3, kv_heads=1, head_size=48, dtype=torch.float16, ranking="int8", lens=(31, 64)),
+    replace(_BASE, heads=4, head_size=160, block_size=32, dtype=torch.bfloat16, lens=(33, 64)),
+    replace(_BASE, heads=2, kv_heads=1, head_size=192, dtype=torch.bfloat16, lens=(17, 47)),
+    replace(_BASE, heads=2, kv_heads=2, head_size=224, dtype=torch.float16, ranking="model", lens=(16, 33)),
+    replace(_BASE, heads=4, kv_heads=1, head_size=512, block_size=32, dtype=torch.bfloat16, lens=(1, 32, 70)),
+    replace(_BASE, heads=8, kv_heads=1, head_size=512, lens=(40,)),
 )
 """Shapes that every op takes, kernels of the CPU."""
 
@@ -59,6 +66,14 @@ FORMATS: tuple[Case, ...] = (
     replace(_QUANTIZED, format="kivi2", heads=8, head_size=128, block_size=128, dtype=torch.bfloat16, lens=(257,)),
     replace(_QUANTIZED, format="kivi2", heads=6, head_size=256, block_size=64, dtype=torch.float16, lens=(64, 65, 140)),
     replace(_QUANTIZED, format="kivi2", group_size=64, block_size=64, value_sum=True, dtype=torch.float16, lens=(150,)),
+    # Head sizes of which powers of two make no part, and the largest.
+    replace(_QUANTIZED, format="int8", head_size=224, dtype=torch.bfloat16, lens=(32, 70)),
+    replace(_QUANTIZED, format="int4", heads=4, head_size=48, dtype=torch.bfloat16, lens=(33, 64)),
+    replace(_QUANTIZED, format="kivi4", heads=4, head_size=48, block_size=128, dtype=torch.bfloat16, lens=(129, 300)),
+    replace(_QUANTIZED, format="kivi4", heads=4, head_size=192, dtype=torch.bfloat16, lens=(70,)),
+    replace(_QUANTIZED, format="kivi2", heads=2, kv_heads=1, head_size=160, dtype=torch.float16, lens=(40,)),
+    replace(_QUANTIZED, format="kivi2", heads=4, head_size=512, dtype=torch.bfloat16, lens=(33, 64, 80)),
+    replace(_QUANTIZED, format="int4", heads=4, kv_heads=1, head_size=512, dtype=torch.bfloat16, lens=(31, 96)),
     # One group in both nibbles of a byte, and groups that begin inside a nibble's run.
     replace(_QUANTIZED, format="int4", heads=8, block_size=128, dtype=torch.bfloat16, lens=(128, 300)),
     replace(_QUANTIZED, format="int4", heads=4, head_size=96, group_size=32, dtype=torch.bfloat16, lens=(33, 70)),
@@ -83,6 +98,8 @@ TINY: tuple[Case, ...] = (
     ),
     replace(_BASE, heads=8, kv_heads=1, head_size=128, block_size=128, dtype=torch.bfloat16, lens=(130,)),
     replace(_BASE, heads=1, kv_heads=1, head_size=256, block_size=32, lens=(32, 40)),
+    replace(_BASE, heads=2, kv_heads=1, head_size=48, dtype=torch.bfloat16, lens=(33,)),
+    replace(_BASE, heads=1, kv_heads=1, head_size=512, dtype=torch.bfloat16, lens=(20,)),
 )
 """The same for the Triton interpreter, which needs about a second a shape."""
 
@@ -111,6 +128,8 @@ SPANS: tuple[Case, ...] = (
     replace(_SPANS, heads=4, kv_heads=4, head_size=128, block_size=128, lens=(60, 257, 128)),
     replace(_SPANS, heads=4, kv_heads=1, head_size=256, block_size=32, dtype=torch.float16, lens=(1, 100)),
     replace(_SPANS, heads=5, kv_heads=1, head_size=112, block_size=32, dtype=torch.bfloat16, lens=(140, 70)),
+    replace(_SPANS, heads=2, kv_heads=1, head_size=48, lens=(97,)),
+    replace(_SPANS, heads=8, kv_heads=1, head_size=512, block_size=32, dtype=torch.bfloat16, lens=(100, 70)),
     replace(_SPANS, heads=23, kv_heads=1, block_size=256, dtype=torch.float16, lens=(255, 512, 700)),
     replace(_SPANS, heads=2, kv_heads=1, block_size=256, lens=(1500,)),
 )

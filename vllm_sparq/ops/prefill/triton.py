@@ -15,7 +15,8 @@ from vllm_sparq.layout import Pages
 from vllm_sparq.ops.prefill.triton_attention import add_prefill_attention
 from vllm_sparq.ops.triton_common.attend import LOG2_E, fold, logits_of, pages_as_records
 from vllm_sparq.ops.triton_common.codes import channel_order, codes_of, load_block_tile, load_records
-from vllm_sparq.ops.triton_common.launch import cast, find_request, merge, split_count, split_tokens
+from vllm_sparq.ops.triton_common.launch import cast, find_request, split_count, split_tokens
+from vllm_sparq.ops.triton_common.merge import merge
 
 
 @triton.jit(do_not_specialize=["n_requests"])
@@ -179,7 +180,7 @@ def prefill(
         KEYS_AHEAD=key_start_loc is not None,
         TRACKED=tracked,
         num_warps=n_warps,
-        num_stages=3 if pages.layout.quantized is None else 2,
+        num_stages=3 if pages.layout.quantized is None else 2 if head_size <= 256 else 1,
     )
     if n_splits > 1:
         merge(partial, weight, out)
@@ -194,14 +195,15 @@ def tile_sizes(
     """(query rows, keys, warps) of a tile: q, and two or three stages of K and V, stay within 160 KiB of shared memory.
 
     ``rows_per_request`` are the (token, head) pairs of a mean request: short steps get a small tile. fp32 has no tensor
-    cores of its own precision, and keeps its operands in registers.
+    cores of its own precision, and keeps its operands in registers. Heads of more than 256 elements get the smallest
+    tile, whose sums and codes stay in registers.
     """
     width = triton.next_power_of_2(head_size)
     if dtype == torch.float32:
         most, tile = 16, 16
     else:
-        most, tile = (128, 64) if width <= 128 else (64, 32)
+        most, tile = (128, 64) if width <= 128 else (64, 32) if width <= 256 else (16 if quantized else 32, 16)
     n_rows = max(16, min(most, triton.next_power_of_2(rows_per_request)), triton.next_power_of_2(group))
     if quantized:  # elements on their way from codes live in registers
         return n_rows, max(16, tile // 2), 8
-    return n_rows, tile, 8 if n_rows >= 128 else 4
+    return n_rows, tile, 8 if n_rows >= 128 or width > 256 else 4
