@@ -29,6 +29,7 @@ from vllm.v1.worker.utils import customize_attention_spec
 
 from vllm_sparq.attention_backends.engine import selected_backends
 from vllm_sparq.attention_backends.found import layers_by_backend, silence_refusal
+from vllm_sparq.attention_backends.keys import biased_projections
 from vllm_sparq.attention_backends.refusals import CANNOT_START
 from vllm_sparq.attention_backends.shared_pages import share_pages
 from vllm_sparq.scheduler.manager import register_specs
@@ -77,6 +78,7 @@ class Capacity:
         n_blocks: blocks of the pool, which all groups share.
         groups: the layers that have a KV cache.
         backends: name of a backend -> how many layers run on it.
+        n_biased_keys: projections of the model that add a bias to K.
     """
 
     memory_bytes: int
@@ -86,6 +88,7 @@ class Capacity:
     n_blocks: int
     groups: tuple[CacheGroup, ...]
     backends: dict[str, int]
+    n_biased_keys: int
 
 
 def capacity(vllm_config: Any, memory_bytes: int) -> Capacity:
@@ -102,7 +105,7 @@ def capacity(vllm_config: Any, memory_bytes: int) -> Capacity:
     if vllm_config.parallel_config.pipeline_parallel_size > 1:
         raise ValueError("capacity is that of a whole model: leave --pipeline-parallel-size out")
     register_specs()
-    specs = layer_specs(vllm_config)
+    specs, n_biased_keys = _built(vllm_config)
     groups = kv_cache_utils.get_kv_cache_groups(vllm_config, dict(specs))
     config = kv_cache_utils.get_kv_cache_config_from_groups(vllm_config, groups, memory_bytes)
     config = kv_cache_utils.generate_scheduler_kv_cache_config([config])
@@ -115,6 +118,7 @@ def capacity(vllm_config: Any, memory_bytes: int) -> Capacity:
         n_blocks=config.num_blocks,
         groups=tuple(_group(group, vllm_config) for group in config.kv_cache_groups),
         backends=layers_by_backend(vllm_config),
+        n_biased_keys=n_biased_keys,
     )
 
 
@@ -139,12 +143,17 @@ def layer_specs(vllm_config: Any) -> dict[str, KVCacheSpec]:
     Raises:
         ValueError: no layer runs on the backend of ours that was selected.
     """
+    return _built(vllm_config)[0]
+
+
+def _built(vllm_config: Any) -> tuple[dict[str, KVCacheSpec], int]:
+    """`layer_specs`, and how many projections of the model that is built for them add a bias to K."""
     model, parallel = vllm_config.model_config, vllm_config.parallel_config
     with _one_rank(), set_current_vllm_config(vllm_config):
         ropes = set(_ROPE_DICT)
         try:
             with set_default_torch_dtype(model.dtype), torch.device("meta"):
-                initialize_model(vllm_config)
+                n_biased_keys = biased_projections(initialize_model(vllm_config))
             current_platform.update_block_size_for_backend(vllm_config)  # as executors do
         finally:
             for rope in set(_ROPE_DICT) - ropes:  # vLLM would give these, without their tables, to the next model
@@ -168,7 +177,7 @@ def layer_specs(vllm_config: Any) -> dict[str, KVCacheSpec]:
         names = [layout.name for layout in get_supported_kv_cache_layouts(_backends(layers, specs))]
         layout = resolve_kv_cache_layout(vllm_config, [names], specs.values())
         vllm_config.cache_config.kv_cache_layout = layout.name
-    return specs
+    return specs, n_biased_keys
 
 
 def _backends(layers: dict[str, Any], specs: dict[str, KVCacheSpec]) -> list[Any]:

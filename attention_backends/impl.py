@@ -14,6 +14,7 @@ from vllm.v1.attention.backend import AttentionImpl, AttentionType
 
 from vllm_sparq.attention_backends.engine import PagedEngine, on_platform, page_layout, rebind_refusal
 from vllm_sparq.attention_backends.flash import flash_choice, flash_prefill
+from vllm_sparq.attention_backends.keys import LEAST_TOKENS, MOST_NOISE, is_fragile, noise_of_codes, noise_warning
 from vllm_sparq.attention_backends.refusals import CANNOT_START, impl_refusals
 from vllm_sparq.attention_backends.steps.evicting import EvictingMetadata
 from vllm_sparq.attention_backends.steps.requests import StepRequests
@@ -82,6 +83,7 @@ class PagedImpl(AttentionImpl[PagedMetadata | EvictingMetadata]):
         self._dense = self._choices["dense_decode"].load()
         self._decode: Callable[..., None] | None = None  # known with the layer's name, at its first step
         self._pages: Pages | None = None
+        self._looks_at_keys = is_fragile(self._options)  # of the first prompt
 
     @property
     def options(self) -> Options:
@@ -144,6 +146,8 @@ class PagedImpl(AttentionImpl[PagedMetadata | EvictingMetadata]):
     ) -> None:
         """Write the step's tokens into their pages, and let its rows see what they may."""
         rows = step.prefill
+        if rows is not None and self._looks_at_keys and key.shape[0] >= LEAST_TOKENS:
+            self._look_at_keys(key, pages)
         new = key, value
         if rows is not None and rows.begun is not None:  # before the write, which quantizes what is staged
             new = rows.begun.with_new(pages, key, value)
@@ -151,7 +155,7 @@ class PagedImpl(AttentionImpl[PagedMetadata | EvictingMetadata]):
         self._write(key, value, pages, *tables, step.first_positions)
         if rows is not None:
             self._attend_densely(rows, query, new, pages, output)
-        decode = self._decode
+        decode = self._dense if step.dense else self._decode
         assert decode is not None
         n = step.n_decodes
         if n:
@@ -163,6 +167,12 @@ class PagedImpl(AttentionImpl[PagedMetadata | EvictingMetadata]):
             seen = replayed.pages_seen(pages, *new)
             decode(query[replayed.rows], seen, replayed.block_table, replayed.seq_lens, scale=self.scale, out=out)
             output[replayed.rows] = out
+
+    def _look_at_keys(self, keys: torch.Tensor, pages: Pages) -> None:
+        """Say so, once, where codes would spoil them; of a prompt K [T, G, D], the first that is long enough."""
+        self._looks_at_keys = False
+        if noise_of_codes(keys, pages.layout) > MOST_NOISE:
+            logger.warning_once(noise_warning(self._options.format))
 
     def _attend_densely(
         self,

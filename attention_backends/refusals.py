@@ -120,7 +120,7 @@ def _option_refusals(vllm_config: Any) -> list[str]:
     model = vllm_config.model_config
     if engine is None or model is None or model.use_mla or model.is_attention_free:
         return []  # refused for what it is, which no option changes
-    reasons = _format_refusals(vllm_config, engine)
+    reasons = _format_refusals(vllm_config, engine) + _lossless_refusals(vllm_config, engine)
     try:
         engine.read(heads_of(model, vllm_config.parallel_config))
     except ValueError as error:
@@ -184,6 +184,30 @@ def _format_refusals(vllm_config: Any, engine: PagedEngine) -> list[str]:
             "without --speculative-config, or with format 'model'"
         )
     return reasons
+
+
+def _lossless_refusals(vllm_config: Any, engine: PagedEngine) -> list[str]:
+    """What a model that drafts for itself cannot be combined with."""
+    options, parallel, speculative = engine.options, vllm_config.parallel_config, vllm_config.speculative_config
+    if not options.lossless:
+        return []
+    model, reasons = vllm_config.model_config, []
+    if current_platform.is_cuda():
+        reasons.append("runs on CPU alone so far")
+    if not engine.reads_sparsely:
+        reasons.append(f"drafts by a sparse read, and read={options.read!r} is none: use read 'sparq' or 'spans'")
+    if options.format != "model" or options.retention != "all":
+        reasons.append("takes drafts back, which blocks of codes and evicted tokens do not allow: use format 'model'")
+    if speculative is not None and speculative.method != "custom_class":
+        reasons.append("is speculative decoding itself: leave --speculative-config out")
+    if parallel.world_size > 1:
+        reasons.append("runs on one worker so far: leave --tensor-parallel-size and --pipeline-parallel-size out")
+    if vllm_config.lora_config is not None or model.uses_mrope or model.is_hybrid:
+        reasons.append("does not know adapters, M-RoPE and layers with a state: use another model, or leave LoRA out")
+    kinds = set(getattr(model.hf_text_config, "layer_types", None) or ())
+    if len(kinds) > 1:
+        reasons.append(f"needs layers of one kind, and this model's are {', '.join(sorted(kinds))}")
+    return [f"sparq option lossless=True {reason}" for reason in reasons]
 
 
 def _pressure_refusals(vllm_config: Any) -> list[str]:

@@ -7,14 +7,24 @@ from typing import Any
 import torch
 from vllm.config import set_current_vllm_config
 from vllm.distributed.parallel_state import get_pp_group
+from vllm.logger import init_logger
 
+from vllm_sparq.attention_backends.drafting import SelfDrafter
 from vllm_sparq.attention_backends.engine import selected_backends
 from vllm_sparq.attention_backends.found import layers_by_backend, silence_refusal
+from vllm_sparq.attention_backends.keys import bias_warning, biased_projections, is_fragile
 from vllm_sparq.attention_backends.refusals import CANNOT_START, engine_refusals
 from vllm_sparq.attention_backends.shared_pages import share_pages
 from vllm_sparq.attention_backends.steps.requests import StepRequests
 from vllm_sparq.retention import PHASES
 from vllm_sparq.scheduler.spec import know_each_other
+
+logger = init_logger("vllm.sparq")
+
+
+def is_fragile_impl(impl: Any) -> bool:
+    """Whether a layer is ours and stores K as `keys` looks at."""
+    return hasattr(impl, "requests") and is_fragile(impl.options)
 
 
 class AttentionReport:
@@ -59,9 +69,26 @@ class SparqWorkerMixin(AttentionReport):
         for layer in self.vllm_config.compilation_config.static_forward_context.values():  # type: ignore[attr-defined]
             if hasattr(getattr(layer, "impl", None), "requests"):
                 layer.impl.requests = self._requests
+        self._warn_of_biases()
         self._share_pages()
+        self._hand_over_runner()
         if hasattr(self.model_runner, "gather_batch_req_state"):  # type: ignore[attr-defined]
             self._follow_second_runner(self.model_runner)  # type: ignore[attr-defined]
+
+    def _hand_over_runner(self) -> None:
+        """A model that drafts for itself is run by vLLM's runner, which our proposer is not told of."""
+        drafter = getattr(self.model_runner, "drafter", None)  # type: ignore[attr-defined]
+        if isinstance(drafter, SelfDrafter):
+            drafter.runner = self.model_runner  # type: ignore[attr-defined]
+
+    def _warn_of_biases(self) -> None:
+        """Where blocks are stored in a format that the biases of this model's K do not fit into."""
+        layers = self.vllm_config.compilation_config.static_forward_context.values()  # type: ignore[attr-defined]
+        impls = [layer.impl for layer in layers if is_fragile_impl(getattr(layer, "impl", None))]
+        formats = {impl.options.format for impl in impls}
+        n_biased = biased_projections(self.get_model()) if formats else 0  # type: ignore[attr-defined]
+        for name in formats if n_biased else ():
+            logger.warning_once(bias_warning(name, n_biased))
 
     def _follow_second_runner(self, runner: Any) -> None:
         """Model runner V2: learn where the requests of a step are on the device, and keep prompts out of its graphs.

@@ -49,6 +49,8 @@ def test_defaults() -> None:
         "dense_layers": 0,
         "dense_below": "auto",
         "sharing": "prompts",
+        "lossless": False,
+        "drafts": 3,
     }
 
 
@@ -260,6 +262,8 @@ REFUSED = [
     ({"dense_below": "never"}, "dense_below='never'", "'auto' or a number of tokens >= 0", "read densely"),
     ({"dense_below": 1.5}, "dense_below=1.5", "'auto' or a number of tokens >= 0", "read densely"),
     ({"sharing": True}, "sharing=True", "'prompts' or 'all'", "Which blocks prefix caching shares"),
+    ({"lossless": 3}, "lossless=3", "boolean", "drafts tokens with this read"),
+    ({"lossless": True, "drafts": 0}, "drafts=0", "greater than or equal to 1", "for each verification"),
 ]
 
 
@@ -320,3 +324,11 @@ def test_r_beyond_the_head_is_refused() -> None:
 
 def test_errors_are_value_errors() -> None:
     assert issubclass(OptionsError, ValueError)
+
+
+def test_drafts_without_lossless_are_refused() -> None:
+    with pytest.raises(
+        OptionsError, match="drafts=5 means nothing without lossless: set lossless true, or leave it out"
+    ):
+        parse(drafts=5)
+    assert parse(drafts=5, lossless=True).drafts == 5

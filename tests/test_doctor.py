@@ -115,6 +115,20 @@ def test_what_options_mean_for_a_model(tmp_path: Path) -> None:
     assert "--tensor-parallel-size" not in texts(dense, "•")
 
 
+def test_biases_in_keys_are_told_where_four_bits_hold_them_together(tmp_path: Path) -> None:
+    """Qwen 2 adds a bias to K in every layer. By channel, or in 8 bits, nothing is lost by it."""
+    qwen = model_folder(tmp_path, architectures=["Qwen2ForCausalLM"], model_type="qwen2", hidden_size=256)
+    for format, is_told in (("int4", True), ("k8v4", False), ("kivi4", False), ("model", False)):
+        section = model_section(qwen, Options(read="dense", format=format), "flexgen")
+        assert section.numbers["biased_keys"] == 3, section.findings
+        assert ("add a bias to K" in texts(section, "•")) == is_told
+    llama = tmp_path / "llama"
+    llama.mkdir()
+    section = model_section(model_folder(llama), Options(read="dense", format="int4"), "flexgen")
+    assert section.numbers["biased_keys"] == 0
+    assert "add a bias to K" not in texts(section, "•")
+
+
 def test_what_a_mass_means_for_a_model(tmp_path: Path) -> None:
     section = model_section(model_folder(tmp_path), Options(compression=4.0, mass=0.95, local=16, min_k=32))
     # k = S / 8 is the most, min_k and the current token the least.

@@ -107,6 +107,14 @@ class Options(BaseModel):
     auto: below the break-even, 1,024 on CPU (measured) and 16,384 on CUDA (an estimate: not yet measured on a GPU).
     """
 
+    lossless: bool = False
+    """The model drafts tokens with this read and verifies them with dense attention, whose answers it gives.
+
+    A preview, on CPU: for contexts so long that attention takes most of a step. Short ones are not drafted for.
+    """
+    drafts: int = Field(default=3, ge=1, le=16)
+    """Tokens that lossless drafts for each verification."""
+
     sharing: Literal["prompts", "all"] = "prompts"
     """Which blocks prefix caching shares: those that a prompt has written, or all, with decoded tokens in them.
 
@@ -177,6 +185,8 @@ def _check_read(options: Options) -> None:
     _refuse(options, read.meaningless, f"with read {options.read!r}: {read.instead}")
     for problem in read.problems(options):
         raise OptionsError(problem)
+    if not options.lossless:
+        _refuse(options, ("drafts",), "without lossless: set lossless true")
 
 
 def _refuse(options: Options, names: Iterable[str], where: str) -> None:

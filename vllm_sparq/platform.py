@@ -19,6 +19,7 @@ logger = init_logger("vllm.sparq")
 
 EVICTING = tuple(f"vllm_sparq.scheduler.scheduler.{name}EvictingScheduler" for name in ("", "Async"))
 PROMPT_CACHING = tuple(f"vllm_sparq.scheduler.prompts.{name}PromptCachingScheduler" for name in ("", "Async"))
+DRAFTING = ("vllm_sparq.scheduler.drafting.DraftingScheduler",) * 2
 """Our schedulers: in step with the workers, and ahead of them (vLLM's asynchronous scheduling)."""
 
 
@@ -78,6 +79,7 @@ class SparqPlatformMixin:
         if refusals:
             raise ValueError(CANNOT_START + "; ".join(refusals))
         cls._arrange_eviction(vllm_config)
+        cls._arrange_drafts(vllm_config)
         cls._choose_scheduler(vllm_config)
 
     @classmethod
@@ -155,6 +157,25 @@ class SparqPlatformMixin:
         counters.name_run(vllm_config)
 
     @classmethod
+    def _arrange_drafts(cls, vllm_config: VllmConfig) -> None:
+        """With ``lossless``, speculative decoding by the model itself, in vLLM's own words."""
+        from vllm.config import SpeculativeConfig
+
+        from vllm_sparq.attention_backends.drafting import PATH
+        from vllm_sparq.attention_backends.engine import PagedEngine
+
+        engine = PagedEngine.of(vllm_config)
+        if engine is None or not engine.options.lossless or vllm_config.speculative_config is not None:
+            return
+        vllm_config.speculative_config = SpeculativeConfig(
+            method="custom_class",
+            model=PATH,
+            num_speculative_tokens=engine.options.drafts,
+            target_model_config=vllm_config.model_config,
+            target_parallel_config=vllm_config.parallel_config,
+        )
+
+    @classmethod
     def _choose_scheduler(cls, vllm_config: VllmConfig) -> None:
         """One of ours, where vLLM's own would evict by preempting or take decoded tokens for a prompt's.
 
@@ -166,7 +187,10 @@ class SparqPlatformMixin:
         engine = PagedEngine.of(vllm_config)
         assert engine is not None
         options, scheduler = engine.options, vllm_config.scheduler_config
-        if options.pressure == "evict":
+        ours: tuple[str, ...]
+        if options.lossless:
+            ours, why = DRAFTING, "lossless=True needs our scheduler"
+        elif options.pressure == "evict":
             ours, why = EVICTING, "pressure='evict' is the work of our scheduler"
         elif options.retention != "all":
             ours, why = PROMPT_CACHING, f"retention={options.retention!r} needs our scheduler"
@@ -177,7 +201,7 @@ class SparqPlatformMixin:
         theirs = scheduler.scheduler_cls
         if theirs is None:
             scheduler.scheduler_cls = ours[bool(scheduler.async_scheduling)]
-        elif theirs not in (*EVICTING, *PROMPT_CACHING) and options.sharing == "prompts":
+        elif theirs not in (*EVICTING, *PROMPT_CACHING, *DRAFTING) and options.sharing == "prompts":
             remedy = ", or set sharing to 'all'" if options.retention == "all" else ""
             raise ValueError(
                 f"vllm-sparq cannot start: {why}, and --scheduler-cls names {theirs}: leave it out{remedy}"

@@ -40,12 +40,13 @@ class PagedMetadataBuilder(AttentionMetadataBuilder[PagedMetadata | EvictingMeta
         self, kv_cache_spec: AttentionSpec, layer_names: list[str], vllm_config: VllmConfig, device: torch.device
     ) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
-        self._init_reorder_batch_threshold(1, supports_spec_as_decode=not isinstance(kv_cache_spec, StagedSpec))
-        n_requests = most_requests(vllm_config)
-        self.drafts = DraftTables(n_requests * self.most_rows, device)
         engine = PagedEngine.of(vllm_config)
         assert engine is not None
         self.options = engine.options
+        as_decodes = not isinstance(kv_cache_spec, StagedSpec) and not self.options.lossless
+        self._init_reorder_batch_threshold(1, supports_spec_as_decode=as_decodes)
+        n_requests = most_requests(vllm_config)
+        self.drafts = DraftTables(n_requests * self.most_rows, device)
         self.requests = requests_of(vllm_config, layer_names)
         self.max_model_len = vllm_config.model_config.max_model_len
         self.phases = Phases(device)
@@ -61,7 +62,8 @@ class PagedMetadataBuilder(AttentionMetadataBuilder[PagedMetadata | EvictingMeta
         n_decoding = count_decodes(step, self.most_rows)
         prefill, replayed, drafts = None, None, None
         if n_decoding < step.num_reqs:
-            replayed = find_replayed(step, n_decoding, self.requests.prompt_lens(step))
+            if not self.options.lossless:  # verified drafts are rows like those of a prompt
+                replayed = find_replayed(step, n_decoding, self.requests.prompt_lens(step))
             if isinstance(self.kv_cache_spec, StagedSpec):
                 starts, seq_lens = step.query_start_loc_cpu.tolist(), _seq_lens_on_cpu(step).tolist()
                 table, spec = step.block_table_tensor, self.kv_cache_spec
@@ -79,6 +81,17 @@ class PagedMetadataBuilder(AttentionMetadataBuilder[PagedMetadata | EvictingMeta
             prefill=prefill,
             replayed=replayed,
             drafts=drafts,
+            dense=self.options.lossless,
+        )
+
+    def build_drafts(self, common_attn_metadata: CommonAttentionMetadata) -> PagedMetadata:
+        """A step that drafts: one token of each request, read by the policy."""
+        step = common_attn_metadata
+        return PagedMetadata(
+            n_decodes=step.num_reqs,
+            block_table=step.block_table_tensor,
+            query_start_loc=step.query_start_loc,
+            seq_lens=step.seq_lens,
         )
 
     @property

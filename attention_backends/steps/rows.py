@@ -70,6 +70,8 @@ class PagedMetadata(AttentionMetadata):
         prefill: rows to attend densely, or None.
         replayed: rows to read by the policy although their request brings several, or None. They are part of
             ``prefill`` too; what the policy says replaces what the dense pass wrote.
+        dense: whether the leading rows are read in full, whatever the policy: a step whose result counts, where the
+            policy is for drafts alone.
     """
 
     n_decodes: int
@@ -80,6 +82,7 @@ class PagedMetadata(AttentionMetadata):
     replayed: ReplayedRows | None = None
     first_positions: torch.Tensor | None = None
     drafts: DraftRows | None = None
+    dense: bool = False
 
     @property
     def decodes(self) -> PagedMetadata | DraftRows:

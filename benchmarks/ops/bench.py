@@ -45,7 +45,8 @@ EPILOG = """\
 Every number is the median over rounds; in a round each method runs once, one after the other, from a cold cache.
 GB/s is bytes the method must move over its time; "memory" compares it with a plain read of memory in the same run.
 "x vLLM" and "x dense" are how many times faster than vLLM's op and than our own dense op. Read both: the first
-also holds what a better dense kernel gives. All caches, vLLM's too, lie in 2 MB pages where Linux grants them.
+also holds what a better dense kernel gives. VLLM_SPARQ_ISA=avx2 or avx512 measures both on a lesser instruction set.
+All caches, vLLM's too, lie in 2 MB pages where Linux grants them.
 
 examples:
   vllm-sparq bench ops                                         Llama-3-8B's attention, 1k to 64k tokens

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import math
+import os
+import re
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 
@@ -204,19 +209,44 @@ def write_calls(t: Tensors, *, fills: bool) -> Iterator[Call]:
     yield Call(our_impl("write"), lambda: op(*args))
 
 
+VLLM_SEES = {"avx2": (False, False), "avx512": (True, False)}
+"""What vLLM must be told of AVX-512 and its bf16 to load its library for one of our instruction sets."""
+
+
+@contextmanager
+def same_instruction_set() -> Iterator[None]:
+    """Inside, vLLM loads its kernels for the instruction set that ``VLLM_SPARQ_ISA`` chose of ours, if it did.
+
+    It asks torch what the CPU has, once, and would take the best.
+    """
+    has_avx512, has_bf16 = VLLM_SEES.get(os.environ.get(native.OVERRIDE, ""), (True, True))
+    with ExitStack() as stack:
+        for name, has in (("_is_avx512_supported", has_avx512), ("_is_avx512_bf16_supported", has_bf16)):
+            if not has:
+                stack.enter_context(mock.patch.object(torch.cpu, name, return_value=False))
+        yield
+
+
+def vllm_library() -> str:
+    """The library of vLLM's kernels that is loaded here, by its name."""
+    found = re.search(r"/vllm/(_C\w*)\.abi3\.so", Path("/proc/self/maps").read_text())
+    return found[1] if found else "none"
+
+
 def vllm_calls(t: Tensors) -> Iterator[Call]:
     """vLLM's own op at every setting worth trying: block sizes, and splitting a context over threads or not.
 
     It reads a cache of random numbers: its time does not depend on them.
     """
-    from vllm import _custom_ops as ops
-    from vllm.platforms import current_platform
-    from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend, _get_attn_isa
+    with same_instruction_set():
+        from vllm import _custom_ops as ops
+        from vllm.platforms import current_platform
+        from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend, _get_attn_isa
 
+        current_platform.import_kernels()
     cell = t.cell
     if cell.head_dim not in CPUAttentionBackend.get_supported_head_sizes():
         return
-    current_platform.import_kernels()
     out = torch.empty_like(t.query)
     for block_size in (32, 64, 128, 256):
         n_blocks = -(-cell.context // block_size)
@@ -264,7 +294,8 @@ def vllm_calls(t: Tensors) -> Iterator[Call]:
                     s_aux=None,
                 )
 
-            yield Call(f"CPU_ATTN {isa}, blocks of {block_size}, {'split' if split else 'no split'}", run)
+            setting = f"blocks of {block_size}, {'split' if split else 'no split'}"
+            yield Call(f"CPU_ATTN {isa} of {vllm_library()}, {setting}", run)
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,17 @@ from typing import Any
 import numpy as np
 
 from vllm_sparq.benchmarks.common.methods import DENSE
+from vllm_sparq.benchmarks.tasks.generated import TASKS
 from vllm_sparq.benchmarks.tasks.metrics import MEASURED
+from vllm_sparq.benchmarks.tasks.retrieval import RETRIEVAL
+
+GENERATED = (*TASKS, *RETRIEVAL)
 
 N_RESAMPLES = 2000
 CONFIDENCE = 0.95
+
+FLOOR = 50.0
+"""Points that dense must reach at a generated task. Below, the model cannot do it: what a method loses says nothing."""
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:
@@ -38,8 +45,17 @@ def cells(lines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     found = []
     for by_method in groups.values():
         dense = {line["prompt_sha"]: line for line in by_method.get(DENSE, [])}
-        found += [_cell(mine, dense) for mine in by_method.values()]
+        of_task = [_cell(mine, dense) for mine in by_method.values()]
+        found += [{**cell, "beyond_model": True} for cell in of_task] if _is_beyond(of_task) else of_task
     return found
+
+
+def _is_beyond(of_task: Sequence[dict[str, Any]]) -> bool:
+    """Whether dense fails at a generated task."""
+    generated = of_task[0]["task"].partition(":")[0] in GENERATED
+    return generated and any(
+        cell["method"] == DENSE and not cell["lower_is_better"] and cell.get("score", FLOOR) < FLOOR for cell in of_task
+    )
 
 
 def _cell(mine: list[dict[str, Any]], dense: dict[str, dict[str, Any]]) -> dict[str, Any]:
@@ -119,6 +135,8 @@ def table(records: Sequence[dict[str, Any]]) -> Any:
     cut = sum(record["n_cut"] for record in records)
     notes = [f"{skipped} prompts did not fit into the model's context and were skipped"] if skipped else []
     notes += [f"{cut} prompts lost their middle, as their set has it"] if cut else []
+    beyond = any("beyond_model" in record for record in records)
+    notes += [f"where dense scores below {FLOOR:.0f}, the model cannot do the task, and no method is scored"] * beyond
     notes += ["KL: nats per token beside dense, mean and 99th percentile of tokens"] if forced else []
     view.caption = "; ".join(notes) or None
     return view
@@ -134,6 +152,8 @@ def _far(record: dict[str, Any]) -> tuple[str, str, str]:
 def _columns(record: dict[str, Any], dense: dict[str, Any]) -> list[str]:
     if "score" not in record:
         return ["skipped", "", "0", "", "", ""]
+    if "beyond_model" in record and record["method"] != DENSE:
+        return ["the model cannot do this", "", str(record["n"]), "", "", ""]
     digits = 3 if record["lower_is_better"] else 1
     difference = ""
     if "difference" in record:

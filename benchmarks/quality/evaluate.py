@@ -23,8 +23,9 @@ from typing import Any
 from vllm_sparq.benchmarks.common.methods import DENSE, Method
 from vllm_sparq.benchmarks.quality.divergence import distribution_file
 from vllm_sparq.benchmarks.quality.engine import Engine, Output, Run, same_cache
+from vllm_sparq.benchmarks.quality.forms import CHAT
 from vllm_sparq.benchmarks.tasks.generated import TASKS, Example
-from vllm_sparq.benchmarks.tasks.metrics import MEASURED
+from vllm_sparq.benchmarks.tasks.metrics import LIKELIHOOD, MEASURED
 from vllm_sparq.benchmarks.tiny_model import WEIGHTS
 from vllm_sparq.config import Options
 from vllm_sparq.console import (
@@ -186,7 +187,9 @@ def scored(example: Example, output: Output) -> dict[str, Any]:
 
 
 def _bits(example: Example, nats: float) -> float:
-    """Per byte or character of the answer."""
+    """Per byte or character of the answer, or of all of it."""
+    if example.metric == LIKELIHOOD:
+        return nats / 0.6931471805599453
     size = len(example.answer.encode()) if example.metric == "bits_per_byte" else len(example.answer)
     return nats / 0.6931471805599453 / size
 
@@ -228,6 +231,12 @@ def add_text_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of what is read and written, for every command that answers prompts."""
     parser.add_argument("--haystack", type=place, help="text to hide facts in (default: written by a small grammar)")
     parser.add_argument("--text", type=place, help="file or folder for task text (default: the bundled model's corpus)")
+    parser.add_argument(
+        "--chat-template",
+        choices=CHAT,
+        default="auto",
+        help="ask questions in the model's: where it has one, always, or never (default: auto)",
+    )
     parser.add_argument("--data", type=place, help="folder with the papers' sets; what is missing is named")
     parser.add_argument(
         "--out", type=place, metavar="FOLDER", help="keep every line there; a killed run goes on from it"
@@ -243,7 +252,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--tasks",
         type=comma_names,
         default=list(TASKS),
-        help=f"of {', '.join(short_names())}, or a set as in longbench_qasper (default: {','.join(TASKS)})",
+        help=f"of {', '.join(short_names())}, or a set as in longbench_qasper (default: {','.join(TASKS)}); "
+        "needle:likelihood forces the right answer",
     )
     parser.add_argument(
         "--lengths", type=comma_numbers, default=[512, 1024, 2048], help="prompt tokens (default: 512,1024,2048)"
@@ -312,6 +322,7 @@ def prepare(args: argparse.Namespace, console: Any) -> tuple[Run, list[Example]]
         haystack=read_haystack(args.haystack) if args.haystack else None,
         text=read_text(args.text) if args.text else None,
         data=args.data,
+        chat=args.chat_template,
     )
     with console.status(f"writing {args.n} prompts per task and length ..."):
         limit = args.engine_args.get("max_model_len") or CacheShape.of(run.model, run.dtype).max_model_len

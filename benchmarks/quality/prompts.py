@@ -9,7 +9,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from vllm_sparq.benchmarks.quality.forms import ASKING, chat_overhead, forced, in_chat, uses_chat
 from vllm_sparq.benchmarks.tasks.generated import TASKS, Example
+from vllm_sparq.benchmarks.tasks.metrics import LIKELIHOOD
 from vllm_sparq.benchmarks.tasks.papers import FAMILIES, PAPER_TASKS, Limits, load_paper_task
 from vllm_sparq.benchmarks.tasks.papers.metrics import ALL_METRICS
 from vllm_sparq.benchmarks.tasks.retrieval import RETRIEVAL
@@ -18,7 +20,7 @@ from vllm_sparq.console import UsageError
 GENERATED: dict[str, Callable[..., Example]] = {**TASKS, **RETRIEVAL}
 """Name -> how an example is made."""
 
-WITHOUT_HAYSTACK = ("repetition", "map")
+WITHOUT_HAYSTACK = ("repetition", "map", "few_shot")
 """Generated tasks that consist of what has to be found, so that a haystack of the user's has no place in them."""
 
 TEXT = "text"
@@ -55,8 +57,11 @@ def check_tasks(tasks: Sequence[str]) -> None:
         task, colon, metric = name.partition(":")
         if task not in known_tasks():
             raise UsageError(f"unknown task {task!r}: choose from {', '.join(short_names())}")
-        if colon and metric not in ALL_METRICS:
-            raise UsageError(f"unknown metric {metric!r} of task {task!r}: choose from {', '.join(ALL_METRICS)}")
+        if metric == LIKELIHOOD and task not in GENERATED:
+            raise UsageError(f"task {task!r} has no one right answer to force: leave out {metric!r}")
+        if colon and metric not in (*ALL_METRICS, LIKELIHOOD):
+            known = ", ".join((*ALL_METRICS, LIKELIHOOD))
+            raise UsageError(f"unknown metric {metric!r} of task {task!r}: choose from {known}")
         if colon and task in MEASURED_TASKS:
             raise UsageError(f"task {task!r} is measured in bits and has no other metric: leave out {metric!r}")
 
@@ -74,6 +79,7 @@ class Wanted:
         haystack: sentences of the user's, to hide facts in; None to write some.
         text: what task ``text`` is measured on; None for held-out text of the bundled model's corpus.
         data: folder with the papers' sets.
+        chat: one of `forms.CHAT`, whether questions are asked in the model's chat template.
     """
 
     model: Path
@@ -84,12 +90,18 @@ class Wanted:
     haystack: Sequence[str] | None = None
     text: str | None = None
     data: Path | None = None
+    chat: str = "auto"
 
     @cached_property
     def tokenizer(self) -> Any:
         from transformers import AutoTokenizer
 
         return AutoTokenizer.from_pretrained(self.model)
+
+    @cached_property
+    def uses_chat(self) -> bool:
+        """Whether questions are asked in the model's chat template."""
+        return uses_chat(self.chat, self.tokenizer, [task.partition(":")[0] for task in self.tasks])
 
     def count_tokens(self, text: str) -> int:
         return len(self.tokenizer(text, verbose=False).input_ids)
@@ -101,10 +113,14 @@ class Wanted:
             UsageError: an unknown task, a set or a text that is missing or too short.
         """
         check_tasks(self.tasks)
+        if self.chat == "on":
+            assert self.uses_chat
         found: list[Example] = []
         for name in self.tasks:
             task, _, metric = name.partition(":")
             mine = self._of_task(task, max_model_len)
+            if metric == LIKELIHOOD:
+                mine = [forced(one, self.tokenizer) for one in mine]
             found += [replace(one, task=name, metric=metric) for one in mine] if metric else mine
         return found
 
@@ -119,14 +135,16 @@ class Wanted:
     def generated(self, task: str, length: int, i: int) -> Example:
         """The i-th example of a task and length."""
         more = {} if task in WITHOUT_HAYSTACK else {"given": self.haystack}
+        in_template = task in ASKING and self.uses_chat
+        overhead = chat_overhead(self.tokenizer) if in_template else 0
         depth = (i + 0.5) / self.n
         try:
             example = GENERATED[task](
-                n_tokens=length, count_tokens=self.count_tokens, seed=self.seed + i, depth=depth, **more
+                n_tokens=length - overhead, count_tokens=self.count_tokens, seed=self.seed + i, depth=depth, **more
             )
         except ValueError as error:  # too short for the task
             raise UsageError(f"task {task!r}: {error}; give larger --lengths") from None
-        return replace(example, length=length)
+        return replace(in_chat(example, self.tokenizer) if in_template else example, length=length)
 
     def windows(self, length: int) -> list[Example]:
         """Pieces of ``length`` tokens from the text, evenly spread over it; the end of each is scored."""

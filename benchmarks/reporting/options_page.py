@@ -59,6 +59,10 @@ SECTIONS: dict[str, tuple[str, tuple[str, ...]]] = {
         "Prefix caching is vLLM's own; blocks that a prompt has written are shared with every option that keeps them.",
         ("sharing",),
     ),
+    "Answers of dense attention": (
+        "The sparse read drafts, dense attention verifies: speculative decoding without a second model.",
+        ("lossless", "drafts"),
+    ),
 }
 """Heading -> what holds for all of it, and its options in the order of the page."""
 
@@ -75,6 +79,8 @@ APPLIES = {
     "prefill": EVICTING,
     "pressure": EVICTING,
     "sharing": "`read` `sparq`, `spans`",
+    "lossless": "`read` `sparq`, `spans`",
+    "drafts": "`lossless`",
 }
 """Option -> where it means something. Those of reads are said by the reads themselves (`Read.dials`)."""
 
@@ -135,7 +141,7 @@ def values(schema: Mapping[str, Any]) -> str:
         return ", ".join(f"`{json.dumps(value)}`" for value in schema["enum"])
     if "const" in schema:
         return f"`{json.dumps(schema['const'])}`"
-    kind = {"integer": "a whole number", "number": "a number"}[schema["type"]]
+    kind = {"integer": "a whole number", "number": "a number", "boolean": "true or false"}[schema["type"]]
     bounds = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
     limits = [f"{sign} {schema[key]:g}" for key, sign in bounds.items() if key in schema]
     return f"{kind} {' and '.join(limits)}".rstrip()

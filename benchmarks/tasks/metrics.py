@@ -54,5 +54,11 @@ METRICS: dict[str, Metric] = {
 }
 """Name -> metric of generated text."""
 
-MEASURED = {"bits_per_byte": "bits per byte", "bits_per_character": "bits per character"}
+LIKELIHOOD = "likelihood"
+
+MEASURED = {
+    "bits_per_byte": "bits per byte",
+    "bits_per_character": "bits per character",
+    LIKELIHOOD: "bits of the right answer",
+}
 """Metrics that the engine measures by forcing the answer, with their unit; less is better."""

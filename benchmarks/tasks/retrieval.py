@@ -3,6 +3,8 @@
 needle_keys    one fact among three others of the same form (RULER's multi-key needle); 1 in 4 by guessing
 needle_values  one name with four values, all of which are asked for (RULER's multi-value needle)
 passkey        a number announced twice in one place (Mohtashami and Jaggi 2023, as the benchmark paper asks for it)
+quote          the beginning of a sentence of the text; it has to be gone on with, word by word
+few_shot       names with their kind, line by line; the kind of one more
 qa             who keeps what where, eight people; a question in words about one of them; 1 in 8 by guessing
 
 They share the haystack, the words and the conventions of `tasks`. The bundled model was trained on none of them.
@@ -29,6 +31,10 @@ from vllm_sparq.benchmarks.tasks.generated import (
 N_NEEDLE_KEYS = 4
 N_NEEDLE_VALUES = 4
 N_QA_PEOPLE = 8
+N_QUOTED = 10  # words of a sentence that is quoted, at least
+N_QUOTE_CUE = 6  # of which so many are shown again
+N_QUOTE_MOST = 16  # and at most so many asked for
+N_QUOTE_LEAST = 60  # words of a text that surely holds such a sentence
 
 PASSKEY_TASK = "There is a pass key hidden in the text below. Find it and remember it.\n"
 
@@ -144,10 +150,61 @@ def extraction(
     return tasks.finish("qa", prompt, f" {where[0]}", depth, seed, count_tokens, stop=(".", "\n"))
 
 
+def quote(
+    *,
+    n_tokens: int,
+    count_tokens: CountTokens,
+    seed: int,
+    depth: float | None = None,
+    given: Sequence[str] | None = None,
+) -> Example:
+    """A text, and the first words of its sentence at `depth` (or the next one that is long enough) once more."""
+    rng = random.Random(f"quote {seed}")
+    depth = rng.random() if depth is None else depth
+    hay = Haystack(rng, given)
+
+    def quoted(text: Sequence[str]) -> list[str]:
+        first = place(len(text) - 1, depth)
+        long = [words for words in map(str.split, [*text[first:], *reversed(text[:first])]) if len(words) >= N_QUOTED]
+        if not long:
+            raise ValueError(f"no sentence of the haystack has {N_QUOTED} words")
+        return long[0]
+
+    def build(n_words: int) -> str:
+        text = hay.take(n_words)
+        return " ".join(text) + '\nTo quote the text: "' + " ".join(quoted(text)[:N_QUOTE_CUE])
+
+    n_words = fit(build, n_tokens, count_tokens, N_QUOTE_LEAST)
+    rest = quoted(hay.take(n_words))[N_QUOTE_CUE : N_QUOTE_CUE + N_QUOTE_MOST]
+    example = tasks.finish("quote", build(n_words), " " + " ".join(rest), depth, seed, count_tokens, stop=("\n",))
+    return replace(example, metric="prefix")
+
+
+def few_shot(*, n_tokens: int, count_tokens: CountTokens, seed: int, depth: float | None = None) -> Example:
+    """Lines such as "old miller: person"; the prompt ends with a name whose kind the lines have shown."""
+    rng = random.Random(f"few_shot {seed}")
+    depth = rng.random() if depth is None else depth
+    kinds = {"person": tasks.SUBJECTS, "thing": tasks.OBJECTS, "place": tasks.PLACES}
+    lines: list[tuple[str, str]] = []
+
+    def build(n_lines: int) -> str:
+        while len(lines) < n_lines + 1:
+            kind = rng.choice(list(kinds))
+            lines.append((f"{rng.choice(tasks.ADJECTIVES)} {rng.choice(kinds[kind])}", kind))
+        shown = [f"{name}: {kind}" for name, kind in lines[1 : n_lines + 1]]
+        return "\n".join([*shown, f"{lines[0][0]}:"])
+
+    prompt = build(fit(build, n_tokens, count_tokens, len(kinds)))
+    example = tasks.finish("few_shot", prompt, f" {lines[0][1]}", depth, seed, count_tokens, stop=("\n",))
+    return replace(example, choices=tuple(kinds))
+
+
 RETRIEVAL: dict[str, Callable[..., Example]] = {
     "needle_keys": needle_keys,
     "needle_values": needle_values,
     "passkey": passkey,
     "qa": extraction,
+    "quote": quote,
+    "few_shot": few_shot,
 }
 """Name -> how an example is made."""

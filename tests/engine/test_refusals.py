@@ -103,6 +103,28 @@ CASES: dict[str, Case] = {
         r"retention='heavy_hitter' evicts tokens, so draft tokens.*retention 'all'",
         speculative_config=NGRAM,
     ),
+    "lossless without a sparse read": options(
+        {"read": "dense", "lossless": True},
+        r"lossless=True drafts by a sparse read, and read='dense' is none: use read",
+    ),
+    "lossless over codes": options(
+        {"format": "int4", "lossless": True}, r"lossless=True takes drafts back.*use format 'model'"
+    ),
+    "lossless beside another drafter": options(
+        {"lossless": True},
+        r"lossless=True is speculative decoding itself: leave --speculative-config out",
+        speculative_config=NGRAM,
+    ),
+    "lossless on two workers": options(
+        {"lossless": True},
+        r"lossless=True runs on one worker so far: leave --tensor-parallel-size",
+        tensor_parallel_size=2,
+    ),
+    "lossless with somebody else's scheduler": options(
+        {"lossless": True},
+        r"lossless=True needs our scheduler.*leave it out",
+        scheduler_cls="vllm.v1.core.sched.async_scheduler.AsyncScheduler",
+    ),
     "somebody else's scheduler": options(
         {**EVICTING, "pressure": "evict"},
         r"pressure='evict' is the work of our scheduler.*leave it out",

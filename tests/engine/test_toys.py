@@ -66,7 +66,7 @@ ROWS = {
         ("from vllm_sparq.reads.dense import DenseRead\n", "from vllm_sparq.reads.newest import NewestRead\n"),
         ('"dense": DenseRead', ', "newest": NewestRead'),
     ],
-    "vllm_sparq/formats.py": [('    "model": None,\n', '    "byte": Format(bits=8, channel_keys=False, group=32),\n')],
+    "vllm_sparq/formats.py": [('    "model": None,\n', '    "byte": _both(Coding(bits=8, group=32)),\n')],
     "vllm_sparq/retention.py": [
         ('    "all": None,\n', '    "anchors": Policy(rank="age", sinks=32, recent=1, summary="the newest"),\n')
     ],

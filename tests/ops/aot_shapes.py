@@ -190,9 +190,7 @@ KERNELS = {
     "rank_kernel",
     "count_kernel",
     "partition_kernel",
-    "finish_kernel",
     "cut_kernel",
-    "blend_kernel",
     "prefill_kernel",
 }
 """What `SHAPES` launch, by name."""

@@ -4,8 +4,9 @@ Which tokens an implementation reads shows in its output once V is replaced by u
 not loosen the tolerance of the output: any set is right that scores within their error bound may lead to, and the
 output must be that of the set.
 
-A kernel may sum in another order and round ``scale * q * step`` to the model's type. Its scores of query head g differ
-from ours by at most ``e_g = tolerances.SCORE * max_t sum_c |scale_g q_c| (|zero_c| + step_c code_c)``. Hence:
+A kernel may sum in another order and round ``scale * q * step`` to the model's type, or to whole numbers of 16 bits.
+Its scores of query head g differ from ours by at most
+``e_g = tolerances.SCORE * max_t sum_c |scale_g q_c| (|zero_c| + step_c code_c) + tolerances.whole_numbers``. Hence:
 
 * What tokens are ranked by moves by at most ``m_t = sum_g e_g`` (``logits``), or ``m_t = sum_g p_gt (exp(2 e_g) - 1)``
   (``probs``: a term and the sum it is divided by move by a factor ``exp(e_g)`` each). A token read may be worse than
@@ -205,4 +206,7 @@ def score_error(case: Case, query: Array, channels: Array, size: Array) -> Array
     """The bound e_g [H'] of this file's head; ``size`` [S, D] is ``|zero| + step code``."""
     total, held = np.abs(query).sum(1), np.abs(query[:, channels]).sum(1)
     scaled = case.scale * np.sqrt(total / held)[:, None] * np.abs(query[:, channels])
-    return tolerances.SCORE[case.dtype] * (scaled @ size[:, channels].T).max(1)
+    error: Array = tolerances.SCORE[case.dtype] * (scaled @ size[:, channels].T).max(1)
+    if case.dtype != torch.float32:
+        error += tolerances.whole_numbers(len(channels), 1.0) * scaled.max(1) * size[:, channels].max()
+    return error

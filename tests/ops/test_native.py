@@ -130,6 +130,18 @@ def test_an_older_library_is_refused_with_the_remedy(
         native.find.cache_clear()
 
 
+def test_a_library_of_another_architecture_is_refused_with_the_remedy(tmp_path: Path) -> None:
+    found = native.find().library
+    if found is None:
+        pytest.skip(f"no CPU kernels: {native.find().reason}")
+    library = tmp_path / found.name
+    header = bytearray(found.read_bytes())
+    header[18:20] = (243).to_bytes(2, "little")  # e_machine: RISC-V
+    library.write_bytes(header)
+    with pytest.raises(OSError, match=rf"{library} cannot be loaded on this .*another architecture.*make setup"):
+        native.check_abi(library)
+
+
 @pytest.mark.parametrize("change", ["constant", "enum", "struct", "letter", "version"])
 def test_the_number_of_the_interface_depends_on_all_of_it(change: str, monkeypatch: pytest.MonkeyPatch) -> None:
     before = native.abi()

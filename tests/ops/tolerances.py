@@ -19,6 +19,16 @@ OUT: dict[torch.dtype, dict[str, float]] = {
 }
 """Of an attention output against fp32 or fp64 arithmetic.
 
+CPU kernels may multiply codes of 16-bit models as whole numbers of 16 bits. That fits into these rows:
+
+* An element of the query is rounded to a multiple of the unit ``u = max |q_c| / 32767`` of its group, which moves a
+  logit by at most ``scale sum_c u/2 step_c |code_c - middle|``. Half a unit is a 128th of what bf16 rounds of the
+  largest element, and less than what fp16 rounds of any that is more than a 32nd of it.
+* The weight of a row, ``p_t step_t``, is rounded to a multiple of ``max p max step / 32767`` over up to 128 tokens,
+  which moves an element of ``sum_t p_t v_t`` by at most ``128 (2^-16 max p max step) (top / 2)``: 2^-10 of ``max p``
+  times the widest range of a group. Zeros, and the middle of the range, are added in fp32, so no mass is lost.
+* The same holds for channel-major K with q in the place of p, over channels instead of tokens.
+
 Prefill may round the tokens that codes stand for to bf16 before it multiplies them, as they would lie in pages of the
 format ``model``; there is no instruction for more. Triton kernels always round them, to the model's type. An element
 moves by at most 2^-9 of itself, the output by up to ``2^-9 (sum p |v| + sum p |v - out| scale sum |q k|)``, ten times
@@ -35,6 +45,16 @@ SCORE: dict[torch.dtype, float] = {
     torch.bfloat16: 1.1 * 2**-9,
 }
 """Of an approximate score, as a fraction of ``sum_c |scale_g q_c| (|zero_c| + step_c code_c)``."""
+
+
+def whole_numbers(n: int, largest: float) -> float:
+    """Bound on what an approximate score moves by where weights are whole numbers (16-bit models, on CPUs).
+
+    Each of ``n`` weights ``scale * q * step`` is off by half of the largest / 32767, times a code at most half of the
+    largest one away from the middle: 2^-17 of ``largest``, the greatest of ``|scale q|`` times that of a range of K.
+    """
+    return n * 2**-17 * largest
+
 
 MASS = 2**-18
 """Of a share of the probability, beside what follows from its scores.

@@ -70,6 +70,7 @@ def model_section(model: str, options: Options, backend: str = "sparq") -> Secti
                 f"{ours[0].block_size // block_size} of these side by side: a request holds whole ones"
             )
         _describe_capacity(section, held)
+        _describe_keys(section, options, held)
     except ValueError as error:  # r beyond the head size, a page that cannot be cut
         section.bad(f"refused: {error}")
     return section
@@ -133,6 +134,10 @@ def _describe_read(section: Section, options: Options, shape: dict[str, int], ma
         return
     for line in lines:
         section.good(line)
+    if options.lossless:
+        section.note(
+            f"lossless: so it drafts up to {options.drafts} tokens while that pays, and dense attention verifies them"
+        )
     if options.dense_layers:
         section.note(f"the first {min(options.dense_layers, shape['n_full'])} layers always read densely")
     first_sparse = next((n for n in range(max_model_len + 1) if not read.is_dense(n)), None)
@@ -214,6 +219,16 @@ def _describe_capacity(section: Section, held: dict[str, Capacity]) -> None:
         f"a GiB of KV cache holds {ours.n_tokens:,} tokens (dense: {dense.n_tokens:,}), {ours.max_concurrency:.2f} "
         f"requests of {ours.max_model_len:,} tokens (dense: {dense.max_concurrency:.2f}), as vLLM counts them"
     )
+
+
+def _describe_keys(section: Section, options: Options, held: dict[str, Capacity]) -> None:
+    """A format that biases of K do not fit into."""
+    from vllm_sparq.attention_backends.keys import bias_warning, is_fragile
+
+    n_biased = held["sparq"].n_biased_keys if held else 0
+    section.numbers["biased_keys"] = n_biased
+    if n_biased and is_fragile(options):
+        section.note(bias_warning(options.format, n_biased))
 
 
 def _describe_memory(section: Section, options: Options, shape: dict[str, int], dtype: Any, block_size: int) -> None:

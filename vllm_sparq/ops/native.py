@@ -42,6 +42,10 @@ _MADV_COLLAPSE = 25  # since Linux 6.1; not in Python's mmap module yet
 STORAGE = ("channel_keys", "staged_per_page")
 PARTS = ("records", "ranking", "scales", "value_sum", "positions", "attention")
 
+COMPILE_AGAIN = (
+    "Compile the kernels again: `make setup` in a checkout, "
+    "`pip install --force-reinstall --no-deps vllm-sparq` elsewhere."
+)
 REFERENCE_INSTEAD = "the pure-torch reference runs instead, hundreds of times slower"
 
 
@@ -250,6 +254,11 @@ def check_abi(path: Path) -> None:
     """
     try:
         function = ctypes.CDLL(str(path)).sparq_abi
+    except OSError as error:
+        raise OSError(
+            f"{path} cannot be loaded on this {platform.machine()} ({error}): it was compiled for another "
+            f"architecture, or is damaged. {COMPILE_AGAIN}"
+        ) from None
     except AttributeError:
         theirs = "none"
     else:
@@ -258,8 +267,7 @@ def check_abi(path: Path) -> None:
     if theirs != (ours := f"{abi():016x}"):
         raise OSError(
             f"{path} has the C interface {theirs}, but this version of vllm-sparq calls {ours}: the compiled kernels "
-            f"are older or newer than the Python code beside them. Compile them again: `make setup` in a checkout, "
-            f"`pip install --force-reinstall --no-deps vllm-sparq` elsewhere."
+            f"are older or newer than the Python code beside them. {COMPILE_AGAIN}"
         )
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import psutil
 import pytest
 import torch
+from rich.console import Console
 
 from vllm_sparq.benchmarks.common.methods import Method
 from vllm_sparq.benchmarks.quality import evaluate as quality
@@ -25,6 +26,7 @@ from vllm_sparq.benchmarks.tiny_model import WEIGHTS
 from vllm_sparq.cli import main
 from vllm_sparq.config import parse_options
 from vllm_sparq.console import UsageError
+from vllm_sparq.reads import READS
 
 
 def test_what_a_prompt_measures() -> None:
@@ -155,7 +157,7 @@ def test_a_killed_eval_leaves_no_engine_and_the_next_run_goes_on(number: signal.
         assert family
         parent.send_signal(number)
         parent.wait(60)
-    _, alive = psutil.wait_procs(family, timeout=20)
+    _, alive = psutil.wait_procs(family, timeout=5)
     assert not alive
     before = path.read_bytes()
     assert before.count(b"\n") >= 32
@@ -163,3 +165,53 @@ def test_a_killed_eval_leaves_no_engine_and_the_next_run_goes_on(number: signal.
     assert path.read_bytes().startswith(before[: before.rindex(b"\n") + 1])
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     assert len({line["key"] for line in lines}) == len(lines) == 80
+
+
+SWITCHED: tuple[dict[str, Any], ...] = (
+    {},
+    {"compression": 4.0, "r": None, "k": None},
+    {"compression": 16.0, "r": None, "k": None, "min_k": 24},
+    {"r": 4},
+    {"k": 24},
+    {"local": 0},
+    {"mass": 0.6, "min_k": 8},
+    {"dense_layers": 2},
+    {"dense_below": 450},
+    {"group_reduce": "probs", "mean_value": "off"},
+    {"group_reduce": "probs"},
+    {"mean_value": "on"},
+    {"ranking": "int8"},
+    {"mean_value": "off"},
+)
+"""Over r = 8 and k = 48: every dial that `eval`, `sweep` and `tune` may switch in a running engine."""
+
+
+def test_every_dial_of_sparq_is_switched() -> None:
+    assert {name for one in SWITCHED for name in one} == set(READS["sparq"].dials)
+
+
+@pytest.mark.engine
+@pytest.mark.long
+def test_a_shared_engine_gives_what_an_engine_of_its_own_gives() -> None:
+    """Whatever was read before: nats of every text, to the last bit, in float32."""
+    run = Run(model=WEIGHTS, dtype="float32", engine_args={"kv_cache_memory_bytes": 1 << 28})
+    examples = Wanted(model=WEIGHTS, tasks=["text"], lengths=[500], n=2).examples(4096)
+    base = {"dense_below": 0, "r": 8, "k": 48}
+    chosen = [{k: v for k, v in {**base, **one}.items() if v is not None} for one in SWITCHED]
+    methods = [Method.named("sparq", options) for options in chosen]
+    shared, engine, n_started = [], None, 0
+    for method in [*methods, *methods[:3]]:  # and back to the first ones
+        before = engine
+        engine = quality._engine_for(method, run, engine, Console(quiet=True))
+        n_started += engine is not before
+        shared.append([output.nats for output in engine.answer(examples)])
+    assert engine is not None
+    engine.close()
+    assert n_started < len(methods) / 2
+    own = []
+    for method in methods:
+        with Engine(method, run) as alone:
+            own.append([output.nats for output in alone.answer(examples)])
+    for method, together, apart in zip([*methods, *methods[:3]], shared, [*own, *own[:3]], strict=True):
+        assert together == apart, method.options
+    assert len({tuple(nats) for nats in own}) >= len(methods) - 2  # the settings do differ

@@ -14,6 +14,7 @@ WHERE = {
     "needle_keys": lambda one: tasks.question(one.prompt.split()[-2]) + one.answer,
     "needle_values": lambda one: one.answers[0],
     "passkey": lambda one: f"The pass key is{one.answer}. Remember it.",
+    "quote": lambda one: one.prompt.rpartition('To quote the text: "')[2] + one.answer,
     "qa": lambda one: f"{re.findall(r'Where does (.+) keep', one.prompt)[0]} keeps the",
 }
 """Task -> text that stands at the example's depth, once."""
@@ -40,7 +41,7 @@ def test_a_seed_decides_an_example_and_its_length_is_the_one_asked_for(task: str
         assert not any(stop in example.answer for stop in example.stop)
 
 
-@pytest.mark.parametrize("task", RETRIEVAL)
+@pytest.mark.parametrize("task", WHERE)
 @pytest.mark.parametrize(("depth", "low", "high"), [(0.0, 0.0, 0.1), (0.5, 0.4, 0.6), (1.0, 0.85, 1.0)])
 def test_the_answer_lies_at_the_depth_asked_for(task: str, depth: float, low: float, high: float) -> None:
     example = make(task, n_tokens=3000, depth=depth)

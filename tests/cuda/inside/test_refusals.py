@@ -28,6 +28,11 @@ def test_microbatches(engine: Any) -> None:
         engine("sparq", enable_dbo=True, **SMALL).__enter__()
 
 
+def test_lossless(engine: Any) -> None:
+    with pytest.raises(ValueError, match="lossless=True runs on CPU alone so far"):
+        engine("sparq", {"lossless": True}, **SMALL).__enter__()
+
+
 @pytest.mark.parametrize("block_size", [16, 48, 272])
 def test_blocks_of_any_size_go_through_flash_attention(block_size: int, engine: Any, prompts: Any) -> None:
     """The stand-in refuses blocks that are no multiple of 16, as FlashAttention does; so do we."""

@@ -6,11 +6,14 @@
 
 namespace sparq {
 
-// The heads of one query group as the kernels for codes want them.
+// The heads of one query group as the kernels for codes want them. What comes after `whole` is null where K is not
+// multiplied by pairs.
 struct CodesQuery {
   float* whole;    // [n_heads, stride]
-  int32_t* pairs;  // [n_heads, n_pairs] of bf16 in the order of the codes of K; null where it is not used
-  float* sums;     // [n_heads, D/g] over the channels of a group; null likewise
+  int32_t* pairs;  // [n_heads, n_pairs] of bf16, or of multiples of the unit of a group, in the order of the codes of K
+  float* sums;     // [n_heads, D/g] over the channels of a group
+  float* rests;    // [n_heads, D/g] middle code times what those multiples lack of the sums
+  float* units;    // [n_heads, D/g]
   int stride, n_pairs, n_groups;
 };
 

@@ -2,42 +2,16 @@
 
 #include "codes/codes_float.h"
 #include "codes/dot_codes_bf16.h"
+#include "codes/dot_int16.h"
+#include "codes/key_columns.h"
+#include "codes/listed.h"
+#include "codes/mix_int16.h"
 #include "attend/attention.h"
 #include "base/softmax_tile.h"
 #include "base/tile.h"
 
 namespace sparq {
 namespace {
-
-constexpr int LIST_TILE = 128;  // tokens of a list at a time
-
-// Arrays of pointers to rows.
-struct RowPointers {
-  const uint8_t** codes;
-  const uint8_t** scales;
-  int n = 0;
-
-  static RowPointers in(Arena& arena, int capacity) {
-    return {arena.take<const uint8_t*>(capacity + 1), arena.take<const uint8_t*>(capacity + 1)};
-  }
-
-  void push(const Codes& where, const uint8_t* page, int row) {
-    codes[n] = page + where.codes + row * where.code_stride;
-    scales[n++] = page + where.scales + row * where.scale_stride;
-  }
-  CodeRows rows() const {
-    codes[n] = codes[n - 1];  // room: see `in`
-    return {codes, scales, n};
-  }
-
-  // The first n rows of a page.
-  CodeRows all(const Codes& where, const CodeShape& shape, const uint8_t* page, int count) {
-    n = 0;
-    for (int row = 0; row < count; ++row) push(where, page, row);
-    const bool dense = where.scale_stride == shape.scale_bytes();
-    return {codes, scales, n, dense ? page + where.scales : nullptr};
-  }
-};
 
 // Attention of up to MAX_TILE_HEADS heads from h0 on.
 struct Heads4 {
@@ -106,83 +80,73 @@ void touch(const Pages& pages, const uint8_t* page) {
   for (int64_t byte = 0; byte < codes_end(pages); byte += 4096) prefetch_l2(page + byte);
 }
 
-void prefetch_row(const Codes& where, const uint8_t* page, int row, int code_bytes, int scale_bytes) {
-  const uint8_t *codes = page + where.codes + row * where.code_stride;
-  const uint8_t *scales = page + where.scales + row * where.scale_stride;
-  for (int byte = 0; byte < code_bytes; byte += 64) prefetch_l2(codes + byte);
-  prefetch_l2(codes + code_bytes - 1);
-  prefetch_l2(scales), prefetch_l2(scales + scale_bytes - 1);
+// Logits of a tile of a list where K is channel-major. Of a page that has few of the tokens they are decoded one by
+// one, else all of its logits are made, and those that are wanted taken from them.
+void score_columns(const Heads4& heads, const ListTile& tile, const uint8_t* next_page, RowPointers& keys,
+                   KeyColumns columns, float* page_logits, float* logits, int stride) {
+  constexpr int MANY = 16, AHEAD = 3;
+  const Pages& pages = heads.pages;
+  const CodeShape& shape = heads.kernels.key;
+  const int page_stride = pages.block_size + 16;
+  for (int i = 0; i < std::min(AHEAD, tile.n); ++i) prefetch_column(pages, shape, tile.page[i], tile.slot[i]);
+  for (int i = 0, stop; i < tile.n; i = stop) {
+    stop = i + tile.run(i);
+    if (stop - i < MANY) {
+      for (int k = i; k < stop; ++k) {
+        if (k + AHEAD < tile.n) prefetch_column(pages, shape, tile.page[k + AHEAD], tile.slot[k + AHEAD]);
+        heads.kernels.decode_column(pages, tile.page[k], tile.slot[k], columns.next(k));
+      }
+      continue;
+    }
+    Ahead ahead, unused;
+    const uint8_t* const then = stop < tile.n ? tile.page[stop] : next_page;
+    if (then != nullptr) page_ahead(pages, then, &ahead, &unused);
+    heads.score_page(tile.page[i], keys, page_logits, page_stride, ahead);
+    for (int h = 0; h < heads.n; ++h)
+      for (int k = i; k < stop; ++k)
+        logits[(size_t)h * stride + k] = page_logits[(size_t)h * page_stride + tile.slot[k]];
+  }
+  columns.flush();
 }
 
-// The tokens of a list, a tile at a time.
-class Listed {
- public:
-  Listed(const CodeKernels& kernels, const Pages& pages, const Sequence& sequence, const int32_t* tokens, int n)
-      : kernels_(kernels), pages_(pages), sequence_(sequence), tokens_(tokens), n_(n) {}
+// Calls f with how the codes of a part lie in words, where whole numbers are multiplied.
+template <class F>
+void with_word_codes(const CodeShape& shape, F&& f) {
+  if (shape.bits == 8 && !shape.has_zero) f(WordCodes<8, true>{});
+  if (shape.bits == 8 && shape.has_zero) f(WordCodes<8, false>{});
+  if (shape.bits == 4 && shape.has_zero) f(WordCodes<4, false>{});
+  if (shape.bits == 2 && shape.has_zero) f(WordCodes<2, false>{});
+}
 
-  int block(int i) const { return tokens_[i] / pages_.block_size; }
-  int slot(int i) const { return tokens_[i] % pages_.block_size; }
-  const uint8_t* page(int i) const { return sequence_.page(block(i)); }
+// Kernels of whole numbers in place of those of fp32, where there are some for these codes.
+template <class T>
+void use_int16(const Pages& pages, CodeKernels& kernels) {
+  if (can_mix_int16(kernels.value))
+    with_word_codes(kernels.value, [&](auto codes) { kernels.mix_values = mix_int16<decltype(codes), T>; });
+  if (pages.channel_keys && can_mix_int16(kernels.key))
+    with_word_codes(kernels.key, [&](auto codes) { kernels.mix_keys = mix_int16<decltype(codes), T>; });
+  if (!pages.channel_keys && can_dot_int16(kernels.key))
+    with_word_codes(kernels.key, [&](auto codes) {
+      using C = decltype(codes);
+      if constexpr (C::planes <= MAX_DOT_PLANES) kernels.dot = dot_int16<C, T>, kernels.pair_query = pair_query_int16;
+    });
+}
 
-  void prefetch(int first, int last) const {
-    const int value_bytes = kernels_.value.row_bytes(), scale_bytes = kernels_.value.scale_bytes();
-    for (int i = first; i < last; ++i) {
-      prefetch_row(pages_.value, page(i), slot(i), value_bytes, scale_bytes);
-      if (!pages_.channel_keys)
-        prefetch_row(pages_.key, page(i), slot(i), kernels_.key.row_bytes(), kernels_.key.scale_bytes());
-    }
-  }
-
-  void push(int first, int last, const Codes& where, RowPointers& rows) const {
-    rows.n = 0;
-    for (int i = first; i < last; ++i) rows.push(where, page(i), slot(i));
-  }
-
-  // Where K is channel-major a column of it touches as many lines as the whole page has: all logits of each page are
-  // made, and those that are wanted taken from it.
-  void score_columns(const Heads4& heads, int first, int last, RowPointers& keys, float* page_logits, int page_stride,
-                     float* logits, int stride) const {
-    for (int i = first, stop; i < last; i = stop) {
-      for (stop = i + 1; stop < last && block(stop) == block(i);) ++stop;
-      Ahead ahead, unused;
-      if (stop < n_) page_ahead(pages_, page(stop), &ahead, &unused);
-      heads.score_page(page(i), keys, page_logits, page_stride, ahead);
-      for (int h = 0; h < heads.n; ++h)
-        for (int k = i; k < stop; ++k)
-          logits[(size_t)h * stride + k - first] = page_logits[(size_t)h * page_stride + slot(k)];
-    }
-  }
-
- private:
-  const CodeKernels& kernels_;
-  const Pages& pages_;
-  const Sequence& sequence_;
-  const int32_t* tokens_;
-  int n_;
-};
-
-// Kernels of the bf16 instructions in place of those that they beat, where there are some for these codes.
+// Kernels of the bf16 instructions where there are some for these codes: as fast as whole numbers in the inner loop,
+// and weights need no unit.
 void use_bf16(const Pages& pages, CodeKernels& kernels) {
 #ifdef __AVX512BF16__
   const auto with_codes = [](const CodeShape& shape, auto&& f) {
-    const auto use = [&](auto codes) {
-      if (decltype(codes)::has_zero == shape.has_zero) f(codes);
-    };
-    if (shape.bits == 8) use(EightBits{});
-    if (shape.bits == 4) use(FourBits{});
-    if (shape.bits == 2) use(TwoBits{});
+    if (shape.bits == 4 && shape.has_zero) f(FourBits{});
+    if (shape.bits == 2 && shape.has_zero) f(TwoBits{});
   };
-  with_codes(kernels.value, [&](auto codes) {
-    if (can_mix_bf16(kernels.value)) kernels.mix_values = mix_bf16<decltype(codes), 1>;
-  });
-  with_codes(kernels.key, [&](auto codes) {
-    using C = decltype(codes);
-    if constexpr (C::has_zero)
-      if (pages.channel_keys && can_mix_bf16(kernels.key))
-        kernels.mix_keys = mix_bf16<C, 2>, kernels.score_keys = mix_bf16<C, 1>;
-    if constexpr (C::planes <= MAX_DOT_PLANES)
-      if (!pages.channel_keys && can_dot_bf16(kernels.key)) kernels.dot = dot_bf16<C>, kernels.pairs = true;
-  });
+  if (can_mix_bf16(kernels.value))
+    with_codes(kernels.value, [&](auto codes) { kernels.mix_values = mix_bf16<decltype(codes)>; });
+  if (!pages.channel_keys && can_dot_bf16(kernels.key))
+    with_codes(kernels.key, [&](auto codes) {
+      using C = decltype(codes);
+      if constexpr (C::planes == 2) kernels.dot = dot_bf16<C>, kernels.pair_query = pair_query_bf16;
+    });
 #else
   (void)pages, (void)kernels;
 #endif
@@ -197,7 +161,7 @@ void attend_blocks(const CodeKernels& kernels, const Group& group, const State& 
   const int n = pages.block_size, stride = n + 16, n_rows = std::max(n, pages.head_size);
   Arena arena = scratch.arena();
   float* const logits = arena.take<float>(MAX_TILE_HEADS * stride + 16);
-  RowPointers rows = RowPointers::in(arena, n_rows);
+  RowPointers key_rows = RowPointers::in(arena, n_rows), value_rows = RowPointers::in(arena, n_rows);
   for (int block = first_block; block < last_block; ++block) {
     const uint8_t* page = sequence.page(block);
     Ahead keys, values;
@@ -205,8 +169,8 @@ void attend_blocks(const CodeKernels& kernels, const Group& group, const State& 
     if (block + 2 < last_block) touch(pages, sequence.page(block + 2));
     if (state.logits != nullptr) fetch_attention(sequence, block * n, n);
     few_heads_at_a_time(kernels, group, state.after((block - first_block) * n), pages, [&](const Heads4& heads) {
-      heads.score_page(page, rows, logits, stride, keys);
-      heads.absorb(logits, stride, n, rows.all(pages.value, kernels.value, page, n), values);
+      heads.score_page(page, key_rows, logits, stride, keys);
+      heads.absorb(logits, stride, n, value_rows.all(pages.value, kernels.value, page, n), values);
     });
   }
 }
@@ -216,26 +180,33 @@ void attend_coded_tokens(const CodeKernels& kernels, const Group& group, const S
   thread_local Scratch scratch;
   const Pages& pages = *sequence.pages;
   const int page_stride = pages.block_size + 16, stride = LIST_TILE + 16;
-  const int n_rows = std::max(LIST_TILE, pages.head_size);
+  const int n_rows = std::max({LIST_TILE, pages.block_size, pages.head_size});
   Arena arena = scratch.arena();
   float* const page_logits = arena.take<float>(MAX_TILE_HEADS * page_stride + 16);
   float* const logits = arena.take<float>(MAX_TILE_HEADS * stride + 16);
-  RowPointers rows = RowPointers::in(arena, n_rows);
-  const Listed list(kernels, pages, sequence, tokens, n);
+  float* const columns_memory = arena.take<float>((size_t)KeyColumns::AT_ONCE * pages.head_size);
+  RowPointers page_rows = RowPointers::in(arena, n_rows), rows = RowPointers::in(arena, n_rows);
+  ListTile tiles[2];
+  tiles[0].take(sequence, tokens, n);
+  tiles[0].prefetch(pages, kernels);
   Ahead nothing;
-  list.prefetch(0, std::min(n, LIST_TILE));
-  for (int first = 0; first < n; first += LIST_TILE) {
-    const int last = std::min(n, first + LIST_TILE);
-    list.prefetch(last, std::min(n, last + LIST_TILE));
+  for (int first = 0, i = 0; first < n; first += LIST_TILE, ++i) {
+    const ListTile& tile = tiles[i % 2];
+    ListTile& next = tiles[(i + 1) % 2];
+    next.take(sequence, tokens + first + tile.n, n - first - tile.n);
+    next.prefetch(pages, kernels);
     few_heads_at_a_time(kernels, group, state, pages, [&](const Heads4& heads) {
       if (pages.channel_keys) {
-        list.score_columns(heads, first, last, rows, page_logits, page_stride, logits, stride);
+        const float* const query = group.codes.whole + (size_t)heads.h0 * group.codes.stride;
+        const KeyColumns columns(pages.head_size, columns_memory, query, group.codes.stride, heads.n, logits, stride);
+        const uint8_t* const next_page = next.n > 0 ? next.page[0] : nullptr;
+        score_columns(heads, tile, next_page, page_rows, columns, page_logits, logits, stride);
       } else {
-        list.push(first, last, pages.key, rows);
+        tile.push(pages.key, rows);
         kernels.dot(kernels.key, group.codes, heads.h0, heads.n, rows.rows(), logits, stride, nothing);
       }
-      list.push(first, last, pages.value, rows);
-      heads.absorb(logits, stride, last - first, rows.rows(), nothing);
+      tile.push(pages.value, rows);
+      heads.absorb(logits, stride, tile.n, rows.rows(), nothing);
     });
   }
 }
@@ -245,46 +216,27 @@ CodeKernels CodeKernels::of(const Pages& pages) {
   with_dtype(pages.dtype, [&](auto type) {
     using T = decltype(type);
     kernels.dot = dot_float<T>;
-    kernels.mix_keys = kernels.score_keys = kernels.mix_values = mix_float<T>;
+    kernels.mix_keys = kernels.mix_values = mix_float<T>;
+    kernels.decode_column = sparq::decode_column<T>;
+    if constexpr (sizeof(T) == 2) use_int16<T>(pages, kernels);
   });
   use_bf16(pages, kernels);
   return kernels;
 }
 
-namespace {
-
-int n_pairs(const CodeShape& key) { return key.row_bytes(); }  // four a dword
-
-}  // namespace
-
 CodesQuery CodeKernels::new_query(int n_heads, Arena& arena) const {
-  const size_t n = n_heads;
-  CodesQuery query{arena.take<float>(n * value.n + 16), nullptr, nullptr, value.n, n_pairs(key), key.n_groups()};
-  if (pairs) query.pairs = arena.take<int32_t>(n * n_pairs(key)), query.sums = arena.take<float>(n * key.n_groups());
+  const size_t n = n_heads, n_pairs = key.row_bytes(), n_groups = key.n_groups();  // four pairs a dword
+  CodesQuery query{arena.take<float>(n * value.n + 16), nullptr, nullptr, nullptr, nullptr, value.n, (int)n_pairs,
+                   (int)n_groups};
+  if (pair_query == nullptr) return query;
+  query.pairs = arena.take<int32_t>(n * n_pairs);
+  query.sums = arena.take<float>(n * n_groups), query.rests = arena.take<float>(n * n_groups);
+  query.units = arena.take<float>(n * n_groups);
   return query;
 }
 
 void CodeKernels::prepare(const CodesQuery& query, int n_heads) const {
-  if (!pairs) return;
-  for (int h = 0; h < n_heads; ++h) {
-    const float* q = query.whole + (size_t)h * query.stride;
-    const auto bits = [&](int code) {  // the upper half of the fp32, which came from bf16
-      uint32_t word;
-      memcpy(&word, q + code, 4);
-      return word >> 16;
-    };
-    int32_t* to = query.pairs + (size_t)h * query.n_pairs;
-    for (int byte = 0; byte < key.row_bytes(); byte += 4)
-      for (int i = 0; i < 4; ++i) {
-        const int code = code_at(key, byte, i);
-        *to++ = (int32_t)(bits(code) | bits(code + 2) << 16);
-      }
-    for (int group = 0; group < query.n_groups; ++group) {
-      float sum = 0;
-      for (int i = 0; i < key.group; ++i) sum += q[group * key.group + i];
-      query.sums[h * query.n_groups + group] = sum;
-    }
-  }
+  if (pair_query != nullptr) pair_query(key, query, n_heads);
 }
 
 }  // namespace sparq

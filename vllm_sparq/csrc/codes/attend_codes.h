@@ -6,11 +6,14 @@
 
 namespace sparq {
 
+constexpr int MAX_MIX_ROWS = 5;
+
 // Two matrix products with codes, for any number of heads up to MAX_TILE_HEADS (tile.h), from h0 on:
 // logits[h][t] = q[h] . row t, for n rows rounded up to 16. (Of the rows, n are read.)
 using DotCodes = void (*)(const CodeShape&, const CodesQuery&, int h0, int n_heads, const CodeRows&, float* logits,
                           int stride, Ahead&);
-// out[h] += sum over rows i of x[h][i] row i. x is readable, of any content, up to 16 beyond its end.
+// out[h] += sum over rows i of x[h][i] row i, for up to MAX_MIX_ROWS heads: four, and in a ranking also their sum. x is
+// readable, of any content, up to 16 beyond its end.
 using MixCodes = void (*)(const CodeShape&, const CodeRows&, const float* x, int x_stride, int n_heads, float* out,
                           int out_stride, Ahead&);
 
@@ -19,9 +22,10 @@ struct CodeKernels {
   CodeShape key, value;
   DotCodes dot;          // K, where its rows are tokens
   MixCodes mix_keys;     // K, where its rows are channels
-  MixCodes score_keys;   // the same, weights rounded to the model's type where that is faster
   MixCodes mix_values;
-  bool pairs;            // whether `dot` wants pairs and sums
+  void (*decode_column)(const Pages&, const uint8_t* page, int slot, float* to);  // one token of channel-major K
+  // From rows of fp32 in query.whole, what else `dot` wants of the query; null where that is all.
+  void (*pair_query)(const CodeShape& key, const CodesQuery& query, int n_heads);
 
   static CodeKernels of(const Pages& pages);
   // From rows of fp32 already in query.whole.

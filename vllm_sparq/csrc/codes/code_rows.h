@@ -31,6 +31,8 @@ struct CodeShape {
   static CodeShape values(const Pages& pages) { return of(pages, pages.value, pages.head_size); }
 };
 
+constexpr int MIX_GROUPS = 16;  // groups of a row at most, where rows are mixed by anything but fp32
+
 // Channels whose codes share a dword of a row, in the order in which its nibbles are taken: nibble i of both words of
 // the dword at byte `byte` belongs to codes code_at(..) and code_at(..) + 2. (Int8: two nibbles to a code.)
 inline int code_at(const CodeShape& shape, int byte, int i) {

@@ -1,8 +1,7 @@
 // Rows of codes where the CPU multiplies bf16: two codes per lane and instruction, straight from the packed bytes.
 //
-// A code less the middle of its range is exact in bf16. What it is multiplied with is rounded to bf16 once, or kept as
-// the sum of two bf16 numbers, which is good to 2^-17; zeros are added in fp32. `int8` is two nibbles, the upper
-// signed.
+// A code less the middle of its range is exact in bf16. What it is multiplied with is rounded to bf16 once; zeros are
+// added in fp32.
 #pragma once
 
 #include "codes/attend_codes.h"
@@ -25,34 +24,23 @@ constexpr uint16_t bf16_bits(float x) {
 struct LookUp {
   alignas(64) uint16_t words[32]{};
 
-  constexpr LookUp(int from, int bits, float middle, bool is_signed, float factor) {
-    for (int i = 0; i < 32; ++i) {
-      const int code = (i >> from) % (1 << bits);
-      words[i] = bf16_bits((is_signed && code >= 1 << (bits - 1) ? code - (1 << bits) : code) * factor - middle);
-    }
+  constexpr LookUp(int from, int bits, float middle) {
+    for (int i = 0; i < 32; ++i) words[i] = bf16_bits((float)((i >> from) % (1 << bits)) - middle);
   }
   SPARQ_INLINE __m512i load() const { return _mm512_load_si512(words); }
 };
 
 // How the codes in a 16-bit word are told apart. A word holds two neighbouring codes of each plane: the planes of its
-// low byte, then those of its high byte. A code is the sum of `parts` look-ups.
+// low byte, then those of its high byte. All have a zero.
 struct TwoBits {
-  static constexpr bool has_zero = true;
-  static constexpr int planes = 4, parts = 1, tables = 2;  // the second table spares every other shift
+  static constexpr int planes = 4, tables = 2;  // the second table spares every other shift
   static constexpr float middle = 1.5f;
-  static constexpr LookUp table[2] = {{0, 2, 1.5f, false, 1}, {2, 2, 1.5f, false, 1}};
+  static constexpr LookUp table[2] = {{0, 2, 1.5f}, {2, 2, 1.5f}};
 };
 struct FourBits {
-  static constexpr bool has_zero = true;
-  static constexpr int planes = 2, parts = 1, tables = 1;
+  static constexpr int planes = 2, tables = 1;
   static constexpr float middle = 7.5f;
-  static constexpr LookUp table[1] = {{0, 4, 7.5f, false, 1}};
-};
-struct EightBits {
-  static constexpr bool has_zero = false;  // signed
-  static constexpr int planes = 1, parts = 2, tables = 2;
-  static constexpr float middle = 0;
-  static constexpr LookUp table[2] = {{0, 4, 0, false, 1}, {0, 4, 0, true, 16}};
+  static constexpr LookUp table[1] = {{0, 4, 7.5f}};
 };
 
 template <int shift>
@@ -62,7 +50,6 @@ SPARQ_INLINE __m512i words_right(__m512i words) {
 }
 
 constexpr int MIX_ROWS = 128;    // rows whose weights are made at once
-constexpr int MIX_GROUPS = 16;   // groups of a row at most
 constexpr int MIX_UNIT = 32;     // bytes of a row that fill a vector, beside those of the next row
 
 constexpr int AHEAD_ROWS = 8;    // between requests for memory that is wanted next
@@ -70,7 +57,7 @@ constexpr int AHEAD_ROWS = 8;    // between requests for memory that is wanted n
 // Whether the codes of each plane in each unit of a row belong to one group.
 inline bool can_mix_bf16(const CodeShape& shape) {
   const int row = shape.row_bytes();
-  if (shape.dtype != DType::bf16 || shape.n_groups() > MIX_GROUPS || row % 2 != 0) return false;
+  if (shape.dtype != DType::bf16 || !shape.has_zero || shape.n_groups() > MIX_GROUPS || row % 2 != 0) return false;
   for (int first = 0; first < shape.n; first += row)
     for (int byte = 0; byte < row; byte += MIX_UNIT)
       if ((first + byte) / shape.group != (first + std::min(byte + MIX_UNIT, row) - 1) / shape.group) return false;
@@ -80,16 +67,10 @@ inline bool can_mix_bf16(const CodeShape& shape) {
 // Step and zero of up to MIX_ROWS rows as the dwords they are, [n rounded up, n_groups]; zeros past the end.
 inline const int32_t* stage_scales(const CodeShape& shape, const CodeRows& rows, int first, int n, int32_t* to) {
   const int groups = shape.n_groups();
-  if (rows.all_scales != nullptr && shape.has_zero && n % 32 == 0)
+  if (rows.all_scales != nullptr && n % 32 == 0)
     return (const int32_t*)rows.all_scales + (size_t)first * groups;
   const uint8_t* const* from = rows.scales + first;
-  if (!shape.has_zero) {
-    for (int i = 0; i < n; ++i) {
-      uint16_t step;
-      memcpy(&step, from[i], 2);
-      to[i] = step;
-    }
-  } else if (groups == 2) {
+  if (groups == 2) {
     for (int i = 0; i < n; ++i) memcpy(to + 2 * i, from[i], 8);
   } else if (groups == 4) {
     for (int i = 0; i < n; ++i) memcpy(to + 4 * i, from[i], 16);
@@ -129,9 +110,9 @@ struct ScaleLanes {
   }
 };
 
-// Pairs of bf16 weights x step of neighbouring rows, [n / 2, planes, TERMS] dwords, and the sums of
+// Pairs of bf16 weights x step of neighbouring rows, [n / 2, planes] dwords, and the sums of
 // x (zero + middle step), one a plane.
-template <class C, int TERMS>
+template <class C>
 void fold(const ScaleLanes<C::planes>& scales, const float* x, int n, int32_t* weights, float* sums) {
   constexpr int P = C::planes, R = 16 / P;  // rows of a vector
   alignas(64) int32_t of_row[16];
@@ -149,24 +130,11 @@ void fold(const ScaleLanes<C::planes>& scales, const float* x, int n, int32_t* w
     sum = fma(q, fma(set1(C::middle), step, low), sum);
     return mul(q, step);
   };
-  for (int i = 0; i < n; i += 2 * R, weights += 16 * TERMS) {
-    Vec a = product(i), b = product(i + R);
+  for (int i = 0; i < n; i += 2 * R, weights += 16) {
+    const Vec a = product(i), b = product(i + R);
     const auto high = (__m512i)_mm512_cvtne2ps_pbh(b, a);
     const __m512i pairs = _mm512_permutexvar_epi16(pair, high);
-    if constexpr (TERMS == 1) {
-      _mm512_store_si512(weights, pairs);
-    } else {
-      const auto widen = [](__m256i words) {
-        return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(words), 16));
-      };
-      a = sub(a, widen(_mm512_castsi512_si256(high)));
-      b = sub(b, widen(_mm512_extracti64x4_epi64(high, 1)));
-      const __m512i rest = _mm512_permutexvar_epi16(pair, (__m512i)_mm512_cvtne2ps_pbh(b, a));
-      const __m512i order_low = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
-      const __m512i order_high = _mm512_add_epi32(order_low, _mm512_set1_epi32(8));
-      _mm512_store_si512(weights, _mm512_permutex2var_epi32(pairs, order_low, rest));
-      _mm512_store_si512(weights + 16, _mm512_permutex2var_epi32(pairs, order_high, rest));
-    }
+    _mm512_store_si512(weights, pairs);
   }
   alignas(64) float lanes[16];
   store(lanes, sum);
@@ -194,45 +162,33 @@ SPARQ_INLINE __m512i pair_words(const uint8_t* even, const uint8_t* odd, __mmask
   return _mm512_permutexvar_epi16(order, _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1));
 }
 
-// Sums of PP planes from plane p0 on of U units; each term and each look-up adds to its own, since sums wait for sums.
-template <class C, int HH, int TERMS, int PP, int p0, int U>
+// Sums of PP planes from plane p0 on of U units;
+template <class C, int HH, int PP, int p0, int U>
 struct PlaneSums {
-  static constexpr int P = C::planes, BITS = 8 / P, CHAINS = TERMS * C::parts;
-  Vec sum[U][PP][2][HH][CHAINS];
+  static constexpr int P = C::planes, BITS = 8 / P;
+  Vec sum[U][PP][2][HH];
 
   SPARQ_INLINE PlaneSums() {
 #pragma GCC unroll 32
-    for (int i = 0; i < U * PP * 2 * HH * CHAINS; ++i) (&sum[0][0][0][0][0])[i] = zero();
+    for (int i = 0; i < U * PP * 2 * HH; ++i) (&sum[0][0][0][0])[i] = zero();
   }
 
   // Half 0 and 1 of the words are neighbouring codes.
-  template <int u, int p, int half, int part>
+  template <int u, int p, int half>
   SPARQ_INLINE void add_codes(__m512i words, const __m512i* table, const int32_t* weights, int stride) {
-    constexpr int bit = half * 8 + (p0 + p) * BITS + part * 4, which = BITS == 2 ? bit / 2 % 2 : part;
+    constexpr int bit = half * 8 + (p0 + p) * BITS, which = BITS == 2 ? bit / 2 % 2 : 0;
     const __m512i codes = _mm512_permutexvar_epi16(words_right<bit / 4 * 4>(words), table[which]);
 #pragma GCC unroll 4
-    for (int h = 0; h < HH; ++h)
-#pragma GCC unroll 2
-      for (int t = 0; t < TERMS; ++t) {
-        const auto weight = (__m512bh)_mm512_set1_epi32(weights[h * stride + (p0 + p) * TERMS + t]);
-        Vec& to = sum[u][p][half][h][t * C::parts + part];
-        to = _mm512_dpbf16_ps(to, (__m512bh)codes, weight);
-      }
+    for (int h = 0; h < HH; ++h) {
+      const auto weight = (__m512bh)_mm512_set1_epi32(weights[h * stride + p0 + p]);
+      sum[u][p][half][h] = _mm512_dpbf16_ps(sum[u][p][half][h], (__m512bh)codes, weight);
+    }
   }
   template <int u, int p>
   SPARQ_INLINE void add_plane(__m512i words, const __m512i* table, const int32_t* weights, int stride) {
-    add_codes<u, p, 0, 0>(words, table, weights, stride);
-    if constexpr (C::parts == 2) add_codes<u, p, 0, 1>(words, table, weights, stride);
-    add_codes<u, p, 1, 0>(words, table, weights, stride);
-    if constexpr (C::parts == 2) add_codes<u, p, 1, 1>(words, table, weights, stride);
+    add_codes<u, p, 0>(words, table, weights, stride);
+    add_codes<u, p, 1>(words, table, weights, stride);
     if constexpr (p + 1 < PP) add_plane<u, p + 1>(words, table, weights, stride);
-  }
-
-  SPARQ_INLINE Vec total(int u, int p, int half, int h) const {
-    Vec all = sum[u][p][half][h][0];
-#pragma GCC unroll 4
-    for (int i = 1; i < CHAINS; ++i) all = add(all, sum[u][p][half][h][i]);
-    return all;
   }
 
   // out[h] += the sums, and what the zeros of the rows add up to.
@@ -247,7 +203,7 @@ struct PlaneSums {
       for (int p = 0; p < PP; ++p)
 #pragma GCC unroll 4
         for (int h = 0; h < HH; ++h) {
-          const Vec a = total(u, p, 0, h), b = total(u, p, 1, h), zeros = set1(units.sums[u][h * P + p0 + p]);
+          const Vec a = sum[u][p][0][h], b = sum[u][p][1][h], zeros = set1(units.sums[u][h * P + p0 + p]);
           float* to = out + (size_t)h * out_stride + (p0 + p) * units.row_bytes + byte;
           const auto put = [&](float* at, Vec x, __mmask16 mask) __attribute__((always_inline)) {
             _mm512_mask_storeu_ps(at, mask, add(_mm512_maskz_loadu_ps(mask, at), add(x, zeros)));
@@ -259,15 +215,15 @@ struct PlaneSums {
   }
 };
 
-template <class C, int HH, int TERMS, int PP, int p0, int U>
+template <class C, int HH, int PP, int p0, int U>
 void mix_planes(const MixUnits& units, float* out, int out_stride, Ahead& ahead, int share) {
   __m512i table[C::tables];
 #pragma GCC unroll 2
   for (int i = 0; i < C::tables; ++i) table[i] = C::table[i].load();
   const int n_last = std::min(MIX_UNIT, units.row_bytes - units.byte - (U - 1) * MIX_UNIT);
   const auto inside = (__mmask16)((1u << n_last / 2) - 1);
-  PlaneSums<C, HH, TERMS, PP, p0, U> sums;
-  for (int row = 0, at = 0; row < units.n; row += 2, at += C::planes * TERMS) {
+  PlaneSums<C, HH, PP, p0, U> sums;
+  for (int row = 0, at = 0; row < units.n; row += 2, at += C::planes) {
     if (row % AHEAD_ROWS == 0) ahead.step(share);
     const uint8_t *even = units.codes[row] + units.byte, *odd = units.codes[row + 1] + units.byte;
     const __m512i words = pair_words(even, odd, U == 1 ? inside : (__mmask16)0xffff);
@@ -281,19 +237,19 @@ void mix_planes(const MixUnits& units, float* out, int out_stride, Ahead& ahead,
 }
 
 // All planes of U units, as many at once as registers hold: 16 sums.
-template <class C, int HH, int TERMS, int U, int p0 = 0>
+template <class C, int HH, int U, int p0 = 0>
 void mix_units(const MixUnits& units, float* out, int out_stride, Ahead& ahead, int share) {
-  constexpr int sums_of_plane = 2 * U * (HH == 3 ? 4 : HH) * TERMS * C::parts;
+  constexpr int sums_of_plane = 2 * U * (HH == 3 ? 4 : HH);
   constexpr int PP = std::max(1, std::min(C::planes, 16 / sums_of_plane));
-  mix_planes<C, HH, TERMS, PP, p0, U>(units, out, out_stride, ahead, share);
-  if constexpr (p0 + PP < C::planes) mix_units<C, HH, TERMS, U, p0 + PP>(units, out, out_stride, ahead, 0);
+  mix_planes<C, HH, PP, p0, U>(units, out, out_stride, ahead, share);
+  if constexpr (p0 + PP < C::planes) mix_units<C, HH, U, p0 + PP>(units, out, out_stride, ahead, 0);
 }
 
-template <class C, int TERMS, int HH>
+template <class C, int HH>
 void mix_heads_bf16(const CodeShape& shape, const CodeRows& rows, const float* x, int x_stride, float* out,
                     int out_stride, Ahead& ahead) {
-  constexpr int P = C::planes, U = 4 * P * HH * TERMS * C::parts <= 16 ? 2 : 1;
-  constexpr int weight_stride = MIX_ROWS / 2 * P * TERMS;
+  constexpr int P = C::planes, U = 4 * P * HH <= 16 ? 2 : 1;
+  constexpr int weight_stride = MIX_ROWS / 2 * P;
   alignas(64) int32_t weights[U][HH * weight_stride], staged[MIX_ROWS * MIX_GROUPS];
   float sums[U][HH * P];
   const int row_bytes = shape.row_bytes(), share = ahead.share((rows.n + AHEAD_ROWS - 1) / AHEAD_ROWS);
@@ -304,7 +260,7 @@ void mix_heads_bf16(const CodeShape& shape, const CodeRows& rows, const float* x
     const auto prepare = [&](int unit, int to) {
       const ScaleLanes<P> lanes(shape, scales, unit);
       for (int h = 0; h < HH; ++h)
-        fold<C, TERMS>(lanes, x + (size_t)h * x_stride + first, n, weights[to] + h * weight_stride, sums[to] + h * P);
+        fold<C>(lanes, x + (size_t)h * x_stride + first, n, weights[to] + h * weight_stride, sums[to] + h * P);
     };
     for (int byte = 0, n_units; byte < row_bytes; byte += n_units * MIX_UNIT) {
       n_units = row_bytes - byte > MIX_UNIT ? U : 1;
@@ -314,21 +270,21 @@ void mix_heads_bf16(const CodeShape& shape, const CodeRows& rows, const float* x
       const MixUnits units{rows.codes + first, n, byte, row_bytes, {weights[0], weights[second]}, weight_stride,
                            {sums[0], sums[second]}};
       if (n_units == 2)
-        mix_units<C, HH, TERMS, U>(units, out, out_stride, ahead, byte == 0 ? share : 0);
+        mix_units<C, HH, U>(units, out, out_stride, ahead, byte == 0 ? share : 0);
       else
-        mix_units<C, HH, TERMS, 1>(units, out, out_stride, ahead, byte == 0 ? share : 0);
+        mix_units<C, HH, 1>(units, out, out_stride, ahead, byte == 0 ? share : 0);
     }
   }
 }
 
-template <class C, int TERMS>
+template <class C>
 void mix_bf16(const CodeShape& shape, const CodeRows& rows, const float* x, int x_stride, int n_heads, float* out,
               int out_stride, Ahead& ahead) {
   switch (n_heads) {
-    case 1: return mix_heads_bf16<C, TERMS, 1>(shape, rows, x, x_stride, out, out_stride, ahead);
-    case 2: return mix_heads_bf16<C, TERMS, 2>(shape, rows, x, x_stride, out, out_stride, ahead);
-    case 3: return mix_heads_bf16<C, TERMS, 3>(shape, rows, x, x_stride, out, out_stride, ahead);
-    default: return mix_heads_bf16<C, TERMS, 4>(shape, rows, x, x_stride, out, out_stride, ahead);
+    case 1: return mix_heads_bf16<C, 1>(shape, rows, x, x_stride, out, out_stride, ahead);
+    case 2: return mix_heads_bf16<C, 2>(shape, rows, x, x_stride, out, out_stride, ahead);
+    case 3: return mix_heads_bf16<C, 3>(shape, rows, x, x_stride, out, out_stride, ahead);
+    default: return mix_heads_bf16<C, 4>(shape, rows, x, x_stride, out, out_stride, ahead);
   }
 }
 

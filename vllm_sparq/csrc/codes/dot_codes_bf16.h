@@ -2,75 +2,31 @@
 // that a lane is a token and a group's step and zero are applied to 16 logits at once, in fp32.
 #pragma once
 
+#include <numeric>
+
 #include "codes/codes_bf16.h"
+#include "codes/turned.h"
 
 #ifdef __AVX512BF16__
 
 namespace sparq {
 
-constexpr int DOT_BYTES = 512;     // of a row at most
-constexpr int MAX_DOT_PLANES = 2;  // of a byte
-
 inline bool can_dot_bf16(const CodeShape& shape) {
-  return shape.dtype == DType::bf16 && shape.row_bytes() <= DOT_BYTES && shape.row_bytes() % 8 == 0;
+  return shape.dtype == DType::bf16 && shape.has_zero && can_turn(shape);
 }
 
-// Dwords 0 .. 3 of 16 rows, a lane each, from byte `byte` on.
-SPARQ_INLINE void turn_over(const uint8_t* const* rows, int byte, __m512i* to) {
-  __m512i x[4];
-#pragma GCC unroll 4
-  for (int i = 0; i < 4; ++i) {
-    const auto part = [&](int row) { return _mm_loadu_si128((const __m128i*)(rows[row] + byte)); };
-    x[i] = _mm512_castsi128_si512(part(i));
-    x[i] = _mm512_inserti32x4(x[i], part(4 + i), 1);
-    x[i] = _mm512_inserti32x4(x[i], part(8 + i), 2);
-    x[i] = _mm512_inserti32x4(x[i], part(12 + i), 3);
+inline void pair_query_bf16(const CodeShape& key, const CodesQuery& query, int n_heads) {
+  for (int h = 0; h < n_heads; ++h) {
+    const float* q = query.whole + (size_t)h * query.stride;
+    const auto bits = [&](int code) {  // the upper half of the fp32, which came from bf16
+      uint32_t word;
+      memcpy(&word, q + code, 4);
+      return word >> 16;
+    };
+    write_pairs(key, bits, query.pairs + (size_t)h * query.n_pairs);
+    for (int g = 0; g < query.n_groups; ++g)
+      query.sums[h * query.n_groups + g] = std::accumulate(q + g * key.group, q + (g + 1) * key.group, 0.0f);
   }
-  const __m512i a = _mm512_unpacklo_epi32(x[0], x[1]), b = _mm512_unpackhi_epi32(x[0], x[1]);
-  const __m512i c = _mm512_unpacklo_epi32(x[2], x[3]), d = _mm512_unpackhi_epi32(x[2], x[3]);
-  to[0] = _mm512_unpacklo_epi64(a, c), to[1] = _mm512_unpackhi_epi64(a, c);
-  to[2] = _mm512_unpacklo_epi64(b, d), to[3] = _mm512_unpackhi_epi64(b, d);
-}
-
-// Dwords first .. last of rows, whose codes belong to one group in each plane.
-struct Segment {
-  int first, last;
-  int group[MAX_DOT_PLANES];  // of each plane
-};
-
-// Cuts rows into segments; returns how many.
-template <int planes>
-int cut_segments(const CodeShape& shape, Segment* to) {
-  int n = 0;
-  const int n_bytes = shape.row_bytes();
-  for (int byte = 0, last; byte < n_bytes; byte = last, ++n) {
-    last = n_bytes;
-    for (int plane = 0; plane < planes; ++plane) {
-      const int code = plane * n_bytes + byte;
-      last = std::min(last, byte + shape.group - code % shape.group);
-      to[n].group[plane] = code / shape.group;
-    }
-    to[n].first = byte / 4, to[n].last = last / 4;
-  }
-  return n;
-}
-
-// Scales of 16 rows, a lane each: to[g] = step and zero of group g, or step and anything where there is no zero.
-SPARQ_INLINE void turn_scales_over(const CodeShape& shape, const uint8_t* const* rows, __m512i* to) {
-  const int n_groups = shape.n_groups();
-  if (shape.has_zero && n_groups > 1) {  // those of V follow, so whole quads may be read
-    for (int g = 0; g < n_groups; g += 4) turn_over(rows, 4 * g, to + g);
-    return;
-  }
-  alignas(64) int32_t only[16];
-  const auto copy = [&](auto number) {
-    for (int i = 0; i < 16; ++i) memcpy(&number, rows[i], sizeof(number)), only[i] = (int32_t)number;
-  };
-  if (shape.has_zero)
-    copy(uint32_t{});
-  else
-    copy(uint16_t{});
-  to[0] = _mm512_load_si512(only);
 }
 
 // acc[h][nibble] = q . codes.
@@ -117,13 +73,9 @@ void dot_heads_bf16(const CodeShape& shape, const CodesQuery& query, int h0, con
   const int32_t* const pairs = query.pairs + (size_t)h0 * query.n_pairs;
   const float* const sums = query.sums + (size_t)h0 * n_groups;
   for (int t = 0; t < rows.n; t += 16) {
-    const uint8_t *codes[16], *numbers[16];
-    for (int i = 0; i < 16; ++i) {
-      const int row = std::min(t + i, rows.n - 1);
-      codes[i] = rows.codes[row], numbers[i] = rows.scales[row];
-    }
-    turn_scales_over(shape, numbers, scales);
-    for (int byte = 0; byte < n_bytes; byte += 16) turn_over(codes, byte, words + byte / 4);
+    const LaneRows lanes(rows, t);
+    turn_scales_over(shape, lanes.scales, scales);
+    for (int byte = 0; byte < n_bytes; byte += 16) turn_over(lanes.codes, byte, words + byte / 4);
     ahead.step(share);
     Vec total[HH];
 #pragma GCC unroll 4
@@ -137,14 +89,11 @@ void dot_heads_bf16(const CodeShape& shape, const CodesQuery& query, int h0, con
 #pragma GCC unroll 4
       for (int h = 0; h < HH; ++h) {
         const Vec even = add(acc[h][0], acc[h][2]), odd = add(acc[h][1], acc[h][3]);
-        if constexpr (C::planes == 1)
-          apply(0, h, add(even, odd));
-        else
-          apply(segment.group[0], h, even), apply(segment.group[1], h, odd);
+        apply(segment.group[0], h, even), apply(segment.group[1], h, odd);
       }
     }
     // Zeros go by group and not by segment: a group may be in both planes, or in several segments.
-    for (int g = 0; g < (shape.has_zero ? n_groups : 0); ++g) {
+    for (int g = 0; g < n_groups; ++g) {
       const Vec low = _mm512_castsi512_ps(_mm512_and_si512(scales[g], _mm512_set1_epi32((int)0xffff0000)));
       const Vec base = fma(set1(C::middle), step_of(g), low);
 #pragma GCC unroll 4

@@ -5,6 +5,7 @@
 
 #include "rank/scan.h"
 #include "rank/scan_bf16.h"
+#include "rank/scan_int16.h"
 #include "rank/select.h"
 #include "base/tile.h"
 
@@ -83,6 +84,27 @@ void apply_scales(const Ranking& ranking, const uint8_t* page) {
   }
 }
 
+// Whether the chosen rows are multiplied as whole numbers, and with what.
+bool has_words(const Pages& pages, int r) {
+  return pages.dtype != DType::fp32 && !pages.channel_keys && pages.ranking_type != RankingType::model &&
+         can_scan_int16(r, row_bytes(pages));
+}
+
+// The same for whole numbers.
+void apply_scales_int16(const Ranking& ranking, const uint8_t* page, float middle) {
+  alignas(64) float steps[SUM_ROWS], mids[SUM_ROWS];
+  const int n_padded = (int)round_up((size_t)ranking.r, 2 * W);
+  for (int i = 0; i < n_padded; i += W) {
+    Vec step = zero(), low = zero();
+    if (i < ranking.r) gather_scales(page + ranking.pages->scales, ranking.channels + i, &step, &low);
+    store(steps + i, step), store(mids + i, fma(set1(middle), step, low));
+  }
+  const GroupScales scales = GroupScales::of(steps, mids, n_padded);
+  for (int row = 0; row < ranking.n_rows; ++row)
+    ranking.by_row[row] = GroupWeights::of(ranking.numbers[row], scales, ranking.r, middle,
+                                           ranking.words + (size_t)row * 2 * SCAN_PAIRS);
+}
+
 // Calls f with the number of rows as a constant, at most five at a time: four heads and their sum. Only the first ones
 // prefetch.
 template <class F>
@@ -109,19 +131,30 @@ void scan_page(const Ranking& ranking, const uint8_t* copy, Scan scan, const flo
 }
 
 // Where the CPU multiplies bf16 and the model is bf16, so are the weights of the scan.
-bool scan_int4_in_bf16(const Ranking& ranking, const uint8_t* copy, Scan scan, float* scores, int stride) {
+bool scan_int4_in_bf16(const Ranking& ranking, const uint8_t* page, Scan scan, float* scores, int stride) {
 #ifdef __AVX512BF16__
   if (ranking.pages->dtype != DType::bf16 || scan.n % PAIR_TOKENS != 0) return false;
-  stage_pairs(copy, ranking.row_offsets, ranking.r, scan.row_bytes, ranking.rows);
+  apply_scales(ranking, page);
+  stage_pairs(page + ranking.pages->ranking, ranking.row_offsets, ranking.r, scan.row_bytes, ranking.rows);
   few_rows_at_a_time(ranking.n_rows, scan, [&](auto heads, int row) {
     scan_heads_bf16<decltype(heads)::value>(scan, ranking.short_weights + row * ranking.stride, ranking.stride,
                                             ranking.bias + row, scores + (size_t)row * stride, stride);
   });
   return true;
 #else
-  (void)ranking, (void)copy, (void)scan, (void)scores, (void)stride;
+  (void)ranking, (void)page, (void)scan, (void)scores, (void)stride;
   return false;
 #endif
+}
+
+template <class C>
+void scan_words(const Ranking& ranking, const uint8_t* page, Scan scan, float* scores, int stride) {
+  apply_scales_int16(ranking, page, C::middle);
+  stage_word_pairs(page + ranking.pages->ranking, ranking.row_offsets, ranking.r, scan.row_bytes, ranking.rows);
+  few_rows_at_a_time(ranking.n_rows, scan, [&](auto heads, int row) {
+    const ScanWeights weights{ranking.words + (size_t)row * 2 * SCAN_PAIRS, ranking.by_row + row};
+    scan_heads_int16<C, decltype(heads)::value>(scan, weights, scores + (size_t)row * stride, stride);
+  });
 }
 
 // The chosen rows of channel-major K itself, whose scales differ from one group of tokens to the next.
@@ -142,10 +175,10 @@ void score_key_codes(const Ranking& ranking, const uint8_t* page, const uint8_t*
       prefetch_l2(ahead + scale);
     }
     codes[n] = codes[n - 1];
-    for (int row = 0; row < ranking.n_rows; row += MAX_TILE_HEADS) {
+    for (int row = 0; row < ranking.n_rows; row += MAX_MIX_ROWS) {
       Ahead nothing;
-      const int n_rows = std::min(ranking.n_rows - row, MAX_TILE_HEADS);
-      kernels.score_keys(kernels.key, {codes, scales, n}, ranking.query + row * ranking.stride + first, ranking.stride,
+      const int n_rows = std::min(ranking.n_rows - row, MAX_MIX_ROWS);
+      kernels.mix_keys(kernels.key, {codes, scales, n}, ranking.query + row * ranking.stride + first, ranking.stride,
                          n_rows, scores + (size_t)row * stride, stride, nothing);
     }
   }
@@ -155,12 +188,16 @@ void score_key_codes(const Ranking& ranking, const uint8_t* page, const uint8_t*
 
 Ranking Ranking::in(Arena& arena, const Decode& call, int r, int n_rows) {
   const Pages& pages = call.pages;
-  const size_t d = pages.head_size, stride = round_up(d, 16);
-  const Ranking ranking{&pages, &call.codes, r, n_rows, arena.take<int32_t>(stride), arena.take<int32_t>(stride),
+  const size_t d = pages.head_size, stride = round_up(d, 2 * W);
+  Ranking ranking{&pages, &call.codes, r, n_rows, arena.take<int32_t>(stride), arena.take<int32_t>(stride),
                         arena.take<float>(n_rows * stride), arena.take<float>(n_rows * d),
                         arena.take<float>(n_rows * stride), arena.take<bf16>(n_rows * stride),
-                        arena.take<float>(n_rows), arena.take<uint8_t>((size_t)(r + 1) * row_bytes(pages) + 64),
-                        (int)stride};
+                        arena.take<float>(n_rows), nullptr, nullptr, nullptr,
+                        arena.take<uint8_t>((size_t)(r + 1) * row_bytes(pages) + 64), (int)stride};
+  if (has_words(pages, r)) {
+    ranking.numbers = arena.take<HeadNumbers>(n_rows), ranking.by_row = arena.take<GroupWeights>(n_rows);
+    ranking.words = arena.take<int16_t>((size_t)n_rows * 2 * SCAN_PAIRS);
+  }
   std::fill_n(ranking.channels, stride, 0);
   std::fill_n(ranking.query, n_rows * stride, 0.0f);
   std::fill_n(ranking.whole_query, n_rows * d, 0.0f);
@@ -192,6 +229,8 @@ Ranking make_ranking(const Decode& call, int request, int head, int r, ScoreRows
     if (rows.heads) add_to_row(h);
     if (rows.has_sum()) add_to_row(ranking.n_rows - 1);
   }
+  for (int row = 0; ranking.numbers != nullptr && row < ranking.n_rows; ++row)
+    ranking.numbers[row].take(ranking.query + (size_t)row * stride, r);
   return ranking;
 }
 
@@ -215,12 +254,17 @@ void score_page(const Ranking& ranking, const uint8_t* page, const uint8_t* ahea
     });
     return;
   }
-  apply_scales(ranking, page);
   if (ahead != nullptr)
     for (int byte = 0; byte < 4 * pages.head_size; byte += 64) prefetch_l2(ahead + pages.scales + byte);
-  if (pages.ranking_type == RankingType::int8)
+  const bool int8 = pages.ranking_type == RankingType::int8;
+  if (!int8 && scan_int4_in_bf16(ranking, page, scan, scores, stride)) return;
+  if (ranking.numbers != nullptr)
+    return int8 ? scan_words<WordCodes<8, false>>(ranking, page, scan, scores, stride)
+                : scan_words<WordCodes<4, false>>(ranking, page, scan, scores, stride);
+  apply_scales(ranking, page);
+  if (int8)
     scan_page<Int8Codes>(ranking, copy, scan, ranking.weights, scores, stride);
-  else if (!scan_int4_in_bf16(ranking, copy, scan, scores, stride))
+  else
     scan_page<Int4Codes>(ranking, copy, scan, ranking.weights, scores, stride);
 }
 

@@ -1,6 +1,7 @@
 // Steps 1 and 2 of a SparQ read: which channels rank the tokens, and the approximate scores of all tokens.
 #pragma once
 
+#include "codes/int16_weights.h"
 #include "decode/dense.h"
 #include "base/paged.h"
 #include "base/scratch.h"
@@ -22,6 +23,9 @@ struct Ranking {
   float* weights;        // [n_rows, stride] of the page being scored: query times step
   bf16* short_weights;   // [n_rows, stride] the same in bf16
   float* bias;           // [n_rows] of that page: query times zero
+  HeadNumbers* numbers;  // [n_rows] the query where weights are whole numbers, else null
+  int16_t* words;        // [n_rows, 2 SCAN_PAIRS] their weights of that page
+  GroupWeights* by_row;  // [n_rows] and what the sums are worth
   uint8_t* rows;         // its chosen rows, side by side
   int stride;
 

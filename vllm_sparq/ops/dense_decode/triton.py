@@ -12,7 +12,8 @@ import torch
 from vllm_sparq.layout import Pages
 from vllm_sparq.ops.triton_common.attend import attend
 from vllm_sparq.ops.triton_common.attention_scores import track_attention
-from vllm_sparq.ops.triton_common.launch import SCRATCH_BYTES, merge
+from vllm_sparq.ops.triton_common.launch import slices
+from vllm_sparq.ops.triton_common.merge import merge
 
 
 def dense_decode(
@@ -31,9 +32,7 @@ def dense_decode(
     if not layout.attention:
         decode_slice(query, pages, block_table, seq_lens, scale, out, max_tokens)
         return
-    per_slice = max(1, SCRATCH_BYTES // (4 * n_heads * max_tokens))
-    for first in range(0, n_requests, per_slice):
-        rows = slice(first, min(first + per_slice, n_requests))
+    for rows in slices(n_requests, 4 * n_requests * n_heads * max_tokens):
         decode_slice(query[rows], pages, block_table[rows], seq_lens[rows], scale, out[rows], max_tokens)
 
 

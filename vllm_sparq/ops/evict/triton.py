@@ -19,7 +19,7 @@ from vllm_sparq.ops.evict.triton_move import move_kernel
 from vllm_sparq.ops.triton_common.attend import pages_as_records
 from vllm_sparq.ops.triton_common.attention_scores import tracked_parts
 from vllm_sparq.ops.triton_common.codes import codes_of
-from vllm_sparq.ops.triton_common.launch import SCRATCH_BYTES, split_count
+from vllm_sparq.ops.triton_common.launch import slices, split_count
 from vllm_sparq.ops.triton_common.value_sums import SUM_CHANNELS, SUM_TILE, chain_sums
 from vllm_sparq.ops.write.triton_ranking import ranking_tile
 from vllm_sparq.retention import Rank
@@ -178,9 +178,7 @@ def evict(
     n_requests, max_tokens = seq_lens.shape[0], block_table.shape[1] * pages.layout.block_size
     if n_requests == 0 or max_tokens == 0:
         return
-    per_slice = max(1, SCRATCH_BYTES // (4 * max_tokens * pages.data.shape[1]))
-    for first in range(0, n_requests, per_slice):
-        rows = slice(first, min(first + per_slice, n_requests))
+    for rows in slices(n_requests, 4 * n_requests * max_tokens * pages.data.shape[1]):
         evict_slice(pages, block_table[rows], seq_lens[rows], kept_lens[rows], recent_from[rows], sinks, rank)
 
 

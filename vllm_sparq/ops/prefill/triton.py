@@ -15,7 +15,8 @@ from vllm_sparq.layout import Pages
 from vllm_sparq.ops.prefill.triton_attention import add_prefill_attention
 from vllm_sparq.ops.triton_common.attend import LOG2_E, fold, logits_of, pages_as_records
 from vllm_sparq.ops.triton_common.codes import channel_order, codes_of, load_block_tile, load_records
-from vllm_sparq.ops.triton_common.launch import cast, find_request, merge, split_count, split_tokens
+from vllm_sparq.ops.triton_common.launch import cast, find_request, split_count, split_tokens
+from vllm_sparq.ops.triton_common.merge import merge
 
 
 @triton.jit(do_not_specialize=["n_requests"])

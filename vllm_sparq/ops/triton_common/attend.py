@@ -1,5 +1,8 @@
 """Attention of one query group over tokens, split over them: the exact part of every decode op.
 
+After a launch that has set counters to zero, the last program of a row to arrive merges its splits, and blends in the
+mean value where `sparq_decode` wants it; else `merge` is a launch of its own.
+
 The tokens of a row are either all of a request, found through its block table, or a list of cells that `sparq_decode`
 or `quest_decode` picked (a cell is ``page * N + slot``). One load leads from a token to its K and V, so the pipeliner
 can run ahead.
@@ -25,7 +28,16 @@ from vllm_sparq.ops.triton_common.codes import (
     staged_at,
     tile_slots,
 )
-from vllm_sparq.ops.triton_common.launch import Counts, cast, dot, read_counts, split_count, split_tokens
+from vllm_sparq.ops.triton_common.launch import (
+    Counts,
+    cast,
+    dot,
+    is_last_to_arrive,
+    read_counts,
+    split_count,
+    split_tokens,
+)
+from vllm_sparq.ops.triton_common.merge import MeanValue, blend, finish_row, store_heads
 
 LOG2_E = 1.4426950408889634
 
@@ -135,7 +147,13 @@ def attend_kernel(
     partial,  # fp32 [B * H, N_SPLITS, D]
     weight,  # fp32 [B * H, N_SPLITS]; with one split written with TRACKED alone
     logits,  # fp32 [B * H, logits_stride], written with TRACKED: of rows that are read densely, to the base 2
-    out,  # [B, H, D], written here where there is one split
+    out,  # [B, H, D], written where there is one split, and with ARRIVALS
+    arrivals,  # int32 [rows, 2], the second of a row zero: with ARRIVALS counts programs of this launch
+    tops,  # with BLEND what `triton_common.blend` takes
+    sums,
+    shares,
+    mean,
+    alpha_floor,
     query_stride_b,
     query_stride_h,
     page_stride,
@@ -156,6 +174,8 @@ def attend_kernel(
     FORMAT: tl.constexpr,
     TRACKED: tl.constexpr,
     COUNTED: tl.constexpr,
+    ARRIVALS: tl.constexpr,
+    BLEND: tl.constexpr,  # splits of `score_kernel`; 0: nothing to blend
     READ: tl.constexpr,  # None: all tokens of a row; else those that it lists
 ):
     """Grid (B * G, N_SPLITS). Reads 2 D elements per token, or their codes, once for the whole query group."""
@@ -212,11 +232,20 @@ def attend_kernel(
     at_split = (b * G * GROUP + head) * N_SPLITS + split
     if N_SPLITS > 1 or TRACKED:
         tl.store(weight + at_split, top + tl.log2(total), mask=h < GROUP)
-    if N_SPLITS == 1:
-        to = out + b * out_stride_b + head[:, None] * out_stride_h + d[None, :]
-        tl.store(to, cast(y, out.dtype.element_ty), mask=own)
-    else:
+    out += b * out_stride_b + g * GROUP * out_stride_h
+    if N_SPLITS > 1:
         tl.store(partial + at_split[:, None] * D + d[None, :], y, mask=own & (total > 0.0)[:, None])
+        if ARRIVALS:  # noqa: SIM102  known at compile time, the rest is not
+            if is_last_to_arrive(arrivals + row.to(tl.int64) * 2 + 1, N_SPLITS):
+                finish_row(
+                    *(partial, weight, (b * G + g) * GROUP, out, out_stride_h, row, is_dense),
+                    *(tops, sums, shares, mean, alpha_floor, GROUP, N_SPLITS, D, D_PAD, BLEND),
+                )
+    else:
+        if BLEND > 0:  # noqa: SIM102
+            if not is_dense:
+                y = blend(y, h, d, row, tops, sums, shares, mean, alpha_floor, GROUP, BLEND, D)
+        store_heads(out, y, h, d, own, out_stride_h)
 
 
 def tile_tokens(head_size: int, dtype: torch.dtype) -> int:
@@ -240,28 +269,31 @@ def attend(
     out: torch.Tensor,
     max_tokens: int,
     read: Counts | None = None,
-    keep_splits: bool = False,
+    arrivals: torch.Tensor | None = None,
+    mean_value: MeanValue | None = None,
     logits: torch.Tensor | None = None,
     n_listed: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Write ``out``, or return (partial, weight) for `merge` where rows are split or ``keep_splits``; else both empty.
+    """Write ``out``, or without ``arrivals`` return (partial, weight) for `merge` where rows are split.
 
-    ``tokens`` is the block table, or with ``read`` the list of cells; ``max_tokens`` bounds the tokens of a row. With
+    ``tokens`` is the block table, or with ``read`` the list of cells; ``max_tokens`` bounds the tokens of a row.
+    ``arrivals``, int32 [rows, 2], holds a zero for each row behind what others count; ``mean_value`` needs it. With
     ``logits``, fp32 [B * H, max_tokens], those of densely read rows are kept there, and there is a weight always.
     ``n_listed``, int32 [rows], counts the cells of each row, where that does not follow from its length.
     """
     (n_requests, n_heads, head_size), n_kv_heads = query.shape, pages.data.shape[1]
     records, group = pages_as_records(pages), n_heads // n_kv_heads
     n_splits = split_count(n_requests * n_kv_heads, max_tokens, query.device, min_tokens=256)
-    if keep_splits:
-        n_splits = max(n_splits, 2)  # one split would be written to out
     scratch = n_splits if n_splits > 1 else 0
     partial = torch.empty(n_requests * n_heads, scratch, head_size, dtype=torch.float32, device=query.device)
     n_weights = scratch if logits is None else n_splits
     weight = torch.empty(n_requests * n_heads, n_weights, dtype=torch.float32, device=query.device)
+    # What is not asked for is never touched: any pointer does.
+    statistics = (weight,) * 4 if mean_value is None else mean_value.tensors
     attend_kernel[(n_requests * n_kv_heads, n_splits)](
         *(query, records, tokens, seq_lens, seq_lens if n_listed is None else n_listed),
-        *(partial, weight, weight if logits is None else logits, out),
+        *(partial, weight, weight if logits is None else logits, out, seq_lens if arrivals is None else arrivals),
+        *(*statistics, 0.0 if mean_value is None else mean_value.alpha_floor),
         *(query.stride(0), query.stride(1), records.stride(0), records.stride(1), tokens.stride(0)),
         *(0 if logits is None else logits.stride(0), out.stride(0), out.stride(1), scale * LOG2_E),
         G=n_kv_heads,
@@ -275,8 +307,12 @@ def attend(
         FORMAT=codes_of(pages.layout),
         TRACKED=logits is not None,
         COUNTED=n_listed is not None,
+        ARRIVALS=arrivals is not None,
+        BLEND=0 if mean_value is None else mean_value.n_splits,
         READ=read,
-        num_warps=4 if pages.layout.quantized is None else 8,  # elements on their way from codes live in registers
-        num_stages=3,
+        num_warps=4
+        if pages.layout.quantized is None or head_size <= 128
+        else 8,  # what codes become lives in registers
+        num_stages=5 if pages.layout.quantized is None else 3,  # two of K and V: the load of the cell takes the others
     )
     return partial, weight

@@ -301,15 +301,15 @@ def load_block_tile(
 ):
     """(K [D_PAD, TILE], V [TILE, D_PAD], live [TILE]) of one tile of quantized blocks, tokens as in `tile_cells`."""
     dtype: tl.constexpr = records.dtype.element_ty
+    KEYS: tl.constexpr = FORMAT.keys  # an attribute as an argument would not be a constant to Triton 3.6
+    VALUES: tl.constexpr = FORMAT.values
     page, slot, live = tile_cells(table, first, stop, N, FORMAT, TILE)
     at = as_bytes(records) + page * page_stride * FORMAT.keys.number_bytes
     if FORMAT.channel_keys:
-        k = decode_channels(
-            as_bytes(records), table, first, stop, page_stride, tl.constexpr(FORMAT.keys), D, D_PAD, TILE, dtype
-        )
+        k = decode_channels(as_bytes(records), table, first, stop, page_stride, KEYS, D, D_PAD, TILE, dtype)
     else:
-        k = tl.trans(decode_rows(at, slot, live, tl.constexpr(FORMAT.keys), dtype))
-    return k, decode_rows(at, slot, live, tl.constexpr(FORMAT.values), dtype), live
+        k = tl.trans(decode_rows(at, slot, live, KEYS, dtype))
+    return k, decode_rows(at, slot, live, VALUES, dtype), live
 
 
 @triton.jit
@@ -325,15 +325,15 @@ def load_cells(
 ):
     """(K [D_PAD, TILE], V [TILE, D_PAD]) of any tokens of quantized blocks."""
     dtype: tl.constexpr = records.dtype.element_ty
+    KEYS: tl.constexpr = FORMAT.keys
+    VALUES: tl.constexpr = FORMAT.values
     at = as_bytes(records) + page * page_stride * FORMAT.keys.number_bytes
     if FORMAT.channel_keys:
         d = tl.arange(0, D_PAD)[:, None]
-        k = cast(
-            gather(at[None, :], d, slot[None, :], live[None, :] & (d < D), tl.constexpr(FORMAT.keys), dtype), dtype
-        )
+        k = cast(gather(at[None, :], d, slot[None, :], live[None, :] & (d < D), KEYS, dtype), dtype)
     else:
-        k = tl.trans(decode_rows(at, slot, live, tl.constexpr(FORMAT.keys), dtype))
-    return k, decode_rows(at, slot, live, tl.constexpr(FORMAT.values), dtype)
+        k = tl.trans(decode_rows(at, slot, live, KEYS, dtype))
+    return k, decode_rows(at, slot, live, VALUES, dtype)
 
 
 @triton.jit
@@ -373,7 +373,7 @@ def staged_at(table, t, live, N: tl.constexpr, STAGED: tl.constexpr):
 def cell_of(table, t, mask, context_len, N: tl.constexpr, STAGED: tl.constexpr):
     """Where the tokens ``t`` of a request are; STAGED places a page hold those of its newest block, unless 0.
 
-    With STAGED None, the tokens themselves: what `triton_mass` goes on with.
+    With STAGED None, the tokens themselves: what `mass` goes on with.
     """
     if STAGED is None:
         return t

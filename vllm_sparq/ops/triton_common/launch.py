@@ -1,4 +1,4 @@
-"""What the Triton kernels share: launch sizes, how much a sparse read takes of a context, and the merge of split rows.
+"""What the Triton kernels share: launch sizes, how much a sparse read takes of a context, and who is last.
 
 A *row* is one request and one KV head; `split` programs share a row's tokens. All addresses are int64.
 """
@@ -6,6 +6,7 @@ A *row* is one request and one KV head; `split` programs share a row's tokens. A
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
 
 import torch
 import triton
@@ -16,7 +17,7 @@ from vllm_sparq.reads import Counts, Read
 PROGRAMS_PER_SM = 4
 """Programs of a decode kernel per multiprocessor: enough to even out the tail, few enough to merge cheaply."""
 
-SCRATCH_BYTES = 256 << 20
+SCRATCH_BYTES = 2 << 30
 """Largest scratch of one slice of a batch, where scratch grows with the tokens that a block table could hold."""
 
 INTERPRETED_SMS = 1
@@ -40,6 +41,13 @@ def split_count(n_rows: int, max_tokens: int, device: torch.device, *, min_token
     wanted = -(-n_multiprocessors(device) * PROGRAMS_PER_SM // max(n_rows, 1))
     useful = -(-max_tokens // min_tokens)
     return triton.next_power_of_2(max(1, min(wanted, useful, limit)))
+
+
+def slices(n_requests: int, n_bytes: int) -> Iterator[slice]:
+    """The requests of a batch, as many at a time as have room in `SCRATCH_BYTES`; all take ``n_bytes``."""
+    step = max(1, n_requests * SCRATCH_BYTES // max(n_bytes, SCRATCH_BYTES))
+    for first in range(0, n_requests, step):
+        yield slice(first, min(first + step, n_requests))
 
 
 @functools.cache
@@ -95,6 +103,20 @@ def split_tokens(n_tokens, split, N_SPLITS: tl.constexpr, TILE: tl.constexpr):
 
 
 @triton.jit
+def is_last_to_arrive(arrivals, N_PROGRAMS: tl.constexpr):
+    """Whether all others of the programs that share a counter have arrived; then what they stored may be loaded.
+
+    The counter is zero before the launch: an earlier launch of the same call has seen to it. The barrier orders the
+    stores of a program's threads before the one thread that counts, whose increment releases and acquires.
+    """
+    tl.debug_barrier()
+    n_before = tl.zeros([], tl.int32)
+    if N_PROGRAMS > 1:
+        n_before = tl.atomic_add(arrivals, 1, sem="acq_rel", scope="gpu")
+    return n_before == N_PROGRAMS - 1
+
+
+@triton.jit
 def find_request(query_start_loc, n_requests, pid, TILE: tl.constexpr, SPARE: tl.constexpr, B_PAD: tl.constexpr):
     """(request, tile of it) that program ``pid`` serves; request -1 for none.
 
@@ -107,77 +129,3 @@ def find_request(query_start_loc, n_requests, pid, TILE: tl.constexpr, SPARE: tl
     mine = (index < n_requests) & (first <= pid)
     request = tl.sum(mine.to(tl.int32), 0) - 1
     return request, pid - tl.max(tl.where(mine, first, 0), 0)
-
-
-@triton.jit
-def merge_splits(
-    partial,  # fp32 [rows, N_SPLITS, D], each split's own softmax average
-    weight,  # fp32 [rows, N_SPLITS], log2 of its sum of exponentials, -inf where the split is empty
-    row,
-    N_SPLITS: tl.constexpr,
-    D: tl.constexpr,
-    D_PAD: tl.constexpr,
-    STEP: tl.constexpr,
-):
-    """fp32 [D_PAD], the softmax average over all splits of one row; zero where all are empty."""
-    d = tl.arange(0, D_PAD)
-    row = row.to(tl.int64)
-    split = tl.arange(0, N_SPLITS)
-    top = tl.max(tl.load(weight + row * N_SPLITS + split), 0)
-    top = tl.where(top == float("-inf"), 0.0, top)
-    total = tl.zeros([STEP], tl.float32)
-    acc = tl.zeros([STEP, D_PAD], tl.float32)
-    for first in range(0, N_SPLITS, STEP):
-        split = first + tl.arange(0, STEP)
-        w = tl.load(weight + row * N_SPLITS + split)
-        used = w > float("-inf")
-        w = tl.exp2(w - top)
-        values = tl.load(
-            partial + (row * N_SPLITS + split)[:, None] * D + d[None, :],
-            mask=used[:, None] & (d < D)[None, :],  # an empty split wrote nothing
-            other=0.0,
-        )
-        total += w
-        acc += w[:, None] * values
-    total = tl.sum(total, 0)
-    return tl.sum(acc, 0) / tl.where(total == 0.0, 1.0, total)
-
-
-@triton.jit
-def merge_kernel(
-    partial,
-    weight,
-    out,  # [B, H, D]
-    out_stride_b,
-    out_stride_h,
-    H: tl.constexpr,
-    N_SPLITS: tl.constexpr,
-    D: tl.constexpr,
-    D_PAD: tl.constexpr,
-    STEP: tl.constexpr,
-):
-    """Grid (B * H). Reads ``4 (D + 1) N_SPLITS`` bytes per head, from L2: they were written a moment ago."""
-    row = tl.program_id(0).to(tl.int64)
-    y = merge_splits(partial, weight, row, N_SPLITS, D, D_PAD, STEP)
-    d = tl.arange(0, D_PAD)
-    at = out + (row // H) * out_stride_b + (row % H) * out_stride_h + d
-    tl.store(at, cast(y, out.dtype.element_ty), mask=d < D)
-
-
-def merge(partial: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> None:
-    """``out`` [B, H, D] from the splits [B * H, N_SPLITS, D] of `attend` or prefill."""
-    n_tokens, n_heads, head_size = out.shape
-    n_splits = weight.shape[-1]
-    merge_kernel[(n_tokens * n_heads,)](
-        partial,
-        weight,
-        out,
-        out.stride(0),
-        out.stride(1),
-        H=n_heads,
-        N_SPLITS=n_splits,
-        D=head_size,
-        D_PAD=triton.next_power_of_2(head_size),
-        STEP=min(n_splits, 16),
-        num_warps=4,
-    )

@@ -1,6 +1,7 @@
-"""Steps 1 and 2 of `sparq_decode` on a GPU: pick channels, score every token from them, note what selection needs.
+"""Steps 1 and 2 of `sparq_decode` on a GPU: pick channels, score every token from them, count what selection needs.
 
-`triton_score_tile` says how a tile of tokens is scored.
+`score_tile` says how a tile of tokens is scored. Every program of a row first scores the same sample of its tokens, and
+so all of them count in the same bins.
 """
 
 # ruff: noqa: RUF005  Triton knows no starred element of a tuple
@@ -10,9 +11,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from vllm_sparq.ops.triton_common.count import N_BINS, bin_of, bins_of_sample, mark_newest, store_scores
 from vllm_sparq.ops.triton_common.launch import cast, read_counts, split_tokens
-from vllm_sparq.ops.triton_common.score_tile import score_tile
-from vllm_sparq.ops.triton_common.select import is_ranked, mark_newest
+from vllm_sparq.ops.triton_common.score_tile import full_pages, score_tile
 
 
 @triton.jit
@@ -153,8 +154,10 @@ def score_kernel(
     seq_lens,
     channels,  # int32 [rows, R], written: every split of a row writes the same
     weights,  # fp32 [rows, HEADS, R], written alike
-    scores,  # fp32 [rows, max_tokens], written: summed over the group
-    extent,  # fp32 [rows, N_SPLITS, 2], written: least and largest score of the tokens that are ranked
+    scores,  # fp32 [rows, max_tokens], written: summed over the group; infinite for the newest, which are read anyhow
+    bins,  # fp32 [rows, 2], written alike by every split, unless PROBS
+    counts,  # int32 [rows, N_SPLITS, N_BINS], written unless PROBS
+    arrivals,  # int32 [rows, 2], set to zero for the launches that follow
     tops,  # fp32 [rows, N_SPLITS, HEADS], written with STATISTICS: largest score of each head,
     sums,  # and its sum of exponentials below that
     head_scores,  # [rows, HEADS, max_tokens], written with KEEP
@@ -202,8 +205,9 @@ def score_kernel(
     row = tl.program_id(0).to(tl.int64)
     split = tl.program_id(1)
     b, g = row // G, row % G
+    tl.store(arrivals + row * 2 + tl.arange(0, 2), tl.zeros([2], tl.int32))
     context_len = tl.load(seq_lens + b)
-    is_dense, _, n_local = read_counts(context_len, READ)
+    is_dense, n_read, n_local = read_counts(context_len, READ)
     if is_dense:
         return
     records += g * head_stride
@@ -229,16 +233,33 @@ def score_kernel(
     RUN: tl.constexpr = N // RUNS
     n_ranked = context_len - n_local
     positions += g * tracked_stride_g
-    least = tl.full([PAGES, SLOTS], float("inf"), tl.float32)
-    most = tl.full([PAGES, SLOTS], float("-inf"), tl.float32)
+    ranking += g * ranking_stride_g
+    scales += g * scales_stride_g
+    if not PROBS:
+        SAMPLE: tl.constexpr = max(1, SLOTS // 4)
+        n_full = full_pages(context_len, N, FORMAT)
+        sample = score_tile(
+            *(weights, channels, records, ranking, scales, table, tl.arange(0, PAGES) * n_full // PAGES),
+            *(0, context_len, page_stride, ranking_stride_p, scales_stride_p),
+            *(RANKING, FORMAT, HEADS, R, N, D, RUNS, PAGES, SAMPLE, CHANNELS),
+        )
+        n_sampled = tl.minimum(RUN, SAMPLE)
+        if n_full == 0:
+            n_sampled = tl.minimum(n_sampled, context_len)
+        sampled = (tl.arange(0, SAMPLE) < n_sampled)[None, :] & (tl.arange(0, PAGES) >= 0)[:, None]
+        share = (n_read - n_local).to(tl.float32) / tl.maximum(n_ranked, 1).to(tl.float32)
+        offset, per_unit = bins_of_sample(sum_heads(sample, HEADS), sampled, share)
+        tl.store(bins + row * 2, offset)
+        tl.store(bins + row * 2 + 1, per_unit)
+        histogram = tl.zeros([N_BINS], tl.int32)
     lane_tops = (tl.full([PAGES, SLOTS], -1e30, tl.float32),) * HEADS  # finite: a lane may never see a token
     lane_sums = (tl.zeros([PAGES, SLOTS], tl.float32),) * HEADS
     first, stop = split_tokens(tl.cdiv(context_len, N), split, N_SPLITS, PAGES)
     for first_page in range(first, stop, PAGES):
         for first_slot in range(0, RUN, SLOTS):
             tile = score_tile(
-                *(weights, channels, records, ranking + g * ranking_stride_g, scales + g * scales_stride_g, table),
-                *(first_page, first_slot, context_len, page_stride, ranking_stride_p, scales_stride_p),
+                *(weights, channels, records, ranking, scales, table, first_page + tl.arange(0, PAGES)),
+                *(first_slot, context_len, page_stride, ranking_stride_p, scales_stride_p),
                 *(RANKING, FORMAT, HEADS, R, N, D, RUNS, PAGES, SLOTS, CHANNELS),
             )
             slot = first_slot + tl.arange(0, SLOTS)[None, :]
@@ -252,18 +273,21 @@ def score_kernel(
                 if KEEP:
                     store_heads(head_scores, own, t, live, max_tokens, HEADS)
                 if not PROBS:
-                    s = sum_heads(own, HEADS)
+                    s = tl.maximum(sum_heads(own, HEADS), -3.4028234663852886e38)  # a NaN would be in no bin
                     if POSITIONS:
                         s = mark_newest(s, positions, table, t, live, n_local, context_len, tracked_stride_p, N)
-                    tl.store(scores + t, s, mask=live)
-                    ranked = live & is_ranked(s, t, n_ranked, POSITIONS)
-                    least = tl.where(ranked, tl.minimum(least, s), least)
-                    most = tl.where(ranked, tl.maximum(most, s), most)
+                    else:
+                        s = tl.where(t < n_ranked, s, float("inf"))
+                    if RUN % SLOTS == 0:
+                        store_scores(scores, s, t, context_len, context_len)
+                    else:
+                        store_scores(scores, s, t, context_len, tl.where(slot < RUN, context_len, 0))
+                    index = tl.reshape(bin_of(s, offset, per_unit, False, READ), [PAGES * SLOTS])
+                    histogram += tl.histogram(index, N_BINS, mask=tl.reshape(live, [PAGES * SLOTS]))
 
     at = row * N_SPLITS + split
     if not PROBS:
-        tl.store(extent + at * 2, tl.min(tl.min(least, 1), 0))
-        tl.store(extent + at * 2 + 1, tl.max(tl.max(most, 1), 0))
+        tl.store(counts + at * N_BINS + tl.arange(0, N_BINS), histogram)
     if STATISTICS:
         for h in tl.static_range(HEADS):
             top = tl.max(tl.max(lane_tops[h], 1), 0)

@@ -47,7 +47,8 @@ def chain_sums(
                 else:
                     at = as_bytes(records + before * page_stride)
                     dtype: tl.constexpr = records.dtype.element_ty
-                    page_total += gather(at, slot, d[None, :], mask, tl.constexpr(FORMAT.values), dtype)
+                    VALUES: tl.constexpr = FORMAT.values
+                    page_total += gather(at, slot, d[None, :], mask, VALUES, dtype)
             total += tl.sum(page_total, 0)
         if block >= opened:
             page = tl.load(table + block).to(tl.int64)

@@ -79,14 +79,13 @@ def page_keys(
     slot, mask = slot[:, None], mask[:, None] & (d < D)
     if FORMAT is None:
         return load_block(key, records, ahead, slot, d, mask, n_old, key_stride_t, page_stride, D, STAGED)
-    elif FORMAT.channel_keys:
-        return cast(
-            gather(records, d, slot, mask, tl.constexpr(FORMAT.keys), key.dtype.element_ty), key.dtype.element_ty
-        )
     else:
-        return cast(
-            gather(records, slot, d, mask, tl.constexpr(FORMAT.keys), key.dtype.element_ty), key.dtype.element_ty
-        )
+        KEYS: tl.constexpr = FORMAT.keys
+        dtype: tl.constexpr = key.dtype.element_ty
+        if FORMAT.channel_keys:
+            return cast(gather(records, d, slot, mask, KEYS, dtype), dtype)
+        else:
+            return cast(gather(records, slot, d, mask, KEYS, dtype), dtype)
 
 
 @triton.jit

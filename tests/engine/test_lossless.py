@@ -1,0 +1,110 @@
+"""`lossless`: the tokens are those of dense attention, however bad the read is that drafts them."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from typing import Any
+
+import pytest
+
+from tests.engine.support import EXACT, Prompts
+
+pytestmark = pytest.mark.engine
+
+# So little is read that many drafts are wrong; the mean value makes some of them very wrong.
+BAD = {**EXACT["sparse"], "lossless": True}
+READS: dict[str, dict[str, Any]] = {
+    "one draft": {**BAD, "drafts": 1},
+    "three": BAD,
+    "six": {**BAD, "drafts": 6},
+    "quest": {**EXACT["sparse spans"], "lossless": True},
+    "adaptive": {**EXACT["mass"], "lossless": True},
+}
+RUNS: dict[str, dict[str, Any]] = {
+    "chunks of 64": dict(max_num_batched_tokens=64, max_num_seqs=8),
+    "prefix caching": dict(enable_prefix_caching=True, max_num_batched_tokens=256),
+    "blocks of 32": dict(block_size=32),
+    "compiled": dict(enforce_eager=False),
+}
+
+
+@pytest.fixture(autouse=True)
+def _drafting_always_pays(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is drafted does not follow the clock of the machine that tests."""
+    from vllm_sparq.attention_backends.pace import Rates
+
+    monkeypatch.setattr(Rates, "wants_drafts", lambda self: True)
+
+
+@pytest.fixture(scope="module")
+def dense(engine: Any, prompts: Prompts) -> list[list[int]]:
+    with engine("CPU_ATTN") as llm:
+        return prompts.answers(llm, prompts.mixed, 40)
+
+
+def numbers(llm: Any) -> dict[str, float]:
+    return {m.name.removeprefix("vllm:"): m.value for m in llm.get_metrics() if hasattr(m, "value")}
+
+
+@pytest.mark.parametrize("name", READS)
+def test_tokens_are_those_of_dense_attention(name: str, engine: Any, prompts: Prompts, dense: list[list[int]]) -> None:
+    """Prompts around the block size and far after it; some drafts are accepted, and some are not."""
+    with engine("sparq", READS[name], disable_log_stats=False) as llm:
+        assert prompts.answers(llm, prompts.mixed, 40) == dense
+        found = numbers(llm)
+    assert 0 < found["spec_decode_num_accepted_tokens"] < found["spec_decode_num_draft_tokens"]
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_however_they_are_run(run: str, engine: Any, prompts: Prompts, dense: list[list[int]]) -> None:
+    with engine("sparq", BAD, **RUNS[run]) as llm:
+        assert prompts.answers(llm, prompts.mixed, 40) == dense
+        assert prompts.answers(llm, prompts.mixed, 40) == dense  # with prefix caching: from cached blocks
+
+
+def test_preemption(engine: Any) -> None:
+    """A pool without room for all requests and what they draft."""
+    rng = random.Random(1)
+    batch = [[rng.randrange(3, 1000) for _ in range(n)] for n in (150, 180, 200, 220, 230, 250)]
+    pool = dict(num_gpu_blocks_override=20, max_model_len=640, max_num_batched_tokens=640, block_size=128)
+    with engine("CPU_ATTN", max_model_len=640) as llm:
+        dense = Prompts.answers(llm, batch, n_tokens=380)
+    with engine("sparq", BAD, **pool, disable_log_stats=False) as llm:
+        answers, preemptions = Prompts.answers(llm, batch, n_tokens=380), numbers(llm)["num_preemptions"]
+    assert preemptions > 0
+    assert answers == dense
+
+
+def test_up_to_the_model_s_last_position(engine: Any, prompts: Prompts) -> None:
+    prompt = [prompts.of_length(200)]
+    with engine("CPU_ATTN", max_model_len=256) as llm:
+        dense = prompts.answers(llm, prompt, 56)
+    with engine("sparq", BAD, max_model_len=256) as llm:
+        assert prompts.answers(llm, prompt, 56) == dense
+
+
+def test_nothing_is_drafted_where_all_is_read(engine: Any, prompts: Prompts, dense: list[list[int]]) -> None:
+    """A draft would cost what a token costs."""
+    with engine("sparq", {"lossless": True, "dense_below": 5000}, disable_log_stats=False) as llm:
+        assert prompts.answers(llm, prompts.mixed, 40) == dense
+        assert numbers(llm)["spec_decode_num_draft_tokens"] == 0
+
+
+@pytest.mark.long
+def test_samples_have_the_distribution_of_dense_attention(engine: Any, prompts: Prompts) -> None:
+    """20,000 tokens: how often each follows its predecessors, by a chi-square test of two samples."""
+    from scipy.stats import chi2_contingency
+    from vllm import SamplingParams
+
+    prompt = {"prompt_token_ids": prompts.of_length(150)}
+    counts = []
+    for backend, options in (("CPU_ATTN", {}), ("sparq", BAD)):
+        with engine(backend, options, enable_prefix_caching=True, max_num_seqs=64, max_model_len=512) as llm:
+            params = [SamplingParams(temperature=0.8, max_tokens=4, ignore_eos=True, seed=i) for i in range(5000)]
+            found = llm.generate([prompt] * len(params), params, use_tqdm=False)
+        counts.append(Counter(tuple(out.outputs[0].token_ids)[:2] for out in found))
+    often = [pair for pair in counts[0] if counts[0][pair] + counts[1][pair] >= 20]
+    table = [[*(count[pair] for pair in often), 5000 - sum(count[pair] for pair in often)] for count in counts]
+    assert len(often) > 5
+    assert chi2_contingency(table).pvalue > 1e-3

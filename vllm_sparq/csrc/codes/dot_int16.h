@@ -1,0 +1,124 @@
+// Logits of tokens whose K is a row of codes, with the query rounded to 16 bits: W tokens are turned over, so that a
+// lane is a token and a group's step and zero are applied to W logits at once, in fp32. An element of the query is off
+// by at most 2^-16 of the largest of its group.
+#pragma once
+
+#include <cmath>
+
+#include "base/tile.h"
+#include "codes/attend_codes.h"
+#include "codes/turned.h"
+
+namespace sparq {
+
+constexpr int MOST_DOT_CHANNELS = 256;  // sums of so many products of 8 and 15 bits fit into 32
+
+inline bool can_dot_int16(const CodeShape& shape) {
+  return shape.dtype != DType::fp32 && shape.n <= MOST_DOT_CHANNELS && can_turn(shape);
+}
+
+// The words of one group of a head; returns their unit, NaN where an element is not finite.
+inline float round_query(const float* q, int n, int16_t* words) {
+  float top = 0, spoilt = 0;
+  for (int c = 0; c < n; ++c) top = std::max(top, std::fabs(q[c])), spoilt += q[c] * 0.0f;
+  const float per_unit = top > LEAST ? 32767.0f / top : 0.0f;
+  for (int c = 0; c < n; ++c) words[c] = (int16_t)std::lrint(q[c] * per_unit);
+  return top / 32767.0f + spoilt;
+}
+
+inline void pair_query_int16(const CodeShape& key, const CodesQuery& query, int n_heads) {
+  const float middle = key.has_zero ? (float)((1 << key.bits) - 1) * 0.5f : 0.0f;
+  int16_t words[MOST_DOT_CHANNELS];
+  for (int h = 0; h < n_heads; ++h) {
+    const float* q = query.whole + (size_t)h * query.stride;
+    for (int g = 0; g < query.n_groups; ++g) {
+      const int first = g * key.group, at = h * query.n_groups + g;
+      const float unit = round_query(q + first, key.group, words + first);
+      float sum = 0, lack = 0;
+      for (int c = first; c < first + key.group; ++c) sum += q[c], lack += q[c] - unit * (float)words[c];
+      query.units[at] = unit, query.sums[at] = sum, query.rests[at] = middle * lack;
+    }
+    write_pairs(key, [&](int code) { return (uint16_t)words[code]; }, query.pairs + (size_t)h * query.n_pairs);
+  }
+}
+
+// sums[h] = q . codes of one plane of a segment.
+template <class C, int p, int HH>
+SPARQ_INLINE void sum_plane(const Words* turned, const Segment& segment, const int32_t* pairs, int pair_stride,
+                            Vec (&sums)[HH]) {
+  constexpr int CHAINS = W == 16 ? 2 : 1;  // where products are summed at once, sums wait for sums
+  Words sum[CHAINS][HH];
+#pragma GCC unroll 8
+  for (int i = 0; i < CHAINS * HH; ++i) (&sum[0][0])[i] = zero_words();
+  const int32_t* at = pairs + segment.first * 4 + p;
+  for (int k = segment.first; k < segment.last; ++k, at += 4) {
+    const Words words = turned[k], low = C::template take<p, 0>(words), high = C::template take<p, 1>(words);
+#pragma GCC unroll 4
+    for (int h = 0; h < HH; ++h) {
+      sum[0][h] = in_this_order(add_products(sum[0][h], low, set_pair(at[h * pair_stride])));
+      sum[CHAINS - 1][h] = in_this_order(add_products(sum[CHAINS - 1][h], high, set_pair(at[h * pair_stride + 2])));
+    }
+  }
+#pragma GCC unroll 4
+  for (int h = 0; h < HH; ++h)
+    sums[h] = pairs_to_float(CHAINS == 1 ? sum[0][h] : add_pairs(sum[0][h], sum[CHAINS - 1][h]));
+}
+
+template <class C, class T, int HH>
+void dot_heads_int16(const CodeShape& shape, const CodesQuery& query, int h0, const CodeRows& rows, float* logits,
+                     int stride, Ahead& ahead) {
+  alignas(64) Words words[DOT_BYTES / 4], scales[DOT_BYTES / 4];
+  Segment segments[DOT_BYTES / 4];
+  const int n_segments = cut_segments<C::planes>(shape, segments);
+  const int n_bytes = shape.row_bytes(), n_groups = shape.n_groups(), share = ahead.share((rows.n + W - 1) / W);
+  const int32_t* const pairs = query.pairs + (size_t)h0 * query.n_pairs;
+  const size_t first_group = (size_t)h0 * n_groups;
+  const float *const of_groups = query.sums + first_group, *const rests = query.rests + first_group;
+  const float* const units = query.units + first_group;
+  for (int t = 0; t < rows.n; t += W) {
+    const LaneRows lanes(rows, t);
+    turn_scales_over(shape, lanes.scales, scales);
+    for (int byte = 0; byte < n_bytes; byte += 16) turn_over(lanes.codes, byte, words + byte / 4);
+    ahead.step(share);
+    Vec total[HH];
+#pragma GCC unroll 4
+    for (int h = 0; h < HH; ++h) total[h] = zero();
+    for (int s = 0; s < n_segments; ++s) {
+      const auto add_plane = [&](auto plane) __attribute__((always_inline)) {
+        constexpr int p = decltype(plane)::value;
+        Vec sums[HH];
+        sum_plane<C, p, HH>(words, segments[s], pairs, query.n_pairs, sums);
+        const int g = segments[s].group[p];
+        const Vec step = low_half<T>(scales[g]);
+#pragma GCC unroll 4
+        for (int h = 0; h < HH; ++h) total[h] = fma(mul(step, set1(units[h * n_groups + g])), sums[h], total[h]);
+      };
+      add_plane(std::integral_constant<int, 0>{});
+      if constexpr (C::planes == 2) add_plane(std::integral_constant<int, 1>{});
+    }
+    // Zeros go by group and not by segment: a group may be in both planes, or in several segments.
+    for (int g = 0; g < (shape.has_zero ? n_groups : 0); ++g) {
+      const Vec step = low_half<T>(scales[g]), low = high_half<T>(scales[g]);
+#pragma GCC unroll 4
+      for (int h = 0; h < HH; ++h) {
+        total[h] = fma(low, set1(of_groups[h * n_groups + g]), total[h]);
+        total[h] = fma(step, set1(rests[h * n_groups + g]), total[h]);
+      }
+    }
+#pragma GCC unroll 4
+    for (int h = 0; h < HH; ++h) store(logits + (size_t)h * stride + t, total[h]);
+  }
+}
+
+template <class C, class T>
+void dot_int16(const CodeShape& shape, const CodesQuery& query, int h0, int n_heads, const CodeRows& rows,
+               float* logits, int stride, Ahead& ahead) {
+  switch (n_heads) {
+    case 1: return dot_heads_int16<C, T, 1>(shape, query, h0, rows, logits, stride, ahead);
+    case 2: return dot_heads_int16<C, T, 2>(shape, query, h0, rows, logits, stride, ahead);
+    case 3: return dot_heads_int16<C, T, 3>(shape, query, h0, rows, logits, stride, ahead);
+    default: return dot_heads_int16<C, T, 4>(shape, query, h0, rows, logits, stride, ahead);
+  }
+}
+
+}  // namespace sparq
