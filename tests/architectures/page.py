@@ -1,4 +1,4 @@
-"""docs/models.md: what runs on what, from the rows of `tests.architectures.matrix` and the capacity that vLLM counts."""
+"""docs/models.md: what runs on what, from the rows of `tests.architectures.matrix`, and what blocks come to."""
 
 from __future__ import annotations
 
