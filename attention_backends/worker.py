@@ -84,7 +84,8 @@ class SparqWorkerMixin(AttentionReport):
     def _warn_of_biases(self) -> None:
         """Where blocks are stored in a format that the biases of this model's K do not fit into."""
         layers = self.vllm_config.compilation_config.static_forward_context.values()  # type: ignore[attr-defined]
-        formats = {impl.options.format for layer in layers if is_fragile_impl(impl := getattr(layer, "impl", None))}
+        impls = [layer.impl for layer in layers if is_fragile_impl(getattr(layer, "impl", None))]
+        formats = {impl.options.format for impl in impls}
         n_biased = biased_projections(self.get_model()) if formats else 0  # type: ignore[attr-defined]
         for name in formats if n_biased else ():
             logger.warning_once(bias_warning(name, n_biased))

@@ -187,6 +187,7 @@ class SparqPlatformMixin:
         engine = PagedEngine.of(vllm_config)
         assert engine is not None
         options, scheduler = engine.options, vllm_config.scheduler_config
+        ours: tuple[str, ...]
         if options.lossless:
             ours, why = DRAFTING, "lossless=True needs our scheduler"
         elif options.pressure == "evict":

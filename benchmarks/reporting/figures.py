@@ -86,7 +86,7 @@ def answer_lines(records: Sequence[Record]) -> dict[str, list[Point]]:
     found = {
         (r["method"], r["task"]): r
         for r in records
-        if r.get("bench") == "quality" and r["length"] == LENGTH and not r["dirty"]
+        if r.get("bench") == "quality" and r["length"] == LENGTH and not r["dirty"] and r["task"] != "text"
     }
     tasks = list(dict.fromkeys(task for method, task in found if method == "sparq 1/8"))
 

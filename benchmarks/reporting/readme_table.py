@@ -18,6 +18,7 @@ from vllm_sparq.benchmarks.common.methods import DENSE, Method
 from vllm_sparq.benchmarks.common.records import comparable, dense_beside, read_records
 from vllm_sparq.benchmarks.engine.cases import N_TAIL, SKIPPED
 from vllm_sparq.benchmarks.reporting.methods_table import LAYER, methods_rows
+from vllm_sparq.benchmarks.reporting.real_table import real_rows
 from vllm_sparq.console import UsageError
 
 RESULTS = Path(__file__).parents[1] / "results"
@@ -161,7 +162,8 @@ def memory_rows(records: Sequence[Record]) -> list[str]:
 
 def quality_rows(records: Sequence[Record]) -> list[str]:
     """Markdown: scores with their intervals, a line per method, dense first; bytes are means over the tasks."""
-    found = {(r["method"], r["task"]): r for r in records if r.get("bench") == "quality" and r["length"] == LENGTH}
+    toy = [r for r in records if r.get("bench") == "quality" and r["task"] in TASKS]
+    found = {(r["method"], r["task"]): r for r in toy if r["length"] == LENGTH}
     lines = [f"| | bytes read / kept | {' | '.join(TASKS)} |", "|" + "---|" * (len(TASKS) + 2)]
     for method in dict.fromkeys(method for method, _ in found):
         if "+" in method or "{" in method:
@@ -226,12 +228,13 @@ TABLES: dict[str, Callable[[Sequence[Record]], list[str]]] = {
     "pressure": pressure_rows,
     "memory": memory_rows,
     "quality": quality_rows,
+    "real": real_rows,
 }
 """Name in a document's comments -> how the table is made."""
 
 DOCUMENTS = {
     ROOT / "README.md": ("methods",),
-    ROOT / "docs" / "results.md": ("ops", "engine", "pressure", "memory", "quality"),
+    ROOT / "docs" / "results.md": ("ops", "engine", "pressure", "memory", "quality", "real"),
 }
 """Document -> its tables."""
 

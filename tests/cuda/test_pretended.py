@@ -51,6 +51,7 @@ ELSEWHERE = {
     "test_models.py::test_hybrid_model": "the same; inside/test_models.py is about it",
     "test_found.py": "the same",
     "test_states.py": "vLLM's own kernels for states, which the interpreter does not run",
+    "test_poison.py::test_poison_is_seen": "logits that are NaN, of which the interpreter makes an error",
     "test_refusals.py": "what vLLM refuses itself differs by platform",
 }
 """Tests of engines that are not asked here, and what they are about instead."""

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from tests.engine.support import MODEL
+from tests.models.architectures import STATES, Model
 
 pytestmark = pytest.mark.engine
 
@@ -73,6 +74,19 @@ def test_doctor_finds_it(
     sections = json.loads(capsys.readouterr().out)["sections"]
     (wrong,) = [line["text"] for section in sections for line in section["findings"] if line["mark"] == "✗"]
     assert wrong.startswith("refused: --attention-backend kivi was selected, but no layer of the model runs on it")
+
+
+def test_doctor_counts_in_pages_and_in_blocks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from vllm_sparq.cli import main
+
+    one = STATES["granite-4"]
+    folder = Model(one.architecture, {**one.config, "mamba_d_state": 128}).write(tmp_path)
+    assert main(["doctor", "--quick", "--json", "--model", str(folder), "--attention-backend", "kivi"]) == 0
+    (section,) = [s for s in json.loads(capsys.readouterr().out)["sections"] if s["title"].startswith("model")]
+    texts = [line["text"] for line in section["findings"]]
+    assert section["numbers"]["memory"]["block_size"] == 128
+    assert section["numbers"]["backends"]["KIVI"] == section["numbers"]["shape"]["n_full"] == 1
+    assert any("vLLM's own blocks hold" in text and "side by side" in text for text in texts)
 
 
 def test_doctor_says_what_runs_where(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -27,33 +27,36 @@ MAX_SPILL_BYTES = 128
 """Of local memory per thread. A few spilled registers cost nothing; a kernel that keeps its tile there is unusable."""
 
 
-def compiled(*arguments: str) -> dict[int, list[dict[str, Any]]]:
-    """By compute capability, a row per variant that `tests.ops.aot` compiles."""
+def start(*command: str) -> subprocess.Popen[str]:
+    """A Python process that compiles ahead of time: ``command`` is a module and its arguments."""
     pytest.importorskip("triton", reason="triton is not installed")
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     other = env.get("VLLM_SPARQ_TEST_TRITON", "")
     env["PYTHONPATH"] = os.pathsep.join([*filter(None, [other]), str(ROOT), env.get("PYTHONPATH", "")])
     env["CUDA_VISIBLE_DEVICES"] = ""
-    jobs = {
-        arch: subprocess.Popen(
-            [sys.executable, "-m", "tests.ops.aot", str(arch), *arguments],
-            env=env,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for arch in SHARED_BYTES
-    }
-    rows = {}
+    return subprocess.Popen(
+        [sys.executable, "-m", *command], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def lines_of(job: subprocess.Popen[str]) -> list[dict[str, Any]]:
     try:
-        for arch, job in jobs.items():
-            out, err = job.communicate(timeout=570)
-            assert job.returncode == 0, f"sm_{arch}: {err[-3000:]}"
-            rows[arch] = [json.loads(line) for line in out.splitlines()]
+        out, err = job.communicate(timeout=570)
     finally:
-        for job in jobs.values():
-            job.kill()
-    return rows
+        job.kill()
+    assert job.returncode == 0, err[-3000:]
+    return [json.loads(line) for line in out.splitlines()]
+
+
+def run_ahead_of_time(*command: str) -> list[dict[str, Any]]:
+    """The lines that `start` prints."""
+    return lines_of(start(*command))
+
+
+def compiled(*arguments: str) -> dict[int, list[dict[str, Any]]]:
+    """By compute capability, a row per variant that `tests.ops.aot` compiles."""
+    jobs = {arch: start("tests.ops.aot", str(arch), *arguments) for arch in SHARED_BYTES}
+    return {arch: lines_of(job) for arch, job in jobs.items()}
 
 
 def assert_fit(rows: list[dict[str, Any]], arch: int) -> None:

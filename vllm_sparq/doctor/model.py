@@ -61,9 +61,14 @@ def model_section(model: str, options: Options, backend: str = "sparq") -> Secti
         _describe_layers(section, shape, held)
         kept = _describe_retention(section, options, config.max_model_len)
         _describe_read(section, options, shape, kept)
-        ours = [group.block_size for group in held["sparq"].groups if group.ours] if held else []
-        block_size = ours[0] if ours else preferred_block_size(options, config.max_model_len)
+        ours = [group for group in held["sparq"].groups if group.ours] if held else []
+        block_size = ours[0].page_tokens if ours else preferred_block_size(options, config.max_model_len)
         _describe_memory(section, options, shape, config.dtype, block_size)
+        if ours and ours[0].block_size > block_size:
+            section.note(
+                f"beside layers with a state vLLM's own blocks hold {ours[0].block_size:,} tokens, "
+                f"{ours[0].block_size // block_size} of these side by side: a request holds whole ones"
+            )
         _describe_capacity(section, held)
         _describe_keys(section, options, held)
     except ValueError as error:  # r beyond the head size, a page that cannot be cut

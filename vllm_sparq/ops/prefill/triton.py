@@ -196,7 +196,7 @@ def tile_sizes(
 
     ``rows_per_request`` are the (token, head) pairs of a mean request: short steps get a small tile. fp32 has no tensor
     cores of its own precision, and keeps its operands in registers. Heads of more than 256 elements get the smallest
-    tile whose sums and codes stay in registers.
+    tile, whose sums and codes stay in registers.
     """
     width = triton.next_power_of_2(head_size)
     if dtype == torch.float32:

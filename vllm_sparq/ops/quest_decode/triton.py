@@ -96,7 +96,8 @@ def rank_kernel(
     is_dense, n_read, _ = read_counts(context_len, READ)
     if is_dense:
         return
-    n_ranked, _ = items_of(context_len, n_read, READ)
+    n_ranked, n_wanted = items_of(context_len, n_read, READ)
+    share = n_wanted.to(tl.float32) / tl.maximum(n_ranked, 1).to(tl.float32)
     query += b * query_stride_b + g * GROUP * query_stride_h
     above, below = split_signs(query, query_stride_h, GROUP, D, D_PAD)
     records += g * head_stride
@@ -110,7 +111,7 @@ def rank_kernel(
     lane = tl.arange(0, SPANS)
     sampled = lane * n_bounded // SPANS
     sample = bound_scores(above, below, bounds, table, sampled, sampled < n_bounded, bounds_stride_p, N, D, SPAN)
-    offset, per_unit = bins_of_sample(sample[:, None], (sampled < n_bounded)[:, None])
+    offset, per_unit = bins_of_sample(sample[:, None], (sampled < n_bounded)[:, None], share)
     tl.store(bins + row * 2, offset)
     tl.store(bins + row * 2 + 1, per_unit)
     histogram = tl.zeros([N_BINS], tl.int32)
@@ -120,7 +121,7 @@ def rank_kernel(
         live = span < tl.minimum(stop, n_bounded)
         score = bound_scores(above, below, bounds, table, span, live, bounds_stride_p, N, D, SPAN)
         tl.store(scores + span, score, mask=live)
-        histogram += tl.histogram(bin_of(score, span, n_ranked, offset, per_unit, False, False), N_BINS, mask=live)
+        histogram += tl.histogram(bin_of(score, offset, per_unit, False, READ), N_BINS, mask=live)
     for span in range(tl.maximum(start, n_bounded), stop):  # a block without bounds: few spans, one at a time
         t = span * SPAN + tl.arange(0, SPAN)
         if STAGED == 0:
@@ -132,7 +133,7 @@ def rank_kernel(
         score = tl.sum(above * high + below * low, 0)
         score = tl.where(score != score, float("nan"), score)
         tl.store(scores + span, score)
-        index = bin_of(score, span, n_ranked, offset, per_unit, False, False)
+        index = bin_of(score, offset, per_unit, False, READ)
         histogram += (tl.arange(0, N_BINS) == index).to(tl.int32)
     tl.store(counts + (row * N_SPLITS + split) * N_BINS + tl.arange(0, N_BINS), histogram)
 
@@ -146,7 +147,7 @@ class Scratch:
 
         self.scores, self.bins = empty(max_spans, dtype=torch.float32), empty(2, dtype=torch.float32)
         self.counts, self.arrivals = empty(n_splits, N_BINS.value), empty(2)
-        self.cells, self.candidates, self.extents = empty(capacity), empty(max_spans), empty(n_splits, 2)
+        self.lists, self.extents = empty(capacity + max_spans + 1), empty(n_splits, 2)
 
 
 def quest_decode(
@@ -191,8 +192,8 @@ def decode_slice(
     work = Scratch(n_rows, n_splits, max_spans, capacity, query.device)
     unit = max(8, 16384 // (2 * triton.next_power_of_2(query.shape[2]) * pages.ranking.dtype.itemsize))
     rank(work, query, pages, block_table, seq_lens, counts, unit)
-    select(work, pages, block_table, seq_lens, counts, unit)
-    listed = query, pages, work.cells, seq_lens
+    select(work, pages, block_table, seq_lens, counts, unit, capacity)
+    listed = query, pages, work.lists, seq_lens
     attend(*listed, scale=scale, out=out, max_tokens=capacity, read=counts, arrivals=work.arrivals)
 
 
@@ -226,25 +227,29 @@ def rank(
 
 
 def select(
-    work: Scratch, pages: Pages, block_table: torch.Tensor, seq_lens: torch.Tensor, read: Counts, unit: int
+    work: Scratch,
+    pages: Pages,
+    block_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    read: Counts,
+    unit: int,
+    capacity: int,
 ) -> None:
     """Step 3: the list of cells. What only `sparq_decode` has is never touched: any pointer does."""
     (n_rows, n_splits), codes, none = work.counts.shape[:2], codes_of(pages.layout), work.bins
     max_spans = work.scores.stride(0)
     partition_kernel[(n_rows, n_splits)](
         *(block_table, seq_lens, work.scores, work.scores, work.bins, none, none, work.counts, work.arrivals),
-        *(work.cells, work.candidates, work.extents, none),
-        *(block_table.stride(0), max_spans, work.cells.stride(0), max_spans),
+        *(work.lists, work.extents, none, block_table.stride(0), max_spans, capacity, work.lists.stride(0)),
         G=pages.data.shape[1],
         HEADS=1,
         N=pages.layout.block_size,
         STAGED=codes.staged if codes else 0,
         STATISTICS=False,
         PROBS=False,
-        POSITIONS=False,
         N_SPLITS=n_splits,
         UNIT=unit,
         TILE=TILE,
         READ=read,
-        num_warps=8,
+        num_warps=4,
     )

@@ -78,7 +78,7 @@ class Plan:
     @property
     def keep(self) -> bool:
         """Whether head scores have a tensor of their own, instead of being the group scores."""
-        return self.n_heads > 1 or self.probs or self.by_position
+        return self.n_heads > 1 or self.statistics
 
     @property
     def statistics(self) -> bool:
@@ -102,13 +102,14 @@ class Scratch:
         self.mean = empty(plan.head_size, when=plan.with_mean)
         self.logits = empty(heads, plan.capacity).flatten(0, 1) if plan.with_scores else None
         self.counts, self.arrivals = empty(n_splits, N_BINS.value, dtype=integers), empty(2, dtype=integers)
-        self.candidates = empty(plan.max_candidates, dtype=integers)
         self.extents = empty(n_splits, 2, dtype=integers)
-        self.cells = empty(plan.capacity, dtype=integers)
+        self.lists = empty(
+            plan.capacity + plan.max_candidates + 1, dtype=integers
+        )  # cells, or with a mass tokens; candidates
         self.n_cells: torch.Tensor | None = None
-        self.tokens = self.cells  # what selection lists: cells, or tokens that have yet to be cut
+        self.cells = self.lists
         if plan.mass is not None:
-            self.tokens, self.keys = empty(plan.capacity, dtype=integers), empty(plan.capacity, dtype=integers)
+            self.cells, self.keys = (empty(plan.capacity, dtype=integers) for _ in range(2))
             self.held, self.n_cells = empty(plan.capacity), empty(dtype=integers)
 
 
@@ -184,7 +185,8 @@ def make_plan(query: torch.Tensor, pages: Pages, block_table: torch.Tensor, read
     codes = codes_of(pages.layout)
     ranks_itself = codes is not None and codes.channel_keys
     runs = codes.keys.runs if ranks_itself else 2
-    lanes = 512 if n_heads <= 2 else 256 if n_heads <= 8 else 128  # sums of a lane's tokens and heads stay in registers
+    # The sums of a lane's tokens and heads stay in registers.
+    lanes = 1024 if n_heads == 1 else 512 if n_heads <= 4 else 256 if n_heads <= 8 else 128
     slots = codes.keys.chunk if ranks_itself else triton.next_power_of_2(block_size // 2)
     return Plan(
         n_rows=n_rows,
@@ -204,7 +206,7 @@ def make_plan(query: torch.Tensor, pages: Pages, block_table: torch.Tensor, read
         probs=probs,
         by_position=pages.layout.positions,
         with_scores=with_scores,
-        head_dtype=torch.float32 if probs or with_scores else query.dtype,
+        head_dtype=torch.float32 if probs or with_scores or n_heads == 1 else query.dtype,
         counts=counts_of(read),
     )
 
@@ -260,7 +262,7 @@ def select(plan: Plan, work: Scratch, pages: Pages, block_table: torch.Tensor, s
     """Step 3: the list of cells, and the share of each head's probability that is on them."""
     block_size, codes = pages.layout.block_size, codes_of(pages.layout)
     scores, statistics = (work.scores, work.head_scores), (work.tops, work.sums)
-    sizes = dict(G=pages.data.shape[1], HEADS=plan.n_heads, N=block_size, POSITIONS=plan.by_position)
+    sizes = dict(G=pages.data.shape[1], HEADS=plan.n_heads, N=block_size)
     sizes |= dict(N_SPLITS=plan.n_splits, READ=plan.counts)
     splits = dict(UNIT=plan.n_pages * block_size)
     if plan.probs:
@@ -268,6 +270,7 @@ def select(plan: Plan, work: Scratch, pages: Pages, block_table: torch.Tensor, s
         count_kernel[(plan.n_rows, plan.n_splits)](
             *(positions, block_table, seq_lens, *scores, *statistics, work.counts),
             *(*tracked_strides, block_table.stride(0), plan.max_tokens),
+            POSITIONS=plan.by_position,
             TILE=TILE,
             **sizes,
             **splits,
@@ -277,18 +280,18 @@ def select(plan: Plan, work: Scratch, pages: Pages, block_table: torch.Tensor, s
     strides = block_table.stride(0), plan.max_tokens, plan.capacity
     partition_kernel[(plan.n_rows, plan.n_splits)](
         *(block_table, seq_lens, *scores, work.bins, *statistics, work.counts, work.arrivals),
-        *(work.tokens, work.candidates, work.extents, work.shares, *strides, plan.max_candidates),
+        *(work.lists, work.extents, work.shares, *strides, work.lists.stride(0)),
         PROBS=plan.probs,
         TILE=TILE,
         **sizes,
         **splits,
         **listed,
-        num_warps=8,
+        num_warps=4,
     )
     if plan.mass is not None:
         cut_kernel[(plan.n_rows,)](
-            *(block_table, seq_lens, *scores, *statistics, work.tokens, work.keys, work.held),
-            *(work.cells, work.n_cells, work.shares, *strides, plan.mass),
+            *(block_table, seq_lens, *scores, *statistics, work.lists, work.keys, work.held),
+            *(work.cells, work.n_cells, work.shares, *strides[:2], work.lists.stride(0), plan.capacity, plan.mass),
             LEAST_K=plan.least_k,
             TILE=256,
             **sizes,

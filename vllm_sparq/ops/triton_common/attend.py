@@ -310,7 +310,9 @@ def attend(
         ARRIVALS=arrivals is not None,
         BLEND=0 if mean_value is None else mean_value.n_splits,
         READ=read,
-        num_warps=4 if pages.layout.quantized is None else 8,  # elements on their way from codes live in registers
-        num_stages=3,
+        num_warps=4
+        if pages.layout.quantized is None or head_size <= 128
+        else 8,  # what codes become lives in registers
+        num_stages=5 if pages.layout.quantized is None else 3,  # two of K and V: the load of the cell takes the others
     )
     return partial, weight

@@ -144,10 +144,10 @@ def track_attention(
     approximate: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None,
     read: Counts | None = None,
 ) -> None:
-    """Add to `Pages.attention` what a decode op paid: ``logits`` [B * H, max_tokens] and ``weight`` of `triton_attend`.
+    """Add to `Pages.attention` what a decode op paid: ``logits`` [B * H, max_tokens] and ``weight`` of `attend`.
 
     With ``read``, rows that are not dense pay by their ``approximate`` scores: head scores, tops and sums of
-    `triton_score`.
+    `score`.
     """
     n_rows, tile = block_table.shape[0] * pages.data.shape[1], 256
     max_tokens = block_table.shape[1] * pages.layout.block_size

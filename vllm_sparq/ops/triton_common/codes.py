@@ -373,7 +373,7 @@ def staged_at(table, t, live, N: tl.constexpr, STAGED: tl.constexpr):
 def cell_of(table, t, mask, context_len, N: tl.constexpr, STAGED: tl.constexpr):
     """Where the tokens ``t`` of a request are; STAGED places a page hold those of its newest block, unless 0.
 
-    With STAGED None, the tokens themselves: what `triton_mass` goes on with.
+    With STAGED None, the tokens themselves: what `mass` goes on with.
     """
     if STAGED is None:
         return t

@@ -1,7 +1,8 @@
 """How selection on a GPU counts scores: in bins that rise with the score.
 
-Bins are linear over what a sample of the row's scores leads to expect, the outer ones open: no single score, however
-large, makes the others crowd. Probabilities have bins of half an octave.
+Bins are linear around where a sample of the row's scores lets expect the last score to be read, the outer ones open: no
+single score, however large, makes the others crowd. Probabilities have a bin an octave. Tokens that are read whatever
+their rank have infinite scores.
 """
 
 # ruff: noqa: RUF005  Triton knows no starred element of a tuple
@@ -13,14 +14,17 @@ import triton.language as tl
 
 from vllm_sparq.ops.triton_common.launch import read_counts, split_tokens
 
-N_BINS = tl.constexpr(64)
+N_BINS = tl.constexpr(32)
 """Counting costs instructions per bin. So many leave one or two candidates in a hundred tokens."""
 
-REACH = tl.constexpr(5.0)
-"""Mean absolute deviations from the mean at which the open bins begin: four standard deviations of normal scores."""
+REACH = tl.constexpr(2.5)
+"""Mean absolute deviations on either side that the bins divide: two standard deviations of normal scores."""
+
+STANDS_OUT = tl.constexpr(5.0)
+"""Scores of a sample that are as many of them off the mean say nothing about the others."""
 
 LEAST_EXPONENT = tl.constexpr(100)
-"""Exponent field of the probability (2^-27) that the lowest bin of ``probs`` starts at; 2 bins to the octave."""
+"""Exponent field of the probability (2^-27) that the lowest bin of ``probs`` starts at."""
 
 
 @triton.jit
@@ -41,19 +45,19 @@ def mark_newest(score, positions, table, t, live, n_local, context_len, stride_p
 
 
 @triton.jit
-def is_ranked(score, t, n_ranked, POSITIONS: tl.constexpr):
-    """Whether tokens must earn their place, and are not local: found by slot, or by what `mark_newest` left."""
-    if POSITIONS:
-        return score != float("inf")
-    else:
-        return t < n_ranked
+def quantile(share):
+    """What ``share`` of normal numbers lies above, within 0.003: Abramowitz and Stegun 26.2.22."""
+    tail = tl.maximum(tl.minimum(share, 1.0 - share), 1e-6)
+    t = tl.sqrt(-2.0 * tl.log(tail))
+    z = t - (2.30753 + 0.27061 * t) / (1.0 + t * (0.99229 + 0.04481 * t))
+    return tl.where(share < 0.5, z, -z)
 
 
 @triton.jit
 def bins_around(centre, reach):
-    """(offset, bins per unit of score) of bins over ``centre`` +- ``reach``; all scores in one if that is no range."""
+    """(offset, bins per unit of score) of bins over ``centre`` +- ``reach``; if that is no range, hardly any."""
     usable = (reach > 1e-30) & (reach < 1e30) & (tl.abs(centre) < 1e30)
-    per_unit = tl.where(usable, (N_BINS // 2) / tl.where(usable, reach, 1.0), 0.0)
+    per_unit = tl.where(usable, (N_BINS // 2) / tl.where(usable, reach, 1.0), 1e-30)
     return tl.where(usable, N_BINS // 2 - centre * per_unit, 0.0), per_unit
 
 
@@ -66,25 +70,45 @@ def centre_of(scores, live):
 
 
 @triton.jit
-def bins_of_sample(scores, live):
-    """`bins_around` the mean of some scores [PAGES, SLOTS], but for those that stand out or are not finite."""
+def bins_of_sample(scores, live, share):
+    """Bins around the score that ``share`` of some scores [PAGES, SLOTS] exceed, if those are like normal numbers."""
     live &= tl.abs(scores) < 1e30
     centre, deviation = centre_of(scores, live)
-    centre, deviation = centre_of(scores, live & (tl.abs(scores - centre) <= REACH * deviation))
-    return bins_around(centre, REACH * deviation)
+    centre, deviation = centre_of(scores, live & (tl.abs(scores - centre) <= STANDS_OUT * deviation))
+    return bins_around(centre + 1.25 * deviation * quantile(share), REACH * deviation)
 
 
 @triton.jit
-def bin_of(score, t, n_ranked, offset, per_unit, PROBS: tl.constexpr, POSITIONS: tl.constexpr):
-    """Monotonic in the score, in fp32 arithmetic too; the local tokens are on top, and a NaN."""
+def place_of(score, offset, per_unit, PROBS: tl.constexpr, READ: tl.constexpr):
+    """fp32 that rises with the score, in fp32 arithmetic too; compared with `edges_of` a bin. Spans may have a NaN."""
     if PROBS:
-        index = (score.to(tl.int32, bitcast=True) >> 22) - LEAST_EXPONENT * 2
-        index = tl.minimum(tl.maximum(index, 0), N_BINS - 1)
+        return score
+    elif READ.span == 1:
+        return tl.fma(score, per_unit, offset)
     else:
-        place = tl.fma(score, per_unit, offset)
-        place = tl.minimum(tl.maximum(place, 0.0), N_BINS - 1.0)
-        index = tl.where(score != score, N_BINS - 1.0, place).to(tl.int32)
-    return tl.where(is_ranked(score, t, n_ranked, POSITIONS), index, N_BINS - 1)
+        return tl.where(score == score, tl.fma(score, per_unit, offset), float("inf"))
+
+
+@triton.jit
+def bin_of(score, offset, per_unit, PROBS: tl.constexpr, READ: tl.constexpr):
+    """The bin of a score; the highest that of infinity."""
+    place = place_of(score, offset, per_unit, PROBS, READ)
+    if PROBS:
+        index = (place.to(tl.int32, bitcast=True) >> 23) - LEAST_EXPONENT
+        return tl.minimum(tl.maximum(index, 0), N_BINS - 1)
+    else:
+        return tl.minimum(tl.maximum(place, 0.0), N_BINS - 1.0).to(tl.int32)
+
+
+@triton.jit
+def edges_of(bin, PROBS: tl.constexpr):
+    """The least places of a bin and of the one above it, which is NaN where nothing is above: no place reaches it."""
+    if PROBS:
+        low = ((bin + LEAST_EXPONENT) << 23).to(tl.float32, bitcast=True)
+        high = ((bin + LEAST_EXPONENT + 1) << 23).to(tl.float32, bitcast=True)
+    else:
+        low, high = bin.to(tl.float32), (bin + 1).to(tl.float32)
+    return tl.where(bin == 0, float("-inf"), low), tl.where(bin == N_BINS - 1, float("nan"), high)
 
 
 @triton.jit
@@ -106,6 +130,12 @@ def row_statistics(tops, sums, row, N_SPLITS: tl.constexpr, HEADS: tl.constexpr)
         row_tops = row_tops + (top,)
         row_sums = row_sums + (total,)
     return row_tops, row_sums
+
+
+@triton.jit
+def store_scores(scores, score, t, context_len, stop):
+    """Store the scores of the tokens ``t`` up to ``stop``; behind the context NaN, to the end of a run of 16."""
+    tl.store(scores + t, tl.where(t < context_len, score, float("nan")), mask=t < tl.cdiv(stop, 16) * 16)
 
 
 @triton.jit
@@ -157,7 +187,8 @@ def count_kernel(
             own_positions = positions + row % G * tracked_stride_g
             table = block_table + row // G * table_stride
             s = mark_newest(s, own_positions, table, t, live, n_local, context_len, tracked_stride_p, N)
-        tl.store(scores + t, s, mask=live)
-        index = bin_of(s, t, context_len - n_local, 0.0, 0.0, True, POSITIONS)
-        histogram += tl.histogram(index, N_BINS, mask=live)
+        else:
+            s = tl.where(t < context_len - n_local, s, float("inf"))
+        store_scores(scores, s, t, context_len, stop)
+        histogram += tl.histogram(bin_of(s, 0.0, 0.0, True, READ), N_BINS, mask=live)
     tl.store(counts + (row * N_SPLITS + split) * N_BINS + tl.arange(0, N_BINS), histogram)

@@ -1,6 +1,6 @@
 """Step 3 of `sparq_decode` with a mass, on a GPU: of the k tokens picked, the first that hold it.
 
-The tokens come as `triton_select` lists them, in no order of rank, but of equal scores the oldest first. One program
+The tokens come as `select` lists them, in no order of rank, but of equal scores the oldest first. One program
 finds the cut by radix search on the 32 bits of a score, with a sum of shares where a selection has a count, and lists
 the cells of the tokens before it.
 """
@@ -66,7 +66,7 @@ def cut_kernel(
     head_scores,
     tops,
     sums,
-    tokens,  # int32 [rows, capacity], what `triton_select` listed
+    tokens,  # int32 [rows, list_stride], what `select` listed
     keys,  # int32 [rows, capacity], scratch
     held,  # fp32 [rows, capacity], scratch
     cells,  # int32 [rows, capacity], written: cells of tokens to read
@@ -74,14 +74,14 @@ def cut_kernel(
     shares,  # fp32 [rows, N_SPLITS + 1, HEADS], written with STATISTICS: exponentials of these tokens, and zeros
     table_stride,
     max_tokens,
-    capacity,
+    list_stride,  # of tokens
+    capacity,  # of the other lists
     mass,
     G: tl.constexpr,
     HEADS: tl.constexpr,
     N: tl.constexpr,
     STAGED: tl.constexpr,
     STATISTICS: tl.constexpr,
-    POSITIONS: tl.constexpr,
     N_SPLITS: tl.constexpr,
     TILE: tl.constexpr,
     LEAST_K: tl.constexpr,
@@ -93,7 +93,7 @@ def cut_kernel(
     context_len = tl.load(seq_lens + row // G)
     is_dense, n_read, n_local = read_counts(context_len, READ)
     table = block_table + row // G * table_stride
-    tokens += row * capacity
+    tokens += row * list_stride
     cells += row * capacity
     n = n_read * 0
     if is_dense:
@@ -113,7 +113,7 @@ def cut_kernel(
         i = first + tl.arange(0, TILE)
         live = i < n_read
         t = tl.load(tokens + i, mask=live, other=0)
-        key = sort_key(tl.load(scores + t, mask=live, other=0.0), t, context_len - n_local, POSITIONS)
+        key = sort_key(tl.load(scores + t, mask=live, other=0.0))
         tl.store(keys + i, key.to(tl.int32, bitcast=True), mask=live)
         tl.store(held + i, share_of(head_scores, t, live, row_tops, row_sums, max_tokens, HEADS), mask=live)
     tl.debug_barrier()  # what one thread stored others load

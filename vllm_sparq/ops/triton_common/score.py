@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from vllm_sparq.ops.triton_common.count import N_BINS, bin_of, bins_of_sample, mark_newest
+from vllm_sparq.ops.triton_common.count import N_BINS, bin_of, bins_of_sample, mark_newest, store_scores
 from vllm_sparq.ops.triton_common.launch import cast, read_counts, split_tokens
 from vllm_sparq.ops.triton_common.score_tile import full_pages, score_tile
 
@@ -154,7 +154,7 @@ def score_kernel(
     seq_lens,
     channels,  # int32 [rows, R], written: every split of a row writes the same
     weights,  # fp32 [rows, HEADS, R], written alike
-    scores,  # fp32 [rows, max_tokens], written: summed over the group
+    scores,  # fp32 [rows, max_tokens], written: summed over the group; infinite for the newest, which are read anyhow
     bins,  # fp32 [rows, 2], written alike by every split, unless PROBS
     counts,  # int32 [rows, N_SPLITS, N_BINS], written unless PROBS
     arrivals,  # int32 [rows, 2], set to zero for the launches that follow
@@ -207,7 +207,7 @@ def score_kernel(
     b, g = row // G, row % G
     tl.store(arrivals + row * 2 + tl.arange(0, 2), tl.zeros([2], tl.int32))
     context_len = tl.load(seq_lens + b)
-    is_dense, _, n_local = read_counts(context_len, READ)
+    is_dense, n_read, n_local = read_counts(context_len, READ)
     if is_dense:
         return
     records += g * head_stride
@@ -247,7 +247,8 @@ def score_kernel(
         if n_full == 0:
             n_sampled = tl.minimum(n_sampled, context_len)
         sampled = (tl.arange(0, SAMPLE) < n_sampled)[None, :] & (tl.arange(0, PAGES) >= 0)[:, None]
-        offset, per_unit = bins_of_sample(sum_heads(sample, HEADS), sampled)
+        share = (n_read - n_local).to(tl.float32) / tl.maximum(n_ranked, 1).to(tl.float32)
+        offset, per_unit = bins_of_sample(sum_heads(sample, HEADS), sampled, share)
         tl.store(bins + row * 2, offset)
         tl.store(bins + row * 2 + 1, per_unit)
         histogram = tl.zeros([N_BINS], tl.int32)
@@ -272,11 +273,16 @@ def score_kernel(
                 if KEEP:
                     store_heads(head_scores, own, t, live, max_tokens, HEADS)
                 if not PROBS:
-                    s = sum_heads(own, HEADS)
+                    s = tl.maximum(sum_heads(own, HEADS), -3.4028234663852886e38)  # a NaN would be in no bin
                     if POSITIONS:
                         s = mark_newest(s, positions, table, t, live, n_local, context_len, tracked_stride_p, N)
-                    tl.store(scores + t, s, mask=live)
-                    index = tl.reshape(bin_of(s, t, n_ranked, offset, per_unit, False, POSITIONS), [PAGES * SLOTS])
+                    else:
+                        s = tl.where(t < n_ranked, s, float("inf"))
+                    if RUN % SLOTS == 0:
+                        store_scores(scores, s, t, context_len, context_len)
+                    else:
+                        store_scores(scores, s, t, context_len, tl.where(slot < RUN, context_len, 0))
+                    index = tl.reshape(bin_of(s, offset, per_unit, False, READ), [PAGES * SLOTS])
                     histogram += tl.histogram(index, N_BINS, mask=tl.reshape(live, [PAGES * SLOTS]))
 
     at = row * N_SPLITS + split

@@ -4,7 +4,9 @@ Scores run on plain fp32 units: with ``r`` channels a token costs ``r`` unpacked
 than its bytes take to arrive, and tensor cores would want the codes turned around in shared memory first. Each thread
 owns tokens and walks the channels, so nothing is reduced across threads.
 
-A lane of a tile owns the slots n, n + N / RUNS, .. of one page: those whose codes share a byte.
+A lane of a tile owns the slots n, n + N / RUNS, .. of one page: those whose codes share a byte. Codes of 4 or 2 bits
+come four bytes at a time, and a byte becomes a number by one instruction: put below the exponent of 1, ``c`` reads as
+``1 + c / 128``. Scales and zero points are folded into the weights, once for the tokens of a page that share them.
 """
 
 # ruff: noqa: RUF005  Triton knows no starred element of a tuple
@@ -15,6 +17,7 @@ import triton
 import triton.language as tl
 
 from vllm_sparq.ops.triton_common.codes import as_bytes, dequantize, load_scales, n_in_codes
+from vllm_sparq.ops.triton_common.launch import INTERPRETED
 
 
 @triton.jit
@@ -26,6 +29,104 @@ def add_channel(scores, weights, c, keys, HEADS: tl.constexpr, R: tl.constexpr, 
             weight = tl.load(weights + h * R + c, mask=c < R, other=0.0)
             result = result + (scores[r * HEADS + h] + weight * keys[r],)
     return result
+
+
+@triton.jit
+def number_of(word, byte: tl.constexpr):
+    """fp32 ``1 + b / 128`` of a byte 128 + b of an int32 word."""
+    if INTERPRETED:
+        bits = (((word >> (8 * byte)) & 255) << 16) | 0x3F000000
+    elif byte == 0:
+        bits = tl.inline_asm_elementwise("prmt.b32 $0, $1, 0x3f000000, 0x7044;", "=r,r", [word], tl.int32, True, 1)
+    elif byte == 1:
+        bits = tl.inline_asm_elementwise("prmt.b32 $0, $1, 0x3f000000, 0x7144;", "=r,r", [word], tl.int32, True, 1)
+    elif byte == 2:
+        bits = tl.inline_asm_elementwise("prmt.b32 $0, $1, 0x3f000000, 0x7244;", "=r,r", [word], tl.int32, True, 1)
+    else:
+        bits = tl.inline_asm_elementwise("prmt.b32 $0, $1, 0x3f000000, 0x7344;", "=r,r", [word], tl.int32, True, 1)
+    return bits.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def add_words(sums, words, weights, HEADS: tl.constexpr, RUNS: tl.constexpr):
+    """Add one channel: ``weights`` per run and head, fp32 [PAGES]; ``sums`` fp32 [PAGES, words] per run, head, byte."""
+    BITS: tl.constexpr = 8 // RUNS
+    CODES: tl.constexpr = 0x01010101 * ((1 << BITS) - 1)
+    result = ()
+    for r in tl.static_range(RUNS):
+        codes = ((words >> (r * BITS)) & CODES) | -2139062144  # the highest bit of each byte
+        for h in tl.static_range(HEADS):
+            for byte in tl.static_range(4):
+                total = sums[(r * HEADS + h) * 4 + byte]
+                result = result + (total + weights[r * HEADS + h][:, None] * number_of(codes, byte),)
+    return result
+
+
+@triton.jit
+def scores_of_words(sums, weights, zeros, HEADS: tl.constexpr, RUNS: tl.constexpr):
+    """fp32 [PAGES, SLOTS] per run and head, of sums by `add_words`, of the sums of its weights, and of zero points."""
+    result = ()
+    for i in tl.static_range(RUNS * HEADS):
+        even = tl.join(sums[4 * i], sums[4 * i + 2])
+        both = tl.join(even, tl.join(sums[4 * i + 1], sums[4 * i + 3]))  # [.., j, k] is byte 2 j + k
+        total = tl.reshape(both, [both.shape[0], 4 * both.shape[1]])
+        result = result + (128.0 * total + (zeros[i] - 128.0 * weights[i])[:, None],)
+    return result
+
+
+@triton.jit
+def score_words(
+    weights,
+    channels,
+    codes,  # int32 pointers to each page's codes, [PAGES, words]
+    scales,  # pointers to each page's scales, [PAGES]
+    full,
+    mask,
+    step,  # from channel to channel, in words
+    first_slot,
+    ROWS: tl.constexpr,  # None: the ranking copy
+    dtype: tl.constexpr,  # of its scales
+    HEADS: tl.constexpr,
+    R: tl.constexpr,
+    RUNS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+):
+    """Scores from codes of 4 or 2 bits where ``mask``, as `scores_of_words`; several channels are loaded at a time."""
+    sums = (tl.zeros(codes.shape, tl.float32),) * (4 * RUNS * HEADS)
+    total_weights = (tl.zeros(full.shape, tl.float32),) * (RUNS * HEADS)
+    total_zeros = (tl.zeros(full.shape, tl.float32),) * (RUNS * HEADS)
+    for first in range(0, R, CHANNELS):
+        words = ()
+        loaded = ()
+        for i in tl.static_range(CHANNELS):
+            channel = tl.load(channels + first + i, mask=first + i < R, other=0)
+            words = words + (tl.load(codes + channel * step, mask=mask, other=0),)
+            for r in tl.static_range(RUNS):
+                if ROWS is None:
+                    if r == 0:
+                        both = tl.load(scales + channel, mask=full, other=0)
+                    scale = both.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+                    zero = (both >> 16).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+                else:
+                    group = (r * ROWS.run + first_slot) // ROWS.group
+                    at = scales + ROWS.scales + channel * ROWS.scales_step + group * ROWS.scale_bytes
+                    scale, zero = load_scales(at, full, dtype, ROWS.numbers)
+                loaded = loaded + (scale, zero)
+        for i in tl.static_range(CHANNELS):
+            own = ()
+            new_weights = ()
+            new_zeros = ()
+            for r in tl.static_range(RUNS):
+                for h in tl.static_range(HEADS):
+                    weight = tl.load(weights + h * R + first + i, mask=first + i < R, other=0.0)
+                    scaled = weight * loaded[2 * (i * RUNS + r)]
+                    own = own + (scaled,)
+                    new_weights = new_weights + (total_weights[r * HEADS + h] + scaled,)
+                    zero = weight * loaded[2 * (i * RUNS + r) + 1]
+                    new_zeros = new_zeros + (total_zeros[r * HEADS + h] + zero,)
+            total_weights, total_zeros = new_weights, new_zeros
+            sums = add_words(sums, words[i], own, HEADS, RUNS)
+    return scores_of_words(sums, total_weights, total_zeros, HEADS, RUNS)
 
 
 @triton.jit
@@ -198,12 +299,29 @@ def score_tile(
     page = tl.load(table + block, mask=block * N < context_len, other=0).to(tl.int64)
     full = block < n_full
     scores = (tl.zeros([PAGES, SLOTS], tl.float32),) * (HEADS * RUNS)
+    WORDS: tl.constexpr = HEADS * RUNS <= 8 and SLOTS % 4 == 0  # more sums would not fit into registers
     if RANKING is None:
         dtype: tl.constexpr = records.dtype.element_ty
         KEYS: tl.constexpr = FORMAT.keys
         at = as_bytes(records) + page * page_stride * KEYS.number_bytes
-        scores = score_channel_keys(
-            *(scores, weights, channels, at, slot, first_slot, full, KEYS, dtype, HEADS, R, CHANNELS)
+        if WORDS and KEYS.bits < 8:
+            word = first_slot // 4 + tl.arange(0, SLOTS // 4)
+            codes = (at + KEYS.codes).to(tl.pointer_type(tl.int32), bitcast=True)[:, None] + word[None, :]
+            scores = score_words(
+                *(weights, channels, codes, at, full, full[:, None], KEYS.codes_step // 4, first_slot),
+                *(KEYS, dtype, HEADS, R, RUNS, CHANNELS),
+            )
+        else:
+            scores = score_channel_keys(
+                *(scores, weights, channels, at, slot, first_slot, full, KEYS, dtype, HEADS, R, CHANNELS)
+            )
+    elif WORDS and RANKING == "int4":
+        word = first_slot // 4 + tl.arange(0, SLOTS // 4)
+        codes = ranking.to(tl.pointer_type(tl.int32), bitcast=True)
+        codes = codes + (page * (ranking_stride_p // 4))[:, None] + word[None, :]
+        scores = score_words(
+            *(weights, channels, codes, scales + page * scales_stride_p),
+            *(full, full[:, None] & (word < N // 8)[None, :], N // 8, first_slot, None, None, HEADS, R, 2, CHANNELS),
         )
     else:
         scores = score_copies(

@@ -26,7 +26,7 @@ import triton
 import triton.language as tl
 
 from vllm_sparq.ops.triton_common.codes import cell_of
-from vllm_sparq.ops.triton_common.count import N_BINS, bin_of, is_ranked, items_of, row_statistics
+from vllm_sparq.ops.triton_common.count import N_BINS, edges_of, items_of, place_of, row_statistics
 from vllm_sparq.ops.triton_common.launch import is_last_to_arrive, read_counts, split_tokens
 
 N_DIGITS = tl.constexpr(256)
@@ -94,31 +94,26 @@ def store_shares(shares, lane_shares, HEADS: tl.constexpr):
 
 
 @triton.jit
-def sort_key(score, t, n_ranked, POSITIONS: tl.constexpr):
-    """uint32 that orders as the fp32 score does, both zeros alike; the local tokens are on top."""
+def sort_key(score):
+    """uint32 that orders as the fp32 score does, both zeros alike; a positive NaN is above infinity."""
     bits = tl.where(score == 0.0, 0.0, score).to(tl.int32, bitcast=True)
-    key = tl.where(bits < 0, ~bits, bits | -0x80000000).to(tl.uint32, bitcast=True)
-    return tl.where(is_ranked(score, t, n_ranked, POSITIONS), key, 0xFFFFFFFF)
+    return tl.where(bits < 0, ~bits, bits | -0x80000000).to(tl.uint32, bitcast=True)
 
 
 @triton.jit
-def load_candidates(
-    candidates, scores, i, n, listed, bins, last, n_ranked, PROBS: tl.constexpr, POSITIONS: tl.constexpr
-):
+def load_candidates(candidates, scores, i, n, listed, bins, PROBS: tl.constexpr, READ: tl.constexpr):
     """(token, key, live) of the candidates ``i``: of the list, or those tokens ``i`` of the row that are in the bin."""
-    offset, per_unit = bins
+    offset, per_unit, low, high = bins
     t = i
     if listed:
         t = tl.load(candidates + i, mask=i < n, other=0)
     score = tl.load(scores + t, mask=i < n, other=0.0)
-    live = (i < n) & (bin_of(score, t, n_ranked, offset, per_unit, PROBS, POSITIONS) == last)
-    return t, sort_key(score, t, n_ranked, POSITIONS), live
+    place = place_of(score, offset, per_unit, PROBS, READ)
+    return t, sort_key(score), (i < n) & (place >= low) & ((place >= high) == 0)
 
 
 @triton.jit
-def find_threshold(
-    candidates, scores, n, listed, bins, last, n_wanted, n_ranked, PROBS: tl.constexpr, POSITIONS: tl.constexpr
-):
+def find_threshold(candidates, scores, n, listed, bins, n_wanted, PROBS: tl.constexpr, READ: tl.constexpr):
     """Key of the last candidate to read, and how many with that very key to read: radix select, 8 bits a pass."""
     threshold = tl.zeros([], tl.uint32)
     index = tl.arange(0, N_DIGITS)
@@ -126,7 +121,7 @@ def find_threshold(
         histogram = tl.zeros([N_DIGITS], tl.int32)
         for first in range(0, n, FINISH_TILE):
             i = first + tl.arange(0, FINISH_TILE)
-            _, key, alive = load_candidates(candidates, scores, i, n, listed, bins, last, n_ranked, PROBS, POSITIONS)
+            _, key, alive = load_candidates(candidates, scores, i, n, listed, bins, PROBS, READ)
             if shift < 24:
                 alive &= (key >> (shift + 8)) == (threshold >> (shift + 8))
             histogram += tl.histogram(((key >> shift) & 255).to(tl.int32), N_DIGITS, mask=alive)
@@ -140,19 +135,17 @@ def find_threshold(
 @triton.jit
 def finish(
     table,
-    scores,  # this and all below point to the row
+    scores,  # this and the next five point to the row
     head_scores,
     cells,
     candidates,
     extents,
     shares,
     bins,
-    last,
     n_cells,
     n_candidates,
     n_wanted,
     n_items,
-    n_local,
     context_len,
     row_tops,
     max_tokens,
@@ -162,12 +155,10 @@ def finish(
     STAGED: tl.constexpr,
     STATISTICS: tl.constexpr,
     PROBS: tl.constexpr,
-    POSITIONS: tl.constexpr,
     N_SPLITS: tl.constexpr,
     READ: tl.constexpr,
 ):
     """Pick ``n_wanted`` of the candidates: five passes over 8 bytes each, all but the first from L1."""
-    n_ranked = n_items - n_local
     listed, n, n_equal = n_candidates <= max_candidates, n_candidates, n_wanted
     threshold = tl.zeros([], tl.uint32)
     alike = n_candidates < 0
@@ -178,15 +169,13 @@ def finish(
         listed, n = alike, tl.where(alike, n_wanted, n_items)
         threshold = least
     if not alike:
-        threshold, n_equal = find_threshold(
-            candidates, scores, n, listed, bins, last, n_wanted, n_ranked, PROBS, POSITIONS
-        )
+        threshold, n_equal = find_threshold(candidates, scores, n, listed, bins, n_wanted, PROBS, READ)
     seen = n_cells * 0
     if STATISTICS:
         lane_shares = (tl.zeros([FINISH_TILE], tl.float32),) * HEADS
     for first in range(0, n, FINISH_TILE):
         i = first + tl.arange(0, FINISH_TILE)
-        t, key, live = load_candidates(candidates, scores, i, n, listed, bins, last, n_ranked, PROBS, POSITIONS)
+        t, key, live = load_candidates(candidates, scores, i, n, listed, bins, PROBS, READ)
         equal = live & (key == threshold)
         oldest = seen + tl.cumsum(equal.to(tl.int32), 0) <= n_equal  # candidates ascend
         chosen = (live & (key > threshold)) | (equal & oldest)
@@ -202,6 +191,37 @@ def finish(
 
 
 @triton.jit
+def settle_cells(
+    cells,
+    first,
+    stop,
+    table,
+    head_scores,
+    shares,
+    row_tops,
+    context_len,
+    max_tokens,
+    HEADS: tl.constexpr,
+    N: tl.constexpr,
+    STAGED: tl.constexpr,
+    STATISTICS: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """Turn the tokens that the program has put in the places ``first : stop`` of a list into their cells."""
+    tl.debug_barrier()  # other threads wrote them
+    if STATISTICS:
+        lane_shares = (tl.zeros([TILE], tl.float32),) * HEADS
+    for start in range(first, stop, TILE):
+        i = start + tl.arange(0, TILE)
+        t = tl.load(cells + i, mask=i < stop, other=0)
+        if STATISTICS:
+            lane_shares = add_shares(lane_shares, head_scores, t, i < stop, row_tops, max_tokens, HEADS)
+        tl.store(cells + i, cell_of(table, t, i < stop, context_len, N, STAGED), mask=i < stop)
+    if STATISTICS:
+        store_shares(shares, lane_shares, HEADS)
+
+
+@triton.jit
 def partition_kernel(
     block_table,
     seq_lens,
@@ -212,87 +232,97 @@ def partition_kernel(
     sums,
     counts,
     arrivals,  # int32 [rows, 2], zeros; the first counts programs of this launch
-    cells,  # int32 [rows, capacity], written: cells of tokens to read
-    candidates,  # int32 [rows, max_candidates], written: the first tokens of the last bin, ascending
+    lists,  # int32 [rows, list_stride], written: the cells to read, and from ``capacity`` on the first of the last
+    # bin's tokens, ascending
     extents,  # int32 [rows, N_SPLITS, 2], written where a list is too short: least and largest key of each split's
     shares,  # fp32 [rows, N_SPLITS + 1, HEADS], written with STATISTICS: exponentials of the tokens listed
     table_stride,
     max_tokens,
     capacity,
-    max_candidates,
+    list_stride,
     G: tl.constexpr,
     HEADS: tl.constexpr,
     N: tl.constexpr,
     STAGED: tl.constexpr,
     STATISTICS: tl.constexpr,
     PROBS: tl.constexpr,
-    POSITIONS: tl.constexpr,
     N_SPLITS: tl.constexpr,
     UNIT: tl.constexpr,  # tokens, or spans, of which a split takes whole ones: as where they were counted
     TILE: tl.constexpr,
     READ: tl.constexpr,
 ):
-    """Grid (B * G, N_SPLITS). Reads 4 bytes per token; STATISTICS at most 32 more per query head and token picked."""
+    """Grid (B * G, N_SPLITS). Reads 4 bytes per token; STATISTICS 32 more per query head and token picked."""
     row = tl.program_id(0).to(tl.int64)
     split = tl.program_id(1)
     context_len = tl.load(seq_lens + row // G)
-    is_dense, n_read, n_local = read_counts(context_len, READ)
+    is_dense, n_read, _ = read_counts(context_len, READ)
     table = block_table + row // G * table_stride
-    cells += row * capacity
+    lists += row * list_stride
     if is_dense:
         start, stop = split_tokens(context_len, split, N_SPLITS, TILE)
         for first in range(start, stop, TILE):
             t = first + tl.arange(0, TILE)
-            tl.store(cells + t, cell_of(table, t, t < stop, context_len, N, STAGED), mask=t < stop)
+            tl.store(lists + t, cell_of(table, t, t < stop, context_len, N, STAGED), mask=t < stop)
         return
 
     n_items, n_wanted = items_of(context_len, n_read, READ)
     start, stop = split_tokens(n_items, split, N_SPLITS, UNIT)
     scores += row * max_tokens
     head_scores += row * HEADS * max_tokens
-    candidates += row * max_candidates
     extents += row * N_SPLITS * 2
     shares += row * (N_SPLITS + 1) * HEADS
+    max_candidates = list_stride - capacity - 1  # the last place is for those that find none
     offset, per_unit = 0.0, 0.0
     if not PROBS:
         offset, per_unit = tl.load(bins + row * 2), tl.load(bins + row * 2 + 1)
     last, n_above, n_in, n_cells, n_candidates = find_bin(counts, row, split, n_wanted, N_SPLITS, min(N_SPLITS, 32))
+    low, high = edges_of(last, PROBS)
     crowded = n_in > max_candidates
-    least = tl.full([TILE], 0xFFFFFFFF, tl.uint32)
-    most = tl.zeros([TILE], tl.uint32)
-    row_tops = ()
-    if STATISTICS:
-        row_tops, _ = row_statistics(tops, sums, row, N_SPLITS, HEADS)
-        lane_shares = (tl.zeros([TILE], tl.float32),) * HEADS
+    least = tl.full([], 0xFFFFFFFF, tl.uint32)
+    most = tl.zeros([], tl.uint32)
+    first_cell = n_cells
     for first in range(start, stop, TILE):
         t = first + tl.arange(0, TILE)
-        live = t < stop
-        s = tl.load(scores + t, mask=live, other=0.0)
-        index = bin_of(s, t, n_items - n_local, offset, per_unit, PROBS, POSITIONS)
-        chosen = live & (index > last)
-        waiting = live & (index == last)
-        both = chosen.to(tl.int32) + waiting.to(tl.int32) * 65536  # one running sum for two lists
-        place = tl.cumsum(both, 0)
-        put_cells(cells, n_cells + (place & 65535) - 1, table, t, chosen, context_len, N, STAGED, READ)
-        if STATISTICS:
-            lane_shares = add_shares(lane_shares, head_scores, t, chosen, row_tops, max_tokens, HEADS)
-        place = n_candidates + (place >> 16) - 1
-        tl.store(candidates + place, t, mask=waiting & (place < max_candidates))
+        if READ.span == 1:  # whole runs of 16, so that loads are wide: behind the newest token are NaN, in no bin
+            s = tl.load(scores + t, mask=t < tl.cdiv(stop, 16) * 16, other=float("nan"))
+            place = place_of(s, offset, per_unit, PROBS, READ)
+            chosen, listed = place >= high, place >= low
+        else:
+            s = tl.load(scores + t, mask=t < stop, other=0.0)
+            place = place_of(s, offset, per_unit, PROBS, READ)
+            chosen, listed = (place >= high) & (t < stop), (place >= low) & (t < stop)
+        # One running sum for two lists: of those above the bin, and of those in it.
+        zero = tl.zeros([TILE], tl.int32)
+        both = tl.where(chosen, zero + 1, tl.where(listed, zero + 65536, zero))
+        before = tl.cumsum(both, 0)
+        to_cells = n_cells - 1 + (before & 65535)
+        to_candidates = capacity + tl.minimum(n_candidates - 1 + (before >> 16), max_candidates)
+        if READ.span == 1:
+            tl.store(lists + tl.where(chosen, to_cells, to_candidates), t, mask=listed)
+        else:
+            put_cells(lists, to_cells, table, t, chosen, context_len, N, STAGED, READ)
+            tl.store(lists + to_candidates, t, mask=listed & (chosen == 0))
         total = tl.sum(both, 0)
         n_cells += total & 65535
         n_candidates += total >> 16
         if crowded:
-            key = sort_key(s, t, n_items - n_local, POSITIONS)
-            least = tl.where(waiting, tl.minimum(least, key), least)
-            most = tl.where(waiting, tl.maximum(most, key), most)
+            key, waiting = sort_key(s), listed & (chosen == 0)
+            least = tl.minimum(least, tl.min(tl.where(waiting, key, 0xFFFFFFFF), 0))
+            most = tl.maximum(most, tl.max(tl.where(waiting, key, 0), 0))
+    row_tops = ()
     if STATISTICS:
-        store_shares(shares + split * HEADS, lane_shares, HEADS)
+        row_tops, _ = row_statistics(tops, sums, row, N_SPLITS, HEADS)
+    if READ.span == 1:
+        settle_cells(
+            *(lists, first_cell, n_cells, table, head_scores, shares + split * HEADS, row_tops, context_len),
+            *(max_tokens, HEADS, N, STAGED, STATISTICS, 512),
+        )
     if crowded:
-        tl.store(extents + split * 2, tl.min(least, 0).to(tl.int32, bitcast=True))
-        tl.store(extents + split * 2 + 1, tl.max(most, 0).to(tl.int32, bitcast=True))
+        tl.store(extents + split * 2, least.to(tl.int32, bitcast=True))
+        tl.store(extents + split * 2 + 1, most.to(tl.int32, bitcast=True))
     if is_last_to_arrive(arrivals + row * 2, N_SPLITS):
         finish(
-            *(table, scores, head_scores, cells, candidates, extents, shares, (offset, per_unit), last),
-            *(n_above, n_in, n_wanted - n_above, n_items, n_local, context_len, row_tops, max_tokens, max_candidates),
-            *(HEADS, N, STAGED, STATISTICS, PROBS, POSITIONS, N_SPLITS, READ),
+            *(table, scores, head_scores, lists, lists + capacity, extents, shares, (offset, per_unit, low, high)),
+            *(n_above, n_in, n_wanted - n_above, n_items, context_len, row_tops, max_tokens, max_candidates),
+            *(HEADS, N, STAGED, STATISTICS, PROBS, N_SPLITS, READ),
         )
