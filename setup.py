@@ -49,6 +49,11 @@ INSTRUCTION_SETS = {
 class BuildKernels(build_ext):
     """Compiles vllm_sparq/csrc once per instruction set; without a compiler it installs the pure-torch reference."""
 
+    def finalize_options(self) -> None:
+        """The libraries are compiled side by side: each takes a core a minute or two."""
+        super().finalize_options()
+        self.parallel = self.parallel or os.cpu_count()
+
     def build_extension(self, ext: Extension) -> None:
         compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
         target = Path(self.get_ext_fullpath(ext.name))
