@@ -64,8 +64,7 @@ SPARQ_INLINE unsigned above(const int32_t* p, int bar) {
   return _mm512_cmpgt_epi32_mask(_mm512_loadu_si512(p), _mm512_set1_epi32(bar));
 }
 
-// p 2^n for n from LEAST_POWER on, with gradual underflow.
-constexpr float LEAST_POWER = -160.0f;
+// p 2^n, with gradual underflow.
 SPARQ_INLINE Vec scale_by_power(Vec p, Vec n) { return _mm512_scalef_ps(p, n); }
 
 #else
@@ -131,19 +130,20 @@ SPARQ_INLINE unsigned above(const int32_t* p, int bar) {
   return (unsigned)_mm256_movemask_ps(_mm256_castsi256_ps(bits));
 }
 
-// p 2^n for n from -127 on, which gives zero. (Gradual underflow takes two factors, and a third of the time of exp2.)
-constexpr float LEAST_POWER = -127.0f;
+// p 2^n in two factors, so that each is a normal number and the product underflows gradually.
 SPARQ_INLINE Vec scale_by_power(Vec p, Vec n) {
-  const __m256i exponent = _mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127));
-  return _mm256_mul_ps(p, _mm256_castsi256_ps(_mm256_slli_epi32(exponent, 23)));
+  const __m256i whole = _mm256_cvtps_epi32(n), half = _mm256_srai_epi32(whole, 1), bias = _mm256_set1_epi32(127);
+  const __m256i rest = _mm256_sub_epi32(whole, half);
+  p = _mm256_mul_ps(p, _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(half, bias), 23)));
+  return _mm256_mul_ps(p, _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(rest, bias), 23)));
 }
 #endif
 
 constexpr float LOG2_E = 1.44269504088896341f;
 
-// 2^x for x <= 0 (softmax: the maximum is subtracted), within 2 ulp where it is a normal number; NaN stays NaN.
+// 2^x for x <= 0 (softmax: the maximum is subtracted), within 2 ulp, with gradual underflow; NaN stays NaN.
 SPARQ_INLINE Vec exp2_negative(Vec x) {
-  x = max(set1(LEAST_POWER), x);  // this order keeps NaN; minus infinity must not meet itself below
+  x = max(set1(-160.0f), x);  // this order keeps NaN; minus infinity must not meet itself below
   const Vec n = round_even(x), r = sub(x, n);
   Vec p = set1(1.535336188319500e-4f);
   p = fma(p, r, set1(1.339887440266574e-3f));
