@@ -22,9 +22,6 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm_sparq.attention_backends.engine import PagedEngine, heads_of
 from vllm_sparq.attention_backends.pace import Pace
 
-PATH = "vllm_sparq.attention_backends.drafting.SelfDrafter"
-"""As vLLM's ``--speculative-config`` names it."""
-
 
 class SelfDrafter:
     """A proposer that runs the target model itself.
@@ -42,9 +39,6 @@ class SelfDrafter:
         self._max_model_len: int = vllm_config.model_config.max_model_len
         self._pace = Pace()
         self.runner: Any = None
-
-    def load_model(self, *_: Any, **__: Any) -> None:
-        """There is no other model than the target."""
 
     @torch.inference_mode()
     def propose(

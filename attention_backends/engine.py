@@ -36,6 +36,10 @@ states too: tokens per page of the full-attention layers. vLLM's own number beco
 once it knows all; or, beside layers with a state, as large as a state."""
 
 
+DRAFTER = "vllm_sparq.attention_backends.drafting.SelfDrafter"
+"""The proposer of `lossless`, as vLLM's ``--speculative-config`` names it."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class PagedEngine:
     """An engine whose full-attention layers run on one of our backends.

@@ -11,7 +11,7 @@ from vllm.platforms import current_platform
 from vllm.utils.import_utils import resolve_obj_by_qualname
 from vllm.utils.torch_utils import get_kv_cache_quant_algo_string
 
-from vllm_sparq.attention_backends.engine import PagedEngine, heads_of
+from vllm_sparq.attention_backends.engine import DRAFTER, PagedEngine, heads_of
 from vllm_sparq.config import Options, OptionsError, check_budget
 from vllm_sparq.layout import BLOCK_SIZE_MULTIPLE
 from vllm_sparq.reads import READS, SparseRead
@@ -198,7 +198,7 @@ def _lossless_refusals(vllm_config: Any, engine: PagedEngine) -> list[str]:
         reasons.append(f"drafts by a sparse read, and read={options.read!r} is none: use read 'sparq' or 'spans'")
     if options.format != "model" or options.retention != "all":
         reasons.append("takes drafts back, which blocks of codes and evicted tokens do not allow: use format 'model'")
-    if speculative is not None and speculative.method != "custom_class":
+    if speculative is not None and speculative.model != DRAFTER:
         reasons.append("is speculative decoding itself: leave --speculative-config out")
     if parallel.world_size > 1:
         reasons.append("runs on one worker so far: leave --tensor-parallel-size and --pipeline-parallel-size out")

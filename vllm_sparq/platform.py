@@ -19,8 +19,10 @@ logger = init_logger("vllm.sparq")
 
 EVICTING = tuple(f"vllm_sparq.scheduler.scheduler.{name}EvictingScheduler" for name in ("", "Async"))
 PROMPT_CACHING = tuple(f"vllm_sparq.scheduler.prompts.{name}PromptCachingScheduler" for name in ("", "Async"))
-DRAFTING = ("vllm_sparq.scheduler.drafting.DraftingScheduler",) * 2
 """Our schedulers: in step with the workers, and ahead of them (vLLM's asynchronous scheduling)."""
+
+DRAFTING = ("vllm_sparq.scheduler.drafting.DraftingScheduler",)
+"""The same for `lossless`, in step alone: vLLM schedules no proposer of a user's own ahead."""
 
 
 class SparqPlatformMixin:
@@ -101,9 +103,7 @@ class SparqPlatformMixin:
             if not cache.user_specified_block_size:
                 shared = preferred_with_windows(vllm_config, engine, partial(cls._window_backend, vllm_config))
                 cache.block_size = shared or preferred_block_size(engine.options, model.max_model_len)
-        if getattr(model, "is_hybrid", False) or "sliding_attention" in (
-            getattr(model.hf_text_config, "layer_types", None) or ()
-        ):
+        if model.is_hybrid or "sliding_attention" in (getattr(model.hf_text_config, "layer_types", None) or ()):
             given: Any = vllm_config.additional_config or {}
             vllm_config.additional_config = {**given, BLOCK_SIZE: cache.block_size}
 
@@ -161,15 +161,14 @@ class SparqPlatformMixin:
         """With ``lossless``, speculative decoding by the model itself, in vLLM's own words."""
         from vllm.config import SpeculativeConfig
 
-        from vllm_sparq.attention_backends.drafting import PATH
-        from vllm_sparq.attention_backends.engine import PagedEngine
+        from vllm_sparq.attention_backends.engine import DRAFTER, PagedEngine
 
         engine = PagedEngine.of(vllm_config)
         if engine is None or not engine.options.lossless or vllm_config.speculative_config is not None:
             return
         vllm_config.speculative_config = SpeculativeConfig(
             method="custom_class",
-            model=PATH,
+            model=DRAFTER,
             num_speculative_tokens=engine.options.drafts,
             target_model_config=vllm_config.model_config,
             target_parallel_config=vllm_config.parallel_config,
@@ -188,6 +187,7 @@ class SparqPlatformMixin:
         assert engine is not None
         options, scheduler = engine.options, vllm_config.scheduler_config
         ours: tuple[str, ...]
+        optional = False
         if options.lossless:
             ours, why = DRAFTING, "lossless=True needs our scheduler"
         elif options.pressure == "evict":
@@ -195,14 +195,16 @@ class SparqPlatformMixin:
         elif options.retention != "all":
             ours, why = PROMPT_CACHING, f"retention={options.retention!r} needs our scheduler"
         elif engine.reads_sparsely:
-            ours, why = PROMPT_CACHING, "sharing='prompts' is the work of our scheduler"
+            ours, why, optional = PROMPT_CACHING, "sharing='prompts' is the work of our scheduler", True
         else:
             return
         theirs = scheduler.scheduler_cls
         if theirs is None:
-            scheduler.scheduler_cls = ours[bool(scheduler.async_scheduling)]
-        elif theirs not in (*EVICTING, *PROMPT_CACHING, *DRAFTING) and options.sharing == "prompts":
-            remedy = ", or set sharing to 'all'" if options.retention == "all" else ""
+            scheduler.scheduler_cls = ours[-1 if scheduler.async_scheduling else 0]
+            return
+        fitting = (*PROMPT_CACHING, *EVICTING) if ours is PROMPT_CACHING else ours
+        if theirs not in fitting and not (optional and options.sharing == "all"):
+            remedy = ", or set sharing to 'all'" if optional else ""
             raise ValueError(
                 f"vllm-sparq cannot start: {why}, and --scheduler-cls names {theirs}: leave it out{remedy}"
             )

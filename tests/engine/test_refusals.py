@@ -115,6 +115,21 @@ CASES: dict[str, Case] = {
         r"lossless=True is speculative decoding itself: leave --speculative-config out",
         speculative_config=NGRAM,
     ),
+    "lossless beside somebody else's proposer": options(
+        {"lossless": True},
+        r"lossless=True is speculative decoding itself: leave --speculative-config out",
+        speculative_config={"method": "custom_class", "model": "some.Proposer", "num_speculative_tokens": 2},
+    ),
+    "lossless with blocks of answers shared and somebody else's scheduler": options(
+        {"lossless": True, "sharing": "all"},
+        r"lossless=True needs our scheduler, and --scheduler-cls names [\w.]+: leave it out$",
+        scheduler_cls="vllm.v1.core.sched.async_scheduler.AsyncScheduler",
+    ),
+    "lossless with another scheduler of ours": options(
+        {"lossless": True},
+        r"lossless=True needs our scheduler.*PromptCachingScheduler: leave it out",
+        scheduler_cls="vllm_sparq.scheduler.prompts.PromptCachingScheduler",
+    ),
     "lossless on two workers": options(
         {"lossless": True},
         r"lossless=True runs on one worker so far: leave --tensor-parallel-size",
