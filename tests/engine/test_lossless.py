@@ -21,6 +21,31 @@ READS: dict[str, dict[str, Any]] = {
     "quest": {**EXACT["sparse spans"], "lossless": True},
     "adaptive": {**EXACT["mass"], "lossless": True},
 }
+ASYNC = "vllm.v1.core.sched.async_scheduler.AsyncScheduler"
+OURS = "vllm_sparq.scheduler.prompts.PromptCachingScheduler"
+NGRAM = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 4, "prompt_lookup_min": 2}
+OTHER = {"method": "custom_class", "model": "some.Proposer", "num_speculative_tokens": 2}
+DRAFTS_ITSELF = "is speculative decoding itself: leave --speculative-config out"
+REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
+    "no sparse read": ({"read": "dense"}, {}, "drafts by a sparse read, and read='dense' is none: use read"),
+    "codes": ({"format": "int4"}, {}, r"takes drafts back.*use format 'model'"),
+    "another drafter": ({}, {"speculative_config": NGRAM}, DRAFTS_ITSELF),
+    "somebody else's proposer": ({}, {"speculative_config": OTHER}, DRAFTS_ITSELF),
+    "two workers": ({}, {"tensor_parallel_size": 2}, "runs on one worker so far: leave --tensor-parallel-size"),
+    "a scheduler": (
+        {},
+        {"scheduler_cls": ASYNC},
+        r"needs our scheduler, and --scheduler-cls names \S+: leave it out \[",
+    ),
+    "sharing beside it": (
+        {"sharing": "all"},
+        {"scheduler_cls": ASYNC},
+        r"needs our scheduler.* names \S+: leave it out \[",
+    ),
+    "another of ours": ({}, {"scheduler_cls": OURS}, r"needs our scheduler.*PromptCachingScheduler: leave it out"),
+}
+"""What it is combined with -> options, arguments of the engine, and what the user reads."""
+
 RUNS: dict[str, dict[str, Any]] = {
     "chunks of 64": dict(max_num_batched_tokens=64, max_num_seqs=8),
     "prefix caching": dict(enable_prefix_caching=True, max_num_batched_tokens=256),
@@ -89,6 +114,14 @@ def test_nothing_is_drafted_where_all_is_read(engine: Any, prompts: Prompts, den
     with engine("sparq", {"lossless": True, "dense_below": 5000}, disable_log_stats=False) as llm:
         assert prompts.answers(llm, prompts.mixed, 40) == dense
         assert numbers(llm)["spec_decode_num_draft_tokens"] == 0
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_what_it_cannot_be_combined_with(what: str, engine: Any) -> None:
+    """Before the model loads: with other schedulers drafts would go into blocks that nobody owns."""
+    options, arguments, message = REFUSED[what]
+    with pytest.raises(ValueError, match=f"sparq cannot start:.*lossless=True {message}"):
+        engine("sparq", {"lossless": True, **options}, **arguments).__enter__()
 
 
 @pytest.mark.long

@@ -103,43 +103,6 @@ CASES: dict[str, Case] = {
         r"retention='heavy_hitter' evicts tokens, so draft tokens.*retention 'all'",
         speculative_config=NGRAM,
     ),
-    "lossless without a sparse read": options(
-        {"read": "dense", "lossless": True},
-        r"lossless=True drafts by a sparse read, and read='dense' is none: use read",
-    ),
-    "lossless over codes": options(
-        {"format": "int4", "lossless": True}, r"lossless=True takes drafts back.*use format 'model'"
-    ),
-    "lossless beside another drafter": options(
-        {"lossless": True},
-        r"lossless=True is speculative decoding itself: leave --speculative-config out",
-        speculative_config=NGRAM,
-    ),
-    "lossless beside somebody else's proposer": options(
-        {"lossless": True},
-        r"lossless=True is speculative decoding itself: leave --speculative-config out",
-        speculative_config={"method": "custom_class", "model": "some.Proposer", "num_speculative_tokens": 2},
-    ),
-    "lossless with blocks of answers shared and somebody else's scheduler": options(
-        {"lossless": True, "sharing": "all"},
-        r"lossless=True needs our scheduler, and --scheduler-cls names [\w.]+: leave it out$",
-        scheduler_cls="vllm.v1.core.sched.async_scheduler.AsyncScheduler",
-    ),
-    "lossless with another scheduler of ours": options(
-        {"lossless": True},
-        r"lossless=True needs our scheduler.*PromptCachingScheduler: leave it out",
-        scheduler_cls="vllm_sparq.scheduler.prompts.PromptCachingScheduler",
-    ),
-    "lossless on two workers": options(
-        {"lossless": True},
-        r"lossless=True runs on one worker so far: leave --tensor-parallel-size",
-        tensor_parallel_size=2,
-    ),
-    "lossless with somebody else's scheduler": options(
-        {"lossless": True},
-        r"lossless=True needs our scheduler.*leave it out",
-        scheduler_cls="vllm.v1.core.sched.async_scheduler.AsyncScheduler",
-    ),
     "somebody else's scheduler": options(
         {**EVICTING, "pressure": "evict"},
         r"pressure='evict' is the work of our scheduler.*leave it out",
