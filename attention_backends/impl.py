@@ -83,7 +83,7 @@ class PagedImpl(AttentionImpl[PagedMetadata | EvictingMetadata]):
         self._dense = self._choices["dense_decode"].load()
         self._decode: Callable[..., None] | None = None  # known with the layer's name, at its first step
         self._pages: Pages | None = None
-        self._looks_at_keys = is_fragile(self._options)  # of the first prompt
+        self._looks_at_keys = False
 
     @property
     def options(self) -> Options:
@@ -167,6 +167,10 @@ class PagedImpl(AttentionImpl[PagedMetadata | EvictingMetadata]):
             seen = replayed.pages_seen(pages, *new)
             decode(query[replayed.rows], seen, replayed.block_table, replayed.seq_lens, scale=self.scale, out=out)
             output[replayed.rows] = out
+
+    def look_at_next_keys(self) -> None:
+        """Of the next prompt, where codes may spoil them; what vLLM warms up with is none."""
+        self._looks_at_keys = is_fragile(self._options)
 
     def _look_at_keys(self, keys: torch.Tensor, pages: Pages) -> None:
         """Say so, once, where codes would spoil them; of a prompt K [T, G, D], the first that is long enough."""

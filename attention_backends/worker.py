@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from vllm.logger import init_logger
 from vllm_sparq.attention_backends.drafting import SelfDrafter
 from vllm_sparq.attention_backends.engine import selected_backends
 from vllm_sparq.attention_backends.found import layers_by_backend, silence_refusal
+from vllm_sparq.attention_backends.impl import PagedImpl
 from vllm_sparq.attention_backends.keys import bias_warning, biased_projections, is_fragile
 from vllm_sparq.attention_backends.refusals import CANNOT_START, engine_refusals
 from vllm_sparq.attention_backends.shared_pages import share_pages
@@ -20,11 +22,6 @@ from vllm_sparq.retention import PHASES
 from vllm_sparq.scheduler.spec import know_each_other
 
 logger = init_logger("vllm.sparq")
-
-
-def is_fragile_impl(impl: Any) -> bool:
-    """Whether a layer is ours and stores K as `keys` looks at."""
-    return hasattr(impl, "requests") and is_fragile(impl.options)
 
 
 class AttentionReport:
@@ -66,14 +63,25 @@ class SparqWorkerMixin(AttentionReport):
         super().load_model(*args, **kwargs)  # type: ignore[misc]
         self._check_found()
         self._requests = StepRequests(self.model_runner)  # type: ignore[attr-defined]
-        for layer in self.vllm_config.compilation_config.static_forward_context.values():  # type: ignore[attr-defined]
-            if hasattr(getattr(layer, "impl", None), "requests"):
-                layer.impl.requests = self._requests
+        for impl in self._impls():
+            impl.requests = self._requests
         self._warn_of_biases()
         self._share_pages()
         self._hand_over_runner()
         if hasattr(self.model_runner, "gather_batch_req_state"):  # type: ignore[attr-defined]
             self._follow_second_runner(self.model_runner)  # type: ignore[attr-defined]
+
+    def _impls(self) -> list[PagedImpl]:
+        """The layers that are ours."""
+        layers = self.vllm_config.compilation_config.static_forward_context.values()  # type: ignore[attr-defined]
+        return [layer.impl for layer in layers if isinstance(getattr(layer, "impl", None), PagedImpl)]
+
+    def compile_or_warm_up_model(self) -> Any:
+        """As vLLM does; the next prompt is a user's, at whose K our layers may look."""
+        result = super().compile_or_warm_up_model()  # type: ignore[misc]
+        for impl in self._impls():
+            impl.look_at_next_keys()
+        return result
 
     def _hand_over_runner(self) -> None:
         """A model that drafts for itself is run by vLLM's runner, which our proposer is not told of."""
@@ -83,9 +91,7 @@ class SparqWorkerMixin(AttentionReport):
 
     def _warn_of_biases(self) -> None:
         """Where blocks are stored in a format that the biases of this model's K do not fit into."""
-        layers = self.vllm_config.compilation_config.static_forward_context.values()  # type: ignore[attr-defined]
-        impls = [layer.impl for layer in layers if is_fragile_impl(getattr(layer, "impl", None))]
-        formats = {impl.options.format for impl in impls}
+        formats = {impl.options.format for impl in self._impls() if is_fragile(impl.options)}
         n_biased = biased_projections(self.get_model()) if formats else 0  # type: ignore[attr-defined]
         for name in formats if n_biased else ():
             logger.warning_once(bias_warning(name, n_biased))
@@ -126,8 +132,7 @@ class SparqWorkerMixin(AttentionReport):
         if stages.world_size > 1:
             of_stages: list[dict[str, int]] = [{}] * stages.world_size
             torch.distributed.all_gather_object(of_stages, found, group=stages.cpu_group)
-            names = sorted({name for stage in of_stages for name in stage})
-            found = {name: sum(stage.get(name, 0) for stage in of_stages) for name in names}
+            found = sum(map(Counter, of_stages), Counter())
         refusal = silence_refusal(config, found)
         if refusal is not None:
             raise ValueError(CANNOT_START + refusal)
@@ -163,10 +168,8 @@ class SparqWorkerMixin(AttentionReport):
 
     def _let_go_of_pages(self) -> None:
         """Views of a cache keep all of it: what vLLM has measured graphs with, or what it has taken away."""
-        for layer in self.vllm_config.compilation_config.static_forward_context.values():  # type: ignore[attr-defined]
-            forget = getattr(getattr(layer, "impl", None), "forget_pages", None)
-            if forget is not None:
-                forget()
+        for impl in self._impls():
+            impl.forget_pages()
         if torch.accelerator.is_available():
             torch.accelerator.empty_cache()
 

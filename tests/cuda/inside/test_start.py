@@ -97,3 +97,10 @@ def test_short_contexts_are_read_densely(engine: Any) -> None:
         with engine("sparq", options, max_model_len=512) as llm:
             ours = worker_of(llm).vllm_config.compilation_config.static_forward_context.values()
             assert {layer.impl.options.dense_below for layer in ours} == {tokens}
+
+
+def test_what_warms_up_is_not_taken_for_a_prompt(engine: Any) -> None:
+    """A format that some K do not fit into looks at a user's first prompt, not at what vLLM makes up before."""
+    with engine("flexgen", max_num_seqs=64, max_model_len=512) as llm:
+        ours = worker_of(llm).vllm_config.compilation_config.static_forward_context.values()
+        assert all(layer.impl._looks_at_keys for layer in ours)
