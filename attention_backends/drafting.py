@@ -40,6 +40,9 @@ class SelfDrafter:
         self._pace = Pace()
         self.runner: Any = None
 
+    def load_model(self, *_: Any, **__: Any) -> None:
+        """What vLLM's runner calls of every proposer; there is no other model than the target."""
+
     @torch.inference_mode()
     def propose(
         self,
