@@ -42,7 +42,6 @@ LONGEST = (
     "benchmarks/engine/test_requests.py",
     "engine/test_models.py",
     "engine/test_serve.py",
-    "engine/test_serve_eviction.py",
 )
 """Files that take more than about half a minute, the longest first: they begin before the others, so that no worker of
 pytest-xdist ends with one of them while the other has nothing to do (`--dist loadfile --no-loadscope-reorder`)."""

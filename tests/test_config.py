@@ -41,7 +41,7 @@ def test_defaults() -> None:
         "r": None,
         "k": None,
         "local": None,
-        "min_k": 128,
+        "min_k": 256,
         "mass": None,
         "ranking": "int4",
         "mean_value": "auto",
@@ -76,18 +76,18 @@ def test_options_are_frozen() -> None:
 
 
 def test_compression_by_hand() -> None:
-    # c = 8: r = 128 / 8 = 16, k = S / 16, at least 128.
+    # c = 8: r = 128 / 8 = 16, k = 7/8 S / 8, at least 256.
     read = Options().read_of(LLAMA)
-    assert (read.r, read.min_k, read.k_per_token) == (16, 128, Fraction(1, 16))
-    assert [read.k(s) for s in (1, 2047, 2048, 2063, 2064, 16000, 131072)] == [128, 128, 128, 128, 129, 1000, 8192]
-    # S = 16000: 1000 cached tokens and the current one; a quarter of 1000 and the current one are the newest.
-    assert (read.n_selected(16000), read.n_local(16000)) == (1001, 251)
-    # c = 4 on a head of 80: r = 20, k = S / 8.
+    assert (read.r, read.min_k, read.k_per_token) == (16, 256, Fraction(7, 64))
+    assert [read.k(s) for s in (1, 2341, 2349, 2350, 16000, 131072)] == [256, 256, 256, 257, 1750, 14336]
+    # S = 16000: 1750 cached tokens and the current one; a quarter of 1750 and the current one are the newest.
+    assert (read.n_selected(16000), read.n_local(16000)) == (1751, 438)
+    # c = 4 on a head of 80: r = 20, k = 7/8 S / 4.
     read = parse(compression=4, min_k=1).read_of(HeadShape(head_size=80, n_heads=8, n_kv_heads=8))
-    assert (read.r, read.k_per_token, read.k(999)) == (20, Fraction(1, 8), 124)
-    # c = 3: r = round(128 / 3) = 43, k = S / 6 with no rounding of 1/6: 6 million tokens give exactly a million.
+    assert (read.r, read.k_per_token, read.k(999)) == (20, Fraction(7, 32), 218)
+    # c = 3: r = round(128 / 3) = 43, k = 7/24 S with no rounding: 6 million tokens give exactly 1.75 million.
     read = parse(compression=3, min_k=1).read_of(LLAMA)
-    assert (read.r, read.k(6_000_000), read.k(5_999_999)) == (43, 1_000_000, 999_999)
+    assert (read.r, read.k(6_000_000), read.k(5_999_999)) == (43, 1_750_000, 1_749_999)
     # More compression than channels leaves one.
     assert parse(compression=1000).read_of(LLAMA).r == 1
     assert parse(compression=1).read_of(LLAMA).r == 128
@@ -97,15 +97,15 @@ def test_explicit_numbers_override_compression() -> None:
     read = parse(r=7, k=50, compression=2, min_k=4000).read_of(LLAMA)
     assert (read.r, read.k(10), read.k(10**6)) == (7, 50, 50)
     assert parse(k=50).read_of(LLAMA).r == 16
-    assert parse(r=7).read_of(LLAMA).k(10**6) == 62500
+    assert parse(r=7).read_of(LLAMA).k(10**6) == 109375
 
 
 def test_mass_by_hand() -> None:
-    # c = 8 and S = 16000: k = 1000, of which 250 are the newest; min_k is the least, unless the newest are more.
+    # c = 8 and S = 16000: k = 1750, of which 437 are the newest; min_k is the least, unless the newest are more.
     read = parse(mass=0.9).read_of(LLAMA)
-    assert (read.mass, read.n_selected(16000), read.n_least(16000)) == (0.9, 1001, 251)
+    assert (read.mass, read.n_selected(16000), read.n_least(16000)) == (0.9, 1751, 438)
     read = parse(mass=0.9, min_k=600).read_of(LLAMA)
-    assert (read.n_selected(16000), read.n_least(16000)) == (1001, 601)
+    assert (read.n_selected(16000), read.n_least(16000)) == (1751, 601)
     read = parse(mass=0.9, k=1000, min_k=64, local=10).read_of(LLAMA)
     assert (read.n_selected(16000), read.n_least(16000), read.n_least(40)) == (1001, 65, 40)
     # The least is no more than the most, and without a mass it is the most.
@@ -114,9 +114,9 @@ def test_mass_by_hand() -> None:
 
 
 def test_a_mass_with_nothing_to_choose_is_refused() -> None:
-    with pytest.raises(OptionsError, match=r"mass=0.9 means nothing with k=128 and min_k=128.*: set min_k below k"):
+    with pytest.raises(OptionsError, match=r"mass=0.9 means nothing with k=128 and min_k=256.*: set min_k below k"):
         parse(mass=0.9, k=128)
-    assert parse(mass=0.9, k=129).mass == 0.9
+    assert parse(mass=0.9, k=257).mass == 0.9
 
 
 def test_sharing_where_nothing_is_shared_is_refused() -> None:
@@ -193,7 +193,7 @@ def test_where_sparse_begins() -> None:
     assert [read.is_dense(s) for s in (12, 19, 20, 21)] == [True, True, False, False]
 
 
-slopes = st.floats(1, 64).map(lambda c: Fraction(1 / (2 * c)).limit_denominator(4096))
+slopes = st.floats(1, 64).map(lambda c: Fraction(7 / (8 * c)).limit_denominator(4096))
 reads = st.builds(
     SparqRead,
     r=st.just(16),
@@ -221,18 +221,25 @@ def test_numbers_of_a_read(read: SparqRead, s: int) -> None:
 
 @given(reads, st.integers(1, 1_000_000))
 def test_more_context_never_reads_less(read: SparqRead, s: int) -> None:
-    assert read.k(s + 1) - read.k(s) in (0, 1)  # the slope is at most 1/2
+    assert read.k(s + 1) - read.k(s) in (0, 1)  # the slope is at most 7/8
     assert read.n_selected(s + 1) >= read.n_selected(s)
     assert read.n_local(s + 1) >= read.n_local(s)
     assert read.is_dense(s) or not read.is_dense(s + 1) or read.k(s + 1) > read.k(s)
 
 
-@given(st.floats(1, 1000), st.sampled_from([32, 48, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512]))
-def test_compression_means_what_it_says(compression: float, head_size: int) -> None:
-    read = parse(compression=compression, min_k=1).read_of(HeadShape(head_size=head_size, n_heads=8, n_kv_heads=2))
+@given(
+    st.floats(1, 1000),
+    st.sampled_from([32, 48, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512]),
+    st.sampled_from([("int4", 4), ("int8", 8), ("model", 16)]),
+)
+def test_compression_means_what_it_says(compression: float, head_size: int, ranking: tuple[str, int]) -> None:
+    name, bits = ranking
+    options = parse(compression=compression, min_k=1, ranking=name)
+    read = options.read_of(HeadShape(head_size=head_size, n_heads=8, n_kv_heads=2))
     assert 1 <= read.r <= head_size
     assert abs(read.r - head_size / compression) <= 0.5 or read.r == 1
-    assert abs(read.k(65536) - 65536 / (2 * compression)) <= 1 + 65536 / 4096
+    dense, scanned = 65536 * 2 * 16 * head_size, 65536 * bits * head_size / compression
+    assert scanned + read.k(65536) * 2 * 16 * head_size == pytest.approx(dense / compression, abs=dense / 2048)
 
 
 REFUSED = [

@@ -20,8 +20,8 @@ def resolved(**options: Any) -> SpansRead:
 def test_compression_by_hand() -> None:
     # c = 8: a dense read moves 2 S D elements, the bounds S D / 8 and k tokens 2 k D, so k = S / 8 - S / 16 = S / 16.
     read = resolved(dense_below=0)
-    assert (read.min_k, read.k_per_token, read.dense_below) == (128, Fraction(1, 16), 0)
-    assert [read.k(s) for s in (1, 2048, 2064, 16000)] == [128, 128, 129, 1000]
+    assert (read.min_k, read.k_per_token, read.dense_below) == (256, Fraction(1, 16), 0)
+    assert [read.k(s) for s in (1, 4096, 4112, 16000)] == [256, 256, 257, 1000]
     # 16000 tokens are 1000 spans; 1000 tokens are 62 spans and a half, of which 62 are read.
     assert (spans_of(16000), read.n_spans(16000), read.n_selected(16000)) == (1000, 62, 992)
     assert (read.n_spans(16001), read.n_selected(16001)) == (62, 977)  # the newest span holds one token

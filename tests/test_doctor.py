@@ -90,11 +90,11 @@ def test_what_options_mean_for_a_model(tmp_path: Path) -> None:
     section = model_section(model_folder(tmp_path), Options(compression=4.0, dense_below=2048))
     assert section.is_well
     assert section.numbers["shape"] == dict(n_layers=3, n_full=3, n_heads=4, n_kv_heads=2, head_size=64)
-    # k = S / 8, a quarter of it the newest; one more for the current token
+    # k = 7/32 S, a quarter of it the newest; one more for the current token
     assert section.numbers["contexts"] == [
-        dict(context=1024, tokens_read=1024, k=128, local=32),
-        dict(context=4096, tokens_read=513, k=512, local=128),
-        dict(context=8192, tokens_read=1025, k=1024, local=256),
+        dict(context=1024, tokens_read=1024, k=256, local=64),
+        dict(context=4096, tokens_read=897, k=896, local=224),
+        dict(context=8192, tokens_read=1793, k=1792, local=448),
     ]
     memory = section.numbers["memory"]
     # bf16 K and V, an int4 copy of K, and per page of 128 tokens two fp16 per channel
@@ -131,10 +131,10 @@ def test_biases_in_keys_are_told_where_four_bits_hold_them_together(tmp_path: Pa
 
 def test_what_a_mass_means_for_a_model(tmp_path: Path) -> None:
     section = model_section(model_folder(tmp_path), Options(compression=4.0, mass=0.95, local=16, min_k=32))
-    # k = S / 8 is the most, min_k and the current token the least.
-    assert section.numbers["contexts"][1] == dict(context=4096, tokens_read=513, k=512, local=16, least_read=33)
+    # k = 7/32 S is the most, min_k and the current token the least.
+    assert section.numbers["contexts"][1] == dict(context=4096, tokens_read=897, k=896, local=16, least_read=33)
     assert "reads as few as hold 0.95 of the estimated probability" in texts(section, "✓")
-    assert "at   4,096 tokens a step reads 33 to 513: at least 1 in 124.1" in texts(section, "✓")
+    assert "at   4,096 tokens a step reads 33 to 897: at least 1 in 124.1" in texts(section, "✓")
 
 
 def test_what_reading_spans_means_for_a_model(tmp_path: Path) -> None:
@@ -143,7 +143,7 @@ def test_what_reading_spans_means_for_a_model(tmp_path: Path) -> None:
     assert section.is_well
     # k = 3 S / 16: 768 of 4096 tokens are 48 spans, 1536 of 8192 are 96
     assert section.numbers["contexts"] == [
-        dict(context=1024, tokens_read=1024, k=192, spans=12),
+        dict(context=1024, tokens_read=1024, k=256, spans=16),
         dict(context=4096, tokens_read=768, k=768, spans=48),
         dict(context=8192, tokens_read=1536, k=1536, spans=96),
     ]

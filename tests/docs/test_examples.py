@@ -54,6 +54,7 @@ def test_compare_methods() -> None:
 
 
 @pytest.mark.engine
+@pytest.mark.long
 def test_serve() -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

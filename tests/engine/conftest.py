@@ -16,21 +16,41 @@ environment()  # before vLLM is imported
 
 
 @contextmanager
-def collecting_once() -> Iterator[None]:
-    """One garbage collection at the end instead of one wherever vLLM asks.
+def leaving_garbage() -> Iterator[None]:
+    """Garbage is neither collected, nor frozen, nor unfrozen.
 
-    It asks nine times in the life of an engine, each time over all that vLLM, transformers and torch have loaded: four
-    of the six seconds of a small engine. `running_engine` keeps that out of the way (`gc.freeze`), but vLLM takes it
-    back when an engine ends (`gc.unfreeze`).
+    vLLM collects it nine times in the life of an engine, each time over all that has been loaded: most of what a small
+    engine takes.
     """
-    collect = gc.collect
-    gc.collect = lambda *_: 0
+    names = ("collect", "freeze", "unfreeze")
+    before = {name: getattr(gc, name) for name in names}
+    for name in names:
+        setattr(gc, name, lambda *_: 0)
     try:
         yield
     finally:
-        gc.collect = collect
-        gc.unfreeze()
-        gc.collect()
+        for name in names:
+            setattr(gc, name, before[name])
+
+
+def rebinding_once() -> None:
+    """vLLM looks for its Triton kernels in all that is loaded, to put C++ ones in their place. Once will do.
+
+    The modules that define them have them then, and who imports these later finds them. It is half of a small engine's
+    start.
+    """
+    from vllm.triton_utils import dispatcher
+
+    rebind = dispatcher._rebind_kernels
+
+    def first(overrides: list[Any]) -> None:
+        rebind(overrides)
+        dispatcher._rebind_kernels = lambda _: None
+
+    dispatcher._rebind_kernels = first
+
+
+rebinding_once()
 
 
 @contextmanager
@@ -39,19 +59,21 @@ def running_engine(backend: str, options: dict[str, Any] | None = None, **engine
     from vllm import LLM
     from vllm.distributed import cleanup_dist_env_and_memory
 
-    gc.freeze()
-    llm = LLM(
-        **{**ENGINE, **engine_args},
-        attention_backend=backend,
-        additional_config={"sparq": options or {}},
-    )
+    gc.freeze()  # what there is already is not walked when the engine's garbage is collected
+    with leaving_garbage():
+        llm = LLM(
+            **{**ENGINE, **engine_args},
+            attention_backend=backend,
+            additional_config={"sparq": options or {}},
+        )
     try:
         yield llm
     finally:
-        with collecting_once():
+        with leaving_garbage():
             llm.llm_engine.engine_core.shutdown()
             del llm
             cleanup_dist_env_and_memory()
+        gc.collect()
 
 
 @pytest.fixture(scope="session")

@@ -28,8 +28,6 @@ RUNS: dict[str, dict[str, Any]] = {
     "chunks of 64": dict(max_num_batched_tokens=64, max_num_seqs=8),
     "prefix caching": dict(enable_prefix_caching=True, max_num_batched_tokens=256),
 }
-COMPILED = ("sparq over int8", "spans over kivi2")
-"""Methods that run compiled too, which takes as long as all else: one for each sparse read."""
 
 
 @pytest.fixture(scope="module")
@@ -44,13 +42,12 @@ def value(llm: Any, name: str) -> float:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_same_answers(method: str, engine: Any, some: list[list[int]]) -> None:
-    """Alone, in a batch, in chunks of any size, from cached blocks, compiled: one answer."""
+    """Alone, in a batch, in chunks of any size, from cached blocks: one answer."""
     backend, options = METHODS[method]
     with engine(backend, options) as llm:
         alone = [Prompts.answers(llm, [prompt])[0] for prompt in some]
     for run, settings in RUNS.items():
-        eager = run != "prefix caching" or method not in COMPILED
-        with engine(backend, options, **settings, enforce_eager=eager) as llm:
+        with engine(backend, options, **settings) as llm:
             assert Prompts.answers(llm, some) == alone, run
             assert Prompts.answers(llm, some) == alone, f"{run}, again"
 
@@ -97,6 +94,7 @@ def test_preemption(method: str, engine: Any) -> None:
     assert together == alone
 
 
+@pytest.mark.long
 def test_tensor_parallel(prompts: Prompts, engine: Any) -> None:
     chosen = [prompts.mixed[i] for i in (0, 4, 6, 9)]
     backend, options = METHODS["sparq over int8"]

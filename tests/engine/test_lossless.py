@@ -81,7 +81,9 @@ def test_tokens_are_those_of_dense_attention(name: str, engine: Any, prompts: Pr
     assert 0 < found["spec_decode_num_accepted_tokens"] < found["spec_decode_num_draft_tokens"]
 
 
-@pytest.mark.parametrize("run", RUNS)
+@pytest.mark.parametrize(
+    "run", [pytest.param(run, marks=pytest.mark.long if run == "compiled" else ()) for run in RUNS]
+)
 def test_however_they_are_run(run: str, engine: Any, prompts: Prompts, dense: list[list[int]]) -> None:
     with engine("sparq", BAD, **RUNS[run]) as llm:
         assert prompts.answers(llm, prompts.mixed, 40) == dense

@@ -13,7 +13,7 @@ from tests.engine.support import MODEL, Prompts
 from tests.engine.test_serve import N_CLIENTS, N_TOKENS, crowd, metric
 from vllm_sparq.benchmarks.common.server import Server, wait_until_healthy
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.long]
 
 
 def test_pressure_and_its_metrics(tmp_path: Path, prompts: Prompts, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -81,6 +81,7 @@ def test_speculative_decoding(prompts: Prompts, alone: list[list[int]]) -> None:
     assert_quest(result["reports"], 1)
 
 
+@pytest.mark.long
 def test_tensor_parallel(engine: Any, prompts: Prompts, alone: list[list[int]]) -> None:
     with engine("quest", UNIFORM, tensor_parallel_size=2) as llm:
         assert prompts.answers(llm, prompts.mixed) == alone

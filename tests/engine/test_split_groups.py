@@ -96,7 +96,7 @@ def one_kv_head(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_two_workers_share_a_kv_head(one_kv_head: Path, engine: Any) -> None:
     """What does not choose by query heads answers alike on both."""
     prompts = [[3 + i * i % 119 for i in range(n)] for n in (40, 300)]

@@ -9,6 +9,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -53,9 +54,9 @@ def run_ahead_of_time(*command: str) -> list[dict[str, Any]]:
     return lines_of(start(*command))
 
 
-def compiled(*arguments: str) -> dict[int, list[dict[str, Any]]]:
+def compiled(*arguments: str, archs: Iterable[int] = SHARED_BYTES) -> dict[int, list[dict[str, Any]]]:
     """By compute capability, a row per variant that `tests.ops.aot` compiles."""
-    jobs = {arch: start("tests.ops.aot", str(arch), *arguments) for arch in SHARED_BYTES}
+    jobs = {arch: start("tests.ops.aot", str(arch), *arguments) for arch in archs}
     return {arch: lines_of(job) for arch, job in jobs.items()}
 
 
@@ -66,8 +67,8 @@ def assert_fit(rows: list[dict[str, Any]], arch: int) -> None:
 
 
 def test_every_kernel_compiles_and_fits() -> None:
-    """A variant or two of each."""
-    for arch, rows in compiled().items():
+    """A variant or two of each, on the larger of the two."""
+    for arch, rows in compiled(archs=[90]).items():
         assert_fit(rows, arch)
 
 

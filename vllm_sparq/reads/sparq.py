@@ -14,6 +14,13 @@ if TYPE_CHECKING:
     from vllm_sparq.config import Options
     from vllm_sparq.layout import PageLayout
 
+RANKING_SHARE = {"int4": Fraction(1, 8), "int8": Fraction(1, 4), "model": Fraction(1, 2)}
+"""Bytes of each ranking copy, scales left out, by those of a token's K and V in 16 bits.
+
+What r channels of it leave of a dense read's bytes divided by ``compression`` is spent on k. One number for every block
+format, so that formats are compared at the same k.
+"""
+
 
 @dataclass(frozen=True, kw_only=True)
 class SparqRead(SparseRead):
@@ -71,7 +78,10 @@ class SparqRead(SparseRead):
             group_reduce=options.group_reduce,
             mass=options.mass,
             least_k=options.min_k,
-            **cls.shared(options, Fraction(1 / (2 * options.compression)).limit_denominator(4096)),
+            **cls.shared(
+                options,
+                Fraction(float(1 - RANKING_SHARE[options.ranking]) / options.compression).limit_denominator(4096),
+            ),
         )
 
     @classmethod

@@ -27,7 +27,7 @@ TOKEN = 2 * 64 * 2
     ],
 )
 def test_bytes_moved(options: dict[str, Any], layers: list[int]) -> None:
-    method = Method.named("quest", {"dense_layers": 0, "dense_below": 0, **options})
+    method = Method.named("quest", {"dense_layers": 0, "dense_below": 0, "min_k": 1, **options})
     assert SHAPE.moved(method, 2048) == 2 * sum(layers)
 
 

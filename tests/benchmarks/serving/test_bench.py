@@ -78,6 +78,7 @@ def test_each_rate_has_prompts_of_its_own_in_any_order() -> None:
 
 
 @pytest.mark.engine
+@pytest.mark.long
 @pytest.mark.parametrize("order", ["16,4", "4,16"])
 def test_no_rate_is_answered_from_the_cache_of_another(order: str, tmp_path: Path) -> None:
     """Prompts of several blocks, which a rate with the seed of the one before it would find."""
