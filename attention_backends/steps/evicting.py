@@ -84,7 +84,7 @@ def answer_turn(
     policies: Sequence[Options | None],
 ) -> EvictingMetadata:
     """A step of decodes: one turn, planned without knowing how many tokens go, so that a CUDA graph can hold it."""
-    table = step.block_table_tensor
+    table, n_blocks = step.block_table_tensor, answer_blocks(spec, max_model_len)
     eviction = Eviction(
         block_table=table,
         seq_lens=arrivals.held,
@@ -95,7 +95,7 @@ def answer_turn(
     )
     rows = PagedMetadata(
         n_decodes=step.num_reqs,
-        block_table=table[:, : answer_blocks(spec, max_model_len)],
+        block_table=table[:, :n_blocks],
         query_start_loc=step.query_start_loc,
         seq_lens=arrivals.seq_lens,
         first_positions=arrivals.positions,
