@@ -49,7 +49,6 @@ class PagedImpl(AttentionImpl[PagedMetadata | EvictingMetadata]):
             alibi_slopes=alibi_slopes,
             logits_soft_cap=logits_soft_cap,
             kv_sharing_target_layer_name=kv_sharing_target_layer_name,
-            sinks=sinks,
         )
         if refusals:
             raise NotImplementedError(CANNOT_START + "; ".join(refusals))
@@ -62,6 +61,7 @@ class PagedImpl(AttentionImpl[PagedMetadata | EvictingMetadata]):
         self._heads = HeadShape(head_size=head_size, n_heads=num_heads, n_kv_heads=self.num_kv_heads)
         self.kv_cache_dtype = kv_cache_dtype
         self.requests: StepRequests | None = None  # our worker's, once the model is loaded
+        self._sinks, self._softmax = sinks, dict[str, Any]()  # the numbers are there once weights are loaded
         self._choices = _choose_ops(vllm_config.device_config.device_type, READS[self._options.read])
         policy = RETENTIONS[self._options.retention]
         flash = flash_choice(
@@ -70,6 +70,7 @@ class PagedImpl(AttentionImpl[PagedMetadata | EvictingMetadata]):
             format=self._options.format,
             tracked=policy is not None and policy.rank == "attention",
             forced=os.environ.get(OVERRIDE),
+            sinks=sinks,
         )
         if flash is not None:
             self._choices["prefill"] = flash
@@ -84,6 +85,11 @@ class PagedImpl(AttentionImpl[PagedMetadata | EvictingMetadata]):
         self._decode: Callable[..., None] | None = None  # known with the layer's name, at its first step
         self._pages: Pages | None = None
         self._looks_at_keys = False
+
+    def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
+        """vLLM calls it when the model's weights are there, or there anew: what the ops are told of the softmax."""
+        if self._sinks is not None:
+            self._softmax = {"sinks": self._sinks.detach().float().contiguous()}
 
     @property
     def options(self) -> Options:
@@ -160,12 +166,13 @@ class PagedImpl(AttentionImpl[PagedMetadata | EvictingMetadata]):
         n = step.n_decodes
         if n:
             own = step.decodes
-            decode(query[:n], pages, own.block_table, own.seq_lens, scale=self.scale, out=output[:n])
+            decode(query[:n], pages, own.block_table, own.seq_lens, scale=self.scale, out=output[:n], **self._softmax)
         if step.replayed is not None:
             replayed = step.replayed
             out = torch.empty_like(output[: len(replayed.rows)])
             seen = replayed.pages_seen(pages, *new)
-            decode(query[replayed.rows], seen, replayed.block_table, replayed.seq_lens, scale=self.scale, out=out)
+            of_replayed = replayed.block_table, replayed.seq_lens
+            decode(query[replayed.rows], seen, *of_replayed, scale=self.scale, out=out, **self._softmax)
             output[replayed.rows] = out
 
     def look_at_next_keys(self) -> None:
@@ -188,10 +195,11 @@ class PagedImpl(AttentionImpl[PagedMetadata | EvictingMetadata]):
     ) -> None:
         """The rows of prompts, whose new tokens are in the pages by now, unless they are staged."""
         if self._prefill is None:
-            flash_prefill(query, pages, rows, scale=self.scale, out=output)
+            flash_prefill(query, pages, rows, scale=self.scale, out=output, sinks=self._sinks)
             return
         tables = rows.block_table, rows.query_start_loc, rows.context_lens
-        self._prefill(query, *new, pages, *tables, scale=self.scale, out=output, key_start_loc=rows.key_start_loc)
+        more = {"key_start_loc": rows.key_start_loc, **self._softmax}
+        self._prefill(query, *new, pages, *tables, scale=self.scale, out=output, **more)
 
     def write_step(
         self,

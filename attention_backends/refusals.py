@@ -325,18 +325,7 @@ def _attention_refusals(model_config: Any) -> list[str]:
             "images in bidirectional prefixes (is_mm_prefix_lm) are not supported: serve text alone with "
             f"""--limit-mm-per-prompt '{{"image": 0, "video": 0}}', or {DENSE}"""
         )
-    if _has_sinks(config):
-        reasons.append(f"attention sinks (model_type={config.model_type}) are not supported: {DENSE}")
     return reasons
-
-
-def _has_sinks(config: Any) -> bool:
-    """The models of vLLM's whose full-attention layers learn sinks, which few say in their configuration."""
-    if config.model_type in ("granite", "granitemoe"):
-        return bool(getattr(config, "attention_sinks", getattr(config, "layer_types", None) is not None))
-    return config.model_type in ("gpt_oss", "openai_privacy_filter") or bool(
-        getattr(config, "add_full_attention_sink_bias", False)
-    )
 
 
 def _uses_alibi(config: Any) -> bool:
@@ -364,7 +353,6 @@ def layer_refusals(selector_config: Any) -> list[str]:
         reasons.append(f"{selector_config.attn_type} attention is not supported, only decoders: {DENSE}")
     for feature, wanted in (
         ("multi-head latent attention is", selector_config.use_mla),
-        ("attention sinks are", selector_config.has_sink),
         ("the model's own sparse attention is", selector_config.use_sparse),
         ("bidirectional prefixes are", selector_config.use_mm_prefix),
         ("scales of K and V per head are", selector_config.use_per_head_quant_scales),
@@ -385,7 +373,6 @@ def impl_refusals(
     alibi_slopes: Any,
     logits_soft_cap: float | None,
     kv_sharing_target_layer_name: str | None,
-    sinks: Any = None,
 ) -> list[str]:
     """Reasons that show only when vLLM builds the layer; the last line of defence behind `model_refusals`."""
     reasons = []
@@ -395,6 +382,4 @@ def impl_refusals(
         reasons.append(f"soft-capped logits (cap {logits_soft_cap}) are not supported: {DENSE}")
     if kv_sharing_target_layer_name is not None:
         reasons.append(f"sharing the KV cache of {kv_sharing_target_layer_name} is not supported: {DENSE}")
-    if sinks is not None:
-        reasons.append(f"attention sinks are not supported: {DENSE}")
     return reasons

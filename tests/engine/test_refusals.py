@@ -205,14 +205,6 @@ CASES: dict[str, Case] = {
         num_kv_shared_layers=2,
         layer_types=["full_attention"] * 4,
     ),
-    "attention sinks": model(
-        rf"attention sinks \(model_type=gpt_oss\) are not supported{DENSE}",
-        architectures=["GptOssForCausalLM"],
-        model_type="gpt_oss",
-        num_local_experts=4,
-        sliding_window=128,
-        layer_types=["sliding_attention", "full_attention"] * 2,
-    ),
     "no attention": model(
         rf"^(?s:(?!.*larger than).*)the model has no attention layers{DENSE}",  # whatever options would say of no heads
         architectures=["MambaForCausalLM"],

@@ -48,9 +48,11 @@ class Trace:
         return weight * self.exact + (1 - weight) * self.mean
 
 
-def probabilities(logits: Array) -> Array:
-    shifted = np.exp(logits - logits.max(-1, keepdims=True))
-    return shifted / shifted.sum(-1, keepdims=True)
+def probabilities(logits: Array, sinks: Array | None = None) -> Array:
+    """Of the tokens [H', S]; sinks [H'] are one more logit a head."""
+    own = logits if sinks is None else np.concatenate([logits, sinks[:, None]], 1)
+    shifted = np.exp(own - own.max(-1, keepdims=True))
+    return (shifted / shifted.sum(-1, keepdims=True))[..., : logits.shape[-1]]
 
 
 def largest(x: Array, n: int) -> Array:
@@ -72,11 +74,19 @@ def approximate(query: Array, rank_keys: Array, r: int, scale: float) -> tuple[A
 
 
 def finish(
-    query: Array, keys: Array, values: Array, scores: Array, chosen: Array, scale: float, floor: float
+    query: Array,
+    keys: Array,
+    values: Array,
+    scores: Array,
+    chosen: Array,
+    scale: float,
+    floor: float,
+    sinks: Array | None = None,
 ) -> tuple[Array, Array, Array]:
-    """Exact part, alpha and mean for the ``chosen`` tokens."""
-    exact = probabilities(scale * query @ keys[chosen].T) @ values[chosen]
-    alpha = np.maximum(probabilities(scores)[:, chosen].sum(1), floor)
+    """Exact part, alpha and mean for the ``chosen`` tokens: what is left out pays for the mean."""
+    exact = probabilities(scale * query @ keys[chosen].T, sinks) @ values[chosen]
+    left = np.setdiff1d(np.arange(len(keys)), chosen)
+    alpha = np.maximum(1 - probabilities(scores, sinks)[:, left].sum(1), floor)
     return exact, alpha, values.mean(0)
 
 
@@ -95,23 +105,27 @@ def repository(
     mass: float = 1.0,
     n_least: int = 0,
     chosen: Array | None = None,
+    sinks: Array | None = None,
 ) -> Trace:
     """Query [H', D] of one group, keys and values [S, D]; ``chosen`` overrides step 3.
 
-    Below a ``mass`` of 1 the tokens are taken one by one until they hold so much and are ``n_least``.
+    Below a ``mass`` of 1 the tokens are taken one by one until they hold so much and are ``n_least``; what ``sinks``
+    hold counts as held.
     """
     channels, scores = approximate(query, rank_keys, r, scale)
-    rank_by = (scores if reduce == "logits" else probabilities(scores)).sum(0)
+    rank_by = (scores if reduce == "logits" else probabilities(scores, sinks)).sum(0)
     if chosen is None:
         forced = rank_by.copy()
         forced[len(forced) - n_local :] = np.inf
         taken: list[int] = []
         for token in largest(forced, n_selected):
-            if mass < 1 and len(taken) >= n_least and probabilities(scores)[:, taken].sum() >= mass * len(query):
+            shares = probabilities(scores, sinks)
+            held = 1 - shares.mean(0).sum() + shares.mean(0)[taken].sum()
+            if mass < 1 and len(taken) >= n_least and held >= mass:
                 break
             taken.append(token)
         chosen = np.sort(taken)
-    exact, alpha, mean = finish(query, keys, values, scores, chosen, scale, floor)
+    exact, alpha, mean = finish(query, keys, values, scores, chosen, scale, floor, sinks)
     return Trace(channels, scores, rank_by, chosen, exact, alpha, mean)
 
 
@@ -152,6 +166,11 @@ def numbers(read: SparqRead, context_len: int, head_size: int) -> dict[str, obje
     }
 
 
+def sinks_of(case: Case, heads: slice) -> Array | None:
+    sinks = case.sink_logits()
+    return None if sinks is None else sinks[heads].double().numpy()
+
+
 def expected(case: Case, tokens: Tokens, read: SparqRead) -> Array:
     """[B, H, D] by the oracle from the tokens themselves (ranking ``model``)."""
     group = case.heads // case.kv_heads
@@ -164,9 +183,11 @@ def expected(case: Case, tokens: Tokens, read: SparqRead) -> Array:
             heads = slice(g * group, (g + 1) * group)
             key, value = (x[b][:, g].double().numpy() for x in (tokens.key, tokens.value))
             if s < read.dense_below:
-                out[b, heads] = probabilities(case.scale * query[heads] @ key.T) @ value
+                out[b, heads] = probabilities(case.scale * query[heads] @ key.T, sinks_of(case, heads)) @ value
             else:
-                out[b, heads] = repository(query[heads], key, key, value, **numbers(read, s, case.head_size)).out
+                out[b, heads] = repository(
+                    query[heads], key, key, value, **numbers(read, s, case.head_size), sinks=sinks_of(case, heads)
+                ).out
     return out
 
 
@@ -204,6 +225,16 @@ def test_random(
 def test_as_few_as_hold_the_mass(mass: float, least_k: int, floor: float, reduce: str) -> None:
     case = Case(heads=4, kv_heads=2, lens=(1, 0, 47, 48, 100, 161))
     read = SparqRead(r=16, min_k=40, local=3, alpha_floor=floor, group_reduce=reduce, mass=mass, least_k=least_k)  # type: ignore[arg-type]
+    check(case, case.tokens(), read)
+
+
+@pytest.mark.parametrize("reduce", ["logits", "probs"])
+@pytest.mark.parametrize("floor", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("mass", [None, 0.05, 0.6, 0.9])
+def test_sinks(mass: float | None, floor: float, reduce: str) -> None:
+    """Some far above all tokens, some far below."""
+    case = Case(heads=10, kv_heads=2, lens=(1, 0, 16, 47, 48, 100, 161), sinks=True)
+    read = SparqRead(r=16, min_k=20, local=3, alpha_floor=floor, group_reduce=reduce, mass=mass, dense_below=20)  # type: ignore[arg-type]
     check(case, case.tokens(), read)
 
 

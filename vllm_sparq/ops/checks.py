@@ -59,3 +59,13 @@ def check_table(block_table: torch.Tensor, n_requests: int, **per_request: torch
             f"{name} must be a dense int32 vector, got {tensor.dtype} {tuple(tensor.shape)}",
         )
         require(tensor.shape[0] >= n_requests, f"{name} has {tensor.shape[0]} entries for {n_requests} requests")
+
+
+def check_sinks(sinks: torch.Tensor | None, query: torch.Tensor) -> None:
+    """``sinks`` is None or fp32 [H], a number for each head of the query [rows, H, D]."""
+    require(
+        sinks is None
+        or (sinks.dtype == torch.float32 and tuple(sinks.shape) == query.shape[1:2] and sinks.is_contiguous()),
+        f"sinks must be a dense float32 vector of {query.shape[1]} entries, one per query head, got "
+        f"{None if sinks is None else (sinks.dtype, tuple(sinks.shape))}",
+    )

@@ -115,7 +115,7 @@ void use_probs(const Sparq& op, const Sequence& sequence, Ranked& ranked, const 
   if (op.read.probs) ranked.candidates.keep_best();
 }
 
-void keep_mass(const Sparq& op, int len, Ranked& ranked) {
+void keep_mass(const Sparq& op, int head, int len, Ranked& ranked) {
   thread_local Scratch scratch;
   Candidates& best = ranked.candidates;
   const size_t room = round_up((size_t)best.n, 16);
@@ -127,7 +127,11 @@ void keep_mass(const Sparq& op, int len, Ranked& ranked) {
     for (int i = 0; i < best.n; i += W)
       store(shares + i, fma(exp_below(load(scores + i), ranked.sums.peak[h]), factor, load(shares + i)));
   }
-  best.wanted = std::max(best.n_holding(shares, op.read.mass), op.read.n_least(len));
+  float mass = op.read.mass;
+  const float* const sinks = op.call.sinks(head);
+  for (int h = 0; sinks != nullptr && h < op.call.group_size(); ++h)
+    mass -= ranked.sums.share_of(h, sinks[h]) / (float)op.call.group_size();
+  best.wanted = std::max(best.n_holding(shares, mass), op.read.n_least(len));
   best.keep_best();
 }
 

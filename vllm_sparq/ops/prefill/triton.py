@@ -16,7 +16,7 @@ from vllm_sparq.ops.prefill.triton_attention import add_prefill_attention
 from vllm_sparq.ops.triton_common.attend import LOG2_E, fold, logits_of, pages_as_records
 from vllm_sparq.ops.triton_common.codes import channel_order, codes_of, load_block_tile, load_records
 from vllm_sparq.ops.triton_common.launch import cast, find_request, split_count, split_tokens
-from vllm_sparq.ops.triton_common.merge import merge
+from vllm_sparq.ops.triton_common.merge import add_sinks, merge
 
 
 @triton.jit(do_not_specialize=["n_requests"])
@@ -32,6 +32,7 @@ def prefill_kernel(
     partial,  # fp32 [T * H, N_SPLITS, D]
     weight,  # fp32 [T * H, N_SPLITS]; with one split written with TRACKED alone
     out,  # [T, H, D], written here where there is one split
+    sinks,  # fp32 [H], with SINKS
     query_stride_t,
     query_stride_h,
     key_stride_t,
@@ -57,6 +58,7 @@ def prefill_kernel(
     FORMAT: tl.constexpr,
     KEYS_AHEAD: tl.constexpr,  # whether ``key_start_loc`` differs from ``query_start_loc``
     TRACKED: tl.constexpr,
+    SINKS: tl.constexpr,
 ):
     """Grid (tiles of all requests, G, N_SPLITS)."""
     TOKENS: tl.constexpr = ROWS // GROUP
@@ -121,6 +123,9 @@ def prefill_kernel(
         s = logits_of(q, k, visible, scale_log2, ROWS, TILE)
         top, total, acc = fold(s, v, top, total, acc, BLIND=True)
 
+    if SINKS:  # once per row
+        own_sinks = tl.load(sinks + head, mask=own_row, other=float("-inf"))
+        top, total, acc = add_sinks(top, total, acc, tl.where(split == 0, own_sinks, float("-inf")))
     y = acc / tl.where(total == 0.0, 1.0, total)[:, None]
     own = own_row[:, None] & in_value[None, :]
     at_split = (row * H + head) * N_SPLITS + split
@@ -145,6 +150,7 @@ def prefill(
     scale: float,
     out: torch.Tensor,
     key_start_loc: torch.Tensor | None = None,
+    sinks: torch.Tensor | None = None,
 ) -> None:
     (n_tokens, n_heads, head_size), n_kv_heads = query.shape, key.shape[1]
     n_requests, group, block_size = query_start_loc.shape[0] - 1, n_heads // n_kv_heads, pages.layout.block_size
@@ -166,7 +172,15 @@ def prefill(
     key_starts = query_start_loc if key_start_loc is None else key_start_loc
     prefill_kernel[(n_tiles, n_kv_heads, n_splits)](
         *(query, key, value, records, block_table, query_start_loc, key_starts, context_lens, partial, weight, out),
-        *(*strides, block_table.stride(0), out.stride(0), out.stride(1), scale * LOG2_E, n_requests),
+        *(
+            weight if sinks is None else sinks,
+            *strides,
+            block_table.stride(0),
+            out.stride(0),
+            out.stride(1),
+            scale * LOG2_E,
+            n_requests,
+        ),
         H=n_heads,
         GROUP=group,
         N=block_size,
@@ -179,6 +193,7 @@ def prefill(
         FORMAT=codes_of(pages.layout),
         KEYS_AHEAD=key_start_loc is not None,
         TRACKED=tracked,
+        SINKS=sinks is not None,
         num_warps=n_warps,
         num_stages=3 if pages.layout.quantized is None else 2 if head_size <= 256 else 1,
     )

@@ -37,7 +37,7 @@ from vllm_sparq.ops.triton_common.launch import (
     split_count,
     split_tokens,
 )
-from vllm_sparq.ops.triton_common.merge import MeanValue, blend, finish_row, store_heads
+from vllm_sparq.ops.triton_common.merge import MeanValue, add_sinks, blend, finish_row, store_heads
 
 LOG2_E = 1.4426950408889634
 
@@ -154,6 +154,7 @@ def attend_kernel(
     shares,
     mean,
     alpha_floor,
+    sinks,  # fp32 [H], with SINKS
     query_stride_b,
     query_stride_h,
     page_stride,
@@ -176,6 +177,7 @@ def attend_kernel(
     COUNTED: tl.constexpr,
     ARRIVALS: tl.constexpr,
     BLEND: tl.constexpr,  # splits of `score_kernel`; 0: nothing to blend
+    SINKS: tl.constexpr,
     READ: tl.constexpr,  # None: all tokens of a row; else those that it lists
 ):
     """Grid (B * G, N_SPLITS). Reads 2 D elements per token, or their codes, once for the whole query group."""
@@ -226,6 +228,10 @@ def attend_kernel(
             *(GROUP_PAD, GROUP, N, D, D_PAD, TILE, LISTED, FORMAT, TRACKED),
         )
 
+    if SINKS:  # once per row
+        own_sinks = tl.load(sinks + head, mask=h < GROUP, other=float("-inf"))
+        top, total, acc = add_sinks(top, total, acc, tl.where(split == 0, own_sinks, float("-inf")))
+        sinks += g * GROUP
     d, in_value = channel_order(FORMAT, False, D, D_PAD)
     own = (h < GROUP)[:, None] & in_value[None, :]
     y = acc / tl.where(total == 0.0, 1.0, total)[:, None]
@@ -239,12 +245,12 @@ def attend_kernel(
             if is_last_to_arrive(arrivals + row.to(tl.int64) * 2 + 1, N_SPLITS):
                 finish_row(
                     *(partial, weight, (b * G + g) * GROUP, out, out_stride_h, row, is_dense),
-                    *(tops, sums, shares, mean, alpha_floor, GROUP, N_SPLITS, D, D_PAD, BLEND),
+                    *(tops, sums, shares, mean, alpha_floor, sinks, GROUP, N_SPLITS, D, D_PAD, BLEND, SINKS),
                 )
     else:
         if BLEND > 0:  # noqa: SIM102
             if not is_dense:
-                y = blend(y, h, d, row, tops, sums, shares, mean, alpha_floor, GROUP, BLEND, D)
+                y = blend(y, h, d, row, tops, sums, shares, mean, alpha_floor, sinks, GROUP, BLEND, D, SINKS)
         store_heads(out, y, h, d, own, out_stride_h)
 
 
@@ -273,6 +279,7 @@ def attend(
     mean_value: MeanValue | None = None,
     logits: torch.Tensor | None = None,
     n_listed: torch.Tensor | None = None,
+    sinks: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Write ``out``, or without ``arrivals`` return (partial, weight) for `merge` where rows are split.
 
@@ -280,6 +287,7 @@ def attend(
     ``arrivals``, int32 [rows, 2], holds a zero for each row behind what others count; ``mean_value`` needs it. With
     ``logits``, fp32 [B * H, max_tokens], those of densely read rows are kept there, and there is a weight always.
     ``n_listed``, int32 [rows], counts the cells of each row, where that does not follow from its length.
+    ``sinks``, fp32 [H], are one more logit of each head.
     """
     (n_requests, n_heads, head_size), n_kv_heads = query.shape, pages.data.shape[1]
     records, group = pages_as_records(pages), n_heads // n_kv_heads
@@ -293,7 +301,7 @@ def attend(
     attend_kernel[(n_requests * n_kv_heads, n_splits)](
         *(query, records, tokens, seq_lens, seq_lens if n_listed is None else n_listed),
         *(partial, weight, weight if logits is None else logits, out, seq_lens if arrivals is None else arrivals),
-        *(*statistics, 0.0 if mean_value is None else mean_value.alpha_floor),
+        *(*statistics, 0.0 if mean_value is None else mean_value.alpha_floor, weight if sinks is None else sinks),
         *(query.stride(0), query.stride(1), records.stride(0), records.stride(1), tokens.stride(0)),
         *(0 if logits is None else logits.stride(0), out.stride(0), out.stride(1), scale * LOG2_E),
         G=n_kv_heads,
@@ -309,6 +317,7 @@ def attend(
         COUNTED=n_listed is not None,
         ARRIVALS=arrivals is not None,
         BLEND=0 if mean_value is None else mean_value.n_splits,
+        SINKS=sinks is not None,
         READ=read,
         num_warps=4
         if pages.layout.quantized is None or head_size <= 128

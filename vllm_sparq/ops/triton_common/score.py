@@ -162,6 +162,7 @@ def score_kernel(
     sums,  # and its sum of exponentials below that
     head_scores,  # [rows, HEADS, max_tokens], written with KEEP
     mean,  # fp32 [rows, D], written with MEAN
+    sinks,  # fp32 [H], with SINKS: one more score of each head, of the first split
     query_stride_b,
     query_stride_h,
     page_stride,
@@ -191,6 +192,7 @@ def score_kernel(
     PROBS: tl.constexpr,
     POSITIONS: tl.constexpr,
     MEAN: tl.constexpr,
+    SINKS: tl.constexpr,
     N_SPLITS: tl.constexpr,
     RUNS: tl.constexpr,  # a tile takes the slots n, n + N / RUNS, .. of its pages
     PAGES: tl.constexpr,
@@ -292,5 +294,10 @@ def score_kernel(
         for h in tl.static_range(HEADS):
             top = tl.max(tl.max(lane_tops[h], 1), 0)
             total = tl.sum(tl.sum(lane_sums[h] * tl.exp(lane_tops[h] - top), 1), 0)
+            if SINKS:
+                sink = tl.where(split == 0, tl.load(sinks + g * GROUP + h), float("-inf"))
+                of_tokens = top
+                top = tl.maximum(top, sink)
+                total = total * tl.exp(of_tokens - top) + tl.exp(sink - top)
             tl.store(tops + at * HEADS + h, top)
             tl.store(sums + at * HEADS + h, total)
