@@ -26,7 +26,14 @@ TAKE_SINKS = (3, 4)
 
 
 def flash_choice(
-    *, dtype: torch.dtype, head_size: int, format: str, tracked: bool, forced: str | None, sinks: torch.Tensor | None
+    *,
+    dtype: torch.dtype,
+    head_size: int,
+    format: str,
+    tracked: bool,
+    forced: str | None,
+    sinks: torch.Tensor | None,
+    soft_cap: float | None,
 ) -> Choice | None:
     """FlashAttention where it serves the prompts of a layer, with the reason in words; else None.
 
@@ -34,12 +41,13 @@ def flash_choice(
         tracked: whether the attention that tokens get is added up.
         forced: the value of `VLLM_SPARQ_IMPL`, which names another implementation.
         sinks: [H] of the layer, or None.
+        soft_cap: of its logits, or None.
     """
     if forced or tracked or format != "model" or dtype not in (torch.bfloat16, torch.float16):
         return None
     if not current_platform.is_cuda() or not current_platform.has_device_capability(80):
         return None
-    version = _version(head_size, sinks is not None)
+    version = _version(head_size, sinks is not None, bool(soft_cap))
     if sinks is not None and not (version in TAKE_SINKS and sinks.dtype == torch.bfloat16 and _has_sinks_argument()):
         return None
     return None if version is None else Choice("prefill", "flash", f"FlashAttention {version} of vLLM")
@@ -52,13 +60,13 @@ def _has_sinks_argument() -> bool:
 
 
 @functools.cache
-def _version(head_size: int, has_sinks: bool) -> int | None:
+def _version(head_size: int, has_sinks: bool, capped: bool) -> int | None:
     from vllm.v1.attention.backends.fa_utils import get_flash_attn_version
     from vllm.v1.attention.backends.flash_attn import FlashAttentionBackend
 
     if not FlashAttentionBackend.supports_head_size(head_size):
         return None
-    return get_flash_attn_version(head_size=head_size, has_sinks=has_sinks)
+    return get_flash_attn_version(head_size=head_size, has_sinks=has_sinks, requires_softcap=capped)
 
 
 def flash_prefill(
@@ -69,6 +77,7 @@ def flash_prefill(
     scale: float,
     out: torch.Tensor,
     sinks: torch.Tensor | None,
+    soft_cap: float | None = None,
 ) -> None:
     """`vllm_sparq.ops.prefill.prefill` for pages in the model's type that hold the new tokens too.
 
@@ -77,6 +86,7 @@ def flash_prefill(
         rows: which of its rows are attended to, over which blocks.
         out: [T, H, D], written in those rows.
         sinks: [H] in bfloat16, or None.
+        soft_cap: of the logits, or None.
     """
     from vllm.v1.attention.backends import fa_utils
 
@@ -93,6 +103,7 @@ def flash_prefill(
         softmax_scale=scale,
         causal=True,
         block_table=rows.block_table,
-        fa_version=_version(query.shape[2], sinks is not None),
+        fa_version=_version(query.shape[2], sinks is not None, bool(soft_cap)),
+        softcap=soft_cap or 0.0,
         **({} if sinks is None else {"s_aux": sinks}),
     )

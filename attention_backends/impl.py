@@ -47,7 +47,6 @@ class PagedImpl(AttentionImpl[PagedMetadata | EvictingMetadata]):
     ) -> None:
         refusals = impl_refusals(
             alibi_slopes=alibi_slopes,
-            logits_soft_cap=logits_soft_cap,
             kv_sharing_target_layer_name=kv_sharing_target_layer_name,
         )
         if refusals:
@@ -61,7 +60,9 @@ class PagedImpl(AttentionImpl[PagedMetadata | EvictingMetadata]):
         self._heads = HeadShape(head_size=head_size, n_heads=num_heads, n_kv_heads=self.num_kv_heads)
         self.kv_cache_dtype = kv_cache_dtype
         self.requests: StepRequests | None = None  # our worker's, once the model is loaded
-        self._sinks, self._softmax = sinks, dict[str, Any]()  # the numbers are there once weights are loaded
+        self._sinks, self._softmax = sinks, dict[str, Any]()  # the sinks are there once weights are loaded
+        if logits_soft_cap:
+            self._softmax["soft_cap"] = float(logits_soft_cap)
         self._choices = _choose_ops(vllm_config.device_config.device_type, READS[self._options.read])
         policy = RETENTIONS[self._options.retention]
         flash = flash_choice(
@@ -71,6 +72,7 @@ class PagedImpl(AttentionImpl[PagedMetadata | EvictingMetadata]):
             tracked=policy is not None and policy.rank == "attention",
             forced=os.environ.get(OVERRIDE),
             sinks=sinks,
+            soft_cap=logits_soft_cap,
         )
         if flash is not None:
             self._choices["prefill"] = flash
@@ -89,7 +91,7 @@ class PagedImpl(AttentionImpl[PagedMetadata | EvictingMetadata]):
     def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
         """vLLM calls it when the model's weights are there, or there anew: what the ops are told of the softmax."""
         if self._sinks is not None:
-            self._softmax = {"sinks": self._sinks.detach().float().contiguous()}
+            self._softmax["sinks"] = self._sinks.detach().float().contiguous()
 
     @property
     def options(self) -> Options:
@@ -195,7 +197,8 @@ class PagedImpl(AttentionImpl[PagedMetadata | EvictingMetadata]):
     ) -> None:
         """The rows of prompts, whose new tokens are in the pages by now, unless they are staged."""
         if self._prefill is None:
-            flash_prefill(query, pages, rows, scale=self.scale, out=output, sinks=self._sinks)
+            softmax = {**self._softmax, "sinks": self._sinks}  # in the type of the model
+            flash_prefill(query, pages, rows, scale=self.scale, out=output, **softmax)
             return
         tables = rows.block_table, rows.query_start_loc, rows.context_lens
         more = {"key_start_loc": rows.key_start_loc, **self._softmax}

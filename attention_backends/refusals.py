@@ -294,9 +294,6 @@ def model_refusals(model_config: Any, cache_dtype: str = "auto") -> list[str]:
     reasons += _attention_refusals(model_config)
     if _uses_alibi(config):
         reasons.append(f"ALiBi adds a bias to the scores that our kernels do not know: {DENSE}")
-    for attribute in ("attn_logit_softcapping", "attn_logit_softcap"):
-        if getattr(config, attribute, None):
-            reasons.append(f"soft-capped logits ({attribute}={getattr(config, attribute)}) are not supported: {DENSE}")
     if getattr(config, "num_kv_shared_layers", None):
         reasons.append(
             f"layers that share one KV cache (num_kv_shared_layers={config.num_kv_shared_layers}) are not supported: "
@@ -371,15 +368,12 @@ def layer_refusals(selector_config: Any) -> list[str]:
 def impl_refusals(
     *,
     alibi_slopes: Any,
-    logits_soft_cap: float | None,
     kv_sharing_target_layer_name: str | None,
 ) -> list[str]:
     """Reasons that show only when vLLM builds the layer; the last line of defence behind `model_refusals`."""
     reasons = []
     if alibi_slopes is not None:
         reasons.append(f"ALiBi adds a bias to the scores that our kernels do not know: {DENSE}")
-    if logits_soft_cap:
-        reasons.append(f"soft-capped logits (cap {logits_soft_cap}) are not supported: {DENSE}")
     if kv_sharing_target_layer_name is not None:
         reasons.append(f"sharing the KV cache of {kv_sharing_target_layer_name} is not supported: {DENSE}")
     return reasons

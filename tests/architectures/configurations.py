@@ -171,6 +171,14 @@ LOGITS: dict[str, Model] = {
         sliding_window=128,
         layer_types=[WINDOW, FULL] * 2,
     ),
+    "gemma-2": model(
+        "Gemma2ForCausalLM",
+        "gemma2",
+        attn_logit_softcapping=2.0,
+        final_logit_softcapping=30.0,
+        query_pre_attn_scalar=64,
+        sliding_window=64,
+    ),
     "granite-swa": model("GraniteForCausalLM", "granite", **WINDOWS, attention_multiplier=0.125),
 }
 """Softmaxes that are over more than the tokens, or over other logits."""
@@ -283,9 +291,6 @@ REFUSED: dict[str, Model] = {
         num_experts_per_tok=2,
         moe_intermediate_size=128,
         first_k_dense_replace=1,
-    ),
-    "gemma-2": model(
-        "Gemma2ForCausalLM", "gemma2", attn_logit_softcapping=50.0, query_pre_attn_scalar=64, sliding_window=64
     ),
     "llama-4": model(
         "Llama4ForCausalLM", "llama4_text", attention_chunk_size=64, num_local_experts=2, intermediate_size_mlp=256

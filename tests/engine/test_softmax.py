@@ -15,7 +15,7 @@ from tests.engine.test_states import counted
 
 pytestmark = pytest.mark.engine
 
-NAMES = ("gpt-oss",)
+NAMES = ("gpt-oss", "gemma-2")
 ALL_READ: dict[str, Any] = {"compression": 1, "k": 4096, "dense_below": 0}
 N_BLOCKS = 44
 """Of 128 tokens: too few for all of the prompts, more than the longest needs."""

@@ -49,6 +49,7 @@ class Case:
         lens: S per request, new tokens included; 0 is a padding row.
         new: how many of them the step brings; empty for one each (decode).
         sinks: whether each query head has one more logit.
+        soft_cap: what logits stay below, or None.
     """
 
     heads: int = 4
@@ -65,6 +66,7 @@ class Case:
     lens: tuple[int, ...] = (1, 15, 16, 17, 33)
     new: tuple[int, ...] = ()
     sinks: bool = False
+    soft_cap: float | None = None
 
     def __str__(self) -> str:
         stored = "" if self.format == "model" else f"-{self.format}.{self.layout.group('value')}"
@@ -73,7 +75,7 @@ class Case:
             f"h{self.heads}g{self.kv_heads}-d{self.head_size}-n{self.block_size}-{SHORT[self.dtype]}-"
             f"{self.ranking}{'' if self.value_sum else '-nosum'}"
             f"{stored}{'-attention' if self.attention else '-positions' if self.positions else ''}"
-            f"{'-sinks' if self.sinks else ''}-s{lens}"
+            f"{'-sinks' if self.sinks else ''}{f'-cap{self.soft_cap:g}' if self.soft_cap else ''}-s{lens}"
         )
 
     @property
@@ -102,10 +104,11 @@ class Case:
         """fp32 [H]: far above, among and far below what the tokens have."""
         return torch.tensor([3.0, -20.0, 9.0, 0.5, 40.0]).repeat(self.heads)[: self.heads] if self.sinks else None
 
-    def softmax(self, on: str | torch.device) -> dict[str, torch.Tensor]:
+    def softmax(self, on: str | torch.device) -> dict[str, object]:
         """What an op is told of the softmax beside its scale."""
         sinks = self.sink_logits()
-        return {} if sinks is None else {"sinks": sinks.to(on)}
+        given: dict[str, object] = {} if sinks is None else {"sinks": sinks.to(on)}
+        return given if self.soft_cap is None else {**given, "soft_cap": self.soft_cap}
 
     def generator(self) -> torch.Generator:
         return torch.Generator().manual_seed(zlib.crc32(str(self).encode()))

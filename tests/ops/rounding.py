@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from vllm_sparq.layout import Pages
-from vllm_sparq.ops.dense_decode.reference import add_scores, cached_tokens, probabilities
+from vllm_sparq.ops.dense_decode.reference import add_scores, cached_tokens, capped, probabilities
 
 
 def rounded_dense_decode(
@@ -17,6 +17,7 @@ def rounded_dense_decode(
     scale: float,
     out: torch.Tensor,
     sinks: torch.Tensor | None = None,
+    soft_cap: float | None = None,
 ) -> None:
     """`dense_decode` over K and V as the pages hold them, in the model's type."""
     out.zero_()
@@ -24,6 +25,7 @@ def rounded_dense_decode(
         for head, heads in enumerate(query[b].unflatten(0, (pages.data.shape[1], -1)) if s else ()):
             keys, values = (x.to(out.dtype).float() for x in cached_tokens(pages, table[b], s, head))
             own = slice(head * len(heads), (head + 1) * len(heads))
-            weights, _ = probabilities(scale * heads.float() @ keys.T, None if sinks is None else sinks[own])
+            logits = capped(scale * heads.float() @ keys.T, soft_cap)
+            weights, _ = probabilities(logits, None if sinks is None else sinks[own])
             out[b, own] = weights @ values
             add_scores(pages, table[b], head, weights)

@@ -49,10 +49,12 @@ def test_a_cut_prompt_has_its_sinks_once(implementation: str) -> None:
 
 @pytest.mark.parametrize("implementation", ALL)
 @pytest.mark.parametrize("op", ["dense_decode", "sparq_decode", "prefill"])
-def test_no_token_gets_what_a_sink_takes(implementation: str, op: str) -> None:
+@pytest.mark.parametrize("soft_cap", [None, 2.5])
+def test_no_token_gets_what_a_sink_takes(implementation: str, op: str, soft_cap: float | None) -> None:
     """The attention of a row's tokens adds up to one less the mean over the heads of what their sinks take."""
     n_rows = 2 if op == "prefill" else 1
     case = replace(scored(CUT), kv_heads=3, ranking="model", lens=(300,), new=(2,) if op == "prefill" else ())
+    case = replace(case, soft_cap=soft_cap)
     tokens, world = case.tokens(), with_scores(case, device(implementation))
     if op == "prefill":
         world.prefill(load(op, implementation))
@@ -61,6 +63,7 @@ def test_no_token_gets_what_a_sink_takes(implementation: str, op: str) -> None:
         world.decode(load(op, implementation), **read)
     query, key = tokens.query[0].double(), tokens.key[0].double()
     logits = case.scale * torch.einsum("tgd,sgd->gts", query, key)
+    logits = logits if soft_cap is None else soft_cap * torch.tanh(logits / soft_cap)
     visible = torch.ones(n_rows, 300, dtype=torch.bool).tril(300 - n_rows)
     weights = logits.masked_fill(~visible, -torch.inf).exp()
     sinks = case.sink_logits()
@@ -91,6 +94,12 @@ def test_extreme_sinks(implementation: str, name: str) -> None:
     torch.testing.assert_close(out[:, 1:], torch.zeros_like(out[:, 1:]))
     if name not in ("mass", "probs"):  # where the others' sinks say what is read
         torch.testing.assert_close(out[:, 0], without[:, 0])
+
+
+@pytest.mark.parametrize("op", [*DECODES, "prefill"])
+def test_a_soft_cap_of_nothing_is_refused(op: str) -> None:
+    with pytest.raises(ValueError, match=r"soft_cap must be positive or None, got 0\.0"):
+        CONTRACTS[op](**arguments(op), soft_cap=0.0)
 
 
 @pytest.mark.parametrize("op", [*DECODES, "prefill"])

@@ -78,7 +78,7 @@ constexpr uint64_t digest() {
   }
   {
     using Type = Logits;
-    digest.add_all({sizeof(Type), AT(sinks), AT(scale)});
+    digest.add_all({sizeof(Type), AT(sinks), AT(scale), AT(soft_cap)});
   }
   {
     using Type = SparqRead;

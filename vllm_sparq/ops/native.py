@@ -186,7 +186,7 @@ class RequestsStruct(ctypes.Structure):
 class LogitsStruct(ctypes.Structure):
     """``sparq::Logits`` of csrc/base/paged.h."""
 
-    _fields_: ClassVar = [("sinks", ctypes.c_void_p), ("scale", ctypes.c_float)]
+    _fields_: ClassVar = [("sinks", ctypes.c_void_p), ("scale", ctypes.c_float), ("soft_cap", ctypes.c_float)]
 
 
 class SpansReadStruct(ctypes.Structure):
@@ -378,9 +378,9 @@ def tensor(x: torch.Tensor) -> TensorStruct:
     return TensorStruct(x.data_ptr(), x.stride(0), x.stride(1), x.shape[1])
 
 
-def logits(scale: float, sinks: torch.Tensor | None) -> LogitsStruct:
+def logits(scale: float, sinks: torch.Tensor | None, soft_cap: float | None) -> LogitsStruct:
     """What the softmax of a call is over besides the tokens; ``sinks`` [H], fp32 and dense."""
-    return LogitsStruct(None if sinks is None else sinks.data_ptr(), scale)
+    return LogitsStruct(None if sinks is None else sinks.data_ptr(), scale, soft_cap or 0.0)
 
 
 def requests(block_table: torch.Tensor, lens: torch.Tensor, n: int) -> RequestsStruct:

@@ -83,7 +83,7 @@ def test_what_it_cannot_do_runs_on_our_own_kernel(
 CASE = Case(heads=5, kv_heads=1, lens=(40, 70), new=(9, 70), dtype=torch.bfloat16, ranking=None, value_sum=False)
 
 
-@pytest.mark.parametrize("changes", [{"sinks": True}])
+@pytest.mark.parametrize("changes", [{"sinks": True}, {"soft_cap": 2.0}])
 def test_what_the_softmax_is_of_is_handed_over(changes: dict[str, Any]) -> None:
     case = replace(CASE, **changes)
     world = build(case)
@@ -91,12 +91,16 @@ def test_what_the_softmax_is_of_is_handed_over(changes: dict[str, Any]) -> None:
     rows = PrefillRows(world.block_table[:2], world.query_start_loc, context, lens, 70, 70)
     sinks, out = case.sink_logits(), world.empty_out(79)
     given = sinks if sinks is None else sinks.bfloat16()
-    flash.flash_prefill(world.query[:79], world.pages, rows, scale=case.scale, out=out, sinks=given)
+    flash.flash_prefill(
+        world.query[:79], world.pages, rows, scale=case.scale, out=out, sinks=given, soft_cap=case.soft_cap
+    )
     torch.testing.assert_close(out, build(case, written="context").prefill(prefill), **tolerances.OUT[case.dtype])
 
 
 def test_sinks_are_for_versions_that_take_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    layer: dict[str, Any] = dict(dtype=torch.bfloat16, head_size=64, format="model", tracked=False, forced=None)
+    layer: dict[str, Any] = dict(
+        dtype=torch.bfloat16, head_size=64, format="model", tracked=False, forced=None, soft_cap=None
+    )
     sinks = torch.zeros(4, dtype=torch.bfloat16)
     assert flash.flash_choice(**layer, sinks=sinks) is not None
     assert flash.flash_choice(**layer, sinks=sinks.float()) is None

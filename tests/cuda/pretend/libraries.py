@@ -88,6 +88,7 @@ def flash_attn_varlen_func(
     causal: bool,
     block_table: torch.Tensor,
     fa_version: int,
+    softcap: float = 0.0,
     s_aux: torch.Tensor | None = None,
 ) -> None:
     """Stands for FlashAttention over a paged cache, with its signature, and refuses what it would refuse."""
@@ -114,6 +115,7 @@ def flash_attn_varlen_func(
         keys, values = (x[blocks].flatten(0, 1)[:length].float() for x in (k, v))  # [S, G, D]
         keys, values = (x.repeat_interleave(group, 1) for x in (keys, values))
         logits = torch.einsum("thd,shd->hts", q[rows].float(), keys) * softmax_scale
+        logits = softcap * torch.tanh(logits / softcap) if softcap else logits
         last = torch.arange(length - n_rows, length)[:, None]
         logits = logits.masked_fill(torch.arange(length) > last, float("-inf"))
         logits = torch.cat([sinks.expand(-1, n_rows, 1), logits], -1)

@@ -90,6 +90,7 @@ struct Heads {
 struct Logits {
   const float* sinks;  // [H] or null: one more logit of each query head, whose value is zero
   float scale;         // of query . K
+  float soft_cap;      // 0: none; else logits are soft_cap tanh(logit / soft_cap), those of tokens
 
   // 2^(sink - peak) of a head, to the base 2: what the sink adds to a sum over the tokens; infinite far above them.
   float sink_weight(int head, float peak) const {

@@ -28,7 +28,7 @@ Group Decode::group(int request, int head, Arena& arena) const {
   auto* memory = arena.take<uint8_t>(group_size() * row_bytes);
   for (int h = 0; h < group_size(); ++h)
     kernels.load_query(query.at(request, head * group_size() + h), pages.head_size, memory + h * row_bytes);
-  Group group{memory, group_size(), pages.head_size, logits.scale, {}};
+  Group group{memory, group_size(), pages.head_size, logits.scale, logits.soft_cap, {}};
   if (pages.quantized()) {
     group.codes = codes.new_query(group_size(), arena);
     for (int h = 0; h < group_size(); ++h)

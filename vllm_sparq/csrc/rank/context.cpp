@@ -65,6 +65,10 @@ struct Local {
   }
 };
 
+void cap_scores(float* scores, int count, const Logits& logits) {
+  for (int i = 0; i < count; i += W) store(scores + i, soft_capped(load(scores + i), logits.soft_cap));
+}
+
 }  // namespace
 
 void rank_part(const Sparq& op, const Task& task, int len, Ranked& ranked, const AllScores& all) {
@@ -80,12 +84,17 @@ void rank_part(const Sparq& op, const Task& task, int len, Ranked& ranked, const
     const int count = std::min(n, task.last - first);
     touch_blocks(sequence, first / n, task.first / n, task.last / n);
     score_block(op, ranking, sequence, first / n, len, scores);
+    const float* ranked_by = op.read.probs ? nullptr : local.favour(first, count, sum, copy);
+    if (op.call.logits.soft_cap != 0.0f) {  // of probabilities alone: ranks go by what it was not put on
+      if (ranked_by == sum) ranked_by = copy, std::copy_n(sum, count, copy);
+      for (int row = 0; row < op.n_head_rows(); ++row) cap_scores(scores + (size_t)row * stride, count, op.call.logits);
+    }
     if (op.per_head()) ranked.sums.add_scores(scores, stride, count);
     if (op.keeps_scores())
       for (int row = 0; row < op.n_head_rows(); ++row)
         std::copy_n(scores + (size_t)row * stride, count, all.data + row * all.stride + first);
     if (!op.read.probs)
-      ranked.candidates.push(local.favour(first, count, sum, copy), scores, stride, first, count);
+      ranked.candidates.push(ranked_by, scores, stride, first, count);
   }
   ranked.candidates.keep_best();
 }

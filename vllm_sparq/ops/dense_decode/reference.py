@@ -21,9 +21,10 @@ def dense_decode(
     scale: float,
     out: torch.Tensor,
     sinks: torch.Tensor | None = None,
+    soft_cap: float | None = None,
 ) -> None:
     for row in decode_rows(query, pages, block_table, seq_lens, out, sinks):
-        weights, _ = probabilities(scale * row.q @ row.keys.T, row.sinks)
+        weights, _ = probabilities(capped(scale * row.q @ row.keys.T, soft_cap), row.sinks)
         row.out[:] = weights @ row.values
         add_scores(pages, row.blocks, row.head, weights)
 
@@ -104,8 +105,17 @@ def probabilities(logits: torch.Tensor, sinks: torch.Tensor | None) -> tuple[tor
     return weights[..., 1:], weights[..., :1]
 
 
+def capped(logits: torch.Tensor, soft_cap: float | None) -> torch.Tensor:
+    return logits if soft_cap is None else soft_cap * torch.tanh(logits / soft_cap)
+
+
 def attend(
-    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float, sinks: torch.Tensor | None = None
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    scale: float,
+    sinks: torch.Tensor | None = None,
+    soft_cap: float | None = None,
 ) -> torch.Tensor:
     """Softmax attention of query [H', D] over keys and values [S, D], and over ``sinks`` [H'] or None; all fp32."""
-    return probabilities(scale * query @ keys.T, sinks)[0] @ values
+    return probabilities(capped(scale * query @ keys.T, soft_cap), sinks)[0] @ values

@@ -6,7 +6,7 @@ import torch
 
 from vllm_sparq.layout import Pages
 from vllm_sparq.ops.codec import decode_page
-from vllm_sparq.ops.dense_decode.reference import add_scores, probabilities
+from vllm_sparq.ops.dense_decode.reference import add_scores, capped, probabilities
 from vllm_sparq.ops.write.reference import block_tokens
 
 
@@ -23,6 +23,7 @@ def prefill(
     out: torch.Tensor,
     key_start_loc: torch.Tensor | None = None,
     sinks: torch.Tensor | None = None,
+    soft_cap: float | None = None,
 ) -> None:
     key_starts = query_start_loc if key_start_loc is None else key_start_loc
     n_kv_heads = key.shape[1]
@@ -37,7 +38,7 @@ def prefill(
             cached_keys, cached_values = context_tokens(pages, block_table[b], context_len, head)
             keys = torch.cat([cached_keys, key[new, head].float()])  # [S, D]
             values = torch.cat([cached_values, value[new, head].float()])
-            logits = scale * torch.einsum("thd,sd->hts", heads[:, head].float(), keys)
+            logits = capped(scale * torch.einsum("thd,sd->hts", heads[:, head].float(), keys), soft_cap)
             n_queries = logits.shape[1]
             visible = torch.ones(n_queries, len(keys), dtype=torch.bool).tril(len(keys) - n_queries)
             logits = logits.masked_fill(~visible.to(logits.device), -torch.inf)

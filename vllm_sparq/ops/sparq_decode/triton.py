@@ -130,13 +130,14 @@ def sparq_decode(
     scale: float,
     out: torch.Tensor,
     sinks: torch.Tensor | None = None,
+    soft_cap: float | None = None,
 ) -> None:
     max_tokens = block_table.shape[1] * pages.layout.block_size
     if read.k_per_token <= 1 and read.is_dense(max_tokens):  # so is every shorter context
-        dense_decode(query, pages, block_table, seq_lens, scale=scale, out=out, sinks=sinks)
+        dense_decode(query, pages, block_table, seq_lens, scale=scale, out=out, sinks=sinks, soft_cap=soft_cap)
         return
     for rows in slices(query.shape[0], scratch_bytes(make_plan(query, pages, block_table, read))):
-        decode_slice(query[rows], pages, block_table[rows], seq_lens[rows], read, scale, out[rows], sinks)
+        decode_slice(query[rows], pages, block_table[rows], seq_lens[rows], read, scale, out[rows], sinks, soft_cap)
 
 
 def decode_slice(
@@ -148,11 +149,12 @@ def decode_slice(
     scale: float,
     out: torch.Tensor,
     sinks: torch.Tensor | None,
+    soft_cap: float | None,
 ) -> None:
     """The requests whose scratch fits at once."""
     plan = make_plan(query, pages, block_table, read)
     work = Scratch(plan, query.device)
-    score(plan, work, query, pages, block_table, seq_lens, scale, sinks)
+    score(plan, work, query, pages, block_table, seq_lens, scale, sinks, soft_cap)
     select(plan, work, pages, block_table, seq_lens, sinks)
     mean_value = None
     if plan.with_mean:
@@ -170,6 +172,7 @@ def decode_slice(
         logits=work.logits,
         n_listed=work.n_cells,
         sinks=sinks,
+        soft_cap=soft_cap,
     )
     if work.logits is not None:
         paid = work.head_scores, work.tops, work.sums
@@ -223,6 +226,7 @@ def score(
     seq_lens: torch.Tensor,
     scale: float,
     sinks: torch.Tensor | None,
+    soft_cap: float | None,
 ) -> None:
     """Steps 1 and 2, and the mean value."""
     records, r, head_size = pages_as_records(pages), plan.r, plan.head_size
@@ -253,6 +257,7 @@ def score(
         POSITIONS=plan.by_position,
         MEAN=plan.with_mean,
         SINKS=sinks is not None,
+        CAP=soft_cap or 0.0,
         N_SPLITS=plan.n_splits,
         RUNS=plan.runs,
         PAGES=plan.n_pages,

@@ -34,6 +34,7 @@ from vllm_sparq.ops.triton_common.launch import (
     dot,
     is_last_to_arrive,
     read_counts,
+    soft_capped,
     split_count,
     split_tokens,
 )
@@ -43,9 +44,9 @@ LOG2_E = 1.4426950408889634
 
 
 @triton.jit
-def logits_of(q, k, visible, scale_log2, ROWS: tl.constexpr, TILE: tl.constexpr):
+def logits_of(q, k, visible, scale_log2, ROWS: tl.constexpr, TILE: tl.constexpr, CAP: tl.constexpr):
     """fp32 [ROWS, TILE] logits to the base 2 of q [ROWS, D] and k [D, TILE]; -inf where not visible."""
-    s = dot(q, k, tl.zeros([ROWS, TILE], tl.float32)) * scale_log2
+    s = soft_capped(dot(q, k, tl.zeros([ROWS, TILE], tl.float32)) * scale_log2, CAP)
     return tl.where(visible, s, float("-inf"))
 
 
@@ -93,6 +94,7 @@ def fold_quantized(
     LISTED: tl.constexpr,
     FORMAT: tl.constexpr,
     TRACKED: tl.constexpr,
+    CAP: tl.constexpr,
 ):
     """(top, total, acc) of the tokens ``start : stop`` of a row: first those in codes, then staged ones."""
     top = tl.full([ROWS], float("-inf"), tl.float32)
@@ -109,7 +111,7 @@ def fold_quantized(
             k, v, live = load_block_tile(
                 records, tokens, first, tl.minimum(stop, n_coded), page_stride, N, D, D_PAD, TILE, FORMAT
             )
-        s = logits_of(q, k, live[None, :], scale_log2, ROWS, TILE)
+        s = logits_of(q, k, live[None, :], scale_log2, ROWS, TILE, CAP)
         if TRACKED:
             if LISTED:
                 t = first + tl.arange(0, TILE)
@@ -130,7 +132,7 @@ def fold_quantized(
             page, place = staged_at(tokens, t, live, N, FORMAT.staged)
         if tl.max(live.to(tl.int32), 0) > 0:
             k, v = load_records(records, page.to(tl.int64), place, live, page_stride, D, D_PAD, FORMAT)
-            s = logits_of(q, k, live[None, :], scale_log2, ROWS, TILE)
+            s = logits_of(q, k, live[None, :], scale_log2, ROWS, TILE, CAP)
             if TRACKED:
                 keep_logits(logits, s, t, live, is_dense, logits_stride, GROUP, ROWS)
             top, total, acc = fold(s, v, top, total, acc, BLIND=False)
@@ -178,6 +180,7 @@ def attend_kernel(
     ARRIVALS: tl.constexpr,
     BLEND: tl.constexpr,  # splits of `score_kernel`; 0: nothing to blend
     SINKS: tl.constexpr,
+    CAP: tl.constexpr,  # of logits to the base 2; 0: none
     READ: tl.constexpr,  # None: all tokens of a row; else those that it lists
 ):
     """Grid (B * G, N_SPLITS). Reads 2 D elements per token, or their codes, once for the whole query group."""
@@ -217,7 +220,7 @@ def attend_kernel(
             else:
                 page, slot = tl.load(tokens + t // N, mask=live, other=0), t % N
             k, v = load_records(records, page.to(tl.int64), slot, live, page_stride, D, D_PAD, FORMAT)
-            s = logits_of(q, k, live[None, :], scale_log2, GROUP_PAD, TILE)
+            s = logits_of(q, k, live[None, :], scale_log2, GROUP_PAD, TILE, CAP)
             if TRACKED:
                 keep_logits(logits, s, t, live, is_dense, logits_stride, GROUP, GROUP_PAD)
             top, total, acc = fold(s, v, top, total, acc, BLIND=False)
@@ -225,7 +228,7 @@ def attend_kernel(
         n_coded = n_in_codes(context_len, N)
         top, total, acc = fold_quantized(
             *(q, records, tokens, start, stop, n_coded, page_stride, scale_log2, logits, logits_stride, is_dense),
-            *(GROUP_PAD, GROUP, N, D, D_PAD, TILE, LISTED, FORMAT, TRACKED),
+            *(GROUP_PAD, GROUP, N, D, D_PAD, TILE, LISTED, FORMAT, TRACKED, CAP),
         )
 
     if SINKS:  # once per row
@@ -280,6 +283,7 @@ def attend(
     logits: torch.Tensor | None = None,
     n_listed: torch.Tensor | None = None,
     sinks: torch.Tensor | None = None,
+    soft_cap: float | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Write ``out``, or without ``arrivals`` return (partial, weight) for `merge` where rows are split.
 
@@ -287,7 +291,7 @@ def attend(
     ``arrivals``, int32 [rows, 2], holds a zero for each row behind what others count; ``mean_value`` needs it. With
     ``logits``, fp32 [B * H, max_tokens], those of densely read rows are kept there, and there is a weight always.
     ``n_listed``, int32 [rows], counts the cells of each row, where that does not follow from its length.
-    ``sinks``, fp32 [H], are one more logit of each head.
+    ``sinks``, fp32 [H], are one more logit of each head; ``soft_cap`` is what logits of tokens stay below.
     """
     (n_requests, n_heads, head_size), n_kv_heads = query.shape, pages.data.shape[1]
     records, group = pages_as_records(pages), n_heads // n_kv_heads
@@ -318,6 +322,7 @@ def attend(
         ARRIVALS=arrivals is not None,
         BLEND=0 if mean_value is None else mean_value.n_splits,
         SINKS=sinks is not None,
+        CAP=(soft_cap or 0.0) * LOG2_E,
         READ=read,
         num_warps=4
         if pages.layout.quantized is None or head_size <= 128
