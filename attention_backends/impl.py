@@ -49,9 +49,7 @@ class PagedImpl(AttentionImpl[PagedMetadata | EvictingMetadata]):
     ) -> None:
         refusals = impl_refusals(
             alibi_slopes=alibi_slopes,
-            logits_soft_cap=logits_soft_cap,
             kv_sharing_target_layer_name=kv_sharing_target_layer_name,
-            sinks=sinks,
         )
         if refusals:
             raise NotImplementedError(CANNOT_START + "; ".join(refusals))
@@ -64,6 +62,9 @@ class PagedImpl(AttentionImpl[PagedMetadata | EvictingMetadata]):
         self._heads = HeadShape(head_size=head_size, n_heads=num_heads, n_kv_heads=self.num_kv_heads)
         self.kv_cache_dtype = kv_cache_dtype
         self.requests: StepRequests | None = None  # our worker's, once the model is loaded
+        self._sinks, self._softmax = sinks, dict[str, Any]()  # the sinks are there once weights are loaded
+        if logits_soft_cap:
+            self._softmax["soft_cap"] = float(logits_soft_cap)
         self._choices = _choose_ops(vllm_config.device_config.device_type, READS[self._options.read])
         policy = RETENTIONS[self._options.retention]
         flash = flash_choice(
@@ -72,6 +73,8 @@ class PagedImpl(AttentionImpl[PagedMetadata | EvictingMetadata]):
             format=self._options.format,
             tracked=policy is not None and policy.rank == "attention",
             forced=os.environ.get(OVERRIDE),
+            sinks=sinks,
+            soft_cap=logits_soft_cap,
         )
         if flash is not None:
             self._choices["prefill"] = flash
@@ -88,6 +91,11 @@ class PagedImpl(AttentionImpl[PagedMetadata | EvictingMetadata]):
         self._pages: Pages | None = None
         self._looks_at_keys = False
         self._dtype: torch.dtype = vllm_config.model_config.dtype
+
+    def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
+        """vLLM calls it when the model's weights are there, or there anew: what the ops are told of the softmax."""
+        if self._sinks is not None:
+            self._softmax["sinks"] = self._sinks.detach().float().contiguous()
 
     @property
     def options(self) -> Options:
@@ -179,10 +187,10 @@ class PagedImpl(AttentionImpl[PagedMetadata | EvictingMetadata]):
             assert decode is not None
             tables = group.block_table, group.seq_lens
             if group.rows is None:
-                decode(query, pages, *tables, scale=self.scale, out=out)
+                decode(query, pages, *tables, scale=self.scale, out=out, **self._softmax)
                 continue
             found = torch.empty_like(out[: len(group.rows)])
-            decode(query[group.rows], pages, *tables, scale=self.scale, out=found)
+            decode(query[group.rows], pages, *tables, scale=self.scale, out=found, **self._softmax)
             out[group.rows] = found
 
     def look_at_next_keys(self) -> None:
@@ -205,10 +213,12 @@ class PagedImpl(AttentionImpl[PagedMetadata | EvictingMetadata]):
     ) -> None:
         """The rows of prompts, whose new tokens are in the pages by now, unless they are staged."""
         if self._prefill is None:
-            flash_prefill(query, pages, rows, scale=self.scale, out=output)
+            softmax = {**self._softmax, "sinks": self._sinks}  # in the type of the model
+            flash_prefill(query, pages, rows, scale=self.scale, out=output, **softmax)
             return
         tables = rows.block_table, rows.query_start_loc, rows.context_lens
-        self._prefill(query, *new, pages, *tables, scale=self.scale, out=output, key_start_loc=rows.key_start_loc)
+        more = {"key_start_loc": rows.key_start_loc, **self._softmax}
+        self._prefill(query, *new, pages, *tables, scale=self.scale, out=output, **more)
 
     def warm_up(self, layer: Any, widths: list[int]) -> None:
         """Launch, over requests without tokens, every variant of our Triton kernels that a step may need.
@@ -225,10 +235,11 @@ class PagedImpl(AttentionImpl[PagedMetadata | EvictingMetadata]):
         assert self._decode is not None
         for width in widths:
             for decode in {self._dense, self._decode}:
-                warm_up.warm_decodes(decode, pages, self.num_heads, width)
+                warm_up.warm_decodes(partial(decode, **self._softmax), pages, self.num_heads, width)
         warm_up.warm_writes(self._write, pages, widths[0])
         if self._prefill is not None:
-            warm_up.warm_prefills(self._prefill, pages, self.num_heads, widths[0])
+            prefill = partial(self._prefill, **self._softmax)
+            warm_up.warm_prefills(prefill, pages, self.num_heads, widths[0])
         if pages.layout.positions:
             warm_up.warm_evictions(self._evict, pages, widths[0])
 

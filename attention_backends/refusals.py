@@ -294,9 +294,6 @@ def model_refusals(model_config: Any, cache_dtype: str = "auto") -> list[str]:
     reasons += _attention_refusals(model_config)
     if _uses_alibi(config):
         reasons.append(f"ALiBi adds a bias to the scores that our kernels do not know: {DENSE}")
-    for attribute in ("attn_logit_softcapping", "attn_logit_softcap"):
-        if getattr(config, attribute, None):
-            reasons.append(f"soft-capped logits ({attribute}={getattr(config, attribute)}) are not supported: {DENSE}")
     if getattr(config, "num_kv_shared_layers", None):
         reasons.append(
             f"layers that share one KV cache (num_kv_shared_layers={config.num_kv_shared_layers}) are not supported: "
@@ -325,18 +322,7 @@ def _attention_refusals(model_config: Any) -> list[str]:
             "images in bidirectional prefixes (is_mm_prefix_lm) are not supported: serve text alone with "
             f"""--limit-mm-per-prompt '{{"image": 0, "video": 0}}', or {DENSE}"""
         )
-    if _has_sinks(config):
-        reasons.append(f"attention sinks (model_type={config.model_type}) are not supported: {DENSE}")
     return reasons
-
-
-def _has_sinks(config: Any) -> bool:
-    """The models of vLLM's whose full-attention layers learn sinks, which few say in their configuration."""
-    if config.model_type in ("granite", "granitemoe"):
-        return bool(getattr(config, "attention_sinks", getattr(config, "layer_types", None) is not None))
-    return config.model_type in ("gpt_oss", "openai_privacy_filter") or bool(
-        getattr(config, "add_full_attention_sink_bias", False)
-    )
 
 
 def _uses_alibi(config: Any) -> bool:
@@ -364,7 +350,6 @@ def layer_refusals(selector_config: Any) -> list[str]:
         reasons.append(f"{selector_config.attn_type} attention is not supported, only decoders: {DENSE}")
     for feature, wanted in (
         ("multi-head latent attention is", selector_config.use_mla),
-        ("attention sinks are", selector_config.has_sink),
         ("the model's own sparse attention is", selector_config.use_sparse),
         ("bidirectional prefixes are", selector_config.use_mm_prefix),
         ("scales of K and V per head are", selector_config.use_per_head_quant_scales),
@@ -383,18 +368,12 @@ def layer_refusals(selector_config: Any) -> list[str]:
 def impl_refusals(
     *,
     alibi_slopes: Any,
-    logits_soft_cap: float | None,
     kv_sharing_target_layer_name: str | None,
-    sinks: Any = None,
 ) -> list[str]:
     """Reasons that show only when vLLM builds the layer; the last line of defence behind `model_refusals`."""
     reasons = []
     if alibi_slopes is not None:
         reasons.append(f"ALiBi adds a bias to the scores that our kernels do not know: {DENSE}")
-    if logits_soft_cap:
-        reasons.append(f"soft-capped logits (cap {logits_soft_cap}) are not supported: {DENSE}")
     if kv_sharing_target_layer_name is not None:
         reasons.append(f"sharing the KV cache of {kv_sharing_target_layer_name} is not supported: {DENSE}")
-    if sinks is not None:
-        reasons.append(f"attention sinks are not supported: {DENSE}")
     return reasons

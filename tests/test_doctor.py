@@ -169,7 +169,7 @@ def test_what_eviction_means_for_a_model(tmp_path: Path) -> None:
     [
         ({}, dict(retention="heavy_hitter", budget=128, format="int4"), "128 go at a time, so use budget >= 256"),
         (dict(head_dim=40), {}, "head size 40 is not one of"),
-        (dict(attn_logit_softcapping=50.0), {}, "soft-capped logits"),
+        (dict(alibi=True), {}, "ALiBi adds a bias"),
         ({}, dict(r=65), "r=65 is larger than the model's head size 64: use r <= 64"),
         (dict(model_type="unheard_of", architectures=["UnheardOf"]), {}, "vLLM cannot read it"),
     ],

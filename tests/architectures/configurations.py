@@ -162,6 +162,27 @@ CLASSIC: dict[str, Model] = {
 }
 """What runs alike from the first release on."""
 
+LOGITS: dict[str, Model] = {
+    "gpt-oss": model(
+        "GptOssForCausalLM",
+        "gpt_oss",
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        sliding_window=128,
+        layer_types=[WINDOW, FULL] * 2,
+    ),
+    "gemma-2": model(
+        "Gemma2ForCausalLM",
+        "gemma2",
+        attn_logit_softcapping=2.0,
+        final_logit_softcapping=30.0,
+        query_pre_attn_scalar=64,
+        sliding_window=64,
+    ),
+    "granite-swa": model("GraniteForCausalLM", "granite", **WINDOWS, attention_multiplier=0.125),
+}
+"""Softmaxes that are over more than the tokens, or over other logits."""
+
 STATES: dict[str, Model] = {
     "qwen3.5": in_bfloat16(model("Qwen3_5ForCausalLM", "qwen3_5_text", **DELTA)),
     "qwen3-next": in_bfloat16(
@@ -271,17 +292,6 @@ REFUSED: dict[str, Model] = {
         moe_intermediate_size=128,
         first_k_dense_replace=1,
     ),
-    "gemma-2": model(
-        "Gemma2ForCausalLM", "gemma2", attn_logit_softcapping=50.0, query_pre_attn_scalar=64, sliding_window=64
-    ),
-    "gpt-oss": model(
-        "GptOssForCausalLM",
-        "gpt_oss",
-        num_local_experts=4,
-        num_experts_per_tok=2,
-        sliding_window=128,
-        layer_types=[WINDOW, FULL] * 2,
-    ),
     "llama-4": model(
         "Llama4ForCausalLM", "llama4_text", attention_chunk_size=64, num_local_experts=2, intermediate_size_mlp=256
     ),
@@ -290,4 +300,4 @@ REFUSED: dict[str, Model] = {
 }
 """What is refused, with the reason."""
 
-MODELS: dict[str, Model] = {**CLASSIC, **STATES, **REFUSED}
+MODELS: dict[str, Model] = {**CLASSIC, **LOGITS, **STATES, **REFUSED}

@@ -3,8 +3,8 @@
     python -m tests.architectures.matrix                      all models
     python -m tests.architectures.matrix llama granite-4      some of them
 
-What a model did is kept in build/models; the page is written once all models are there and none is at fault. Qwen3.5
-needs torchvision, which the lock leaves out: put its build for CPU beside it first.
+What a model did is kept in build/models, or else on the page, which is written once all models are there and none is at
+fault. Qwen3.5 needs torchvision, which the lock leaves out: put its build for CPU beside it first.
 """
 
 from __future__ import annotations
@@ -150,11 +150,12 @@ def main() -> int:
             row = Row(name, faults=[f"{type(error).__name__}: {str(error).strip()[:300]}"])
         (RECORDS / f"{name}.json").write_text(json.dumps(asdict(row)))
         print(row, flush=True)
-    found = [Row(**json.loads(path.read_text())) for name in MODELS if (path := RECORDS / f"{name}.json").is_file()]
+    rows = page.rows() | {path.stem: Row(**json.loads(path.read_text())) for path in RECORDS.glob("*.json")}
+    found = [rows[name] for name in MODELS if name in rows]
     faulty = [row.name for row in found if row.faults]
     print(f"{len(found)} of {len(MODELS)} models, at fault: {', '.join(faulty) or 'none'}")
     if len(found) == len(MODELS) and not faulty:
-        page.write(found)
+        page.write(found, counted=not sys.argv[1:])
     return 1 if faulty else 0
 
 

@@ -40,8 +40,31 @@ of the first tokens, which follow from the whole prompt, are stock's. Nothing he
 """
 
 
-def write(rows: list[Row]) -> None:
-    PAGE.write_text(text(rows), encoding="utf-8")
+STATES = "## Beside layers with a state"
+
+
+def write(rows: list[Row], *, counted: bool) -> None:
+    """The page; what blocks come to is ``counted`` anew, or stays."""
+    of_blocks = beside_states() if counted else STATES + PAGE.read_text(encoding="utf-8").split(STATES)[1]
+    PAGE.write_text(text(rows) + of_blocks, encoding="utf-8")
+
+
+def rows() -> dict[str, Row]:
+    """What the page says of each model."""
+    from tests.architectures.matrix import METHODS, Row
+
+    found: dict[str, Row] = {}
+    served, refused = PAGE.read_text(encoding="utf-8").split("## What is refused")
+    for line in served.splitlines():
+        cells = line.strip("| ").split(" | ")
+        if cells[0] in MODELS:
+            backends = {name: int(n) for n, name in (part.split(" ") for part in cells[3].split(" + "))}
+            found[cells[0]] = Row(cells[0], backends, dict(zip(METHODS, cells[4:], strict=True)))
+    for line in refused.splitlines():
+        cells = line.strip("| ").split(" | ")
+        if cells[0] in MODELS:
+            found[cells[0]] = Row(cells[0], refusal=cells[2])
+    return found
 
 
 def text(rows: list[Row]) -> str:
@@ -64,12 +87,12 @@ def text(rows: list[Row]) -> str:
     lines += "\n## What is refused\n\n| model | vLLM's class | what it says |\n|---|---|---|\n"
     for row in refused:
         lines += f"| {row.name} | `{MODELS[row.name].architecture}` | {row.refusal} |\n"
-    return lines + "\n" + beside_states()
+    return lines + "\n"
 
 
 def beside_states() -> str:
     """What blocks come to for models of real size."""
-    lines = f"""## Beside layers with a state
+    lines = f"""{STATES}
 
 vLLM makes blocks as large as a state; ours hold several pages of 128 tokens, in which tokens are quantized, ranked and
 evicted ([decision 9](decisions/0009-pages-within-blocks.md)). Counted for requests of {LENGTH:,} tokens in bfloat16,

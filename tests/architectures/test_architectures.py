@@ -8,7 +8,7 @@ import pytest
 
 from tests.architectures import matrix, seeded
 from tests.architectures.configurations import CLASSIC, MODELS, REFUSED, STATES
-from tests.architectures.page import PAGE
+from tests.architectures.page import PAGE, rows, text
 
 CHOSEN = ("llama", "qwen3-moe", "phi-3", "glm-4", "gemma-3", "cohere-2", "gpt-neox", "opt")
 WITH_STATES = ("qwen3-next", "granite-4", "nemotron-h", "zamba-2")
@@ -37,6 +37,12 @@ def test_the_page_has_every_model() -> None:
     served, refused = PAGE.read_text(encoding="utf-8").split("## What is refused")
     missing = [name for name in MODELS if f"\n| {name} | " not in (refused if name in REFUSED else served)]
     assert not missing, "run make models"
+
+
+def test_the_page_is_read_as_it_is_written() -> None:
+    """So that models may run one by one."""
+    found = rows()
+    assert PAGE.read_text(encoding="utf-8").startswith(text([found[name] for name in MODELS]))
 
 
 def test_a_model_that_answers_otherwise_is_a_fault(monkeypatch: pytest.MonkeyPatch) -> None:

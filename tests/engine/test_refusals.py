@@ -167,14 +167,6 @@ CASES: dict[str, Case] = {
         arguments=dict(dtype="float32"),
     ),
     "head size": model(rf"head size 40 is not one of \[32, 48, 64, .*256, 512\]{DENSE}", head_dim=40, hidden_size=320),
-    "soft cap": model(
-        rf"soft-capped logits \(attn_logit_softcapping=50.0\){DENSE}",
-        architectures=["Gemma2ForCausalLM"],
-        model_type="gemma2",
-        attn_logit_softcapping=50.0,
-        query_pre_attn_scalar=64,
-        sliding_window=512,
-    ),
     "ALiBi": model(
         rf"ALiBi adds a bias{DENSE}",
         architectures=["BloomForCausalLM"],
@@ -204,14 +196,6 @@ CASES: dict[str, Case] = {
         model_type="gemma3n_text",
         num_kv_shared_layers=2,
         layer_types=["full_attention"] * 4,
-    ),
-    "attention sinks": model(
-        rf"attention sinks \(model_type=gpt_oss\) are not supported{DENSE}",
-        architectures=["GptOssForCausalLM"],
-        model_type="gpt_oss",
-        num_local_experts=4,
-        sliding_window=128,
-        layer_types=["sliding_attention", "full_attention"] * 2,
     ),
     "no attention": model(
         rf"^(?s:(?!.*larger than).*)the model has no attention layers{DENSE}",  # whatever options would say of no heads

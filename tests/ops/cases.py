@@ -48,6 +48,8 @@ class Case:
     Attributes:
         lens: S per request, new tokens included; 0 is a padding row.
         new: how many of them the step brings; empty for one each (decode).
+        sinks: whether each query head has one more logit.
+        soft_cap: what logits stay below, or None.
     """
 
     heads: int = 4
@@ -63,6 +65,8 @@ class Case:
     attention: bool = False
     lens: tuple[int, ...] = (1, 15, 16, 17, 33)
     new: tuple[int, ...] = ()
+    sinks: bool = False
+    soft_cap: float | None = None
 
     def __str__(self) -> str:
         stored = "" if self.format == "model" else f"-{self.format}.{self.layout.group('value')}"
@@ -70,7 +74,8 @@ class Case:
         return (
             f"h{self.heads}g{self.kv_heads}-d{self.head_size}-n{self.block_size}-{SHORT[self.dtype]}-"
             f"{self.ranking}{'' if self.value_sum else '-nosum'}"
-            f"{stored}{'-attention' if self.attention else '-positions' if self.positions else ''}-s{lens}"
+            f"{stored}{'-attention' if self.attention else '-positions' if self.positions else ''}"
+            f"{'-sinks' if self.sinks else ''}{f'-cap{self.soft_cap:g}' if self.soft_cap else ''}-s{lens}"
         )
 
     @property
@@ -94,6 +99,16 @@ class Case:
     @property
     def scale(self) -> float:
         return self.head_size**-0.5
+
+    def sink_logits(self) -> torch.Tensor | None:
+        """fp32 [H]: far above, among and far below what the tokens have."""
+        return torch.tensor([3.0, -20.0, 9.0, 0.5, 40.0]).repeat(self.heads)[: self.heads] if self.sinks else None
+
+    def softmax(self, on: str | torch.device) -> dict[str, object]:
+        """What an op is told of the softmax beside its scale."""
+        sinks = self.sink_logits()
+        given: dict[str, object] = {} if sinks is None else {"sinks": sinks.to(on)}
+        return given if self.soft_cap is None else {**given, "soft_cap": self.soft_cap}
 
     def generator(self) -> torch.Generator:
         return torch.Generator().manual_seed(zlib.crc32(str(self).encode()))
@@ -153,6 +168,7 @@ class World:
         """``out`` [B, H, D] of a decode op on the last token of every request."""
         out = self.empty_out()
         query, table = self.query[: self.n_requests], self.block_table
+        options |= self.case.softmax(out.device)
         run(query, self.pages, table, self.seq_lens, scale=self.case.scale, out=out, **options)
         return out
 
@@ -164,7 +180,7 @@ class World:
         out = self.empty_out(len(self.query))
         new = self.query, self.key, self.value
         table, starts, contexts = self.block_table, self.query_start_loc, self.context_lens
-        options = {}
+        options = self.case.softmax(out.device)
         if self.case.format != "model":
             *new, options["key_start_loc"] = self._with_begun_blocks()
             contexts = contexts // self.case.block_size * self.case.block_size

@@ -37,6 +37,13 @@ SHAPES: tuple[Case, ...] = (
     replace(_BASE, heads=2, kv_heads=2, head_size=224, dtype=torch.float16, ranking="model", lens=(16, 33)),
     replace(_BASE, heads=4, kv_heads=1, head_size=512, block_size=32, dtype=torch.bfloat16, lens=(1, 32, 70)),
     replace(_BASE, heads=8, kv_heads=1, head_size=512, lens=(40,)),
+    # Sinks and soft caps, with sums over slices and without.
+    replace(_BASE, heads=5, kv_heads=1, block_size=32, lens=(1, 33, 0, 70, 900), sinks=True),
+    replace(
+        _BASE, heads=8, kv_heads=2, head_size=128, block_size=128, dtype=torch.bfloat16, lens=(129, 20), sinks=True
+    ),
+    replace(_BASE, heads=3, kv_heads=1, block_size=32, lens=(1, 33, 0, 700), soft_cap=2.0),
+    replace(_BASE, heads=2, kv_heads=2, block_size=32, dtype=torch.bfloat16, lens=(70,), soft_cap=50.0),
 )
 """Shapes that every op takes, kernels of the CPU."""
 
@@ -87,6 +94,18 @@ FORMATS: tuple[Case, ...] = (
     replace(_QUANTIZED, format="k4v2", heads=8, head_size=128, block_size=128, dtype=torch.bfloat16, lens=(129, 400)),
     replace(_QUANTIZED, format="k4v2", heads=3, kv_heads=1, head_size=80, dtype=torch.float16, lens=(64, 47, 65)),
     replace(_QUANTIZED, format="k4v2", heads=4, head_size=96, group_size=16, block_size=48, value_sum=True, lens=(97,)),
+    replace(
+        _QUANTIZED,
+        format="kivi4",
+        heads=8,
+        head_size=128,
+        block_size=128,
+        dtype=torch.bfloat16,
+        lens=(300,),
+        sinks=True,
+    ),
+    replace(_BASE, format="int4", heads=5, kv_heads=1, block_size=32, lens=(1, 0, 70, 700), sinks=True),
+    replace(_QUANTIZED, format="kivi2", heads=3, kv_heads=1, dtype=torch.bfloat16, lens=(70, 97), soft_cap=3.0),
 )
 """Quantized pages, which every op takes as well."""
 
@@ -100,6 +119,8 @@ TINY: tuple[Case, ...] = (
     replace(_BASE, heads=1, kv_heads=1, head_size=256, block_size=32, lens=(32, 40)),
     replace(_BASE, heads=2, kv_heads=1, head_size=48, dtype=torch.bfloat16, lens=(33,)),
     replace(_BASE, heads=1, kv_heads=1, head_size=512, dtype=torch.bfloat16, lens=(20,)),
+    replace(_BASE, heads=5, kv_heads=1, lens=(1, 0, 40), sinks=True),
+    replace(_BASE, heads=3, kv_heads=1, lens=(18, 33), soft_cap=2.0),
 )
 """The same for the Triton interpreter, which needs about a second a shape."""
 
@@ -112,6 +133,7 @@ TINY_FORMATS: tuple[Case, ...] = (
     replace(_BASE, format="kivi2", heads=1, kv_heads=1, head_size=80, block_size=48, ranking=None, lens=(97,)),
     replace(_BASE, format="k8v4", heads=2, kv_heads=1, head_size=80, dtype=torch.bfloat16, lens=(33, 17)),
     replace(_BASE, format="k4v2", heads=2, kv_heads=1, block_size=32, dtype=torch.float16, ranking=None, lens=(70,)),
+    replace(_BASE, format="int8", heads=3, kv_heads=1, dtype=torch.bfloat16, lens=(47,), sinks=True, soft_cap=4.0),
 )
 """Quantized pages for the Triton interpreter."""
 
@@ -132,6 +154,7 @@ SPANS: tuple[Case, ...] = (
     replace(_SPANS, heads=8, kv_heads=1, head_size=512, block_size=32, dtype=torch.bfloat16, lens=(100, 70)),
     replace(_SPANS, heads=23, kv_heads=1, block_size=256, dtype=torch.float16, lens=(255, 512, 700)),
     replace(_SPANS, heads=2, kv_heads=1, block_size=256, lens=(1500,)),
+    replace(_SPANS, heads=5, kv_heads=1, lens=(40, 0, 130, 1100), sinks=True, soft_cap=3.0),
 )
 """Pages with bounds of spans."""
 
@@ -154,6 +177,7 @@ TINY_SPANS: tuple[Case, ...] = (
     replace(_SPANS, heads=2, kv_heads=1, lens=(49, 0, 80)),
     replace(_SPANS, heads=3, kv_heads=1, head_size=80, block_size=48, dtype=torch.bfloat16, lens=(97,)),
     replace(_SPANS, heads=2, kv_heads=2, head_size=128, block_size=32, dtype=torch.float16, lens=(64, 20)),
+    replace(_SPANS, heads=3, kv_heads=1, lens=(65,), sinks=True),
 )
 TINY_SPAN_FORMATS: tuple[Case, ...] = (
     replace(_SPANS, format="int4", heads=2, kv_heads=1, dtype=torch.bfloat16, lens=(70,)),

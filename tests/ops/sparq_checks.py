@@ -28,7 +28,7 @@ import torch
 from tests.ops import tolerances
 from tests.ops.cases import Case, Tokens, World, build
 from tests.ops.rounding import rounded_dense_decode
-from tests.ops.test_oracle import Array, numbers, probabilities, repository
+from tests.ops.test_oracle import Array, capped, numbers, probabilities, repository, sinks_of
 from vllm_sparq.layout import Pages
 from vllm_sparq.ops.codec import unpack
 from vllm_sparq.ops.dense_decode.reference import cached_tokens
@@ -174,7 +174,9 @@ def assert_right(
         keys, size = ranked_by(world, key, b, g)
         if rounds:
             key, value = (torch.from_numpy(x).to(case.dtype).double().numpy() for x in (key, value))
-        want = repository(query, keys, key, value, **given, chosen=chosen)
+        sinks = sinks_of(case, heads)
+        want = repository(query, keys, key, value, **given, chosen=chosen, sinks=sinks, soft_cap=case.soft_cap)
+        shares = probabilities(capped(want.scores, case.soft_cap), sinks)
         error, chosen = score_error(case, query, want.channels, size), want.chosen
 
         least = given["n_selected"] if read.mass is None else given["n_least"]
@@ -182,14 +184,14 @@ def assert_right(
         assert set(range(s - given["n_local"], s)) <= set(chosen.tolist()), f"{where}: the newest are not all read"
         margin = np.full(s, error.sum())
         if read.group_reduce == "probs":
-            margin = (probabilities(want.scores) * np.expm1(2 * error)[:, None]).sum(0) + 2.0**-120
+            margin = (shares * np.expm1(2 * error)[:, None]).sum(0) + 2.0**-120
         left = np.setdiff1d(np.arange(s), chosen)
         ranked = np.setdiff1d(chosen, np.arange(s - given["n_local"], s))
         worst = (want.rank_by + margin)[ranked].min(initial=np.inf)
         assert worst >= (want.rank_by - margin)[left].max(), f"{where}: a better token is left out"
         if read.mass is not None:
-            held, slack = probabilities(want.scores).mean(0), error.mean() / 2 + tolerances.MASS
-            total, last = held[chosen].sum(), ranked[(want.rank_by - margin)[ranked] <= worst]
+            held, slack = shares.mean(0), error.mean() / 2 + tolerances.MASS
+            total, last = 1 - held.sum() + held[chosen].sum(), ranked[(want.rank_by - margin)[ranked] <= worst]
             enough = len(chosen) == given["n_selected"] or total >= read.mass - slack
             assert enough, f"{where}: what is read holds {total:.4f}"
             least_held = total - held[last].max(initial=0.0)

@@ -49,7 +49,8 @@ def test_every_kind_of_thing_is_compared() -> None:
         (r"int32_t sinks, sparq::Rank", r"int64_t sinks, sparq::Rank", "functions: sparq_evict"),
         (r"sparq::SparqRead& read", r"sparq::SpansRead& read", "functions: sparq_sparq_decode"),
         (r"constexpr int LEAST_SPANS = 3", r"constexpr int LEAST_SPANS = 4", "constants: LEAST_SPANS"),
-        (r", float scale\)", r", float scale, int32_t more)", "functions: sparq_prefill"),
+        (r"(const int32_t\* key_start_loc,)", r"\1 int32_t more,", "functions: sparq_prefill"),
+        (r"(const float\* sinks;)([^}]*?)(float scale;)", r"\3\2\1", "structs: Logits"),
     ],
 )
 def test_a_change_in_cpp_alone_is_found(old: str, new: str, told: str) -> None:

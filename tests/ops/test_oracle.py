@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from typing import Any
 
 import numpy as np
 import pytest
@@ -48,9 +49,15 @@ class Trace:
         return weight * self.exact + (1 - weight) * self.mean
 
 
-def probabilities(logits: Array) -> Array:
-    shifted = np.exp(logits - logits.max(-1, keepdims=True))
-    return shifted / shifted.sum(-1, keepdims=True)
+def probabilities(logits: Array, sinks: Array | None = None) -> Array:
+    """Of the tokens [H', S]; sinks [H'] are one more logit a head."""
+    own = logits if sinks is None else np.concatenate([logits, sinks[:, None]], 1)
+    shifted = np.exp(own - own.max(-1, keepdims=True))
+    return (shifted / shifted.sum(-1, keepdims=True))[..., : logits.shape[-1]]
+
+
+def capped(logits: Array, soft_cap: float | None) -> Array:
+    return logits if soft_cap is None else soft_cap * np.tanh(logits / soft_cap)
 
 
 def largest(x: Array, n: int) -> Array:
@@ -72,11 +79,20 @@ def approximate(query: Array, rank_keys: Array, r: int, scale: float) -> tuple[A
 
 
 def finish(
-    query: Array, keys: Array, values: Array, scores: Array, chosen: Array, scale: float, floor: float
+    query: Array,
+    keys: Array,
+    values: Array,
+    scores: Array,
+    chosen: Array,
+    scale: float,
+    floor: float,
+    sinks: Array | None = None,
+    soft_cap: float | None = None,
 ) -> tuple[Array, Array, Array]:
-    """Exact part, alpha and mean for the ``chosen`` tokens."""
-    exact = probabilities(scale * query @ keys[chosen].T) @ values[chosen]
-    alpha = np.maximum(probabilities(scores)[:, chosen].sum(1), floor)
+    """Exact part, alpha and mean for the ``chosen`` tokens: what is left out pays for the mean."""
+    exact = probabilities(capped(scale * query @ keys[chosen].T, soft_cap), sinks) @ values[chosen]
+    left = np.setdiff1d(np.arange(len(keys)), chosen)
+    alpha = np.maximum(1 - probabilities(capped(scores, soft_cap), sinks)[:, left].sum(1), floor)
     return exact, alpha, values.mean(0)
 
 
@@ -95,23 +111,28 @@ def repository(
     mass: float = 1.0,
     n_least: int = 0,
     chosen: Array | None = None,
+    sinks: Array | None = None,
+    soft_cap: float | None = None,
 ) -> Trace:
     """Query [H', D] of one group, keys and values [S, D]; ``chosen`` overrides step 3.
 
-    Below a ``mass`` of 1 the tokens are taken one by one until they hold so much and are ``n_least``.
+    Below a ``mass`` of 1 the tokens are taken one by one until they hold so much and are ``n_least``; what ``sinks``
+    hold counts as held. A ``soft_cap`` is on what becomes a probability.
     """
     channels, scores = approximate(query, rank_keys, r, scale)
-    rank_by = (scores if reduce == "logits" else probabilities(scores)).sum(0)
+    rank_by = (scores if reduce == "logits" else probabilities(capped(scores, soft_cap), sinks)).sum(0)
     if chosen is None:
         forced = rank_by.copy()
         forced[len(forced) - n_local :] = np.inf
         taken: list[int] = []
         for token in largest(forced, n_selected):
-            if mass < 1 and len(taken) >= n_least and probabilities(scores)[:, taken].sum() >= mass * len(query):
+            shares = probabilities(capped(scores, soft_cap), sinks)
+            held = 1 - shares.mean(0).sum() + shares.mean(0)[taken].sum()
+            if mass < 1 and len(taken) >= n_least and held >= mass:
                 break
             taken.append(token)
         chosen = np.sort(taken)
-    exact, alpha, mean = finish(query, keys, values, scores, chosen, scale, floor)
+    exact, alpha, mean = finish(query, keys, values, scores, chosen, scale, floor, sinks, soft_cap)
     return Trace(channels, scores, rank_by, chosen, exact, alpha, mean)
 
 
@@ -152,6 +173,11 @@ def numbers(read: SparqRead, context_len: int, head_size: int) -> dict[str, obje
     }
 
 
+def sinks_of(case: Case, heads: slice) -> Array | None:
+    sinks = case.sink_logits()
+    return None if sinks is None else sinks[heads].double().numpy()
+
+
 def expected(case: Case, tokens: Tokens, read: SparqRead) -> Array:
     """[B, H, D] by the oracle from the tokens themselves (ranking ``model``)."""
     group = case.heads // case.kv_heads
@@ -164,9 +190,15 @@ def expected(case: Case, tokens: Tokens, read: SparqRead) -> Array:
             heads = slice(g * group, (g + 1) * group)
             key, value = (x[b][:, g].double().numpy() for x in (tokens.key, tokens.value))
             if s < read.dense_below:
-                out[b, heads] = probabilities(case.scale * query[heads] @ key.T) @ value
+                logits = capped(case.scale * query[heads] @ key.T, case.soft_cap)
+                out[b, heads] = probabilities(logits, sinks_of(case, heads)) @ value
             else:
-                out[b, heads] = repository(query[heads], key, key, value, **numbers(read, s, case.head_size)).out
+                out[b, heads] = repository(
+                    *(query[heads], key, key, value),
+                    **numbers(read, s, case.head_size),
+                    sinks=sinks_of(case, heads),
+                    soft_cap=case.soft_cap,
+                ).out
     return out
 
 
@@ -204,6 +236,17 @@ def test_random(
 def test_as_few_as_hold_the_mass(mass: float, least_k: int, floor: float, reduce: str) -> None:
     case = Case(heads=4, kv_heads=2, lens=(1, 0, 47, 48, 100, 161))
     read = SparqRead(r=16, min_k=40, local=3, alpha_floor=floor, group_reduce=reduce, mass=mass, least_k=least_k)  # type: ignore[arg-type]
+    check(case, case.tokens(), read)
+
+
+@pytest.mark.parametrize("reduce", ["logits", "probs"])
+@pytest.mark.parametrize("floor", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("mass", [None, 0.05, 0.6, 0.9])
+@pytest.mark.parametrize("changes", [{"sinks": True}, {"soft_cap": 2.0}, {"sinks": True, "soft_cap": 5.0}], ids=str)
+def test_sinks_and_soft_caps(changes: dict[str, Any], mass: float | None, floor: float, reduce: str) -> None:
+    """Some sinks far above all tokens, some far below; caps that many logits would exceed."""
+    case = replace(Case(heads=10, kv_heads=2, lens=(1, 0, 16, 47, 48, 100, 161)), **changes)
+    read = SparqRead(r=16, min_k=20, local=3, alpha_floor=floor, group_reduce=reduce, mass=mass, dense_below=20)  # type: ignore[arg-type]
     check(case, case.tokens(), read)
 
 

@@ -19,6 +19,8 @@ constexpr char LETTER<const Tensor&> = 'T';
 template <>
 constexpr char LETTER<const Requests&> = 'R';
 template <>
+constexpr char LETTER<const Logits&> = 'L';
+template <>
 constexpr char LETTER<const SparqRead&> = 'S';
 template <>
 constexpr char LETTER<const SpansRead&> = 'N';
@@ -28,8 +30,6 @@ template <>
 constexpr char LETTER<int32_t> = 'i';
 template <>
 constexpr char LETTER<Rank> = 'i';
-template <>
-constexpr char LETTER<float> = 'f';
 
 struct Digest {
   uint64_t value = 0xcbf29ce484222325;  // FNV-1a, a number at a time
@@ -75,6 +75,10 @@ constexpr uint64_t digest() {
   {
     using Type = Requests;
     digest.add_all({sizeof(Type), AT(block_table), AT(table_stride), AT(lens), AT(n)});
+  }
+  {
+    using Type = Logits;
+    digest.add_all({sizeof(Type), AT(sinks), AT(scale), AT(soft_cap)});
   }
   {
     using Type = SparqRead;

@@ -15,18 +15,21 @@ SPARQ_API void sparq_write(const sparq::Pages& pages, const sparq::Tensor& key, 
                            const int32_t* first_positions);
 
 SPARQ_API void sparq_dense_decode(const sparq::Pages& pages, const sparq::Tensor& query, const sparq::Tensor& out,
-                                  const sparq::Requests& requests, float scale);
+                                  const sparq::Requests& requests, const sparq::Logits& logits);
 
 SPARQ_API void sparq_sparq_decode(const sparq::Pages& pages, const sparq::Tensor& query, const sparq::Tensor& out,
-                                  const sparq::Requests& requests, float scale, const sparq::SparqRead& read);
+                                  const sparq::Requests& requests, const sparq::Logits& logits,
+                                  const sparq::SparqRead& read);
 
 SPARQ_API void sparq_quest_decode(const sparq::Pages& pages, const sparq::Tensor& query, const sparq::Tensor& out,
-                                  const sparq::Requests& requests, float scale, const sparq::SpansRead& read);
+                                  const sparq::Requests& requests, const sparq::Logits& logits,
+                                  const sparq::SpansRead& read);
 
 // requests.lens: the tokens that pages hold; query_start_loc, key_start_loc: [B + 1].
 SPARQ_API void sparq_prefill(const sparq::Pages& pages, const sparq::Tensor& query, const sparq::Tensor& key,
                              const sparq::Tensor& value, const sparq::Tensor& out, const sparq::Requests& requests,
-                             const int32_t* query_start_loc, const int32_t* key_start_loc, float scale);
+                             const int32_t* query_start_loc, const int32_t* key_start_loc,
+                             const sparq::Logits& logits);
 
 // requests.lens: slots taken.
 SPARQ_API void sparq_evict(const sparq::Pages& pages, const sparq::Requests& requests, const int32_t* kept_lens,

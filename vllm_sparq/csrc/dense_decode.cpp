@@ -32,6 +32,6 @@ void dense_decode(const Decode& call) {
 }  // namespace sparq
 
 SPARQ_API void sparq_dense_decode(const sparq::Pages& pages, const sparq::Tensor& query, const sparq::Tensor& out,
-                                  const sparq::Requests& requests, float scale) {
-  sparq::dense_decode(sparq::decode_call(pages, requests, query, out, scale));
+                                  const sparq::Requests& requests, const sparq::Logits& logits) {
+  sparq::dense_decode(sparq::decode_call(pages, requests, query, out, logits));
 }

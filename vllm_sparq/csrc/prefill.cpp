@@ -30,10 +30,11 @@ struct Call {
   const int32_t* query_start_loc;  // [B + 1]
   const int32_t* key_start_loc;    // [B + 1]
   int n_heads;
-  float scale;
+  Logits logits;
   float* lses;  // null, or of every row the logarithm (base 2) of the sum over its tokens, where pages add it up
 
   int head_size() const { return pages->head_size; }
+  ScaleAndCap scale_and_cap() const { return {logits.scale * LOG2_E, logits.soft_cap * LOG2_E}; }
   int group() const { return n_heads / pages->n_kv_heads; }
   int n_new(int request) const { return query_start_loc[request + 1] - query_start_loc[request]; }
   // Tokens that a request brings without a query, before those that have one.
@@ -209,7 +210,9 @@ int open_panels(const Call<T>& call, const Task& task, const Buffers<T>& buffers
 template <class T>
 void close_panels(const Call<T>& call, const Task& task, const Buffers<T>& buffers, Partial partial) {
   const RowRange range = row_range(call, task);
-  const int d = call.head_size();
+  const int d = call.head_size(), group = call.group();
+  for (int r = 0; call.logits.sinks != nullptr && r < task.n_rows; ++r)
+    partial.sums[r] += call.logits.sink_weight(task.kv_head * group + (task.first_row + r) % group, partial.tops[r]);
   each_panel(task.n_vecs(), [&](int, int first_vec, int nv) {
     const int first = first_vec * W;
     const Panel panel{nv, nullptr, nullptr, partial.output + (ptrdiff_t)first * d, partial.tops + first,
@@ -247,7 +250,7 @@ void run_task(const Call<T>& call, const Task& task, float* parts) {
   const Sequence sequence{call.pages, call.requests.blocks(task.request), task.kv_head};
   const int context = call.requests.lens[task.request], context_tiles = (context + TILE - 1) / TILE;
   const int seen = limits[rows - 1] - context;  // of the tokens that are not in pages
-  const float scale = call.scale * LOG2_E;
+  const ScaleAndCap logits = call.scale_and_cap();
   TileLoader<T>& loader = buffers.loader;
   for (int t = task.first_tile; t < task.end_tile; ++t) {
     const Tile tile = load_tile(call, loader, sequence, task.request, t, seen);
@@ -256,7 +259,7 @@ void run_task(const Call<T>& call, const Task& task, float* parts) {
                             ? loader.ahead(sequence, next, std::min(TILE, context - next))
                             : Ahead{};
     for (int p = 0; p < n_panels; ++p) {
-      attend<typename Model<T>::M, Model<T>::degree>(panels[p], tile, d, &scale, p == 0 ? ahead : Ahead{},
+      attend<typename Model<T>::M, Model<T>::degree>(panels[p], tile, d, logits, p == 0 ? ahead : Ahead{},
                                                      buffers.scores);
     }
   }
@@ -313,7 +316,8 @@ void note_attention(const Call<T>& call, const AttentionTask& task) {
   const Tile tile = load_tile(call, loader, sequence, task.request, task.tile, call.n_begun(task.request) + n_new);
   std::fill_n(shares, TILE * W, 0.0f);
   const int n_before = call.n_before(task.request), n_rows = n_new * group;
-  const float *const all_lses = call.lses_of(task.request, task.kv_head), scale = call.scale * LOG2_E;
+  const float *const all_lses = call.lses_of(task.request, task.kv_head);
+  const ScaleAndCap logits = call.scale_and_cap();
   for (int first = std::max(0, tile.first - n_before) * group; first < n_rows; first += ROWS) {
     const int n = std::min(ROWS, n_rows - first), nv = (n + W - 1) / W;
     int32_t limits[ROWS];
@@ -325,7 +329,7 @@ void note_attention(const Call<T>& call, const AttentionTask& task) {
     const RowRange range{call.query_start_loc[task.request], task.kv_head * group, group, first, n};
     pack_query<T>(range, call.query, d, 0, nv * W, staging, query);
     const Panel panel{nv, query, limits, nullptr, nullptr, nullptr};
-    add_shares<typename Model<T>::M, Model<T>::degree>(panel, tile, d, &scale, lses, shares);
+    add_shares<typename Model<T>::M, Model<T>::degree>(panel, tile, d, logits, lses, shares);
   }
   for (int i = 0; i < tile.n; ++i) {
     const int block = (tile.first + i) / pages.block_size, slot = (tile.first + i) % pages.block_size;
@@ -367,11 +371,12 @@ void run(Call<T> call) {
 
 SPARQ_API void sparq_prefill(const sparq::Pages& pages, const sparq::Tensor& query, const sparq::Tensor& key,
                              const sparq::Tensor& value, const sparq::Tensor& out, const sparq::Requests& requests,
-                             const int32_t* query_start_loc, const int32_t* key_start_loc, float scale) {
+                             const int32_t* query_start_loc, const int32_t* key_start_loc,
+                             const sparq::Logits& logits) {
   using namespace sparq;
   with_dtype(pages.dtype, [&](auto element) {
     using T = decltype(element);
     prefill::run<T>({Heads<const T>(query), Heads<const T>(key), Heads<const T>(value), Heads<T>(out), &pages, requests,
-                     query_start_loc, key_start_loc, query.n_heads, scale, nullptr});
+                     query_start_loc, key_start_loc, query.n_heads, logits, nullptr});
   });
 }

@@ -241,7 +241,8 @@ void Part::place(const QuestDecode& op, const std::vector<Task>& tasks, Scratch&
 }  // namespace sparq
 
 SPARQ_API void sparq_quest_decode(const sparq::Pages& pages, const sparq::Tensor& query, const sparq::Tensor& out,
-                                  const sparq::Requests& requests, float scale, const sparq::SpansRead& read) {
-  const sparq::Decode call = sparq::decode_call(pages, requests, query, out, scale);
+                                  const sparq::Requests& requests, const sparq::Logits& logits,
+                                  const sparq::SpansRead& read) {
+  const sparq::Decode call = sparq::decode_call(pages, requests, query, out, logits);
   sparq::run_tasks<sparq::Part>(sparq::QuestDecode{call, read, sparq::SpanKernels::of(pages)});
 }

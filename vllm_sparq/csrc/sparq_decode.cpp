@@ -1,5 +1,6 @@
 // vllm_sparq/ops/sparq_decode: rank all tokens with a few channels of the ranking copy, attend to the best.
 #include <algorithm>
+#include <cmath>
 
 #include "api.h"
 #include "base/simd.h"
@@ -29,6 +30,7 @@ void mean_value(const Sparq& op, const Sequence& sequence, int len, const Ranked
     with_dtype(pages.dtype, [&](auto type) { add_values<decltype(type)>(rows, n, d, mean); });
   });
   const Candidates& chosen = ranked.candidates;
+  const float* const sinks = op.call.sinks(sequence.head);
   for (int h = 0; h < op.call.group_size(); ++h) {
     const float* scores = chosen.head_scores + (size_t)h * (chosen.capacity + 16);
     Vec sum = zero();
@@ -36,7 +38,9 @@ void mean_value(const Sparq& op, const Sequence& sequence, int len, const Ranked
       const Vec x = exp_below(load(scores + i), ranked.sums.peak[h]);
       sum = add(sum, select((1u << std::min(W, chosen.n - i)) - 1, x, zero()));
     }
-    alphas[h] = std::min(std::max(reduce_add(sum) / ranked.sums.total_of(h), op.read.alpha_floor), 1.0f);
+    float read = reduce_add(sum);
+    if (sinks != nullptr) read += std::exp(sinks[h] - ranked.sums.peak[h]);
+    alphas[h] = std::min(std::max(read / ranked.sums.total_of(h), op.read.alpha_floor), 1.0f);
     const Vec factor = set1((1.0f - alphas[h]) / (float)len);
     for (int c = 0; c < d; c += W) store(rests + (size_t)h * d + c, mul(load(mean + c), factor));
   }
@@ -44,7 +48,7 @@ void mean_value(const Sparq& op, const Sequence& sequence, int len, const Ranked
 
 // Steps 4 and 5 for one KV head of one request.
 void finish_request(const Sparq& op, const Task& task, int len, Ranked& ranked) {
-  if (op.read.cuts()) keep_mass(op, len, ranked);
+  if (op.read.cuts()) keep_mass(op, task.head, len, ranked);
   thread_local Scratch scratch;
   const Decode& call = op.call;
   const size_t d = call.pages.head_size, n_heads = call.group_size();
@@ -81,6 +85,7 @@ void Part::run_whole(const Sparq& op, const Task& task, int len) {
   Ranked ranked = op.new_ranked(len, arena);
   const AllScores scores = AllScores::in(op, len, arena);
   rank_part(op, task, len, ranked, scores);
+  op.add_sinks(task.head, ranked);
   if (op.keeps_scores()) use_probs(op, op.call.sequence(task.request, task.head), ranked, scores);
   finish_request(op, task, len, ranked);
 }
@@ -96,6 +101,7 @@ void Part::merge(const Sparq& op, const Task& first, int len, const Part* parts)
     ranked.candidates.push(parts[i].ranked.candidates);
     if (i > 0) ranked.sums.merge(parts[i].ranked.sums);
   }
+  op.add_sinks(first.head, ranked);
   if (op.keeps_scores()) use_probs(op, op.call.sequence(first.request, first.head), ranked, parts[0].scores);
   ranked.candidates.keep_best();
   finish_request(op, first, len, ranked);
@@ -121,6 +127,7 @@ void Part::place(const Sparq& op, const std::vector<Task>& tasks, Scratch& scrat
 }  // namespace sparq
 
 SPARQ_API void sparq_sparq_decode(const sparq::Pages& pages, const sparq::Tensor& query, const sparq::Tensor& out,
-                                  const sparq::Requests& requests, float scale, const sparq::SparqRead& read) {
-  sparq::run_tasks<sparq::Part>(sparq::Sparq{sparq::decode_call(pages, requests, query, out, scale), read});
+                                  const sparq::Requests& requests, const sparq::Logits& logits,
+                                  const sparq::SparqRead& read) {
+  sparq::run_tasks<sparq::Part>(sparq::Sparq{sparq::decode_call(pages, requests, query, out, logits), read});
 }

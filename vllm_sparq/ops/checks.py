@@ -59,3 +59,14 @@ def check_table(block_table: torch.Tensor, n_requests: int, **per_request: torch
             f"{name} must be a dense int32 vector, got {tensor.dtype} {tuple(tensor.shape)}",
         )
         require(tensor.shape[0] >= n_requests, f"{name} has {tensor.shape[0]} entries for {n_requests} requests")
+
+
+def check_softmax(query: torch.Tensor, sinks: torch.Tensor | None, soft_cap: float | None) -> None:
+    """``sinks`` is None or fp32 [H] for a query [rows, H, D], ``soft_cap`` None or positive."""
+    require(soft_cap is None or soft_cap > 0, f"soft_cap must be positive or None, got {soft_cap}")
+    require(
+        sinks is None
+        or (sinks.dtype == torch.float32 and tuple(sinks.shape) == query.shape[1:2] and sinks.is_contiguous()),
+        f"sinks must be a dense float32 vector of {query.shape[1]} entries, one per query head, got "
+        f"{None if sinks is None else (sinks.dtype, tuple(sinks.shape))}",
+    )

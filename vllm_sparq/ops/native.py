@@ -183,6 +183,12 @@ class RequestsStruct(ctypes.Structure):
     ]
 
 
+class LogitsStruct(ctypes.Structure):
+    """``sparq::Logits`` of csrc/base/paged.h."""
+
+    _fields_: ClassVar = [("sinks", ctypes.c_void_p), ("scale", ctypes.c_float), ("soft_cap", ctypes.c_float)]
+
+
 class SpansReadStruct(ctypes.Structure):
     """``sparq::SpansRead`` of csrc/base/reads.h."""
 
@@ -200,7 +206,7 @@ class SparqReadStruct(ctypes.Structure):
     ]
 
 
-STRUCTS = (CodesStruct, PagesStruct, TensorStruct, RequestsStruct, SparqReadStruct, SpansReadStruct)
+STRUCTS = (CodesStruct, PagesStruct, TensorStruct, RequestsStruct, LogitsStruct, SparqReadStruct, SpansReadStruct)
 ENUMS = (DType, RankingType, Rank)
 CONSTANTS = {"SPAN_TOKENS": SPAN_TOKENS, "LEAST_SPANS": LEAST_SPANS}
 
@@ -208,6 +214,7 @@ C_TYPES: dict[str, Any] = dict(
     P=ctypes.POINTER(PagesStruct),
     T=ctypes.POINTER(TensorStruct),
     R=ctypes.POINTER(RequestsStruct),
+    L=ctypes.POINTER(LogitsStruct),
     S=ctypes.POINTER(SparqReadStruct),
     N=ctypes.POINTER(SpansReadStruct),
     p=ctypes.c_void_p,
@@ -219,10 +226,10 @@ C_TYPES: dict[str, Any] = dict(
 
 FUNCTIONS: dict[str, str] = {
     "sparq_write": "PTTRpp",  # pages, key, value, requests, query_start_loc, first_positions
-    "sparq_dense_decode": "PTTRf",  # pages, query, out, requests, scale
-    "sparq_sparq_decode": "PTTRfS",  # the same, read
-    "sparq_quest_decode": "PTTRfN",
-    "sparq_prefill": "PTTTTRppf",  # pages, query, key, value, out, requests, query_start_loc, key_start_loc, scale
+    "sparq_dense_decode": "PTTRL",  # pages, query, out, requests, logits
+    "sparq_sparq_decode": "PTTRLS",  # the same, read
+    "sparq_quest_decode": "PTTRLN",
+    "sparq_prefill": "PTTTTRppL",  # pages, query, key, value, out, requests, query_start_loc, key_start_loc, logits
     "sparq_evict": "PRppii",  # pages, requests, kept_lens, recent_from, sinks, rank
 }
 """C function -> the letters of its arguments."""
@@ -369,6 +376,11 @@ def advise_huge_pages(memory: torch.Tensor) -> bool:
 def tensor(x: torch.Tensor) -> TensorStruct:
     """[rows, heads, D], dense in its last dimension."""
     return TensorStruct(x.data_ptr(), x.stride(0), x.stride(1), x.shape[1])
+
+
+def logits(scale: float, sinks: torch.Tensor | None, soft_cap: float | None) -> LogitsStruct:
+    """What the softmax of a call is over besides the tokens; ``sinks`` [H], fp32 and dense."""
+    return LogitsStruct(None if sinks is None else sinks.data_ptr(), scale, soft_cap or 0.0)
 
 
 def requests(block_table: torch.Tensor, lens: torch.Tensor, n: int) -> RequestsStruct:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,6 +10,11 @@ import torch
 
 from tests.cuda.pretend.libraries import FLASH_CALLS
 from tests.engine.support import EXACT, Prompts
+from tests.ops import tolerances
+from tests.ops.cases import Case, build
+from vllm_sparq.attention_backends import flash
+from vllm_sparq.attention_backends.steps.rows import PrefillRows
+from vllm_sparq.ops.prefill.reference import prefill
 
 HALF: dict[str, Any] = dict(dtype="bfloat16", max_model_len=1024, block_size=128, kv_cache_memory_bytes=64 << 20)
 
@@ -72,3 +78,35 @@ def test_what_it_cannot_do_runs_on_our_own_kernel(
     with engine(backend, options, **{**HALF, **more}) as llm:
         Prompts.answers(llm, [prompts.of_length(200)], 2)
     assert not FLASH_CALLS
+
+
+CASE = Case(heads=5, kv_heads=1, lens=(40, 70), new=(9, 70), dtype=torch.bfloat16, ranking=None, value_sum=False)
+
+
+@pytest.mark.parametrize("changes", [{"sinks": True}, {"soft_cap": 2.0}])
+def test_what_the_softmax_is_of_is_handed_over(changes: dict[str, Any]) -> None:
+    case = replace(CASE, **changes)
+    world = build(case)
+    context, lens = world.context_lens[:2], world.seq_lens[:2]
+    rows = PrefillRows(world.block_table[:2], world.query_start_loc, context, lens, 70, 70)
+    sinks, out = case.sink_logits(), world.empty_out(79)
+    given = sinks if sinks is None else sinks.bfloat16()
+    flash.flash_prefill(
+        world.query[:79], world.pages, rows, scale=case.scale, out=out, sinks=given, soft_cap=case.soft_cap
+    )
+    torch.testing.assert_close(out, build(case, written="context").prefill(prefill), **tolerances.OUT[case.dtype])
+
+
+def test_sinks_are_for_versions_that_take_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer: dict[str, Any] = dict(
+        dtype=torch.bfloat16, head_size=64, format="model", tracked=False, forced=None, soft_cap=None
+    )
+    sinks = torch.zeros(4, dtype=torch.bfloat16)
+    assert flash.flash_choice(**layer, sinks=sinks) is not None
+    assert flash.flash_choice(**layer, sinks=sinks.float()) is None
+    with monkeypatch.context() as other:
+        other.setattr(flash, "_has_sinks_argument", lambda: False)
+        assert flash.flash_choice(**layer, sinks=sinks) is None
+    monkeypatch.setattr(flash, "_version", lambda *layer: 2)
+    assert flash.flash_choice(**layer, sinks=sinks) is None
+    assert flash.flash_choice(**layer, sinks=None) is not None

@@ -88,9 +88,14 @@ def flash_attn_varlen_func(
     causal: bool,
     block_table: torch.Tensor,
     fa_version: int,
+    softcap: float = 0.0,
+    s_aux: torch.Tensor | None = None,
 ) -> None:
     """Stands for FlashAttention over a paged cache, with its signature, and refuses what it would refuse."""
     n, group = k.shape[1], q.shape[1] // k.shape[2]
+    assert s_aux is None or (fa_version == 3 and s_aux.dtype == torch.bfloat16 and s_aux.shape == q.shape[1:2])
+    no_sinks = torch.full((q.shape[1],), float("-inf"))
+    sinks = (no_sinks if s_aux is None else s_aux.float())[:, None, None]
     assert causal
     assert fa_version in (2, 3)
     assert q.dtype == k.dtype == v.dtype in (torch.bfloat16, torch.float16)
@@ -110,7 +115,10 @@ def flash_attn_varlen_func(
         keys, values = (x[blocks].flatten(0, 1)[:length].float() for x in (k, v))  # [S, G, D]
         keys, values = (x.repeat_interleave(group, 1) for x in (keys, values))
         logits = torch.einsum("thd,shd->hts", q[rows].float(), keys) * softmax_scale
+        logits = softcap * torch.tanh(logits / softcap) if softcap else logits
         last = torch.arange(length - n_rows, length)[:, None]
         logits = logits.masked_fill(torch.arange(length) > last, float("-inf"))
-        out[rows] = torch.einsum("hts,shd->thd", logits.softmax(-1), values).to(out.dtype)
+        logits = torch.cat([sinks.expand(-1, n_rows, 1), logits], -1)
+        out[rows] = torch.einsum("hts,shd->thd", logits.softmax(-1)[..., 1:], values).to(out.dtype)
     FLASH_CALLS.append({"starts": starts, "lens": lens, "k_stride": k.stride(), "table": tuple(block_table.shape)})
+    FLASH_CALLS[-1]["sinks"] = s_aux is not None

@@ -24,8 +24,10 @@ void absorb_heads(const Group& group, const State& state, int h0, const uint8_t*
   dot_tile<M, T, HH, D>(query, d, rows, n_padded, ahead, logits, stride);
   for (int h = 0; h < HH; ++h) {
     float rescale;
-    const float sum = softmax_tile(logits + (size_t)h * stride, n, n_padded, group.scale * LOG2_E, &state.peak[h0 + h],
-                                   &rescale, weights + h * TILE);
+    float* const row = logits + (size_t)h * stride;
+    const float scale = cap_logits(group, row, n);
+    const float sum =
+        softmax_tile(row, n, n_padded, scale * LOG2_E, &state.peak[h0 + h], &rescale, weights + h * TILE);
     state.total[h0 + h] = state.total[h0 + h] * rescale + sum;
     if (rescale != 1.0f) scale_row(state.acc + (size_t)(h0 + h) * d, d, rescale);
   }
@@ -84,6 +86,13 @@ void dot(const float* query, int n_heads, int head_size, const uint8_t* const* r
 }
 
 }  // namespace
+
+float cap_logits(const Group& group, float* logits, int n) {
+  if (group.soft_cap == 0.0f) return group.scale;
+  for (int i = 0; i < n; i += W)
+    store(logits + i, soft_capped(mul(load(logits + i), set1(group.scale)), group.soft_cap));
+  return 1.0f;
+}
 
 void reset(const State& state, int n_heads, int head_size) {
   std::fill_n(state.acc, (size_t)n_heads * head_size, 0.0f);

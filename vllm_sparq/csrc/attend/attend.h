@@ -22,9 +22,12 @@ struct Group {
   const void* query;  // [n_heads, D]
   int n_heads;
   int head_size;
-  float scale;
+  float scale, soft_cap;
   CodesQuery codes;  // quantized formats only
 };
+
+// Caps n logits, readable to n rounded up to 16, where the model does; returns what they are still to be multiplied with.
+float cap_logits(const Group& group, float* logits, int n);
 
 // What attention has seen so far: out[h] = acc[h] / total[h], base 2 logits relative to peak[h].
 struct State {

@@ -5,6 +5,7 @@
 // head size, P pages, N tokens per page, M blocks of the longest request.
 #pragma once
 
+#include <cmath>
 #include <cstddef>
 #include <cstdint>
 
@@ -83,6 +84,18 @@ struct Heads {
         head_stride(tensor.head_stride * element_bytes) {}
 
   T* at(int64_t row, int head) const { return data + row * row_stride + head * head_stride; }
+};
+
+// What a softmax is over besides the tokens, and how long its logits are.
+struct Logits {
+  const float* sinks;  // [H] or null: one more logit of each query head, whose value is zero
+  float scale;         // of query . K
+  float soft_cap;      // 0: none; else logits are soft_cap tanh(logit / soft_cap), those of tokens
+
+  // 2^(sink - peak) of a head, to the base 2: what the sink adds to a sum over the tokens; infinite far above them.
+  float sink_weight(int head, float peak) const {
+    return sinks != nullptr ? std::exp2(sinks[head] * (float)M_LOG2E - peak) : 0.0f;
+  }
 };
 
 // Where the tokens of each request are: one row of page ids per request, and its length in tokens.

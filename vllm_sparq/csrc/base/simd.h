@@ -157,6 +157,19 @@ SPARQ_INLINE Vec exp2_negative(Vec x) {
 // e^(x - peak) for x <= peak. Ratios of results are good to a few ulp: the rounding of peak is common to all.
 SPARQ_INLINE Vec exp_below(Vec x, float peak) { return exp2_negative(fma(x, set1(LOG2_E), set1(-peak * LOG2_E))); }
 
+// cap tanh(x / cap), within 3e-7 of the cap; minus infinity (a token that is not there) and NaN stay what they are.
+SPARQ_INLINE Vec soft_capped(Vec x, float cap) {
+  const Vec y = mul(x, set1(1.0f / cap)), size = max(y, sub(zero(), y));
+  const Vec e = exp2_negative(mul(min(size, set1(40.0f)), set1(-2.0f * LOG2_E)));
+  const Vec large = div(sub(set1(1.0f), e), add(set1(1.0f), e));  // of |y|
+  const Vec square = mul(y, y);
+  Vec p = fma(square, set1(-17.0f / 315.0f), set1(2.0f / 15.0f));  // the first terms of tanh(y) / y
+  p = fma(fma(p, square, set1(-1.0f / 3.0f)), square, set1(1.0f));
+  const Vec least = set1(0.125f);
+  const Vec t = select(greater(size, least), select(greater(y, zero()), large, sub(zero(), large)), mul(y, p));
+  return select(greater(x, set1(-INFINITY)), mul(t, set1(cap)), x);
+}
+
 // One element, for the odd places outside a loop.
 inline float to_float(float x) { return x; }
 inline float to_float(fp16 x) { return _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(x.bits))); }

@@ -39,18 +39,17 @@ struct Heads4 {
     const int d = pages.head_size, n_padded = (int)round_up((size_t)n_tokens, 16);
     for (int h = 0; h < n; ++h) {
       float rescale, *row = logits + (size_t)h * stride;
-      if (state.logits != nullptr) keep(row, n_tokens, state.logits + (h0 + h) * state.stride);
-      const float sum =
-          softmax_tile(row, n_tokens, n_padded, group.scale * LOG2_E, &state.peak[h0 + h], &rescale, row);
+      const float scale = cap_logits(group, row, n_tokens) * LOG2_E;
+      if (state.logits != nullptr) keep(row, n_tokens, scale, state.logits + (h0 + h) * state.stride);
+      const float sum = softmax_tile(row, n_tokens, n_padded, scale, &state.peak[h0 + h], &rescale, row);
       state.total[h0 + h] = state.total[h0 + h] * rescale + sum;
       if (rescale != 1.0f) scale_row(state.acc + (size_t)(h0 + h) * d, d, rescale);
     }
     kernels.mix_values(kernels.value, values, logits, stride, n, state.acc + (size_t)h0 * d, d, ahead);
   }
 
-  void keep(const float* row, int n_tokens, float* to) const {
-    const Vec scale = set1(group.scale * LOG2_E);
-    for (int i = 0; i < n_tokens; i += W) store(to + i, mul(load(row + i), scale));
+  void keep(const float* row, int n_tokens, float scale, float* to) const {
+    for (int i = 0; i < n_tokens; i += W) store(to + i, mul(load(row + i), set1(scale)));
   }
 };
 

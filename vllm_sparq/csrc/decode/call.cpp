@@ -4,14 +4,15 @@
 
 namespace sparq {
 
-Decode decode_call(const Pages& pages, const Requests& requests, const Tensor& query, const Tensor& out, float scale) {
+Decode decode_call(const Pages& pages, const Requests& requests, const Tensor& query, const Tensor& out,
+                   const Logits& logits) {
   const auto bytes = (int64_t)pages.element_bytes();
   return {pages,
           requests,
           Heads<const uint8_t>(query, bytes),
           Heads<uint8_t>(out, bytes),
           query.n_heads,
-          scale,
+          logits,
           attend_kernels(pages.dtype, pages.head_size),
           pages.quantized() ? CodeKernels::of(pages) : CodeKernels{}};
 }
@@ -27,7 +28,7 @@ Group Decode::group(int request, int head, Arena& arena) const {
   auto* memory = arena.take<uint8_t>(group_size() * row_bytes);
   for (int h = 0; h < group_size(); ++h)
     kernels.load_query(query.at(request, head * group_size() + h), pages.head_size, memory + h * row_bytes);
-  Group group{memory, group_size(), pages.head_size, scale, {}};
+  Group group{memory, group_size(), pages.head_size, logits.scale, logits.soft_cap, {}};
   if (pages.quantized()) {
     group.codes = codes.new_query(group_size(), arena);
     for (int h = 0; h < group_size(); ++h)
@@ -40,9 +41,12 @@ Group Decode::group(int request, int head, Arena& arena) const {
 
 void Decode::finish(int request, int head, const State& state, const float* weights, const float* rests) const {
   const int d = pages.head_size;
-  for (int h = 0; h < group_size(); ++h)
-    kernels.finish(state.acc + (size_t)h * d, state.total[h], weights ? weights[h] : 1.0f,
-                   rests ? rests + (size_t)h * d : nullptr, d, out.at(request, head * group_size() + h));
+  for (int h = 0; h < group_size(); ++h) {
+    const int query_head = head * group_size() + h;
+    const float total = state.total[h] + logits.sink_weight(query_head, state.peak[h]);
+    kernels.finish(state.acc + (size_t)h * d, total, weights ? weights[h] : 1.0f,
+                   rests ? rests + (size_t)h * d : nullptr, d, out.at(request, query_head));
+  }
 }
 
 void Decode::zero_out(int request) const {

@@ -15,11 +15,13 @@ struct Decode {
   Heads<const uint8_t> query;  // strides in bytes
   Heads<uint8_t> out;
   int n_heads;  // H
-  float scale;
+  Logits logits;
   AttendKernels kernels;
   CodeKernels codes;  // quantized formats only
 
   int group_size() const { return n_heads / pages.n_kv_heads; }
+  // Of the query group of a KV head [H/G], or null.
+  const float* sinks(int head) const { return logits.sinks != nullptr ? logits.sinks + head * group_size() : nullptr; }
   size_t state_floats() const { return State::n_floats(group_size(), pages.head_size); }
   State new_state(float* memory) const;
   Sequence sequence(int request, int head) const {
@@ -33,6 +35,7 @@ struct Decode {
   void zero_out(int request) const;
 };
 
-Decode decode_call(const Pages& pages, const Requests& requests, const Tensor& query, const Tensor& out, float scale);
+Decode decode_call(const Pages& pages, const Requests& requests, const Tensor& query, const Tensor& out,
+                   const Logits& logits);
 
 }  // namespace sparq

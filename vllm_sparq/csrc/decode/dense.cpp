@@ -105,6 +105,7 @@ void add_attention(const Decode& call, const Task& task, float* first) {
     for (int part = 0; part < task.n_parts; ++part) peak = std::max(peak, noted(part).peaks[h]);
     for (int part = 0; part < task.n_parts; ++part)
       total += noted(part).totals[h] * std::exp2(noted(part).peaks[h] - peak);
+    total += call.logits.sink_weight(task.head * n_heads + h, peak);
     factors[h] = std::exp2(own.peaks[h] - peak) / (total * (float)n_heads);
   }
   add_attention(call.sequence(task.request, task.head), task.first, task.last - task.first, own.logits, own.stride,

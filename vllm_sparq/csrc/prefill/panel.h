@@ -168,8 +168,13 @@ void score(const Panel& panel, const Tile& tile, int n, int dim_cells, const flo
 
 // shares[token][lane] += the weight of the token in the rows of the lane: the second pass, when lses[rows] are known,
 // the logarithms (base 2) of the sums over all tokens, infinite for rows that do not count.
+// A step of attention's factor and cap of the logits, both with log2(e); a cap of 0 is none.
+struct ScaleAndCap {
+  float scale, cap;
+};
+
 template <class M, int NV, int DEGREE>
-void add_shares(const Panel& panel, const Tile& tile, int head_size, const float* scale, const float* lses,
+void add_shares(const Panel& panel, const Tile& tile, int head_size, const ScaleAndCap& logits, const float* lses,
                 float* shares) {
   constexpr int MR = block_rows(NV), ROWS = NV * W;
   const int seen = std::min(tile.n, panel.limits[ROWS - 1] - tile.first);
@@ -180,7 +185,7 @@ void add_shares(const Panel& panel, const Tile& tile, int head_size, const float
     Vec sums[MR][NV];
     multiply<M>(sums, group.keys + (j % GROUP) * group.token_bytes, group.token_bytes, 4, panel.query,
                 head_size / M::per_cell, Fetch<0>{});
-    const Vec factor = set1(*scale);
+    const Vec factor = set1(logits.scale);
     const bool masked = limits[0] < j + MR;
 #pragma GCC unroll 16
     for (int i = 0; i < MR; ++i) {
@@ -188,6 +193,7 @@ void add_shares(const Panel& panel, const Tile& tile, int head_size, const float
 #pragma GCC unroll 4
       for (int v = 0; v < NV; ++v) {
         Vec s = mul(sums[i][v], factor);
+        if (logits.cap != 0.0f) s = soft_capped(s, logits.cap);
         if (masked) s = where_visible(j + i, limits + v * W, s);
         share = add(share, exp2_negative<DEGREE>(sub(s, load(lses + v * W))));
       }
@@ -197,11 +203,11 @@ void add_shares(const Panel& panel, const Tile& tile, int head_size, const float
 }
 
 template <class M, int DEGREE>
-void add_shares(const Panel& panel, const Tile& tile, int head_size, const float* scale, const float* lses,
+void add_shares(const Panel& panel, const Tile& tile, int head_size, const ScaleAndCap& logits, const float* lses,
                 float* shares) {
-  if (panel.nv == 3) return add_shares<M, 3, DEGREE>(panel, tile, head_size, scale, lses, shares);
-  if (panel.nv == 2) return add_shares<M, 2, DEGREE>(panel, tile, head_size, scale, lses, shares);
-  add_shares<M, 1, DEGREE>(panel, tile, head_size, scale, lses, shares);
+  if (panel.nv == 3) return add_shares<M, 3, DEGREE>(panel, tile, head_size, logits, lses, shares);
+  if (panel.nv == 2) return add_shares<M, 2, DEGREE>(panel, tile, head_size, logits, lses, shares);
+  add_shares<M, 1, DEGREE>(panel, tile, head_size, logits, lses, shares);
 }
 
 // Turns scores [n][rows] into weights, cells [n / per_cell][rows], in place; returns their sums in `sums`.
@@ -253,9 +259,20 @@ void accumulate(const Panel& panel, const Tile& tile, int n, int head_size, cons
   }
 }
 
+// Caps scores [n][rows], and the greatest of them in panel.tops, which then takes the greatest of before.
+template <int NV>
+void cap_scores(const Panel& panel, float cap, int n, const Vec (&old)[NV], float* scores) {
+  for (int i = 0; i < n * NV; ++i) store(scores + i * W, soft_capped(load(scores + i * W), cap));
+  for (int v = 0; v < NV; ++v) {
+    const Vec top = load(panel.tops + v * W), seen = max(old[v], soft_capped(top, cap));
+    store(panel.tops + v * W, select(greater(top, set1(NOTHING_SEEN)), seen, old[v]));
+  }
+}
+
 // One step of the online softmax: all tokens of the tile that some row of the panel sees.
 template <class M, int NV, int DEGREE>
-void attend(const Panel& panel, const Tile& tile, int head_size, const float* scale, Ahead ahead, float* scores) {
+void attend(const Panel& panel, const Tile& tile, int head_size, const ScaleAndCap& logits, Ahead ahead,
+            float* scores) {
   constexpr int ROWS = NV * W;
   const int seen = std::min(tile.n, panel.limits[ROWS - 1] - tile.first);
   if (seen <= 0) return;
@@ -265,14 +282,16 @@ void attend(const Panel& panel, const Tile& tile, int head_size, const float* sc
 
   Vec old[NV], tops[NV], sums[NV], decay[NV];
   for (int v = 0; v < NV; ++v) old[v] = load(panel.tops + v * W);
+  if (logits.cap != 0.0f) std::fill_n(panel.tops, ROWS, NOTHING_SEEN);  // those of this tile, before the cap
   const int dim_cells = head_size / M::per_cell;
   if (limits[0] < n) {
-    score<M, NV, true, false>(panel, tile, n, dim_cells, scale, limits, ahead, scores);
+    score<M, NV, true, false>(panel, tile, n, dim_cells, &logits.scale, limits, ahead, scores);
   } else if (ahead.n > 0) {
-    score<M, NV, false, true>(panel, tile, n, dim_cells, scale, limits, ahead, scores);
+    score<M, NV, false, true>(panel, tile, n, dim_cells, &logits.scale, limits, ahead, scores);
   } else {
-    score<M, NV, false, false>(panel, tile, n, dim_cells, scale, limits, ahead, scores);
+    score<M, NV, false, false>(panel, tile, n, dim_cells, &logits.scale, limits, ahead, scores);
   }
+  if (logits.cap != 0.0f) cap_scores<NV>(panel, logits.cap, n, old, scores);
   for (int v = 0; v < NV; ++v) tops[v] = load(panel.tops + v * W);
   weigh<M, NV, DEGREE>(scores, n, tops, sums);
   for (int v = 0; v < NV; ++v) {
@@ -283,10 +302,11 @@ void attend(const Panel& panel, const Tile& tile, int head_size, const float* sc
 }
 
 template <class M, int DEGREE>
-void attend(const Panel& panel, const Tile& tile, int head_size, const float* scale, Ahead ahead, float* scores) {
-  if (panel.nv == 3) return attend<M, 3, DEGREE>(panel, tile, head_size, scale, ahead, scores);
-  if (panel.nv == 2) return attend<M, 2, DEGREE>(panel, tile, head_size, scale, ahead, scores);
-  attend<M, 1, DEGREE>(panel, tile, head_size, scale, ahead, scores);
+void attend(const Panel& panel, const Tile& tile, int head_size, const ScaleAndCap& logits, Ahead ahead,
+            float* scores) {
+  if (panel.nv == 3) return attend<M, 3, DEGREE>(panel, tile, head_size, logits, ahead, scores);
+  if (panel.nv == 2) return attend<M, 2, DEGREE>(panel, tile, head_size, logits, ahead, scores);
+  attend<M, 1, DEGREE>(panel, tile, head_size, logits, ahead, scores);
 }
 
 }  // namespace sparq::prefill

@@ -65,6 +65,10 @@ struct Local {
   }
 };
 
+void cap_scores(float* scores, int count, const Logits& logits) {
+  for (int i = 0; i < count; i += W) store(scores + i, soft_capped(load(scores + i), logits.soft_cap));
+}
+
 }  // namespace
 
 void rank_part(const Sparq& op, const Task& task, int len, Ranked& ranked, const AllScores& all) {
@@ -80,12 +84,17 @@ void rank_part(const Sparq& op, const Task& task, int len, Ranked& ranked, const
     const int count = std::min(n, task.last - first);
     touch_blocks(sequence, first / n, task.first / n, task.last / n);
     score_block(op, ranking, sequence, first / n, len, scores);
+    const float* ranked_by = op.read.probs ? nullptr : local.favour(first, count, sum, copy);
+    if (op.call.logits.soft_cap != 0.0f) {  // of probabilities alone: ranks go by what it was not put on
+      if (ranked_by == sum) ranked_by = copy, std::copy_n(sum, count, copy);
+      for (int row = 0; row < op.n_head_rows(); ++row) cap_scores(scores + (size_t)row * stride, count, op.call.logits);
+    }
     if (op.per_head()) ranked.sums.add_scores(scores, stride, count);
     if (op.keeps_scores())
       for (int row = 0; row < op.n_head_rows(); ++row)
         std::copy_n(scores + (size_t)row * stride, count, all.data + row * all.stride + first);
     if (!op.read.probs)
-      ranked.candidates.push(local.favour(first, count, sum, copy), scores, stride, first, count);
+      ranked.candidates.push(ranked_by, scores, stride, first, count);
   }
   ranked.candidates.keep_best();
 }
@@ -115,7 +124,7 @@ void use_probs(const Sparq& op, const Sequence& sequence, Ranked& ranked, const 
   if (op.read.probs) ranked.candidates.keep_best();
 }
 
-void keep_mass(const Sparq& op, int len, Ranked& ranked) {
+void keep_mass(const Sparq& op, int head, int len, Ranked& ranked) {
   thread_local Scratch scratch;
   Candidates& best = ranked.candidates;
   const size_t room = round_up((size_t)best.n, 16);
@@ -127,7 +136,11 @@ void keep_mass(const Sparq& op, int len, Ranked& ranked) {
     for (int i = 0; i < best.n; i += W)
       store(shares + i, fma(exp_below(load(scores + i), ranked.sums.peak[h]), factor, load(shares + i)));
   }
-  best.wanted = std::max(best.n_holding(shares, op.read.mass), op.read.n_least(len));
+  float mass = op.read.mass;
+  const float* const sinks = op.call.sinks(head);
+  for (int h = 0; sinks != nullptr && h < op.call.group_size(); ++h)
+    mass -= ranked.sums.share_of(h, sinks[h]) / (float)op.call.group_size();
+  best.wanted = std::max(best.n_holding(shares, mass), op.read.n_least(len));
   best.keep_best();
 }
 

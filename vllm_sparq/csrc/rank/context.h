@@ -33,6 +33,10 @@ struct Sparq {
     const Candidates candidates = Candidates::in(arena, read.n_selected(len), capacity(len), n_kept_rows());
     return {candidates, SoftmaxSums::in(arena, n_head_rows())};
   }
+  // Once, when the sums are those of the whole context: a sink is one more token, always read, whose value is zero.
+  void add_sinks(int head, Ranked& ranked) const {
+    if (per_head() && call.logits.sinks != nullptr) ranked.sums.add_sinks(call.sinks(head));
+  }
 
  private:
   int capacity(int len) const { return Candidates::capacity_for(read.n_selected(len), call.pages.block_size); }
@@ -71,6 +75,6 @@ void rank_part(const Sparq& op, const Task& task, int len, Ranked& ranked, const
 void use_probs(const Sparq& op, const Sequence& sequence, Ranked& ranked, const AllScores& all);
 
 // Step 3 with `mass`: drops the candidates beyond as many as hold it.
-void keep_mass(const Sparq& op, int len, Ranked& ranked);
+void keep_mass(const Sparq& op, int head, int len, Ranked& ranked);
 
 }  // namespace sparq

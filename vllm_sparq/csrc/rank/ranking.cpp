@@ -218,7 +218,7 @@ Ranking make_ranking(const Decode& call, int request, int head, int r, ScoreRows
   for (int i = 0; i < r; ++i) ranking.row_offsets[i] = ranking.channels[i] * bytes;
   for (int h = 0; h < n_heads; ++h) {
     const float* from = q + (size_t)h * d;
-    const float factor = temperature(from, d, ranking.channels, r, call.scale);
+    const float factor = temperature(from, d, ranking.channels, r, call.logits.scale);
     const auto add_to_row = [&](int row) {
       for (int i = 0; i < r; ++i) {
         const float x = from[ranking.channels[i]] * factor;

@@ -203,6 +203,17 @@ void SoftmaxSums::merge(const SoftmaxSums& other) {
   }
 }
 
+void SoftmaxSums::add_sinks(const float* sinks) {
+  for (int row = 0; row < n_rows; ++row) {
+    const float now = std::max(peak[row], sinks[row]), rescale = std::exp(peak[row] - now);
+    for (int i = 0; i < LANES; ++i) total[row * LANES + i] *= rescale;
+    total[row * LANES] += std::exp(sinks[row] - now);
+    peak[row] = now;
+  }
+}
+
+float SoftmaxSums::share_of(int row, float score) const { return std::exp(score - peak[row]) / total_of(row); }
+
 float SoftmaxSums::total_of(int row) const {
   float sum = 0;
   for (int i = 0; i < LANES; ++i) sum += total[row * LANES + i];

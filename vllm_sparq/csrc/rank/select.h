@@ -36,7 +36,7 @@ struct Candidates {
   void push(const Candidates& other);
   // Drops all but the best; ties go to the oldest.
   void keep_best();
-  // How many of the best hold `mass`, at least one; all if all hold less. shares [n, readable to n rounded up to 16].
+  // How many of the best hold `mass`, none if that is not positive; all if all hold less. shares [n, readable to n rounded up to 16].
   int n_holding(const float* shares, float mass) const;
 };
 
@@ -51,6 +51,10 @@ struct SoftmaxSums {
   // Adds count tokens; the scores are overwritten from there to the next multiple of 16.
   void add_scores(float* scores, int stride, int count);
   void merge(const SoftmaxSums& other);
+  // Adds one more score to each row.
+  void add_sinks(const float* sinks);
+  // e^(score - peak) over the total: the share of a score that has been added.
+  float share_of(int row, float score) const;
   float total_of(int row) const;
 };
 

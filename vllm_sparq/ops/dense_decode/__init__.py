@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from vllm_sparq.layout import Pages
-from vllm_sparq.ops.checks import check_heads, check_table, require
+from vllm_sparq.ops.checks import check_heads, check_softmax, check_table, require
 from vllm_sparq.ops.dispatch import choose
 
 
@@ -17,6 +17,8 @@ def dense_decode(
     *,
     scale: float,
     out: torch.Tensor,
+    sinks: torch.Tensor | None = None,
+    soft_cap: float | None = None,
 ) -> None:
     """``out[b] = softmax(scale * query[b] K^T) V`` over the ``seq_lens[b]`` cached tokens of request b.
 
@@ -32,19 +34,31 @@ def dense_decode(
         seq_lens: int32 [>= B], context lengths S >= 1, the current token included. A row with S = 0 (padding) is zero.
         scale: of the logits, normally 1 / sqrt(D).
         out: [B, H, D], written. Sums are fp32, rounded once at the end.
+        sinks: fp32 [H], or None. A head's sink is one more logit, to the base e and not scaled, of a token whose V is
+            zero: probability that goes nowhere (gpt-oss). It is counted once per row, in scores too.
+        soft_cap: None, or logits of tokens are ``soft_cap * tanh(logit / soft_cap)`` (Gemma 2).
 
     Raises:
         ValueError: a shape, type or stride that does not fit; the message names it.
     """
-    check_decode(query, pages, block_table, seq_lens, out)
-    choose("dense_decode", query.device.type).load()(query, pages, block_table, seq_lens, scale=scale, out=out)
+    check_decode(query, pages, block_table, seq_lens, out, sinks, soft_cap)
+    choose("dense_decode", query.device.type).load()(
+        query, pages, block_table, seq_lens, scale=scale, out=out, sinks=sinks
+    )
 
 
 def check_decode(
-    query: torch.Tensor, pages: Pages, block_table: torch.Tensor, seq_lens: torch.Tensor, out: torch.Tensor
+    query: torch.Tensor,
+    pages: Pages,
+    block_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    out: torch.Tensor,
+    sinks: torch.Tensor | None,
+    soft_cap: float | None,
 ) -> None:
     """The arguments that every decode op shares."""
     check_heads("query", query, pages, multiple_of_kv_heads=True)
     check_heads("out", out, pages, multiple_of_kv_heads=True)
     require(out.shape == query.shape, f"out must be {tuple(query.shape)} like query, got {tuple(out.shape)}")
     check_table(block_table, query.shape[0], seq_lens=seq_lens)
+    check_softmax(query, sinks, soft_cap)

@@ -16,11 +16,13 @@ def dense_decode(
     *,
     scale: float,
     out: torch.Tensor,
+    sinks: torch.Tensor | None = None,
+    soft_cap: float | None = None,
 ) -> None:
     native.function("sparq_dense_decode")(
         native.pages_struct(pages),
         native.tensor(query),
         native.tensor(out),
         native.requests(block_table, seq_lens, query.shape[0]),
-        scale,
+        native.logits(scale, sinks, soft_cap),
     )

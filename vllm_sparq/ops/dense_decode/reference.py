@@ -20,16 +20,21 @@ def dense_decode(
     *,
     scale: float,
     out: torch.Tensor,
+    sinks: torch.Tensor | None = None,
+    soft_cap: float | None = None,
 ) -> None:
-    for row in decode_rows(query, pages, block_table, seq_lens, out):
-        weights = torch.softmax(scale * row.q @ row.keys.T, dim=-1)
+    for row in decode_rows(query, pages, block_table, seq_lens, out, sinks):
+        weights, _ = probabilities(capped(scale * row.q @ row.keys.T, soft_cap), row.sinks)
         row.out[:] = weights @ row.values
         add_scores(pages, row.blocks, row.head, weights)
 
 
 @dataclass(frozen=True)
 class DecodeRow:
-    """One request and one KV head of a decode step: q fp32 [H/G, D], keys and values fp32 [S, D], out [H/G, D]."""
+    """One request and one KV head of a decode step: q fp32 [H/G, D], keys and values fp32 [S, D], out [H/G, D].
+
+    ``sinks`` fp32 [H/G], or None.
+    """
 
     blocks: torch.Tensor  # int32 [M]
     context_len: int
@@ -38,13 +43,20 @@ class DecodeRow:
     keys: torch.Tensor
     values: torch.Tensor
     out: torch.Tensor
+    sinks: torch.Tensor | None
 
 
 def decode_rows(
-    query: torch.Tensor, pages: Pages, block_table: torch.Tensor, seq_lens: torch.Tensor, out: torch.Tensor
+    query: torch.Tensor,
+    pages: Pages,
+    block_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    out: torch.Tensor,
+    sinks: torch.Tensor | None = None,
 ) -> Iterator[DecodeRow]:
     """What a decode op works on, for every request and KV head; the outputs of padding rows become zero."""
     n_kv_heads = pages.data.shape[1]
+    of_groups = [None] * n_kv_heads if sinks is None else sinks.unflatten(0, (n_kv_heads, -1))
     for b in range(query.shape[0]):
         context_len, blocks = int(seq_lens[b]), block_table[b]
         if context_len == 0:
@@ -53,7 +65,8 @@ def decode_rows(
         heads, heads_out = query[b].unflatten(0, (n_kv_heads, -1)), out[b].unflatten(0, (n_kv_heads, -1))
         for head in range(n_kv_heads):
             keys, values = cached_tokens(pages, blocks, context_len, head)
-            yield DecodeRow(blocks, context_len, head, heads[head].float(), keys, values, heads_out[head])
+            q = heads[head].float()
+            yield DecodeRow(blocks, context_len, head, q, keys, values, heads_out[head], of_groups[head])
 
 
 def cached_tokens(pages: Pages, blocks: torch.Tensor, context_len: int, head: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -79,6 +92,30 @@ def add_scores(pages: Pages, blocks: torch.Tensor, head: int, weights: torch.Ten
     pages.attention[page, head, place] += weights.mean(0)
 
 
-def attend(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float) -> torch.Tensor:
-    """Softmax attention of query [H', D] over keys and values [S, D], all fp32."""
-    return torch.softmax(scale * query @ keys.T, dim=-1) @ values
+def probabilities(logits: torch.Tensor, sinks: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Softmax of logits [H', .., S] over the tokens and, with ``sinks`` [H'], one more logit of each head.
+
+    Returns the probabilities of the tokens, and what the sink takes of each row [H', .., 1]: zero without sinks.
+    """
+    if sinks is None:
+        weights = torch.softmax(logits, dim=-1)
+        return weights, torch.zeros_like(weights[..., :1])
+    own = sinks.reshape(-1, *[1] * (logits.dim() - 1)).expand(*logits.shape[:-1], 1)
+    weights = torch.softmax(torch.cat([own, logits], dim=-1), dim=-1)
+    return weights[..., 1:], weights[..., :1]
+
+
+def capped(logits: torch.Tensor, soft_cap: float | None) -> torch.Tensor:
+    return logits if soft_cap is None else soft_cap * torch.tanh(logits / soft_cap)
+
+
+def attend(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    scale: float,
+    sinks: torch.Tensor | None = None,
+    soft_cap: float | None = None,
+) -> torch.Tensor:
+    """Softmax attention of query [H', D] over keys and values [S, D], and over ``sinks`` [H'] or None; all fp32."""
+    return probabilities(capped(scale * query @ keys.T, soft_cap), sinks)[0] @ values

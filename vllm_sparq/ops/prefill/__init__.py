@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from vllm_sparq.layout import Pages
-from vllm_sparq.ops.checks import check_heads, check_starts, check_table, require
+from vllm_sparq.ops.checks import check_heads, check_softmax, check_starts, check_table, require
 from vllm_sparq.ops.dispatch import choose
 
 
@@ -21,6 +21,8 @@ def prefill(
     scale: float,
     out: torch.Tensor,
     key_start_loc: torch.Tensor | None = None,
+    sinks: torch.Tensor | None = None,
+    soft_cap: float | None = None,
 ) -> None:
     """Row i of request b sees the request's ``context_lens[b]`` cached tokens, then its new tokens up to row i itself.
 
@@ -45,6 +47,8 @@ def prefill(
         key_start_loc: int32 [B + 1] or None for ``query_start_loc``. Request b owns rows ``[b] : [b + 1]`` of key and
             value, at least as many as of query; its queries belong to the last of them.
         out: [T, H, D], written. Sums are fp32, rounded once at the end.
+        sinks: fp32 [H] or None, as in `dense_decode`: in the softmax of every row.
+        soft_cap: None, or as in `dense_decode`.
 
     Raises:
         ValueError: a shape, type or stride that does not fit; the message names it.
@@ -65,6 +69,7 @@ def prefill(
         f"key_start_loc must have {n_requests + 1} entries like query_start_loc",
     )
     check_table(block_table, n_requests, context_lens=context_lens)
+    check_softmax(query, sinks, soft_cap)
     run = choose("prefill", query.device.type).load()
-    tables = block_table, query_start_loc, context_lens
-    run(query, key, value, pages, *tables, scale=scale, out=out, key_start_loc=key_start_loc)
+    tables, softmax = (block_table, query_start_loc, context_lens), {"sinks": sinks, "soft_cap": soft_cap}
+    run(query, key, value, pages, *tables, scale=scale, out=out, key_start_loc=key_start_loc, **softmax)

@@ -20,6 +20,8 @@ def prefill(
     scale: float,
     out: torch.Tensor,
     key_start_loc: torch.Tensor | None = None,
+    sinks: torch.Tensor | None = None,
+    soft_cap: float | None = None,
 ) -> None:
     native.function("sparq_prefill")(
         native.pages_struct(pages),
@@ -27,5 +29,5 @@ def prefill(
         native.requests(block_table, context_lens, query_start_loc.shape[0] - 1),
         query_start_loc.data_ptr(),
         (query_start_loc if key_start_loc is None else key_start_loc).data_ptr(),
-        scale,
+        native.logits(scale, sinks, soft_cap),
     )

@@ -6,7 +6,7 @@ import torch
 
 from vllm_sparq.layout import Pages
 from vllm_sparq.ops.codec import decode_page
-from vllm_sparq.ops.dense_decode.reference import add_scores
+from vllm_sparq.ops.dense_decode.reference import add_scores, capped, probabilities
 from vllm_sparq.ops.write.reference import block_tokens
 
 
@@ -22,9 +22,12 @@ def prefill(
     scale: float,
     out: torch.Tensor,
     key_start_loc: torch.Tensor | None = None,
+    sinks: torch.Tensor | None = None,
+    soft_cap: float | None = None,
 ) -> None:
     key_starts = query_start_loc if key_start_loc is None else key_start_loc
     n_kv_heads = key.shape[1]
+    of_groups = [None] * n_kv_heads if sinks is None else sinks.unflatten(0, (n_kv_heads, -1))
     for b in range(len(query_start_loc) - 1):
         rows = slice(int(query_start_loc[b]), int(query_start_loc[b + 1]))
         new = slice(int(key_starts[b]), int(key_starts[b + 1]))
@@ -35,10 +38,11 @@ def prefill(
             cached_keys, cached_values = context_tokens(pages, block_table[b], context_len, head)
             keys = torch.cat([cached_keys, key[new, head].float()])  # [S, D]
             values = torch.cat([cached_values, value[new, head].float()])
-            logits = scale * torch.einsum("thd,sd->hts", heads[:, head].float(), keys)
+            logits = capped(scale * torch.einsum("thd,sd->hts", heads[:, head].float(), keys), soft_cap)
             n_queries = logits.shape[1]
             visible = torch.ones(n_queries, len(keys), dtype=torch.bool).tril(len(keys) - n_queries)
-            weights = torch.softmax(logits.masked_fill(~visible.to(logits.device), -torch.inf), dim=-1)
+            logits = logits.masked_fill(~visible.to(logits.device), -torch.inf)
+            weights, _ = probabilities(logits, of_groups[head])
             heads_out[:, head] = torch.einsum("hts,sd->thd", weights, values)
             add_scores(pages, block_table[b], head, weights.sum(1))
 

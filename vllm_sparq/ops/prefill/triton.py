@@ -16,7 +16,7 @@ from vllm_sparq.ops.prefill.triton_attention import add_prefill_attention
 from vllm_sparq.ops.triton_common.attend import LOG2_E, fold, logits_of, pages_as_records
 from vllm_sparq.ops.triton_common.codes import channel_order, codes_of, load_block_tile, load_records
 from vllm_sparq.ops.triton_common.launch import cast, find_request, split_count, split_tokens, step_kernel
-from vllm_sparq.ops.triton_common.merge import merge
+from vllm_sparq.ops.triton_common.merge import add_sinks, merge
 
 
 @step_kernel
@@ -32,6 +32,7 @@ def prefill_kernel(
     partial,  # fp32 [T * H, n_splits, D]
     weight,  # fp32 [T * H, n_splits]; with one split written with TRACKED alone
     out,  # [T, H, D], written here where there is one split
+    sinks,  # fp32 [H], with SINKS
     query_stride_t,
     query_stride_h,
     key_stride_t,
@@ -57,6 +58,8 @@ def prefill_kernel(
     FORMAT: tl.constexpr,
     KEYS_AHEAD: tl.constexpr,  # whether ``key_start_loc`` differs from ``query_start_loc``
     TRACKED: tl.constexpr,
+    SINKS: tl.constexpr,
+    CAP: tl.constexpr,
 ):
     """Grid (tiles of all requests, G, n_splits)."""
     TOKENS: tl.constexpr = ROWS // GROUP
@@ -104,7 +107,7 @@ def prefill_kernel(
             k, v = load_records(records, page, t % N, live, page_stride, D, D_PAD, FORMAT)
         else:
             k, v, live = load_block_tile(records, table, first, stop_cached, page_stride, N, D, D_PAD, TILE, FORMAT)
-        s = logits_of(q, k, live[None, :], scale_log2, ROWS, TILE)
+        s = logits_of(q, k, live[None, :], scale_log2, ROWS, TILE, CAP)
         top, total, acc = fold(s, v, top, total, acc, BLIND=True)
 
     key += key_start.to(tl.int64) * key_stride_t + g * key_stride_g
@@ -118,9 +121,12 @@ def prefill_kernel(
         k = tl.load(k_at[None, :] + d_key[:, None], mask=live[None, :] & in_key[:, None], other=0.0)
         v = tl.load(v_at[:, None] + d_value[None, :], mask=live[:, None] & in_value[None, :], other=0.0)
         visible = live[None, :] & (t[None, :] <= (n_ahead + token)[:, None])
-        s = logits_of(q, k, visible, scale_log2, ROWS, TILE)
+        s = logits_of(q, k, visible, scale_log2, ROWS, TILE, CAP)
         top, total, acc = fold(s, v, top, total, acc, BLIND=True)
 
+    if SINKS:  # once per row
+        own_sinks = tl.load(sinks + head, mask=own_row, other=float("-inf"))
+        top, total, acc = add_sinks(top, total, acc, tl.where(split == 0, own_sinks, float("-inf")))
     y = acc / tl.where(total == 0.0, 1.0, total)[:, None]
     own = own_row[:, None] & in_value[None, :]
     at_split = (row * H + head) * n_splits + split
@@ -145,6 +151,8 @@ def prefill(
     scale: float,
     out: torch.Tensor,
     key_start_loc: torch.Tensor | None = None,
+    sinks: torch.Tensor | None = None,
+    soft_cap: float | None = None,
 ) -> None:
     (n_tokens, n_heads, head_size), n_kv_heads = query.shape, key.shape[1]
     n_requests, group, block_size = query_start_loc.shape[0] - 1, n_heads // n_kv_heads, pages.layout.block_size
@@ -161,12 +169,13 @@ def prefill(
     partial = torch.empty(n_tokens * n_heads, scratch, head_size, dtype=torch.float32, device=query.device)
     tracked = pages.layout.attention
     weight = torch.empty(n_tokens * n_heads, n_splits if tracked else scratch, dtype=torch.float32, device=query.device)
-    records = pages_as_records(pages)
+    records, cap = pages_as_records(pages), (soft_cap or 0.0) * LOG2_E
     strides = [t.stride(i) for t in (query, key, value, records) for i in (0, 1)]
     key_starts = query_start_loc if key_start_loc is None else key_start_loc
     prefill_kernel[(n_tiles, n_kv_heads, n_splits)](
         *(query, key, value, records, block_table, query_start_loc, key_starts, context_lens, partial, weight, out),
-        *(*strides, block_table.stride(0), out.stride(0), out.stride(1), scale * LOG2_E, n_requests, n_splits),
+        *(weight if sinks is None else sinks, *strides, block_table.stride(0), out.stride(0), out.stride(1)),
+        *(scale * LOG2_E, n_requests, n_splits),
         H=n_heads,
         GROUP=group,
         N=block_size,
@@ -178,6 +187,8 @@ def prefill(
         FORMAT=codes_of(pages.layout),
         KEYS_AHEAD=key_start_loc is not None,
         TRACKED=tracked,
+        SINKS=sinks is not None,
+        CAP=cap,
         num_warps=n_warps,
         num_stages=3 if pages.layout.quantized is None else 2 if head_size <= 256 else 1,
     )
@@ -185,7 +196,7 @@ def prefill(
         merge(partial, weight, out)
     if tracked:
         starts = query_start_loc, key_starts, context_lens
-        add_prefill_attention(query, key, pages, block_table, *starts, weight, scale * LOG2_E, n_rows, tile)
+        add_prefill_attention(query, key, pages, block_table, *starts, weight, scale * LOG2_E, cap, n_rows, tile)
 
 
 def tile_sizes(

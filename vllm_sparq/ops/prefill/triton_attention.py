@@ -49,6 +49,7 @@ def attention_of(
     ROWS: tl.constexpr,
     TILE: tl.constexpr,
     FORMAT: tl.constexpr,
+    CAP: tl.constexpr,
 ):
     """fp32 [TILE], the probabilities of a tile of keys, summed over the new tokens and the query group."""
     TOKENS: tl.constexpr = ROWS // GROUP
@@ -62,7 +63,7 @@ def attention_of(
         q_at = query + (token.to(tl.int64) * query_stride_t + head * query_stride_h)[:, None] + d[None, :]
         q = tl.load(q_at, mask=own[:, None] & in_key[None, :], other=0.0)
         visible = own[:, None] & live[None, :] & (t[None, :] <= (n_ahead + token)[:, None])
-        s = logits_of(q, k, visible, scale_log2, ROWS, TILE)
+        s = logits_of(q, k, visible, scale_log2, ROWS, TILE, CAP)
         base = merged_rows(weight, token.to(tl.int64) * H + head, own, n_splits, ROWS)
         total += tl.sum(tl.exp2(s - tl.where(own, base, 0.0)[:, None]), 0)
     return total
@@ -98,6 +99,7 @@ def note_prefill_kernel(
     ROWS: tl.constexpr,
     TILE: tl.constexpr,
     FORMAT: tl.constexpr,
+    CAP: tl.constexpr,
 ):
     """Grid (B * G, programs that take the tiles of keys in turns)."""
     b = (tl.program_id(0) // G).to(tl.int64)
@@ -132,7 +134,7 @@ def note_prefill_kernel(
             k, _, live = load_block_tile(records, table, first, context_len, page_stride, N, D, D_PAD, TILE, FORMAT)
         paid = attention_of(
             *(query, weight, k, tl.full([TILE], -1, tl.int32), live, 0, n_new, n_ahead),
-            *(query_stride_t, query_stride_h, scale_log2, n_splits, H, GROUP, D, D_PAD, ROWS, TILE, FORMAT),
+            *(query_stride_t, query_stride_h, scale_log2, n_splits, H, GROUP, D, D_PAD, ROWS, TILE, FORMAT, CAP),
         )
         add_to_scores(scores, table, slot, live, paid, scores_stride_p, N, GROUP)
     for first in range(tl.program_id(1) * TILE, n_keys, step):
@@ -142,7 +144,7 @@ def note_prefill_kernel(
         k = tl.load(k_at[None, :] + d[:, None], mask=live[None, :] & in_key[:, None], other=0.0)
         paid = attention_of(
             *(query, weight, k, t, live, tl.maximum(first - n_ahead, 0), n_new, n_ahead),
-            *(query_stride_t, query_stride_h, scale_log2, n_splits, H, GROUP, D, D_PAD, ROWS, TILE, FORMAT),
+            *(query_stride_t, query_stride_h, scale_log2, n_splits, H, GROUP, D, D_PAD, ROWS, TILE, FORMAT, CAP),
         )
         add_to_scores(scores, table, context_len + t, live, paid, scores_stride_p, N, GROUP)
 
@@ -165,6 +167,7 @@ def add_prefill_attention(
     context_lens: torch.Tensor,
     weight: torch.Tensor,
     scale_log2: float,
+    cap: float,
     n_rows: int,
     tile: int,
 ) -> None:
@@ -185,6 +188,7 @@ def add_prefill_attention(
         ROWS=n_rows,
         TILE=tile,
         FORMAT=codes_of(layout),
+        CAP=cap,
         num_warps=8 if layout.quantized is not None or n_rows >= 128 else 4,
         num_stages=2,
     )

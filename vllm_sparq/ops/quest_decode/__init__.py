@@ -20,6 +20,8 @@ def quest_decode(
     read: SpansRead,
     scale: float,
     out: torch.Tensor,
+    sinks: torch.Tensor | None = None,
+    soft_cap: float | None = None,
 ) -> None:
     """Quest (Tang et al. 2024, arXiv 2406.10774), per request b and KV head, q the heads of its query group.
 
@@ -46,11 +48,13 @@ def quest_decode(
         read: what to read.
         scale: of the logits, normally 1 / sqrt(D).
         out: [B, H, D], written. Sums are fp32, rounded once at the end.
+        sinks: fp32 [H] or None, as in `dense_decode`: in the softmax of step 4, whatever is chosen.
+        soft_cap: None, or as in `dense_decode`, in step 4; bounds are of logits without it.
 
     Raises:
         ValueError: a shape, type or stride that does not fit, or pages without bounds or with positions.
     """
-    check_decode(query, pages, block_table, seq_lens, out)
+    check_decode(query, pages, block_table, seq_lens, out, sinks, soft_cap)
     layout = pages.layout
     require(
         layout.ranking == "bounds",
@@ -58,4 +62,4 @@ def quest_decode(
     )
     require(not layout.positions, "quest_decode needs pages that keep all tokens; this layout has positions")
     run = choose("quest_decode", query.device.type).load()
-    run(query, pages, block_table, seq_lens, read=read, scale=scale, out=out)
+    run(query, pages, block_table, seq_lens, read=read, scale=scale, out=out, sinks=sinks, soft_cap=soft_cap)

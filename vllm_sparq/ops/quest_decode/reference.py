@@ -19,14 +19,16 @@ def quest_decode(
     read: SpansRead,
     scale: float,
     out: torch.Tensor,
+    sinks: torch.Tensor | None = None,
+    soft_cap: float | None = None,
 ) -> None:
-    for row in decode_rows(query, pages, block_table, seq_lens, out):
+    for row in decode_rows(query, pages, block_table, seq_lens, out, sinks):
         q, keys, values = row.q, row.keys, row.values
         if not read.is_dense(row.context_len):
             bounds = bounds_of(pages, row.blocks, row.context_len, row.head)
             tokens = tokens_of(pick_spans(upper_bounds(q, bounds), read.n_spans(row.context_len)), row.context_len)
             keys, values = keys[tokens], values[tokens]
-        row.out[:] = attend(q, keys, values, scale)
+        row.out[:] = attend(q, keys, values, scale, row.sinks, soft_cap)
 
 
 def bounds_of(pages: Pages, blocks: torch.Tensor, context_len: int, head: int) -> torch.Tensor:

@@ -169,15 +169,17 @@ def quest_decode(
     read: SpansRead,
     scale: float,
     out: torch.Tensor,
+    sinks: torch.Tensor | None = None,
+    soft_cap: float | None = None,
 ) -> None:
     n_requests, n_kv_heads = query.shape[0], pages.data.shape[1]
     max_tokens = block_table.shape[1] * pages.layout.block_size
     if read.k_per_token < 1 and read.is_dense(max_tokens):  # so is every shorter context
-        dense_decode(query, pages, block_table, seq_lens, scale=scale, out=out)
+        dense_decode(query, pages, block_table, seq_lens, scale=scale, out=out, sinks=sinks, soft_cap=soft_cap)
         return
     row_bytes = 4 * list_capacity(read, max_tokens) + 8 * (max_tokens // SPAN_TOKENS)
     for rows in slices(n_requests, n_requests * n_kv_heads * row_bytes):
-        decode_slice(query[rows], pages, block_table[rows], seq_lens[rows], read, scale, out[rows])
+        decode_slice(query[rows], pages, block_table[rows], seq_lens[rows], read, scale, out[rows], sinks, soft_cap)
 
 
 def list_capacity(read: SpansRead, max_tokens: int) -> int:
@@ -193,6 +195,8 @@ def decode_slice(
     read: SpansRead,
     scale: float,
     out: torch.Tensor,
+    sinks: torch.Tensor | None,
+    soft_cap: float | None,
 ) -> None:
     """The requests whose scratch fits at once."""
     max_tokens = block_table.shape[1] * pages.layout.block_size
@@ -204,7 +208,16 @@ def decode_slice(
     rank(work, query, pages, block_table, seq_lens, counts, unit)
     select(work, pages, block_table, seq_lens, counts, unit, capacity)
     listed = query, pages, work.lists, seq_lens
-    attend(*listed, scale=scale, out=out, max_tokens=capacity, read=counts, arrivals=work.arrivals)
+    attend(
+        *listed,
+        scale=scale,
+        out=out,
+        max_tokens=capacity,
+        read=counts,
+        arrivals=work.arrivals,
+        sinks=sinks,
+        soft_cap=soft_cap,
+    )
 
 
 def rank(

@@ -20,6 +20,8 @@ def sparq_decode(
     read: SparqRead,
     scale: float,
     out: torch.Tensor,
+    sinks: torch.Tensor | None = None,
+    soft_cap: float | None = None,
 ) -> None:
     """SparQ attention (Ribar et al. 2023, arXiv 2312.04985), per request b and KV head, q the heads of its query group.
 
@@ -54,11 +56,15 @@ def sparq_decode(
         read: what to read, resolved for the model.
         scale: of the exact logits, normally 1 / sqrt(D).
         out: [B, H, D], written.
+        sinks: fp32 [H] or None, as in `dense_decode`: one more token that is always read, with its own logit as its
+            score. It is in both softmaxes, and alpha and what is held of ``read.mass`` include its share; v does not.
+        soft_cap: None, or as in `dense_decode`, of scores wherever they become probabilities; their sum over the group
+            ranks tokens as it is (for one head that is the same order).
 
     Raises:
         ValueError: a shape, type or stride that does not fit, or pages without the parts that ``read`` needs.
     """
-    check_decode(query, pages, block_table, seq_lens, out)
+    check_decode(query, pages, block_table, seq_lens, out, sinks, soft_cap)
     require(pages.layout.ranks_tokens, "sparq_decode needs pages with a ranking copy of K; this layout has none")
     require(
         pages.layout.value_sum or read.alpha_floor >= 1.0,
@@ -67,4 +73,4 @@ def sparq_decode(
     require(read.mass is None or 0 < read.mass < 1, f"mass={read.mass} must be above 0 and below 1, or None")
     require(1 <= read.r <= pages.layout.head_size, f"r={read.r} must be 1 to the head size {pages.layout.head_size}")
     run = choose("sparq_decode", query.device.type).load()
-    run(query, pages, block_table, seq_lens, read=read, scale=scale, out=out)
+    run(query, pages, block_table, seq_lens, read=read, scale=scale, out=out, sinks=sinks, soft_cap=soft_cap)

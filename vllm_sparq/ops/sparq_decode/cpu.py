@@ -20,13 +20,15 @@ def sparq_decode(
     read: SparqRead,
     scale: float,
     out: torch.Tensor,
+    sinks: torch.Tensor | None = None,
+    soft_cap: float | None = None,
 ) -> None:
     native.function("sparq_sparq_decode")(
         native.pages_struct(pages),
         native.tensor(query),
         native.tensor(out),
         native.requests(block_table, seq_lens, query.shape[0]),
-        scale,
+        native.logits(scale, sinks, soft_cap),
         read_struct(read),
     )
 

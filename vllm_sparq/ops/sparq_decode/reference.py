@@ -6,7 +6,7 @@ import torch
 
 from vllm_sparq.layout import RANKING_BITS, Pages
 from vllm_sparq.ops.codec import unpack
-from vllm_sparq.ops.dense_decode.reference import add_scores, attend, decode_rows
+from vllm_sparq.ops.dense_decode.reference import add_scores, attend, capped, decode_rows, probabilities
 from vllm_sparq.ops.write.reference import dequantize
 from vllm_sparq.reads import SparqRead
 
@@ -20,20 +20,25 @@ def sparq_decode(
     read: SparqRead,
     scale: float,
     out: torch.Tensor,
+    sinks: torch.Tensor | None = None,
+    soft_cap: float | None = None,
 ) -> None:
-    for row in decode_rows(query, pages, block_table, seq_lens, out):
+    for row in decode_rows(query, pages, block_table, seq_lens, out, sinks):
         q, keys, values = row.q, row.keys, row.values
         if read.is_dense(row.context_len):
-            row.out[:] = attend(q, keys, values, scale)
-            add_scores(pages, row.blocks, row.head, torch.softmax(scale * q @ keys.T, -1))
+            shares, _ = probabilities(capped(scale * q @ keys.T, soft_cap), row.sinks)
+            row.out[:] = shares @ values
+            add_scores(pages, row.blocks, row.head, shares)
             continue
         channels = pick_channels(q, read.r)
         scores = approximate_scores(q, ranking_keys(pages, row.blocks, keys, row.head), channels, scale)
-        add_scores(pages, row.blocks, row.head, torch.softmax(scores, -1))
-        tokens = pick_tokens(scores, read, positions_of(pages, row.blocks, row.context_len, row.head))
-        exact = attend(q, keys[tokens], values[tokens], scale)
+        shares, of_sink = probabilities(capped(scores, soft_cap), row.sinks)
+        add_scores(pages, row.blocks, row.head, shares)
+        positions = positions_of(pages, row.blocks, row.context_len, row.head)
+        tokens = pick_tokens(scores, read, positions, row.sinks, soft_cap)
+        exact = attend(q, keys[tokens], values[tokens], scale, row.sinks, soft_cap)
         if read.alpha_floor < 1.0:
-            alpha = torch.softmax(scores, -1)[:, tokens].sum(-1, keepdim=True).clamp(read.alpha_floor, 1.0)
+            alpha = (shares[:, tokens].sum(-1, keepdim=True) + of_sink).clamp(read.alpha_floor, 1.0)
             exact = alpha * exact + (1 - alpha) * mean_value(pages, row.blocks, values, row.head)
         row.out[:] = exact
 
@@ -59,15 +64,22 @@ def positions_of(pages: Pages, blocks: torch.Tensor, context_len: int, head: int
     return pages.positions[blocks.long()[slots // pages.layout.block_size], head, slots % pages.layout.block_size]
 
 
-def pick_tokens(scores: torch.Tensor, read: SparqRead, positions: torch.Tensor) -> torch.Tensor:
+def pick_tokens(
+    scores: torch.Tensor,
+    read: SparqRead,
+    positions: torch.Tensor,
+    sinks: torch.Tensor | None = None,
+    soft_cap: float | None = None,
+) -> torch.Tensor:
     """Step 3: int64 slots for the whole group, best first, from its scores [H/G, S]; positions is int [S]."""
     context_len = scores.shape[1]
-    group = scores.sum(0) if read.group_reduce == "logits" else torch.softmax(scores, -1).sum(0)
+    shares, of_sink = probabilities(capped(scores, soft_cap), sinks)
+    group = (scores if read.group_reduce == "logits" else shares).sum(0)
     group[positions > positions[-1] - read.n_local(context_len)] = torch.inf
     ranked = group.sort(descending=True, stable=True).indices[: read.n_selected(context_len)]
     if read.mass is None:
         return ranked
-    held = torch.softmax(scores, -1).mean(0)[ranked].cumsum(0)
+    held = of_sink.mean() + shares.mean(0)[ranked].cumsum(0)
     n_short = int((held < read.mass).sum())  # so many tokens hold less than is wanted; with one more they do not
     return ranked[: max(n_short + 1, read.n_least(context_len))]
 

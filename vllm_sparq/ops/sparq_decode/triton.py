@@ -128,13 +128,15 @@ def sparq_decode(
     read: SparqRead,
     scale: float,
     out: torch.Tensor,
+    sinks: torch.Tensor | None = None,
+    soft_cap: float | None = None,
 ) -> None:
     max_tokens = block_table.shape[1] * pages.layout.block_size
     if read.k_per_token <= 1 and read.is_dense(max_tokens):  # so is every shorter context
-        dense_decode(query, pages, block_table, seq_lens, scale=scale, out=out)
+        dense_decode(query, pages, block_table, seq_lens, scale=scale, out=out, sinks=sinks, soft_cap=soft_cap)
         return
     for rows in slices(query.shape[0], scratch_bytes(make_plan(query, pages, block_table, read))):
-        decode_slice(query[rows], pages, block_table[rows], seq_lens[rows], read, scale, out[rows])
+        decode_slice(query[rows], pages, block_table[rows], seq_lens[rows], read, scale, out[rows], sinks, soft_cap)
 
 
 def decode_slice(
@@ -145,12 +147,14 @@ def decode_slice(
     read: SparqRead,
     scale: float,
     out: torch.Tensor,
+    sinks: torch.Tensor | None,
+    soft_cap: float | None,
 ) -> None:
     """The requests whose scratch fits at once."""
     plan = make_plan(query, pages, block_table, read)
     work = Scratch(plan, query.device)
-    score(plan, work, query, pages, block_table, seq_lens, scale)
-    select(plan, work, pages, block_table, seq_lens)
+    score(plan, work, query, pages, block_table, seq_lens, scale, sinks, soft_cap)
+    select(plan, work, pages, block_table, seq_lens, sinks)
     mean_value = None
     if plan.with_mean:
         mean_value = MeanValue(
@@ -166,6 +170,8 @@ def decode_slice(
         mean_value=mean_value,
         logits=work.logits,
         n_listed=work.n_cells,
+        sinks=sinks,
+        soft_cap=soft_cap,
     )
     if work.logits is not None:
         paid = work.head_scores, work.tops, work.sums
@@ -218,6 +224,8 @@ def score(
     block_table: torch.Tensor,
     seq_lens: torch.Tensor,
     scale: float,
+    sinks: torch.Tensor | None,
+    soft_cap: float | None,
 ) -> None:
     """Steps 1 and 2, and the mean value."""
     records, r, head_size = pages_as_records(pages), plan.r, plan.head_size
@@ -231,7 +239,7 @@ def score(
     score_kernel[(plan.n_rows, plan.n_splits + plan.with_mean)](
         *(query, records, ranking, scales, value_sum, positions, block_table, seq_lens),
         *(work.channels, work.weights, work.scores, work.bins, work.counts, work.arrivals),
-        *(work.tops, work.sums, work.head_scores, work.mean),
+        *(work.tops, work.sums, work.head_scores, work.mean, work.weights if sinks is None else sinks),
         *(*strides, *tracked_strides, block_table.stride(0), plan.max_tokens, scale),
         G=records.shape[1],
         GROUP=query.shape[1] // records.shape[1],
@@ -247,6 +255,8 @@ def score(
         PROBS=plan.probs,
         POSITIONS=plan.by_position,
         MEAN=plan.with_mean,
+        SINKS=sinks is not None,
+        CAP=soft_cap or 0.0,
         N_SPLITS=plan.n_splits,
         RUNS=plan.runs,
         PAGES=plan.n_pages,
@@ -257,7 +267,14 @@ def score(
     )
 
 
-def select(plan: Plan, work: Scratch, pages: Pages, block_table: torch.Tensor, seq_lens: torch.Tensor) -> None:
+def select(
+    plan: Plan,
+    work: Scratch,
+    pages: Pages,
+    block_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    sinks: torch.Tensor | None,
+) -> None:
     """Step 3: the list of cells, and the share of each head's probability that is on them."""
     block_size, codes = pages.layout.block_size, codes_of(pages.layout)
     scores, statistics = (work.scores, work.head_scores), (work.tops, work.sums)
@@ -290,8 +307,18 @@ def select(plan: Plan, work: Scratch, pages: Pages, block_table: torch.Tensor, s
     if plan.mass is not None:
         cut_kernel[(plan.n_rows,)](
             *(block_table, seq_lens, *scores, *statistics, work.lists, work.keys, work.held),
-            *(work.cells, work.n_cells, work.shares, *strides[:2], work.lists.stride(0), plan.capacity, plan.mass),
+            *(
+                work.cells,
+                work.n_cells,
+                work.shares,
+                work.held if sinks is None else sinks,
+                *strides[:2],
+                work.lists.stride(0),
+                plan.capacity,
+                plan.mass,
+            ),
             LEAST_K=plan.least_k,
+            SINKS=sinks is not None,
             TILE=256,
             **sizes,
             **cut,

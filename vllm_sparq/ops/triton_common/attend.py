@@ -34,19 +34,20 @@ from vllm_sparq.ops.triton_common.launch import (
     dot,
     is_last_to_arrive,
     read_counts,
+    soft_capped,
     split_count,
     split_tokens,
     step_kernel,
 )
-from vllm_sparq.ops.triton_common.merge import MeanValue, blend, finish_row, store_heads
+from vllm_sparq.ops.triton_common.merge import MeanValue, add_sinks, blend, finish_row, store_heads
 
 LOG2_E = 1.4426950408889634
 
 
 @triton.jit
-def logits_of(q, k, visible, scale_log2, ROWS: tl.constexpr, TILE: tl.constexpr):
+def logits_of(q, k, visible, scale_log2, ROWS: tl.constexpr, TILE: tl.constexpr, CAP: tl.constexpr):
     """fp32 [ROWS, TILE] logits to the base 2 of q [ROWS, D] and k [D, TILE]; -inf where not visible."""
-    s = dot(q, k, tl.zeros([ROWS, TILE], tl.float32)) * scale_log2
+    s = soft_capped(dot(q, k, tl.zeros([ROWS, TILE], tl.float32)) * scale_log2, CAP)
     return tl.where(visible, s, float("-inf"))
 
 
@@ -94,6 +95,7 @@ def fold_quantized(
     LISTED: tl.constexpr,
     FORMAT: tl.constexpr,
     TRACKED: tl.constexpr,
+    CAP: tl.constexpr,
 ):
     """(top, total, acc) of the tokens ``start : stop`` of a row: first those in codes, then staged ones."""
     top = tl.full([ROWS], float("-inf"), tl.float32)
@@ -110,7 +112,7 @@ def fold_quantized(
             k, v, live = load_block_tile(
                 records, tokens, first, tl.minimum(stop, n_coded), page_stride, N, D, D_PAD, TILE, FORMAT
             )
-        s = logits_of(q, k, live[None, :], scale_log2, ROWS, TILE)
+        s = logits_of(q, k, live[None, :], scale_log2, ROWS, TILE, CAP)
         if TRACKED:
             if LISTED:
                 t = first + tl.arange(0, TILE)
@@ -131,7 +133,7 @@ def fold_quantized(
             page, place = staged_at(tokens, t, live, N, FORMAT.staged)
         if tl.max(live.to(tl.int32), 0) > 0:
             k, v = load_records(records, page.to(tl.int64), place, live, page_stride, D, D_PAD, FORMAT)
-            s = logits_of(q, k, live[None, :], scale_log2, ROWS, TILE)
+            s = logits_of(q, k, live[None, :], scale_log2, ROWS, TILE, CAP)
             if TRACKED:
                 keep_logits(logits, s, t, live, is_dense, logits_stride, GROUP, ROWS)
             top, total, acc = fold(s, v, top, total, acc, BLIND=False)
@@ -155,6 +157,7 @@ def attend_kernel(
     shares,
     mean,
     alpha_floor,
+    sinks,  # fp32 [H], with SINKS
     query_stride_b,
     query_stride_h,
     page_stride,
@@ -177,6 +180,8 @@ def attend_kernel(
     COUNTED: tl.constexpr,
     ARRIVALS: tl.constexpr,
     BLEND: tl.constexpr,  # splits of `score_kernel`; 0: nothing to blend
+    SINKS: tl.constexpr,
+    CAP: tl.constexpr,  # of logits to the base 2; 0: none
     READ: tl.constexpr,  # None: all tokens of a row; else those that it lists
 ):
     """Grid (B * G, N_SPLITS). Reads 2 D elements per token, or their codes, once for the whole query group."""
@@ -216,7 +221,7 @@ def attend_kernel(
             else:
                 page, slot = tl.load(tokens + t // N, mask=live, other=0), t % N
             k, v = load_records(records, page.to(tl.int64), slot, live, page_stride, D, D_PAD, FORMAT)
-            s = logits_of(q, k, live[None, :], scale_log2, GROUP_PAD, TILE)
+            s = logits_of(q, k, live[None, :], scale_log2, GROUP_PAD, TILE, CAP)
             if TRACKED:
                 keep_logits(logits, s, t, live, is_dense, logits_stride, GROUP, GROUP_PAD)
             top, total, acc = fold(s, v, top, total, acc, BLIND=False)
@@ -224,9 +229,13 @@ def attend_kernel(
         n_coded = n_in_codes(context_len, N)
         top, total, acc = fold_quantized(
             *(q, records, tokens, start, stop, n_coded, page_stride, scale_log2, logits, logits_stride, is_dense),
-            *(GROUP_PAD, GROUP, N, D, D_PAD, TILE, LISTED, FORMAT, TRACKED),
+            *(GROUP_PAD, GROUP, N, D, D_PAD, TILE, LISTED, FORMAT, TRACKED, CAP),
         )
 
+    if SINKS:  # once per row
+        own_sinks = tl.load(sinks + head, mask=h < GROUP, other=float("-inf"))
+        top, total, acc = add_sinks(top, total, acc, tl.where(split == 0, own_sinks, float("-inf")))
+        sinks += g * GROUP
     d, in_value = channel_order(FORMAT, False, D, D_PAD)
     own = (h < GROUP)[:, None] & in_value[None, :]
     y = acc / tl.where(total == 0.0, 1.0, total)[:, None]
@@ -240,12 +249,12 @@ def attend_kernel(
             if is_last_to_arrive(arrivals + row.to(tl.int64) * 2 + 1, N_SPLITS):
                 finish_row(
                     *(partial, weight, (b * G + g) * GROUP, out, out_stride_h, row, is_dense),
-                    *(tops, sums, shares, mean, alpha_floor, GROUP, N_SPLITS, D, D_PAD, BLEND),
+                    *(tops, sums, shares, mean, alpha_floor, sinks, GROUP, N_SPLITS, D, D_PAD, BLEND, SINKS),
                 )
     else:
         if BLEND > 0:  # noqa: SIM102
             if not is_dense:
-                y = blend(y, h, d, row, tops, sums, shares, mean, alpha_floor, GROUP, BLEND, D)
+                y = blend(y, h, d, row, tops, sums, shares, mean, alpha_floor, sinks, GROUP, BLEND, D, SINKS)
         store_heads(out, y, h, d, own, out_stride_h)
 
 
@@ -274,6 +283,8 @@ def attend(
     mean_value: MeanValue | None = None,
     logits: torch.Tensor | None = None,
     n_listed: torch.Tensor | None = None,
+    sinks: torch.Tensor | None = None,
+    soft_cap: float | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Write ``out``, or without ``arrivals`` return (partial, weight) for `merge` where rows are split.
 
@@ -281,6 +292,7 @@ def attend(
     ``arrivals``, int32 [rows, 2], holds a zero for each row behind what others count; ``mean_value`` needs it. With
     ``logits``, fp32 [B * H, max_tokens], those of densely read rows are kept there, and there is a weight always.
     ``n_listed``, int32 [rows], counts the cells of each row, where that does not follow from its length.
+    ``sinks``, fp32 [H], are one more logit of each head; ``soft_cap`` is what logits of tokens stay below.
     """
     (n_requests, n_heads, head_size), n_kv_heads = query.shape, pages.data.shape[1]
     records, group = pages_as_records(pages), n_heads // n_kv_heads
@@ -294,7 +306,7 @@ def attend(
     attend_kernel[(n_requests * n_kv_heads, n_splits)](
         *(query, records, tokens, seq_lens, seq_lens if n_listed is None else n_listed),
         *(partial, weight, weight if logits is None else logits, out, seq_lens if arrivals is None else arrivals),
-        *(*statistics, 0.0 if mean_value is None else mean_value.alpha_floor),
+        *(*statistics, 0.0 if mean_value is None else mean_value.alpha_floor, weight if sinks is None else sinks),
         *(query.stride(0), query.stride(1), records.stride(0), records.stride(1), tokens.stride(0)),
         *(0 if logits is None else logits.stride(0), out.stride(0), out.stride(1), scale * LOG2_E),
         G=n_kv_heads,
@@ -310,6 +322,8 @@ def attend(
         COUNTED=n_listed is not None,
         ARRIVALS=arrivals is not None,
         BLEND=0 if mean_value is None else mean_value.n_splits,
+        SINKS=sinks is not None,
+        CAP=(soft_cap or 0.0) * LOG2_E,
         READ=read,
         num_warps=4
         if pages.layout.quantized is None or head_size <= 128

@@ -105,6 +105,21 @@ def dot(a, b, acc):
 
 
 @triton.jit
+def soft_capped(x, CAP: tl.constexpr):
+    """``CAP * tanh(x / CAP)``, or x where CAP is 0."""
+    if CAP == 0.0:
+        return x
+    else:
+        y = x * (1.0 / CAP)
+        e = tl.exp(-2.0 * tl.abs(y))
+        large = (1.0 - e) / (1.0 + e)
+        square = y * y
+        small = tl.abs(y) * (1.0 + square * (-1.0 / 3.0 + square * (2.0 / 15.0 - square * (17.0 / 315.0))))
+        t = tl.where(tl.abs(y) > 0.125, large, small)
+        return tl.where(y < 0.0, -CAP, CAP) * t
+
+
+@triton.jit
 def read_counts(context_len, READ: tl.constexpr):
     """(is_dense, tokens read, newest tokens among them) of a `SparseRead`, in its integer arithmetic."""
     s = context_len.to(tl.int64)

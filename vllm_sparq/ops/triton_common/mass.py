@@ -72,6 +72,7 @@ def cut_kernel(
     cells,  # int32 [rows, capacity], written: cells of tokens to read
     n_cells,  # int32 [rows], written: how many
     shares,  # fp32 [rows, N_SPLITS + 1, HEADS], written with STATISTICS: exponentials of these tokens, and zeros
+    sinks,  # fp32 [H], with SINKS: what they hold is read anyhow
     table_stride,
     max_tokens,
     list_stride,  # of tokens
@@ -85,6 +86,7 @@ def cut_kernel(
     N_SPLITS: tl.constexpr,
     TILE: tl.constexpr,
     LEAST_K: tl.constexpr,
+    SINKS: tl.constexpr,
     READ: tl.constexpr,
 ):
     """Grid (B * G). Gathers 4 bytes of group score and those of the head scores per picked token, then ten passes over
@@ -118,6 +120,9 @@ def cut_kernel(
         tl.store(held + i, share_of(head_scores, t, live, row_tops, row_sums, max_tokens, HEADS), mask=live)
     tl.debug_barrier()  # what one thread stored others load
 
+    if SINKS:
+        for h in tl.static_range(HEADS):
+            mass -= tl.exp(tl.load(sinks + row % G * HEADS + h) - row_tops[h]) / row_sums[h] / HEADS
     n_least = tl.maximum(n_local, tl.minimum(n_read, LEAST_K + 1))
     threshold, n_missing, mass_missing = find_cut(keys, held, n_read, n_least, mass, TILE)
     n_equal = n_read * 0

@@ -39,6 +39,19 @@ class MeanValue:
 
 
 @triton.jit
+def add_sinks(top, total, acc, sinks):
+    """The state of an online softmax (base 2) after one more token in each row, of V = 0.
+
+    ``sinks``: its logits, to the base e; -inf in all splits of a row but one.
+    """
+    sinks = sinks * 1.4426950408889634
+    new_top = tl.maximum(top, sinks)
+    base = tl.where(new_top == float("-inf"), 0.0, new_top)
+    shrink = tl.exp2(top - base)
+    return new_top, total * shrink + tl.exp2(sinks - base), acc * shrink[:, None]
+
+
+@triton.jit
 def merge_splits(
     partial,  # fp32 [rows, N_SPLITS, D], each split's own softmax average
     weight,  # fp32 [rows, N_SPLITS], log2 of its sum of exponentials, -inf where the split is empty
@@ -112,9 +125,11 @@ def blend(
     shares,
     mean,
     alpha_floor,
+    sinks,  # of the group
     HEADS: tl.constexpr,
     N_SPLITS: tl.constexpr,
     D: tl.constexpr,
+    SINKS: tl.constexpr,
 ):
     """Step 5: ``alpha y + (1 - alpha) mean``."""
     live = h < HEADS
@@ -127,6 +142,8 @@ def blend(
     at = (row * (N_SPLITS + 1) + split) * HEADS + h[:, None]
     share = tl.sum(tl.load(shares + at, mask=live[:, None], other=0.0), 1)
     share += tl.load(shares + (row * (N_SPLITS + 1) + N_SPLITS) * HEADS + h, mask=live, other=0.0)
+    if SINKS:  # always read
+        share += tl.exp(tl.load(sinks + h, mask=live, other=0.0) - top)
     alpha = tl.minimum(tl.maximum(share / size, alpha_floor), 1.0)[:, None]
     return alpha * y + (1.0 - alpha) * tl.load(mean + row * D + d, mask=d < D, other=0.0)[None, :]
 
@@ -151,11 +168,13 @@ def finish_row(
     shares,
     mean,
     alpha_floor,
+    sinks,
     GROUP: tl.constexpr,
     N_SPLITS: tl.constexpr,
     D: tl.constexpr,
     D_PAD: tl.constexpr,
     BLEND: tl.constexpr,  # splits of `score_kernel`; 0: nothing to blend
+    SINKS: tl.constexpr,
 ):
     """The output of a query group, whose splits are all there."""
     HEADS_PAD: tl.constexpr = triton.next_power_of_2(GROUP)
@@ -165,7 +184,7 @@ def finish_row(
     y = merge_heads(partial, weight, first_head, h, d, GROUP, N_SPLITS, D, STEP)
     if BLEND > 0:  # noqa: SIM102  known at compile time, the rest is not
         if not is_dense:
-            y = blend(y, h, d, row, tops, sums, shares, mean, alpha_floor, GROUP, BLEND, D)
+            y = blend(y, h, d, row, tops, sums, shares, mean, alpha_floor, sinks, GROUP, BLEND, D, SINKS)
     store_heads(out, y, h, d, (h < GROUP)[:, None] & (d < D)[None, :], out_stride_h)
 
 

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from vllm_sparq.ops.triton_common.count import N_BINS, bin_of, bins_of_sample, mark_newest, store_scores
-from vllm_sparq.ops.triton_common.launch import cast, read_counts, split_tokens, step_kernel
+from vllm_sparq.ops.triton_common.launch import cast, read_counts, soft_capped, split_tokens, step_kernel
 from vllm_sparq.ops.triton_common.score_tile import full_pages, score_tile
 
 
@@ -73,6 +73,15 @@ def scores_of_run(scores, r: tl.constexpr, HEADS: tl.constexpr):
     result = ()
     for h in tl.static_range(HEADS):
         result = result + (scores[r * HEADS + h],)
+    return result
+
+
+@triton.jit
+def cap_heads(scores, HEADS: tl.constexpr, CAP: tl.constexpr):
+    """The scores of a tuple as probabilities are made of them."""
+    result = ()
+    for h in tl.static_range(HEADS):
+        result = result + (soft_capped(scores[h], CAP),)
     return result
 
 
@@ -162,6 +171,7 @@ def score_kernel(
     sums,  # and its sum of exponentials below that
     head_scores,  # [rows, HEADS, max_tokens], written with KEEP
     mean,  # fp32 [rows, D], written with MEAN
+    sinks,  # fp32 [H], with SINKS: one more score of each head, of the first split
     query_stride_b,
     query_stride_h,
     page_stride,
@@ -191,6 +201,8 @@ def score_kernel(
     PROBS: tl.constexpr,
     POSITIONS: tl.constexpr,
     MEAN: tl.constexpr,
+    SINKS: tl.constexpr,
+    CAP: tl.constexpr,  # of the scores of heads; 0: none
     N_SPLITS: tl.constexpr,
     RUNS: tl.constexpr,  # a tile takes the slots n, n + N / RUNS, .. of its pages
     PAGES: tl.constexpr,
@@ -269,9 +281,10 @@ def score_kernel(
                 t = first_token + (slot + r * RUN)
                 live = (slot < RUN) & (t < context_len)
                 if STATISTICS:
-                    lane_tops, lane_sums = note_extremes(lane_tops, lane_sums, own, live, HEADS)
+                    of_heads = cap_heads(own, HEADS, CAP)
+                    lane_tops, lane_sums = note_extremes(lane_tops, lane_sums, of_heads, live, HEADS)
                 if KEEP:
-                    store_heads(head_scores, own, t, live, max_tokens, HEADS)
+                    store_heads(head_scores, cap_heads(own, HEADS, CAP), t, live, max_tokens, HEADS)
                 if not PROBS:
                     s = tl.maximum(sum_heads(own, HEADS), -3.4028234663852886e38)  # a NaN would be in no bin
                     if POSITIONS:
@@ -292,5 +305,10 @@ def score_kernel(
         for h in tl.static_range(HEADS):
             top = tl.max(tl.max(lane_tops[h], 1), 0)
             total = tl.sum(tl.sum(lane_sums[h] * tl.exp(lane_tops[h] - top), 1), 0)
+            if SINKS:
+                sink = tl.where(split == 0, tl.load(sinks + g * GROUP + h), float("-inf"))
+                of_tokens = top
+                top = tl.maximum(top, sink)
+                total = total * tl.exp(of_tokens - top) + tl.exp(sink - top)
             tl.store(tops + at * HEADS + h, top)
             tl.store(sums + at * HEADS + h, total)

@@ -1,0 +1,50 @@
+"""Models whose softmax is not of the tokens alone: tiny ones with random weights, beside stock vLLM."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.architectures import seeded
+from tests.architectures.configurations import LOGITS
+from tests.engine.support import Prompts
+from tests.engine.test_states import counted
+
+pytestmark = pytest.mark.engine
+
+NAMES = ("gpt-oss", "gemma-2")
+ALL_READ: dict[str, Any] = {"compression": 1, "k": 4096, "dense_below": 0}
+N_BLOCKS = 44
+"""Of 128 tokens: too few for all of the prompts, more than the longest needs."""
+
+
+def arguments(folder: Path, **more: Any) -> dict[str, Any]:
+    given = dict(model=str(folder), skip_tokenizer_init=True, load_format=seeded.LOAD_FORMAT, max_model_len=2048)
+    return {**given, "max_num_batched_tokens": 512, "kv_cache_memory_bytes": 64 << 20, **more}
+
+
+@pytest.fixture(scope="module")
+def token_prompts() -> list[list[int]]:
+    rng = random.Random(3)
+    lengths = (5, 127, 128, 129, 300, 700, 1100, 1500, *[250] * 9)
+    return [[rng.randrange(3, 512) for _ in range(n)] for n in lengths]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_with_nothing_left_out_it_is_dense(name: str, tmp_path: Path, token_prompts: Any, engine: Any) -> None:
+    """In chunks, from cached blocks, and after preemptions."""
+    seeded.register()
+    folder = LOGITS[name].write(tmp_path)
+    with engine("CPU_ATTN", {}, **arguments(folder)) as llm:
+        dense = Prompts.answers(llm, token_prompts)
+    assert len({tuple(answer) for answer in dense}) == len(dense)
+    small = dict(max_num_batched_tokens=256, num_gpu_blocks_override=N_BLOCKS, enable_prefix_caching=True)
+    with engine("sparq", ALL_READ, **arguments(folder, disable_log_stats=False, **small)) as llm:
+        assert Prompts.answers(llm, token_prompts) == dense
+        assert counted(llm, "num_preemptions") > 0
+        found = Prompts.answers(llm, token_prompts[6:8]), Prompts.answers(llm, token_prompts[6:8])
+        assert found == (dense[6:8], dense[6:8])
+        assert counted(llm, "prefix_cache_hits") > 1000
