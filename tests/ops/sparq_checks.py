@@ -27,7 +27,7 @@ import torch
 
 from tests.ops import tolerances
 from tests.ops.cases import Case, Tokens, World, build
-from tests.ops.rounding import rounded_dense_decode
+from tests.ops.rounding import multiplied, rounded_dense_decode
 from tests.ops.test_oracle import Array, numbers, probabilities, repository
 from vllm_sparq.layout import Pages
 from vllm_sparq.ops.codec import unpack
@@ -173,7 +173,8 @@ def assert_right(
         key, value = cached(world, b, g)
         keys, size = ranked_by(world, key, b, g)
         if rounds:
-            key, value = (torch.from_numpy(x).to(case.dtype).double().numpy() for x in (key, value))
+            held = zip(("key", "value"), (key, value), strict=True)
+            key, value = (multiplied(case.layout, part, torch.from_numpy(x)).double().numpy() for part, x in held)
         want = repository(query, keys, key, value, **given, chosen=chosen)
         error, chosen = score_error(case, query, want.channels, size), want.chosen
 

@@ -16,8 +16,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from vllm_sparq.ops.triton_common.codes import as_bytes, dequantize, load_scales, n_in_codes
+from vllm_sparq.ops.triton_common.codes import n_in_codes
 from vllm_sparq.ops.triton_common.launch import INTERPRETED
+from vllm_sparq.ops.triton_common.unpack import as_bytes, dequantize, load_scales
 
 
 @triton.jit
