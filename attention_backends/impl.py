@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable
 from functools import partial
@@ -17,6 +18,7 @@ from vllm_sparq.attention_backends.flash import flash_choice, flash_prefill
 from vllm_sparq.attention_backends.keys import LEAST_TOKENS, MOST_NOISE, is_fragile, noise_of_codes, noise_warning
 from vllm_sparq.attention_backends.refusals import CANNOT_START, impl_refusals
 from vllm_sparq.attention_backends.steps.evicting import EvictingMetadata
+from vllm_sparq.attention_backends.steps.policies import PolicyRows
 from vllm_sparq.attention_backends.steps.requests import StepRequests
 from vllm_sparq.attention_backends.steps.rows import PagedMetadata, PrefillRows
 from vllm_sparq.config import Options
@@ -81,7 +83,8 @@ class PagedImpl(AttentionImpl[PagedMetadata | EvictingMetadata]):
         prefill = self._choices["prefill"]
         self._prefill = None if prefill is flash else prefill.load()
         self._dense = self._choices["dense_decode"].load()
-        self._decode: Callable[..., None] | None = None  # known with the layer's name, at its first step
+        self._index = 0  # this, and what reads decodes, is known with the layer's name, at its first step
+        self._decode: Callable[..., None] | None = None
         self._pages: Pages | None = None
         self._looks_at_keys = False
         self._dtype: torch.dtype = vllm_config.model_config.dtype
@@ -156,18 +159,31 @@ class PagedImpl(AttentionImpl[PagedMetadata | EvictingMetadata]):
         self._write(key, value, pages, *tables, step.first_positions)
         if rows is not None:
             self._attend_densely(rows, query, new, pages, output)
-        decode = self._dense if step.dense else self._decode
-        assert decode is not None
         n = step.n_decodes
         if n:
-            own = step.decodes
-            decode(query[:n], pages, own.block_table, own.seq_lens, scale=self.scale, out=output[:n])
+            self._read(query[:n], pages, step.groups, output[:n], dense=step.dense)
         if step.replayed is not None:
             replayed = step.replayed
-            out = torch.empty_like(output[: len(replayed.rows)])
-            seen = replayed.pages_seen(pages, *new)
-            decode(query[replayed.rows], seen, replayed.block_table, replayed.seq_lens, scale=self.scale, out=out)
+            out, seen = torch.empty_like(output[: len(replayed.rows)]), replayed.pages_seen(pages, *new)
+            self._read(query[replayed.rows], seen, replayed.groups, out, dense=step.dense)
             output[replayed.rows] = out
+
+    def _read(
+        self, query: torch.Tensor, pages: Pages, groups: tuple[PolicyRows, ...], out: torch.Tensor, *, dense: bool
+    ) -> None:
+        """Rows of decodes [n, H, D], each group by the options of its requests; ``dense``: all of them in full."""
+        for group in groups:
+            decode = self._decode if group.options is None else self._read_policy(group.options)
+            if dense:
+                decode = self._dense
+            assert decode is not None
+            tables = group.block_table, group.seq_lens
+            if group.rows is None:
+                decode(query, pages, *tables, scale=self.scale, out=out)
+                continue
+            found = torch.empty_like(out[: len(group.rows)])
+            decode(query[group.rows], pages, *tables, scale=self.scale, out=found)
+            out[group.rows] = found
 
     def look_at_next_keys(self) -> None:
         """Of the next prompt, where codes may spoil them; what vLLM warms up with is none."""
@@ -240,18 +256,19 @@ class PagedImpl(AttentionImpl[PagedMetadata | EvictingMetadata]):
         if pages is None or _address(pages.data) != _address(kv_cache):
             layout = page_layout(self._options, self._heads, kv_cache.shape[2], dtype)
             pages = self._pages = Pages.from_kv_cache(kv_cache, layout)
-            self._decode = self._read_policy(layer.layer_name)
+            self._index = _layer_index(layer.layer_name)
+            self._decode = self._read_policy(self._options)
         return pages
 
     def forget_pages(self) -> None:
         """Keep nothing of the cache alive; the next step binds what vLLM hands over then."""
         self._pages = None
 
-    def _read_policy(self, layer_name: str) -> Callable[..., None]:
-        """What a decode row of this layer reads."""
-        if _layer_index(layer_name) < self._options.dense_layers:
+    def _read_policy(self, options: Options) -> Callable[..., None]:
+        """What reads a decode row of this layer under these options."""
+        if self._index < options.dense_layers:
             return self._dense
-        read = self._options.read_of(self._heads)
+        read = resolved(options, self._heads)
         return partial(self._choices[read.op].load(), **read.arguments)
 
     def describe(self) -> dict[str, Any]:
@@ -260,6 +277,12 @@ class PagedImpl(AttentionImpl[PagedMetadata | EvictingMetadata]):
             "ops": {name: f"{choice.implementation} ({choice.reason})" for name, choice in self._choices.items()},
             "options": self._options.model_dump(),
         }
+
+
+@functools.lru_cache(maxsize=1024)
+def resolved(options: Options, heads: HeadShape) -> Read:
+    """`Options.read_of`, which layers ask in each step in which requests have chosen for themselves."""
+    return options.read_of(heads)
 
 
 def _choose_ops(device_type: str, read: type[Read]) -> dict[str, Choice]:

@@ -10,14 +10,16 @@ from vllm.config import set_current_vllm_config
 from vllm.distributed.parallel_state import get_pp_group
 from vllm.logger import init_logger
 
+from vllm_sparq.attention_backends.choices import asked_for, chosen
 from vllm_sparq.attention_backends.drafting import SelfDrafter
-from vllm_sparq.attention_backends.engine import selected_backends
+from vllm_sparq.attention_backends.engine import PagedEngine, heads_of, selected_backends
 from vllm_sparq.attention_backends.found import layers_by_backend, silence_refusal
 from vllm_sparq.attention_backends.impl import PagedImpl
 from vllm_sparq.attention_backends.keys import bias_warning, biased_projections, is_fragile
 from vllm_sparq.attention_backends.refusals import CANNOT_START, engine_refusals
 from vllm_sparq.attention_backends.shared_pages import share_pages
 from vllm_sparq.attention_backends.steps.requests import StepRequests
+from vllm_sparq.config import Options
 from vllm_sparq.retention import PHASES
 from vllm_sparq.scheduler.spec import know_each_other
 
@@ -137,6 +139,13 @@ class SparqWorkerMixin(AttentionReport):
         if refusal is not None:
             raise ValueError(CANNOT_START + refusal)
 
+    def _chosen(self, sampling_params: Any) -> Options | None:
+        """What a request has chosen to be read of it; the front end has made sure that it can be."""
+        asked = asked_for(getattr(sampling_params, "extra_args", None))
+        config: Any = self.vllm_config  # type: ignore[attr-defined]
+        engine = None if asked is None else PagedEngine.of(config)
+        return None if engine is None else chosen(engine, heads_of(config.model_config, config.parallel_config), asked)
+
     def _share_pages(self) -> None:
         """Let the model runner, whoever asks it for KV cache specs, answer with ones that share pages."""
         runner, config = self.model_runner, self.vllm_config  # type: ignore[attr-defined]
@@ -174,7 +183,8 @@ class SparqWorkerMixin(AttentionReport):
             torch.accelerator.empty_cache()
 
     def execute_model(self, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
-        """Take along what our scheduler says about budgets; vLLM's own says nothing."""
+        """Take along what our scheduler says about budgets, vLLM's own says nothing; and what requests have chosen."""
         if self._requests is not None:
             self._requests.phases = getattr(scheduler_output, PHASES, {})
+            self._requests.follow(scheduler_output, self._chosen)
         return super().execute_model(scheduler_output, *args, **kwargs)  # type: ignore[misc]

@@ -14,6 +14,9 @@ answer depend on what the engine did before:
 
 from __future__ import annotations
 
+import atexit
+import contextlib
+import functools
 from collections import OrderedDict
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +24,10 @@ from vllm.logger import init_logger
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 
+from vllm_sparq.attention_backends.choices import asked_for, chosen
 from vllm_sparq.attention_backends.engine import PagedEngine, heads_of
+from vllm_sparq.counters import Counters
+from vllm_sparq.reads import HeadShape
 
 if TYPE_CHECKING:
     from vllm.v1.request import Request
@@ -38,16 +44,24 @@ class PromptCachingMixin:
         engine = PagedEngine.of(config)
         assert engine is not None
         self._shares_all = engine.options.sharing == "all"
-        read = engine.read(heads_of(config.model_config, config.parallel_config))
-        self._dense_up_to = read.dense_up_to(config.model_config.max_model_len)
+        self._engine, self._heads = engine, heads_of(config.model_config, config.parallel_config)
+        self._max_model_len: int = config.model_config.max_model_len
         self._loops = TokenLoops()
+        self._n_chosen = {"dense_requests": 0, "tuned_requests": 0}
+        self._counters = Counters.of(config, config.parallel_config.data_parallel_index)
+        self._counting = contextlib.ExitStack()
         manager: Any = self.kv_cache_manager  # type: ignore[attr-defined]
         self._lookup, manager.get_computed_blocks = manager.get_computed_blocks, self._computed_blocks
         coordinator = manager.coordinator
         self._cache, coordinator.cache_blocks = coordinator.cache_blocks, self._cache_blocks
 
     def add_request(self, request: Request) -> None:
-        """As vLLM does, and tell whoever runs the server that a client gets nothing out of it."""
+        """As vLLM does, and tell whoever runs the server that a client gets nothing out of it, or what it chose."""
+        options = chosen(self._engine, self._heads, _asked(request))
+        if options is not None:
+            name = "dense_requests" if options.read != self._engine.options.read else "tuned_requests"
+            self._n_chosen[name] += 1
+            self.count(**self._n_chosen)
         if self._loops.found_by(request):
             logger.warning_once(
                 "a client asks for one token at a time (max_tokens=1, as beam search does): each of its steps is a "
@@ -56,11 +70,24 @@ class PromptCachingMixin:
             )
         super().add_request(request)  # type: ignore[misc]
 
+    def count(self, **counts: int) -> None:
+        """Let the front end publish counts of this engine, by name; they only grow."""
+        if not self._counters.is_open:
+            self._counting.enter_context(self._counters.writing())
+            atexit.register(self._counting.close)
+        self._counters.write(**counts)
+
+    def shutdown(self) -> None:
+        """The engine ends, and what it has counted with it."""
+        self._counting.close()
+        super().shutdown()  # type: ignore[misc]
+
     def _n_as_prompt(self, request: Request) -> int:
         """How many first tokens of a request have the K and V that a prompt would have given them."""
         if self._shares_all:
             return request.num_tokens
-        return max(request.num_prompt_tokens, self._dense_up_to)
+        dense_up_to = _dense_up_to(self._engine, self._heads, _asked(request), self._max_model_len)
+        return max(request.num_prompt_tokens, dense_up_to)
 
     def _cache_blocks(self, request: Request, num_computed_tokens: int) -> None:
         """`KVCacheCoordinator.cache_blocks`, for all cache groups: what attends to less changes every layer above."""
@@ -82,6 +109,19 @@ class PromptCachingMixin:
         if not self._shares_all:
             self._free_request_blocks(session)  # type: ignore[attr-defined]
             session.num_computed_tokens = 0
+
+
+def _asked(request: Request) -> str | None:
+    """What a request asks to be read of it."""
+    params = request.sampling_params
+    return None if params is None else asked_for(params.extra_args)
+
+
+@functools.lru_cache(maxsize=1024)
+def _dense_up_to(engine: PagedEngine, heads: HeadShape, asked: str | None, max_model_len: int) -> int:
+    """The longest context that is read in full as all shorter ones are, of a request that asked for this."""
+    options = chosen(engine, heads, asked) or engine.options
+    return options.read_of(heads).dense_up_to(max_model_len)
 
 
 class PromptCachingScheduler(PromptCachingMixin, Scheduler):

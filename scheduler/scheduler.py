@@ -11,8 +11,6 @@ of a tensor-parallel group hear the same.
 
 from __future__ import annotations
 
-import atexit
-import contextlib
 from typing import TYPE_CHECKING, Any
 
 from vllm.logger import init_logger
@@ -20,7 +18,6 @@ from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import RequestStatus
 
-from vllm_sparq.counters import Counters
 from vllm_sparq.retention import PHASES
 from vllm_sparq.scheduler.manager import RetainingManager
 from vllm_sparq.scheduler.prompts import PromptCachingMixin
@@ -61,10 +58,6 @@ class EvictingMixin:
                 "cache groups that keep different numbers of tokens cannot give blocks: use pressure 'preempt'"
             )
         self._granted: list[Request] = []
-        self._counters = Counters.of(self.vllm_config, self.vllm_config.parallel_config.data_parallel_index)  # type: ignore[attr-defined]
-        self._open = contextlib.ExitStack()
-        self._open.enter_context(self._counters.writing())
-        atexit.register(self._open.close)
         self.n_blocks_taken = self.n_tokens_evicted = self.n_preemptions_avoided = 0
         manager: Any = self.kv_cache_manager  # type: ignore[attr-defined]
         self._allocate = manager.allocate_slots
@@ -79,14 +72,10 @@ class EvictingMixin:
         phases = {name: phase for name, phase in shrunk.items() if name in output.num_scheduled_tokens}
         setattr(output, PHASES, phases)
         if self.n_preemptions_avoided > before:
-            self._counters.write(blocks_taken=self.n_blocks_taken, preemptions_avoided=self.n_preemptions_avoided)
+            counts = dict(blocks_taken=self.n_blocks_taken, preemptions_avoided=self.n_preemptions_avoided)
+            self.count(**counts)  # type: ignore[attr-defined]
             logger.info_once("the KV cache is full: running requests evict more tokens instead of being preempted")
         return output
-
-    def shutdown(self) -> None:
-        """The engine ends."""
-        self._open.close()
-        super().shutdown()  # type: ignore[misc]
 
     def _allocate_or_evict(self, request: Request, *args: Any, **kwargs: Any) -> Any:
         """`KVCacheManager.allocate_slots`, with blocks of others where a running request finds none."""

@@ -13,6 +13,7 @@ from vllm_sparq import counters, stat_logger
 from vllm_sparq.counters import Counters
 from vllm_sparq.retention import Retention
 
+NOTHING = dict.fromkeys(counters.NAMES, 0)
 RETENTION = Retention(budget=64, recent=None, sinks=0, rank="attention", bounded=False, interval=1, block_size=16)
 
 
@@ -35,10 +36,12 @@ def test_what_is_taken_once_is_gone() -> None:
     with scheduler.writing():
         assert front_end.take() == {}
         scheduler.write(blocks_taken=3, preemptions_avoided=1)
-        assert front_end.take() == {"blocks_taken": 3, "preemptions_avoided": 1}
+        assert front_end.take() == NOTHING | {"blocks_taken": 3, "preemptions_avoided": 1}
         assert front_end.take() == {}
-        scheduler.write(blocks_taken=7, preemptions_avoided=1)
-        assert front_end.take() == {"blocks_taken": 4, "preemptions_avoided": 0}
+        scheduler.write(blocks_taken=7)
+        assert front_end.take() == NOTHING | {"blocks_taken": 4}
+        scheduler.write(dense_requests=2)
+        assert front_end.take() == NOTHING | {"dense_requests": 2}
     assert not scheduler.path.exists()
 
 
@@ -53,6 +56,7 @@ def test_two_front_ends_publish_each_count_once(monkeypatch: pytest.MonkeyPatch)
     counters.name_run(config("of the parent", 2))
     engines = [Counters.of(config("of the parent", 2), index) for index in (0, 1)]
     monkeypatch.setattr(stat_logger, "_retention_of", lambda _: (RETENTION, 100))
+    monkeypatch.setattr(stat_logger, "_takes_choices", lambda _: False)
     published: dict[tuple[int, str], float] = {}
 
     def register(self: stat_logger.SparqStatLogger) -> dict[str, Any]:

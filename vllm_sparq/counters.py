@@ -24,7 +24,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-NAMES = ("blocks_taken", "preemptions_avoided")
+NAMES = ("blocks_taken", "preemptions_avoided", "dense_requests", "tuned_requests")
 FORMAT = struct.Struct(f"<{len(NAMES)}q")  # twice in the file: what was counted, and what of it was taken
 
 RUN = "VLLM_SPARQ_RUN"
@@ -44,6 +44,7 @@ class Counters:
         self.path = path
         self._map: mmap.mmap | None = None
         self._lock: int | None = None
+        self._counted = dict.fromkeys(NAMES, 0)
 
     @classmethod
     def of(cls, vllm_config: Any, engine_index: int) -> Counters:
@@ -64,10 +65,16 @@ class Counters:
             self._close()
             self.path.unlink(missing_ok=True)
 
+    @property
+    def is_open(self) -> bool:
+        """Whether the file is there and mapped."""
+        return self._map is not None
+
     def write(self, **counts: int) -> None:
-        """Set all counts, by name. They only grow."""
+        """Set counts, by name. They only grow."""
         assert self._map is not None
-        FORMAT.pack_into(self._map, 0, *(counts[name] for name in NAMES))
+        self._counted |= counts
+        FORMAT.pack_into(self._map, 0, *(self._counted[name] for name in NAMES))
 
     def take(self) -> dict[str, int]:
         """By name, what was counted and not taken yet; empty where nobody counts (yet)."""

@@ -66,11 +66,13 @@ class SparqPlatformMixin:
             ValueError: options or features that cannot work, with value, rule and remedy of each.
         """
         super().check_and_update_config(vllm_config)  # type: ignore[misc]
+        from vllm_sparq.attention_backends.admission import check_all_requests
         from vllm_sparq.attention_backends.engine import selected_backends
         from vllm_sparq.attention_backends.refusals import CANNOT_START, engine_refusals, worker_refusals
 
         if not selected_backends(vllm_config):
             return
+        check_all_requests()
         cls._choose_block_size(vllm_config)
         parallel = vllm_config.parallel_config
         parallel.worker_cls = cls.sparq_workers.get(parallel.worker_cls, parallel.worker_cls)
@@ -80,6 +82,7 @@ class SparqPlatformMixin:
             refusals += worker_refusals(parallel.worker_cls, ours)
         if refusals:
             raise ValueError(CANNOT_START + "; ".join(refusals))
+        counters.name_run(vllm_config)
         cls._arrange_eviction(vllm_config)
         cls._arrange_drafts(vllm_config)
         cls._choose_scheduler(vllm_config)
@@ -154,7 +157,6 @@ class SparqPlatformMixin:
                 "prefix caching is off: what a block holds after an eviction depends on the whole request, so no other "
                 "request can use it"
             )
-        counters.name_run(vllm_config)
 
     @classmethod
     def _arrange_drafts(cls, vllm_config: VllmConfig) -> None:

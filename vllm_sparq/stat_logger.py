@@ -1,14 +1,16 @@
-"""What eviction does, in vLLM's own metrics: Prometheus counters and a line in the log of `vllm serve`.
+"""What eviction does and what requests choose, in vLLM's own metrics: Prometheus counters, and the log of `vllm serve`.
 
     vllm:sparq_evicted_tokens_total        tokens that finished requests no longer held, per KV head
     vllm:sparq_saved_blocks_total          KV blocks that they did without
     vllm:sparq_saved_bytes_total           the bytes of these
     vllm:sparq_blocks_taken_total          blocks that running requests gave up under pressure
     vllm:sparq_preemptions_avoided_total   times that this spared a request from being preempted
+    vllm:sparq_dense_requests_total        requests that asked to be read densely (`attention_backends.choices`)
+    vllm:sparq_tuned_requests_total        requests that chose how much is read of them
 
-The first three follow from the lengths of a finished request, as `vllm_sparq.retention` has it. The last two are known
-to the scheduler alone (`pressure: evict`), which counts in a small file (`vllm_sparq.counters`). Where several front
-ends serve the same engines, each publishes the requests that it finished, and of the file what it found first.
+The first three follow from the lengths of a finished request, as `vllm_sparq.retention` has it. The others are known
+to the scheduler alone, which counts in a small file (`vllm_sparq.counters`). Where several front ends serve the same
+engines, each publishes the requests that it finished, and of the file what it found first.
 
 A stat logger of a plugin makes vLLM collect its statistics even under `--disable-log-stats` (it then logs none itself):
 vLLM looks for such loggers before it knows which backend it will run.
@@ -33,11 +35,13 @@ FROM_LENGTHS = {
 FROM_SCHEDULER = {
     "blocks_taken": "KV blocks that running requests gave up under pressure.",
     "preemptions_avoided": "Times that a block given up spared a request from being preempted.",
+    "dense_requests": "Requests that asked to be read densely.",
+    "tuned_requests": "Requests that chose how much is read of them.",
 }
 
 
 class SparqStatLogger(StatLoggerBase):
-    """Entry point `vllm.stat_logger_plugins`; silent where nothing is evicted."""
+    """Entry point `vllm.stat_logger_plugins`; silent where nothing is evicted or chosen."""
 
     def __init__(self, vllm_config: Any, engine_index: int = 0) -> None:
         self.vllm_config, self.engine_index = vllm_config, engine_index
@@ -46,6 +50,7 @@ class SparqStatLogger(StatLoggerBase):
         self._prometheus: dict[str, Any] | None = None
         self._counters = Counters.of(vllm_config, engine_index)
         self.retention, self.block_bytes = _retention_of(vllm_config)
+        self.takes_choices = _takes_choices(vllm_config)
 
     def record(
         self,
@@ -55,11 +60,12 @@ class SparqStatLogger(StatLoggerBase):
         engine_idx: int = 0,
     ) -> None:
         """After each step."""
-        if self.retention is None:
+        if self.retention is None and not self.takes_choices:
             return
         before = dict(self.totals)
-        for request in iteration_stats.finished_requests if iteration_stats is not None else ():
-            self._finished(request.num_prompt_tokens, request.num_generation_tokens)
+        if self.retention is not None and iteration_stats is not None:
+            for request in iteration_stats.finished_requests:
+                self._finished(request.num_prompt_tokens, request.num_generation_tokens)
         for name, n_new in self._counters.take().items():
             self.totals[name] += n_new
         if self._prometheus is None:
@@ -94,6 +100,14 @@ class SparqStatLogger(StatLoggerBase):
         if not any(new.values()):
             return
         self.logged = dict(self.totals)
+        if new["dense_requests"] or new["tuned_requests"]:
+            logger.info(
+                "sparq: %d requests asked to be read densely, %d chose how much is read of them",
+                new["dense_requests"],
+                new["tuned_requests"],
+            )
+        if not any(new[name] for name in FROM_LENGTHS) and not new["preemptions_avoided"]:
+            return
         logger.info(
             "sparq: finished requests did without %d tokens per KV head, %d KV blocks (%.1f MB)%s",
             new["evicted_tokens"],
@@ -106,6 +120,14 @@ class SparqStatLogger(StatLoggerBase):
 
     def log_engine_initialized(self) -> None:
         """vLLM's own line says enough."""
+
+
+def _takes_choices(vllm_config: Any) -> bool:
+    """Whether requests may choose what is read of them."""
+    from vllm_sparq.attention_backends.engine import PagedEngine
+
+    engine = PagedEngine.of(vllm_config)
+    return engine is not None and engine.reads_sparsely
 
 
 def _retention_of(vllm_config: Any) -> tuple[Any, int]:

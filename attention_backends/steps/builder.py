@@ -14,6 +14,7 @@ Three kinds of rows:
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -25,6 +26,7 @@ from vllm_sparq.attention_backends.engine import PagedEngine
 from vllm_sparq.attention_backends.steps.arrivals import Arrivals, Phases, arrivals, on_device
 from vllm_sparq.attention_backends.steps.drafts import DraftTables
 from vllm_sparq.attention_backends.steps.evicting import EvictingMetadata, answer_turn, plan_turns, take_turns
+from vllm_sparq.attention_backends.steps.policies import by_policy
 from vllm_sparq.attention_backends.steps.requests import StepRequests
 from vllm_sparq.attention_backends.steps.rows import PagedMetadata, PrefillRows, ReplayedRows
 from vllm_sparq.attention_backends.steps.staged_rows import staged_rows
@@ -73,7 +75,7 @@ class PagedMetadataBuilder(AttentionMetadataBuilder[PagedMetadata | EvictingMeta
         n_rows = n_decoding
         if self.most_rows > 1 and step.max_query_len > 1:
             n_rows, drafts = self.drafts.of(step, n_decoding)
-        return PagedMetadata(
+        built = PagedMetadata(
             n_decodes=n_rows,
             block_table=step.block_table_tensor,
             query_start_loc=step.query_start_loc,
@@ -83,6 +85,20 @@ class PagedMetadataBuilder(AttentionMetadataBuilder[PagedMetadata | EvictingMeta
             drafts=drafts,
             dense=self.options.lossless,
         )
+        return self._as_chosen(built, step, n_decoding) if self.requests.policies else built
+
+    def _as_chosen(self, built: PagedMetadata, step: CommonAttentionMetadata, n_decoding: int) -> PagedMetadata:
+        """The same step where requests have chosen what is read, its first ``n_decoding`` of one row or more each."""
+        policies, replayed, decodes = self.requests.policies_of(step), built.replayed, built.decodes
+        if replayed is not None:
+            of_rows = [policies[owner] for owner in replayed.owners]
+            replayed = replace(replayed, by_policy=by_policy(of_rows, replayed.block_table, replayed.seq_lens))
+        owners = list(range(n_decoding))
+        if built.drafts is not None:
+            n_rows = (step.query_start_loc_cpu[1:] - step.query_start_loc_cpu[:-1])[:n_decoding]
+            owners = torch.repeat_interleave(torch.arange(n_decoding), n_rows).tolist()
+        chosen = by_policy([policies[owner] for owner in owners], decodes.block_table, decodes.seq_lens)
+        return replace(built, replayed=replayed, by_policy=chosen)
 
     def build_drafts(self, common_attn_metadata: CommonAttentionMetadata) -> PagedMetadata:
         """A step that drafts: one token of each request, read by the policy."""
@@ -119,11 +135,11 @@ class PagedMetadataBuilder(AttentionMetadataBuilder[PagedMetadata | EvictingMeta
             found = arrivals(step.seq_lens[: step.num_reqs], prompt_lens, spec.retention, shrunk)
             kept = self.arrivals[:, : step.num_reqs]
             torch.stack(found, out=kept)
-            return answer_turn(Arrivals(*kept), step, spec, self.max_model_len)
+            return answer_turn(Arrivals(*kept), step, spec, self.max_model_len, self.requests.policies_of(step))
         starts, seq_lens = step.query_start_loc_cpu.tolist(), _seq_lens_on_cpu(step).tolist()
         prompt_lens = self.requests.prompt_lens_of(step)
         turns = plan_turns(starts, seq_lens, prompt_lens.tolist(), phases, spec.retention)
-        return take_turns(turns, step.block_table_tensor, spec, self.options)
+        return take_turns(turns, step.block_table_tensor, spec, self.options, self.requests.policies_of(step))
 
 
 def most_requests(vllm_config: VllmConfig) -> int:
@@ -196,10 +212,12 @@ def find_replayed(
     # The replayed rows are the last ones of their request: count down from its end.
     countdown = torch.cat([torch.arange(int(n), 0, -1) for n in n_after_prompt])
     rows, device = ends.long() - countdown, step.seq_lens.device
+    owners = requests.tolist()
     requests, countdown, there = (on_device(x, torch.int64, device) for x in (requests, countdown, rows))
     return ReplayedRows(
         rows=there,
         rows_on_host=rows.tolist(),
+        owners=owners,
         block_table=step.block_table_tensor[requests],
         seq_lens=(step.seq_lens[requests] - countdown + 1).to(torch.int32),
     )

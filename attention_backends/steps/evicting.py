@@ -11,12 +11,14 @@ step that empties them, and it holds for the step as a whole: such a request evi
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from vllm.v1.attention.backend import AttentionMetadata, CommonAttentionMetadata
 
 from vllm_sparq.attention_backends.steps.arrivals import Arrivals, on_device
+from vllm_sparq.attention_backends.steps.policies import by_policy
 from vllm_sparq.attention_backends.steps.rows import PagedMetadata, PrefillRows
 from vllm_sparq.attention_backends.steps.staged import int64
 from vllm_sparq.attention_backends.steps.staged_rows import staged_rows
@@ -75,10 +77,14 @@ class EvictingMetadata(AttentionMetadata):
 
 
 def answer_turn(
-    arrivals: Arrivals, step: CommonAttentionMetadata, spec: RetainedSpec, max_model_len: int
+    arrivals: Arrivals,
+    step: CommonAttentionMetadata,
+    spec: RetainedSpec,
+    max_model_len: int,
+    policies: Sequence[Options | None],
 ) -> EvictingMetadata:
     """A step of decodes: one turn, planned without knowing how many tokens go, so that a CUDA graph can hold it."""
-    table = step.block_table_tensor
+    table, n_blocks = step.block_table_tensor, answer_blocks(spec, max_model_len)
     eviction = Eviction(
         block_table=table,
         seq_lens=arrivals.held,
@@ -89,10 +95,11 @@ def answer_turn(
     )
     rows = PagedMetadata(
         n_decodes=step.num_reqs,
-        block_table=table[:, : answer_blocks(spec, max_model_len)],
+        block_table=table[:, :n_blocks],
         query_start_loc=step.query_start_loc,
         seq_lens=arrivals.seq_lens,
         first_positions=arrivals.positions,
+        by_policy=by_policy(policies, table[:, :n_blocks], arrivals.seq_lens),
     )
     return EvictingMetadata((Turn(rows=None, eviction=eviction, step=rows),))
 
@@ -146,14 +153,25 @@ def plan_turns(
 
 
 def take_turns(
-    turns: list[list[Share]], block_table: torch.Tensor, spec: RetainedSpec, options: Options
+    turns: list[list[Share]],
+    block_table: torch.Tensor,
+    spec: RetainedSpec,
+    options: Options,
+    policies: Sequence[Options | None],
 ) -> EvictingMetadata:
-    """The turns as tensors, for the layers of a step with this block table (int32 [B, M])."""
+    """The turns as tensors, for the layers of a step with this block table (int32 [B, M]) and requests' choices [B]."""
     in_order = len(turns) == 1 and all(a.stop == b.start for a, b in zip(turns[0], turns[0][1:], strict=False))
-    return EvictingMetadata(tuple(_turn(shares, block_table, spec, options, in_order) for shares in turns))
+    return EvictingMetadata(tuple(_turn(shares, block_table, spec, options, policies, in_order) for shares in turns))
 
 
-def _turn(shares: list[Share], block_table: torch.Tensor, spec: RetainedSpec, options: Options, in_order: bool) -> Turn:
+def _turn(
+    shares: list[Share],
+    block_table: torch.Tensor,
+    spec: RetainedSpec,
+    options: Options,
+    policies: Sequence[Options | None],
+    in_order: bool,
+) -> Turn:
     device = block_table.device
 
     def int32(numbers: list[int]) -> torch.Tensor:
@@ -185,13 +203,15 @@ def _turn(shares: list[Share], block_table: torch.Tensor, spec: RetainedSpec, op
                 max_query_len=max(share.stop - share.start for share in shares[n_decodes:]),
                 max_seq_len=max(seq_lens[n_decodes:]),
             )
+    lens = int32(seq_lens)
     step = PagedMetadata(
         n_decodes=n_decodes,
         block_table=table,
         query_start_loc=query_start_loc,
-        seq_lens=int32(seq_lens),
+        seq_lens=lens,
         prefill=prefill,
         first_positions=int32([share.position for share in shares]),
+        by_policy=by_policy([policies[request] for request in requests[:n_decodes]], table, lens),
     )
     eviction = None
     if any(share.arrival.n_evicted for share in shares):

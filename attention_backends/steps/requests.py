@@ -6,13 +6,16 @@ of a layer finds it there. So two engines in one process never ask each other's.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
 import torch
 
 from vllm_sparq.attention_backends.steps.arrivals import on_device
+from vllm_sparq.config import Options
 from vllm_sparq.retention import Phase
+
+T = TypeVar("T")
 
 
 class StepRequests:
@@ -20,6 +23,7 @@ class StepRequests:
 
     Attributes:
         phases: request id -> the budget that the scheduler has shrunk, as of the step that runs.
+        policies: request id -> the options of a request that has chosen what is read of it.
         rows: model runner V2: the rows of the step's requests in the runner's table, int32 on the device; None before
             the first step.
     """
@@ -27,6 +31,7 @@ class StepRequests:
     def __init__(self, runner: Any) -> None:
         self._runner = runner
         self.phases: Mapping[str, Phase] = {}
+        self.policies: dict[str, Options] = {}
         self.rows: torch.Tensor | None = None
 
     def prompt_lens(self, step: Any) -> torch.Tensor | None:
@@ -70,8 +75,32 @@ class StepRequests:
 
     def shrunk(self, step: Any) -> list[Phase | None]:
         """The shrunk budget of each request of a step, or None."""
-        found: list[Phase | None] = [None] * step.num_reqs
-        if not self.phases:
+        return self._of_requests(step, self.phases)
+
+    def policies_of(self, step: Any) -> list[Options | None]:
+        """What each request of a step has chosen, or None for what its engine reads."""
+        return self._of_requests(step, self.policies)
+
+    def follow(self, scheduler_output: Any, chosen: Callable[[Any], Options | None]) -> None:
+        """Remember what requests that join with a step have chosen, and forget those that have ended.
+
+        Args:
+            scheduler_output: what the step brings.
+            chosen: options for the sampling parameters of a request, None for the engine's.
+        """
+        for request_id in scheduler_output.finished_req_ids:
+            self.policies.pop(request_id, None)
+        for new in scheduler_output.scheduled_new_reqs:
+            options = chosen(new.sampling_params)
+            if options is not None:
+                self.policies[new.req_id] = options
+            elif self.policies:  # a session goes on with parameters of its own
+                self.policies.pop(new.req_id, None)
+
+    def _of_requests(self, step: Any, known: Mapping[str, T]) -> list[T | None]:
+        """What is known of each request of a step, by its id."""
+        found: list[T | None] = [None] * step.num_reqs
+        if not known:
             return found
         if hasattr(self._runner, "req_states"):
             rows = _rows(step)
@@ -80,7 +109,7 @@ class StepRequests:
         else:
             ids = self._runner.input_batch.req_ids[: step.num_reqs]
         for i, request_id in enumerate(ids):
-            found[i] = self.phases.get(request_id)
+            found[i] = known.get(request_id)
         return found
 
 

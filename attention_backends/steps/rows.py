@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from vllm.v1.attention.backend import AttentionMetadata
 
+from vllm_sparq.attention_backends.steps.policies import PolicyRows
 from vllm_sparq.attention_backends.steps.staged import BegunBlocks, StagedReplay
 from vllm_sparq.layout import Pages
 
@@ -34,13 +35,25 @@ class PrefillRows:
 
 @dataclass(frozen=True)
 class ReplayedRows:
-    """Arguments of a decode op for single rows of the step: row ``rows[i]`` has ``seq_lens[i]`` tokens to look at."""
+    """Arguments of a decode op for single rows of the step: row ``rows[i]`` has ``seq_lens[i]`` tokens to look at.
+
+    Attributes:
+        owners: the request of each.
+        by_policy: these rows sorted, where requests among them have chosen what is read; else empty.
+    """
 
     rows: torch.Tensor
     rows_on_host: list[int]
+    owners: list[int]
     block_table: torch.Tensor
     seq_lens: torch.Tensor
     staged: StagedReplay | None = None
+    by_policy: tuple[PolicyRows, ...] = ()
+
+    @property
+    def groups(self) -> tuple[PolicyRows, ...]:
+        """The rows, those together that are read alike."""
+        return self.by_policy or (PolicyRows(None, None, self.block_table, self.seq_lens),)
 
     def pages_seen(self, pages: Pages, key: torch.Tensor, value: torch.Tensor) -> Pages:
         """The pages that ``block_table`` speaks of, from the cache and what the prefill op was given."""
@@ -72,6 +85,7 @@ class PagedMetadata(AttentionMetadata):
             ``prefill`` too; what the policy says replaces what the dense pass wrote.
         dense: whether the leading rows are read in full, whatever the policy: a step whose result counts, where the
             policy is for drafts alone.
+        by_policy: the leading rows sorted, where requests among them have chosen what is read; else empty.
     """
 
     n_decodes: int
@@ -83,8 +97,14 @@ class PagedMetadata(AttentionMetadata):
     first_positions: torch.Tensor | None = None
     drafts: DraftRows | None = None
     dense: bool = False
+    by_policy: tuple[PolicyRows, ...] = ()
 
     @property
     def decodes(self) -> PagedMetadata | DraftRows:
         """Where the block table and the lengths of the leading rows are."""
         return self if self.drafts is None else self.drafts
+
+    @property
+    def groups(self) -> tuple[PolicyRows, ...]:
+        """The leading rows, those together that are read alike."""
+        return self.by_policy or (PolicyRows(None, None, self.decodes.block_table, self.decodes.seq_lens),)

@@ -56,10 +56,10 @@ class Count:
 
     def watch(self, impl: Any) -> None:
         """Count what an attention layer reads, from when it is bound to its cache again on."""
-        policy: Callable[[str], Any] = impl._read_policy
+        policy: Callable[[Any], Any] = impl._read_policy
 
-        def counting(layer_name: str) -> Callable[..., None]:
-            decode = policy(layer_name)
+        def counting(options: Any) -> Callable[..., None]:
+            decode = policy(options)
             read = decode.keywords["read"]
 
             def run(query: Any, pages: Any, table: Any, lens: Any, *, scale: float, out: Any) -> None:

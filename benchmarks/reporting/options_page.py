@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from vllm_sparq.attention_backends.choices import TURNED
 from vllm_sparq.backends import PRESETS
 from vllm_sparq.benchmarks.common.lines import replace_text
 from vllm_sparq.config import Options
@@ -28,6 +29,28 @@ What options come to for one model: `vllm-sparq doctor --model MODEL --options '
 
 This page is generated from `vllm_sparq/config.py` by `vllm-sparq report --documents`.
 """
+
+CHOICES = """
+## A choice for each request
+
+A preview, on CPU, for engines that read sparsely. `SamplingParams.extra_args` in Python, `vllm_xargs` over HTTP:
+
+| in a request | it is read |
+|---|---|
+| `{"sparq": "off"}` | densely |
+| `{"sparq.compression": 4}` | as under an engine with that option and the others of this engine; so NAMES |
+| `{"sparq": {"r": 16, "k": 256}}` | the same from Python alone: `vllm_xargs` takes no objects |
+
+    curl http://localhost:8000/v1/completions -H "Content-Type: application/json" \\
+        -d '{"model": "MODEL", "prompt": "Once", "vllm_xargs": {"sparq.compression": 4}}'
+
+A choice is about what decode steps read, never about what pages hold or which tokens stay. A request that sets
+`compression` does without the engine's `r` and `k`. What cannot be is refused when the request arrives, with the value,
+the rule and the remedy: HTTP 400 (where vLLM streams, its 200 may be sent by then, and the reason is in the stream), in
+Python vLLM's `VLLMValidationError`. On CUDA every choice is refused. `/metrics` counts requests that choose:
+`vllm:sparq_dense_requests_total` and `vllm:sparq_tuned_requests_total`.
+""".replace("NAMES", ", ".join(f"`sparq.{name}`" for name in TURNED[1:]))
+"""The end of the page."""
 
 SECTIONS: dict[str, tuple[str, tuple[str, ...]]] = {
     "What a step reads": (
@@ -98,7 +121,7 @@ def page() -> str:
         lines += ["", f"## {heading}", "", note]
         for name in names:
             lines += ["", *option(name)]
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines) + "\n" + CHOICES
 
 
 def presets() -> Iterator[str]:

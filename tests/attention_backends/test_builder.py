@@ -39,16 +39,24 @@ def step(*requests: tuple[int, int, int]) -> Any:
 
 
 class Known:
-    """Stands for `StepRequests`: prompt lengths as the step of a test brings them."""
+    """Stands for `StepRequests`: prompt lengths as the step of a test brings them, and what requests have chosen."""
+
+    policies: dict[str, Options]
+
+    def __init__(self, **policies: Options) -> None:
+        self.policies = policies
+
+    def policies_of(self, step: Any) -> list[Options | None]:
+        return [self.policies.get(f"r{i}") for i in range(step.num_reqs)]
 
     def prompt_lens(self, step: Any) -> torch.Tensor | None:
         lens: torch.Tensor | None = step.prompt_lens
         return lens
 
 
-def build(common: Any, most_rows: int = 1) -> PagedMetadata:
-    builder = object.__new__(PagedMetadataBuilder)
-    builder.options, builder.requests, builder.reorder_batch_threshold = Options(), Known(), most_rows
+def build(common: Any, most_rows: int = 1, **policies: Options) -> PagedMetadata:
+    builder: Any = object.__new__(PagedMetadataBuilder)
+    builder.options, builder.requests, builder.reorder_batch_threshold = Options(), Known(**policies), most_rows
     builder.drafts = DraftTables(8 * most_rows, torch.device("cpu"))
     builder.kv_cache_spec = FullAttentionSpec(block_size=16, num_kv_heads=1, head_size=16, dtype=torch.float32)
     return builder.build(0, common)
@@ -178,3 +186,57 @@ def test_drafts_whose_prompts_are_unknown_are_not_read_sparsely() -> None:
     common.is_prefilling = common.prompt_lens = None
     result = build(common, most_rows=4)
     assert (result.n_decodes, result.replayed) == (0, None)
+
+
+CHOICE, OTHER = Options(k=8), Options(read="dense")
+
+
+def test_decodes_are_sorted_by_what_their_requests_chose() -> None:
+    result = build(step((1, 50, 40), (1, 41, 40), (1, 60, 40), (4, 4, 9)), r1=CHOICE, r2=OTHER, r3=OTHER)
+    own, chosen, other = result.by_policy
+    assert [group.options for group in result.by_policy] == [None, CHOICE, OTHER]
+    assert [group.rows.tolist() for group in result.by_policy if group.rows is not None] == [[0], [1], [2]]
+    assert (own.seq_lens.tolist(), chosen.seq_lens.tolist(), other.seq_lens.tolist()) == ([50], [41], [60])
+    assert other.block_table[:, 0].tolist() == [200]
+
+
+def test_one_choice_of_all_takes_no_copies() -> None:
+    (group,) = build(step((1, 50, 40), (1, 41, 40)), r0=CHOICE, r1=CHOICE).by_policy
+    assert (group.options, group.rows) == (CHOICE, None)
+
+
+def test_a_choice_of_a_request_in_its_prompt_sorts_nothing() -> None:
+    assert build(step((1, 50, 40), (4, 4, 9)), r1=CHOICE).by_policy == ()
+
+
+def test_drafts_and_replayed_rows_follow_their_requests() -> None:
+    result = build(step((3, 50, 40), (1, 41, 40), (6, 30, 10), (7, 13, 9)), most_rows=4, r1=CHOICE, r2=CHOICE)
+    own, chosen = result.by_policy
+    assert own.rows is not None
+    assert chosen.rows is not None
+    assert (own.rows.tolist(), own.seq_lens.tolist()) == ([0, 1, 2], [48, 49, 50])
+    assert (chosen.rows.tolist(), chosen.seq_lens.tolist()) == ([3], [41])
+    assert result.replayed is not None
+    again, first = result.replayed.by_policy
+    assert (again.options, first.options) == (CHOICE, None)
+    assert again.seq_lens.tolist() == [25, 26, 27, 28, 29, 30]
+    assert first.seq_lens.tolist() == [10, 11, 12, 13]
+    assert first.rows is not None
+    assert result.replayed.rows[first.rows].tolist() == [13, 14, 15, 16]
+
+
+def test_choices_come_and_go_with_their_requests() -> None:
+    requests = StepRequests(SimpleNamespace(input_batch=SimpleNamespace(req_ids=["b", "a"])))
+
+    def follow(finished: set[str], **new: Options | None) -> list[Options | None]:
+        joined = [SimpleNamespace(req_id=name, sampling_params=options) for name, options in new.items()]
+        output = SimpleNamespace(finished_req_ids=finished, scheduled_new_reqs=joined)
+        requests.follow(output, lambda params: params)
+        return requests.policies_of(SimpleNamespace(num_reqs=3))
+
+    assert follow(set(), a=None, b=None) == [None, None, None]
+    assert follow(set(), a=CHOICE) == [None, CHOICE, None]
+    assert follow({"a"}, b=OTHER) == [OTHER, None, None]
+    assert follow({"b"}, b=CHOICE) == [CHOICE, None, None]  # another of the same name
+    assert follow(set(), b=None) == [None, None, None]  # a session that goes on without
+    assert requests.policies == {}

@@ -14,8 +14,11 @@ from typing import Any
 
 from tests.docs.markdown import ROOT, code_lines, files_and_folders, inline_code
 from vllm_sparq import cli
+from vllm_sparq.attention_backends.choices import OFF, asked_for, chosen
+from vllm_sparq.attention_backends.engine import PagedEngine
 from vllm_sparq.backends import PRESETS
 from vllm_sparq.config import NAMESPACE, OptionsError, parse_options
+from vllm_sparq.reads import HeadShape
 
 PROGRAMS = ("vllm-sparq", "vllm", "make", "pip", "python", ".venv/bin/pytest", "serve", "pre-commit")
 """First words of what a reader may paste."""
@@ -89,6 +92,21 @@ def serving_problem(words: list[str]) -> str | None:
     if backend not in PRESETS:
         return f"{backend} is no backend of ours"
     return options_problem(json.loads(given.get("--additional-config", "{}")), backend)
+
+
+def is_choice(given: Mapping[str, Any]) -> bool:
+    """Whether this is what a request chooses for itself, and not options of an engine."""
+    return given.get(NAMESPACE) == OFF or any(name.startswith(f"{NAMESPACE}.") for name in given)
+
+
+def choice_problem(given: Mapping[str, Any]) -> str | None:
+    """Why a request of an engine that reads as `sparq` does cannot have this."""
+    engine = PagedEngine(backend="sparq", options=parse_options({}), block_size=128)
+    try:
+        chosen(engine, HeadShape(head_size=128, n_heads=32, n_kv_heads=8), asked_for(given))
+    except OptionsError as error:
+        return str(error)
+    return None
 
 
 def options_problem(given: Mapping[str, Any], *backends: str) -> str | None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.docs.commands import commands, options_problem, problem
+from tests.docs.commands import choice_problem, commands, is_choice, options_problem, problem
 from tests.docs.markdown import ROOT, code_lines, documents, inline_code
 
 
@@ -26,7 +26,8 @@ def test_options_mean_something(path: Path) -> None:
         with contextlib.suppress(json.JSONDecodeError):
             given = json.loads(code)
             if isinstance(given, dict) and given:
-                wrong += [why for why in [options_problem(given)] if why]
+                problem_of = choice_problem if is_choice(given) else options_problem
+                wrong += [why for why in [problem_of(given)] if why]
     assert not wrong, "\n".join(wrong)
 
 
@@ -51,6 +52,14 @@ def test_enough_is_looked_at() -> None:
 )
 def test_what_cannot_work_is_found_out(command: str) -> None:
     assert problem(command)
+
+
+def test_a_choice_of_a_request_is_looked_at() -> None:
+    assert is_choice({"sparq": "off"})
+    assert not is_choice({"sparq": {"k": 5}})
+    assert is_choice(wrong := {"sparq.budget": 5})
+    assert choice_problem(wrong)
+    assert choice_problem({"sparq.k": 5}) is None
 
 
 def test_commands_are_found_where_they_stand() -> None:

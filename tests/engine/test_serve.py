@@ -104,3 +104,43 @@ def test_class_in_the_worker(server: Server) -> None:
     report = server.attention_report()
     assert {layer["impl"] for layer in report.values()} == {"PagedImpl"}
     assert Path(server.log).exists()
+
+
+def complete(server: Server, xargs: dict[str, Any], **body: Any) -> httpx.Response:
+    asked = dict(model="sparq", prompt=[5, *range(20, 300)], max_tokens=16, temperature=0, vllm_xargs=xargs, **body)
+    return httpx.post(f"http://{HOST}:{server.port}/v1/completions", json=asked, timeout=60)
+
+
+def test_requests_choose_what_is_read(server: Server) -> None:
+    """Each field of `vllm_xargs` arrives, and is counted."""
+    before = {name: metric(server, f"vllm:sparq_{name}") for name in ("dense_requests", "tuned_requests")}
+    answers = [
+        complete(server, xargs).json()["choices"][0]["text"]
+        for xargs in ({"sparq": "off"}, {"sparq.compression": 64}, {"sparq.r": 2, "sparq.k": 40, "sparq.min_k": 4})
+    ]
+    assert len({*answers}) > 1
+    for name, n_more in (("dense_requests", 1), ("tuned_requests", 2)):
+        assert metric(server, f"vllm:sparq_{name}") - before[name] == n_more
+
+
+@pytest.mark.parametrize(
+    ("xargs", "words"),
+    [
+        ({"sparq.r": 65}, ["sparq.r", "head size 64", "use r <= 64"]),
+        ({"sparq.mass": 2}, ["mass=2", "less than 1"]),
+        ({"sparq": "dense"}, ["'dense' is neither", "off"]),
+        ({"sparq": {"k": 5}}, ["vllm_xargs"]),  # vLLM takes no objects there
+    ],
+    ids=str,
+)
+def test_a_choice_that_cannot_be_is_refused_with_the_reason(
+    server: Server, xargs: dict[str, Any], words: list[str]
+) -> None:
+    refused = complete(server, xargs)
+    assert refused.status_code == 400
+    for word in words:
+        assert word in refused.text
+    streamed = complete(server, xargs, stream=True)  # vLLM may have begun to answer by then: the reason is in there
+    assert streamed.status_code in (200, 400)
+    assert words[-1] in streamed.text
+    assert server.is_healthy()

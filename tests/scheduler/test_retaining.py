@@ -57,8 +57,7 @@ class Loop:
 
     def __init__(self, manager: KVCacheManager) -> None:
         self.kv_cache_manager = manager
-        parallel = SimpleNamespace(data_parallel_index=0, _api_process_count=1)
-        self.vllm_config = SimpleNamespace(instance_id=f"test{id(self)}", parallel_config=parallel)
+        self.counts: dict[str, int] = {}
         self.running: list[Request] = []
         self.waiting: list[Request] = []
         self.n_preempted = 0
@@ -91,6 +90,9 @@ class Loop:
             output.new_blocks[request.request_id] = blocks.get_block_ids()[0]
         self.n_preempted = 0
         return output
+
+    def count(self, **counts: int) -> None:
+        self.counts |= counts
 
     def preempt(self, request: Request) -> None:
         self.kv_cache_manager.free(request)

@@ -34,9 +34,9 @@ def test_counts_are_what_the_op_reads(implementation: str, mass: float | None) -
 
 def test_a_watched_layer_answers_as_before() -> None:
     run, world, count = load("sparq_decode", "reference"), build(CASE), mass_curve.Count()
-    impl = SimpleNamespace(_read_policy=lambda layer: partial(run, read=READ))
+    impl = SimpleNamespace(_read_policy=lambda options: partial(run, read=READ))
     count.watch(impl)
-    assert world.decode(impl._read_policy("layer.0")).equal(world.decode(run, read=READ))
+    assert world.decode(impl._read_policy(None)).equal(world.decode(run, read=READ))
     assert len(count.numbers) == len(CASE.lens) * CASE.kv_heads
     assert count.mean == sum(count.numbers) / len(count.numbers)
     assert (count.quantile(0.0), count.quantile(1.0)) == (0, max(count.numbers))
