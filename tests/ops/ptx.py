@@ -45,7 +45,8 @@ def _fma(dtype: torch.dtype) -> Any:
 
 STEPS: dict[str, Any] = {
     "mov.b32": lambda a: a,
-    "shr.b32": lambda a, n: a >> n,
+    "shl.b32": lambda a, n: a << min(n, 32),  # a shift is unsigned, and no wider than the word
+    "shr.b32": lambda a, n: a >> min(n, 32),
     "and.b32": lambda a, b: a & b,
     "xor.b32": lambda a, b: a ^ b,
     "prmt.b32": _prmt,

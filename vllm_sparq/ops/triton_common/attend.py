@@ -150,7 +150,7 @@ def fold_quantized(
             live = t < stop
             page, place = staged_at(tokens, t, live, N, FORMAT.staged)
         if tl.max(live.to(tl.int32), 0) > 0:
-            k, v = load_records(records, page.to(tl.int64), place, live, page_stride, D, D_PAD, FORMAT)
+            k, v = load_records(records, page.to(tl.int64), place, live, page_stride, D, D_PAD, FORMAT, True)
             s, top, total, acc = fold_tokens(q, k, v, (1.0, 1.0), live, scale_log2, top, total, acc, BLIND=False)
             if TRACKED:
                 keep_logits(logits, s, t, live, is_dense, logits_stride, GROUP, ROWS)
@@ -236,7 +236,7 @@ def attend_kernel(
                 page, slot = tl.load(tokens + first // N + tl.arange(0, 1)), first % N + tl.arange(0, TILE)
             else:
                 page, slot = tl.load(tokens + t // N, mask=live, other=0), t % N
-            k, v = load_records(records, page.to(tl.int64), slot, live, page_stride, D, D_PAD, FORMAT)
+            k, v = load_records(records, page.to(tl.int64), slot, live, page_stride, D, D_PAD, FORMAT, True)
             s, top, total, acc = fold_tokens(q, k, v, (1.0, 1.0), live, scale_log2, top, total, acc, BLIND=False)
             if TRACKED:
                 keep_logits(logits, s, t, live, is_dense, logits_stride, GROUP, GROUP_PAD)

@@ -26,6 +26,7 @@ from vllm_sparq.ops.triton_common.unpack import (
     dequantize,
     load_narrow,
     load_scales,
+    row_units,
     signed_numbers,
     unpack,
 )
@@ -150,19 +151,6 @@ def channel_order(FORMAT: tl.constexpr, KEYS: tl.constexpr, D: tl.constexpr, D_P
         RUN: tl.constexpr = FORMAT.keys.run if KEYS else FORMAT.values.run
         RUN_PAD: tl.constexpr = FORMAT.keys.run_pad if KEYS else FORMAT.values.run_pad
         return position // RUN_PAD * RUN + position % RUN_PAD, position % RUN_PAD < RUN
-
-
-@triton.jit
-def row_units(at, row, live, ROWS: tl.constexpr, dtype: tl.constexpr):
-    """fp32 [X], what the numbers of a row count, 0 where masked; 1 where they are what they stand for.
-
-    Signed codes stay whole numbers, but in fp16: softmax weights, which V's unit goes into, have no room there.
-    """
-    if ROWS.numbers == 1 and dtype != tl.float16:
-        unit, _ = load_scales(at + row * ROWS.scales_step + ROWS.scales, live, dtype, 1)
-        return unit
-    else:
-        return tl.full(live.shape, 1.0, tl.float32)
 
 
 @triton.jit
@@ -356,14 +344,20 @@ def load_records(
     D: tl.constexpr,
     D_PAD: tl.constexpr,
     FORMAT: tl.constexpr,
+    AS_ROWS: tl.constexpr = False,  # whether tokens are the rows of both products
 ):
     """(K [D_PAD, TILE], V [TILE, D_PAD]) of records in the model's type, in the channel orders of ``FORMAT``."""
     at = records + page * page_stride + place * (2 * D)
     d_key, in_key = channel_order(FORMAT, True, D, D_PAD)
     d_value, in_value = channel_order(FORMAT, False, D, D_PAD)
-    k = tl.load(at[:, None] + d_key[None, :], mask=live[:, None] & in_key[None, :], other=0.0)
-    v = tl.load(at[None, :] + (D + d_value)[:, None], mask=live[None, :] & in_value[:, None], other=0.0)
-    return tl.trans(k), tl.trans(v)
+    if AS_ROWS:  # each in the order in which the product wants it: tensor cores then take it from where it arrives
+        k = tl.load(at[:, None] + d_key[None, :], mask=live[:, None] & in_key[None, :], other=0.0)
+        v = tl.load(at[None, :] + (D + d_value)[:, None], mask=live[None, :] & in_value[:, None], other=0.0)
+        return tl.trans(k), tl.trans(v)
+    else:
+        k = tl.load(at[None, :] + d_key[:, None], mask=live[None, :] & in_key[:, None], other=0.0)
+        v = tl.load(at[:, None] + (D + d_value)[None, :], mask=live[:, None] & in_value[None, :], other=0.0)
+        return k, v
 
 
 @triton.jit

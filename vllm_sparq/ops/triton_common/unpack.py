@@ -152,3 +152,16 @@ def signed_numbers(packed, dtype: tl.constexpr):
             4,
         )
     return numbers.to(dtype, bitcast=True)
+
+
+@triton.jit
+def row_units(at, row, live, ROWS: tl.constexpr, dtype: tl.constexpr):
+    """fp32 [X], what the numbers of a row count, 0 where masked; 1 where they are what they stand for.
+
+    Signed codes stay whole numbers, but in fp16: softmax weights, which V's unit goes into, have no room there.
+    """
+    if ROWS.numbers == 1 and dtype != tl.float16:
+        unit, _ = load_scales(at + row * ROWS.scales_step + ROWS.scales, live, dtype, 1)
+        return unit
+    else:
+        return tl.full(live.shape, 1.0, tl.float32)
