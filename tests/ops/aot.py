@@ -29,7 +29,7 @@ from tests.ops.aot_shapes import SHAPES, Shape, launch_all
 SM_COUNT = {80: 108, 90: 132}
 """Multiprocessors by compute capability (A100, H100): launch sizes follow from them."""
 
-OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
+OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion", "maxnreg")
 """Of a launch, what the compiler is told."""
 
 TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int32: "i32", torch.uint8: "u8"}

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import re
 import subprocess
 import tempfile
@@ -103,10 +104,11 @@ def tokens_of_tile(variant: Variant) -> int:
     return int(constant(variant, "TILE"))
 
 
-def is_double(ttgir: str, what: str) -> bool:
-    """Whether two buffers of the shape ``what`` are allocated in shared memory."""
-    counts = re.findall(rf"local_alloc.*memdesc<(\d+)x{what}x", ttgir)
-    return bool(counts) and all(int(n) >= 2 for n in counts)
+def is_double(ttgir: str, tile: int) -> bool:
+    """Whether K and V of a tile, or their codes, arrive in shared memory, and all that does has two buffers."""
+    found = re.findall(r"local_alloc : \(\) -> !ttg\.memdesc<(\d+)x([\dx]+)x\w+, [^>]*mutable>", ttgir)
+    n_large = sum(math.prod(map(int, shape.split("x"))) >= 16 * tile for _, shape in found)
+    return n_large >= 2 and all(int(n) >= 2 for n, _ in found)
 
 
 def rows() -> Iterator[dict[str, Any]]:
@@ -121,13 +123,12 @@ def rows() -> Iterator[dict[str, Any]]:
             wanted, marks = LOOPS[variant.name]
             size = code.size(main_loop(code, wanted), marks)
             per_token = size * variant.options["num_warps"] / tokens_of_tile(variant)
-            tile, d = (constant(variant, n) if variant.name == "attend_kernel" else 0 for n in ("TILE", "D_PAD"))
             yield dict(
                 format=name,
                 kernel=variant.name + (" of a list" if listed else ""),
                 per_token=round(per_token, 2),
                 shared=binary.metadata.shared,
-                double=is_double(binary.asm["ttgir"], f"{d}x{tile}") and is_double(binary.asm["ttgir"], f"{tile}x{d}"),
+                double=variant.name == "attend_kernel" and is_double(binary.asm["ttgir"], tokens_of_tile(variant)),
                 **resources(binary.asm["cubin"]),
             )
 

@@ -16,7 +16,7 @@ import torch
 
 from tests.ops import tolerances
 from tests.ops.cases import Case, Tokens, build
-from tests.ops.rounding import rounded_dense_decode
+from tests.ops.rounding import multiplied, rounded_dense_decode
 from tests.ops.sparq_checks import cached, tokens_read
 from tests.ops.test_oracle import Array, capped, probabilities, sinks_of
 from vllm_sparq.ops.dense_decode.reference import dense_decode as dense_reference
@@ -91,7 +91,8 @@ def assert_right(
                 assert_may_read(spans, upper, tolerances.BOUND[case.dtype] * size, n_spans(read, s), where)
             key, value = cached(world, b, g)
             if rounds:
-                key, value = (torch.from_numpy(x).to(case.dtype).double().numpy() for x in (key, value))
+                held = zip(("key", "value"), (key, value), strict=True)
+                key, value = (multiplied(case.layout, part, torch.from_numpy(x)).double().numpy() for part, x in held)
             want = attend(query, key, value, spans, case, sinks_of(case, heads))
             room = tolerance["atol"] + tolerance["rtol"] * np.abs(want)
             miss = (np.abs(got[b, heads].double().numpy() - want) / room).max()

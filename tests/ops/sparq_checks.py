@@ -27,7 +27,7 @@ import torch
 
 from tests.ops import tolerances
 from tests.ops.cases import Case, Tokens, World, build
-from tests.ops.rounding import rounded_dense_decode
+from tests.ops.rounding import multiplied, rounded_dense_decode
 from tests.ops.test_oracle import Array, capped, numbers, probabilities, repository, sinks_of
 from vllm_sparq.layout import Pages
 from vllm_sparq.ops.codec import unpack
@@ -173,7 +173,8 @@ def assert_right(
         key, value = cached(world, b, g)
         keys, size = ranked_by(world, key, b, g)
         if rounds:
-            key, value = (torch.from_numpy(x).to(case.dtype).double().numpy() for x in (key, value))
+            held = zip(("key", "value"), (key, value), strict=True)
+            key, value = (multiplied(case.layout, part, torch.from_numpy(x)).double().numpy() for part, x in held)
         sinks = sinks_of(case, heads)
         want = repository(query, keys, key, value, **given, chosen=chosen, sinks=sinks, soft_cap=case.soft_cap)
         shares = probabilities(capped(want.scores, case.soft_cap), sinks)

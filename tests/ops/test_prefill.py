@@ -10,6 +10,7 @@ import torch
 from tests.ops import tolerances
 from tests.ops.cases import ALL, HUGE_BYTE, KERNELS, Case, Tokens, build, each, load
 from tests.ops.cases import device_of as device
+from tests.ops.rounding import multiplied
 from tests.ops.shapes import FORMATS, SHAPES, TINY, TINY_FORMATS
 from vllm_sparq.ops.codec import decode_page
 from vllm_sparq.ops.prefill.reference import prefill as reference
@@ -64,16 +65,17 @@ CODED_FEW = tuple(replace(case, new=tuple(min(s, 5) for s in case.lens)) for cas
 
 
 def rounded(case: Case) -> torch.Tensor:
-    """The reference over unquantized pages that hold, in the model's type, what the codes of the context stand for."""
-    world, tokens, n = build(case, written="context"), case.tokens(), case.block_size
+    """The reference over pages of fp32 that hold what kernels multiply: what the codes of the context stand for."""
+    world, own, n = build(case, written="context"), case.tokens(), case.block_size
+    tokens = Tokens(*([x.float() for x in side] for side in (own.query, own.key, own.value)))
     for b, (s, t) in enumerate(zip(case.lens, case.n_new, strict=True)):
         for block in range((s - t) // n):
             for head in range(case.kv_heads):
                 decoded = decode_page(world.pages, int(world.block_table[b, block]), head)
-                for to, rows in zip((tokens.key[b], tokens.value[b]), decoded, strict=True):
-                    to[block * n : (block + 1) * n, head] = rows.to(case.dtype)
-    plain = replace(case, format="model", group_size=None)
-    return build(plain, tokens, written="context").prefill(reference)
+                for part, to, rows in zip(("key", "value"), (tokens.key[b], tokens.value[b]), decoded, strict=True):
+                    to[block * n : (block + 1) * n, head] = multiplied(case.layout, part, rows)
+    plain = replace(case, format="model", group_size=None, dtype=torch.float32)
+    return build(plain, tokens, written="context").prefill(reference).to(case.dtype)
 
 
 @pytest.mark.parametrize(("implementation", "case"), each(CODED, tiny=CODED_FEW, implementations=QUANTIZED))

@@ -11,13 +11,13 @@ from tests.ops.test_triton_aot import run_ahead_of_time
 pytestmark = pytest.mark.slow
 
 MOST_PER_TOKEN = {
-    ("model", "score_kernel"): 3.8,
-    ("model", "partition_kernel"): 1.5,
-    ("model", "attend_kernel of a list"): 40.0,
-    ("model", "attend_kernel"): 34.0,
-    ("int8", "attend_kernel"): 90.0,
-    ("int4", "attend_kernel"): 75.0,
-    ("kivi4", "attend_kernel"): 110.0,
+    ("model", "score_kernel"): 2.2,
+    ("model", "partition_kernel"): 1.4,
+    ("model", "attend_kernel of a list"): 37.0,
+    ("model", "attend_kernel"): 23.0,
+    ("int8", "attend_kernel"): 38.0,
+    ("int4", "attend_kernel"): 42.0,
+    ("kivi4", "attend_kernel"): 48.0,
 }
 """Warp-instructions per token and KV head. Where fewer are reached, lower the bar."""
 
@@ -36,6 +36,6 @@ def test_no_kernel_takes_more_instructions(rows: dict[tuple[str, str], dict[str,
 
 def test_nothing_spills_and_loads_overlap(rows: dict[tuple[str, str], dict[str, Any]]) -> None:
     assert not [row for row in rows.values() if row["spilled"]]
-    attend = [row for (pages, kernel), row in rows.items() if pages == "model" and "attend" in kernel]
-    assert len(attend) == 2
+    attend = [row for (_, kernel), row in rows.items() if "attend" in kernel]
+    assert len(attend) == 5
     assert all(row["double"] for row in attend), "K and V have one buffer each: a tile is loaded only when one is done"

@@ -30,10 +30,11 @@ CPU kernels may multiply codes of 16-bit models as whole numbers of 16 bits. Tha
 * The same holds for channel-major K with q in the place of p, over channels instead of tokens.
 
 Prefill may round the tokens that codes stand for to bf16 before it multiplies them, as they would lie in pages of the
-format ``model``; there is no instruction for more. Triton kernels always round them, to the model's type. An element
-moves by at most 2^-9 of itself, the output by up to ``2^-9 (sum p |v| + sum p |v - out| scale sum |q k|)``, ten times
-what is seen. So the tests allow no more than that rounding itself: the output is within these rows of the reference
-over exact tokens, or of the reference over rounded ones.
+format ``model``; there is no instruction for more. Triton kernels always round them, to the model's type, but for
+signed codes of bf16 models, which they multiply as whole numbers (`tests.ops.rounding.multiplied`). An element moves by
+at most 2^-9 of itself, the output by up to ``2^-9 (sum p |v| + sum p |v - out| scale sum |q k|)``, ten times what is
+seen. So the tests allow no more than that rounding itself: the output is within these rows of the reference over exact
+tokens, or of the reference over rounded ones.
 """
 
 SCORE: dict[torch.dtype, float] = {

@@ -13,9 +13,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from vllm_sparq.ops.triton_common.codes import as_bytes, gather, staged_at
+from vllm_sparq.ops.triton_common.codes import gather, staged_at
 from vllm_sparq.ops.triton_common.encode import renew_rows
 from vllm_sparq.ops.triton_common.launch import cast, step_kernel, widen
+from vllm_sparq.ops.triton_common.unpack import as_bytes
 from vllm_sparq.ops.write.triton_ranking import close_page
 
 

@@ -105,10 +105,14 @@ def prefill_kernel(
             live = t < stop_cached
             page = tl.load(table + t // N, mask=live, other=0).to(tl.int64)
             k, v = load_records(records, page, t % N, live, page_stride, D, D_PAD, FORMAT)
+            units = 1.0, 1.0
         else:
-            k, v, live = load_block_tile(records, table, first, stop_cached, page_stride, N, D, D_PAD, TILE, FORMAT)
-        s = logits_of(q, k, live[None, :], scale_log2, ROWS, TILE, CAP)
-        top, total, acc = fold(s, v, top, total, acc, BLIND=True)
+            k, v, key_unit, value_unit, live = load_block_tile(
+                records, table, first, stop_cached, page_stride, N, D, D_PAD, TILE, FORMAT
+            )
+            units = key_unit[None, :], value_unit[None, :]
+        s = logits_of(q, k, units[0], live[None, :], scale_log2, ROWS, TILE, CAP)
+        top, total, acc = fold(s, v, units[1], top, total, acc, BLIND=True)
 
     key += key_start.to(tl.int64) * key_stride_t + g * key_stride_g
     value += key_start.to(tl.int64) * value_stride_t + g * value_stride_g
@@ -121,8 +125,8 @@ def prefill_kernel(
         k = tl.load(k_at[None, :] + d_key[:, None], mask=live[None, :] & in_key[:, None], other=0.0)
         v = tl.load(v_at[:, None] + d_value[None, :], mask=live[:, None] & in_value[None, :], other=0.0)
         visible = live[None, :] & (t[None, :] <= (n_ahead + token)[:, None])
-        s = logits_of(q, k, visible, scale_log2, ROWS, TILE, CAP)
-        top, total, acc = fold(s, v, top, total, acc, BLIND=True)
+        s = logits_of(q, k, 1.0, visible, scale_log2, ROWS, TILE, CAP)
+        top, total, acc = fold(s, v, 1.0, top, total, acc, BLIND=True)
 
     if SINKS:  # once per row
         own_sinks = tl.load(sinks + head, mask=own_row, other=float("-inf"))

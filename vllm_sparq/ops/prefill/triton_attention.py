@@ -32,7 +32,8 @@ def merged_rows(weight, row, live, n_splits, ROWS: tl.constexpr):
 def attention_of(
     query,  # pointer to the request's first row and the group's first head
     weight,  # pointer alike
-    k,  # [D_PAD, TILE]
+    k,  # [D_PAD, TILE], of so large units
+    unit,
     t,  # [TILE], among the request's keys that come with the step; negative for cached tokens, which all rows see
     live,
     first_token,  # the first of the new tokens that sees any of the keys
@@ -63,7 +64,7 @@ def attention_of(
         q_at = query + (token.to(tl.int64) * query_stride_t + head * query_stride_h)[:, None] + d[None, :]
         q = tl.load(q_at, mask=own[:, None] & in_key[None, :], other=0.0)
         visible = own[:, None] & live[None, :] & (t[None, :] <= (n_ahead + token)[:, None])
-        s = logits_of(q, k, visible, scale_log2, ROWS, TILE, CAP)
+        s = logits_of(q, k, unit, visible, scale_log2, ROWS, TILE, CAP)
         base = merged_rows(weight, token.to(tl.int64) * H + head, own, n_splits, ROWS)
         total += tl.sum(tl.exp2(s - tl.where(own, base, 0.0)[:, None]), 0)
     return total
@@ -128,12 +129,16 @@ def note_prefill_kernel(
             live = slot < context_len
             page = tl.load(table + slot // N, mask=live, other=0).to(tl.int64)
             k, _ = load_records(records, page, slot % N, live, page_stride, D, D_PAD, FORMAT)
+            unit = 1.0
         else:
             block, in_block, _ = tile_slots(first, context_len, N, FORMAT, TILE)
             slot = block * N + in_block
-            k, _, live = load_block_tile(records, table, first, context_len, page_stride, N, D, D_PAD, TILE, FORMAT)
+            k, _, key_unit, _, live = load_block_tile(
+                records, table, first, context_len, page_stride, N, D, D_PAD, TILE, FORMAT
+            )
+            unit = key_unit[None, :]
         paid = attention_of(
-            *(query, weight, k, tl.full([TILE], -1, tl.int32), live, 0, n_new, n_ahead),
+            *(query, weight, k, unit, tl.full([TILE], -1, tl.int32), live, 0, n_new, n_ahead),
             *(query_stride_t, query_stride_h, scale_log2, n_splits, H, GROUP, D, D_PAD, ROWS, TILE, FORMAT, CAP),
         )
         add_to_scores(scores, table, slot, live, paid, scores_stride_p, N, GROUP)
@@ -143,7 +148,7 @@ def note_prefill_kernel(
         k_at = key + t.to(tl.int64) * key_stride_t
         k = tl.load(k_at[None, :] + d[:, None], mask=live[None, :] & in_key[:, None], other=0.0)
         paid = attention_of(
-            *(query, weight, k, t, live, tl.maximum(first - n_ahead, 0), n_new, n_ahead),
+            *(query, weight, k, 1.0, t, live, tl.maximum(first - n_ahead, 0), n_new, n_ahead),
             *(query_stride_t, query_stride_h, scale_log2, n_splits, H, GROUP, D, D_PAD, ROWS, TILE, FORMAT, CAP),
         )
         add_to_scores(scores, table, context_len + t, live, paid, scores_stride_p, N, GROUP)

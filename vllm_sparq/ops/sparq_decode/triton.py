@@ -6,7 +6,7 @@ files of `triton_common`):
     score       8 of codes, 0.5 of scales (4 where a sector is fetched for each);                   score.py
                 writes 4 of group score, and with mean value 8 of head scores
     partition   4 of group score; with mean value the sectors of head scores that a picked token    select.py
-                is in, at most 8; the row's last program finishes with one or two tokens in a hundred
+                is in, at most 8; the row's last program finishes with two tokens in a hundred
     attend      512 for one token in sixteen: 32; the row's last program merges, and                attend.py
                 blends in the mean value: 8 D per split and head, once per row
 
@@ -264,6 +264,7 @@ def score(
         CHANNELS=min(triton.next_power_of_2(r), 16 if scheme == "int4" and plan.n_heads <= 4 else 16 // plan.runs),
         READ=plan.counts,
         num_warps=4,
+        maxnreg=168 if scheme == "int4" and plan.n_heads == 1 else None,  # three programs to an SM; without, two
     )
 
 

@@ -45,15 +45,15 @@ LOG2_E = 1.4426950408889634
 
 
 @triton.jit
-def logits_of(q, k, visible, scale_log2, ROWS: tl.constexpr, TILE: tl.constexpr, CAP: tl.constexpr):
-    """fp32 [ROWS, TILE] logits to the base 2 of q [ROWS, D] and k [D, TILE]; -inf where not visible."""
-    s = soft_capped(dot(q, k, tl.zeros([ROWS, TILE], tl.float32)) * scale_log2, CAP)
+def logits_of(q, k, unit, visible, scale_log2, ROWS: tl.constexpr, TILE: tl.constexpr, CAP: tl.constexpr):
+    """fp32 [ROWS, TILE] logits to the base 2 of q [ROWS, D] and k [D, TILE], times its unit; -inf where not visible."""
+    s = soft_capped(dot(q, k, tl.zeros([ROWS, TILE], tl.float32)) * (unit * scale_log2), CAP)
     return tl.where(visible, s, float("-inf"))
 
 
 @triton.jit
-def fold(s, v, top, total, acc, BLIND: tl.constexpr):
-    """One step of the online softmax: logits [ROWS, TILE] and v [TILE, D].
+def fold(s, v, unit, top, total, acc, BLIND: tl.constexpr):
+    """One step of the online softmax: logits [ROWS, TILE] and v [TILE, D], times its unit.
 
     BLIND: a row may have seen nothing yet even after this step.
     """
@@ -61,21 +61,40 @@ def fold(s, v, top, total, acc, BLIND: tl.constexpr):
     base = tl.where(new_top == float("-inf"), 0.0, new_top) if BLIND else new_top
     shrink = tl.exp2(top - base)
     p = tl.exp2(s - base[:, None])
-    acc = dot(cast(p, v.dtype), v, acc * shrink[:, None])
+    acc = dot(cast(p * unit, v.dtype), v, acc * shrink[:, None])
     return new_top, total * shrink + tl.sum(p, 1), acc
 
 
 @triton.jit
+def fold_tokens(q, k, v, units, live, scale_log2, top, total, acc, CAP: tl.constexpr, BLIND: tl.constexpr):
+    """One step of the online softmax over tokens: q [D, HEADS], k [D, TILE], v [TILE, D], acc [D, HEADS].
+
+    Tokens are the rows of both products, so that few heads fill a tensor core tile. ``units`` of K and V: [TILE, 1], or
+    numbers. BLIND: a head may have seen nothing yet even after this step. Returns the logits too, [TILE, HEADS] to the
+    base 2.
+    """
+    s = dot(tl.trans(k), q, tl.zeros([k.shape[1], q.shape[1]], tl.float32)) * (units[0] * scale_log2)
+    s = soft_capped(s, CAP)
+    s = tl.where(live[:, None], s, float("-inf"))
+    new_top = tl.maximum(top, tl.max(s, 0))
+    base = tl.where(new_top == float("-inf"), 0.0, new_top) if BLIND else new_top
+    shrink = tl.exp2(top - base)
+    p = tl.exp2(s - base[None, :])
+    acc = dot(tl.trans(v), cast(p * units[1], v.dtype), acc * shrink[None, :])
+    return s, new_top, total * shrink + tl.sum(p, 0), acc
+
+
+@triton.jit
 def keep_logits(logits, s, t, live, is_dense, logits_stride, GROUP: tl.constexpr, GROUP_PAD: tl.constexpr):
-    """Logits [GROUP_PAD, TILE] of the tokens ``t`` of a dense row; ``logits`` points to the group's first head."""
+    """Logits [TILE, GROUP_PAD] of the tokens ``t`` of a dense row; ``logits`` points to the group's first head."""
     if is_dense:
-        h = tl.arange(0, GROUP_PAD)[:, None]
-        tl.store(logits + h * logits_stride + t[None, :], s, mask=(h < GROUP) & live[None, :])
+        h = tl.arange(0, GROUP_PAD)[None, :]
+        tl.store(logits + h * logits_stride + t[:, None], s, mask=(h < GROUP) & live[:, None])
 
 
 @triton.jit
 def fold_quantized(
-    q,  # [ROWS, D] in the channel order of K
+    q,  # [D, ROWS] in the channel order of K
     records,
     tokens,
     start,
@@ -100,19 +119,22 @@ def fold_quantized(
     """(top, total, acc) of the tokens ``start : stop`` of a row: first those in codes, then staged ones."""
     top = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
-    acc = tl.zeros([ROWS, D_PAD], tl.float32)
+    acc = tl.zeros([D_PAD, ROWS], tl.float32)
     for first in range(start, stop if LISTED else tl.minimum(stop, n_coded), TILE):
         if LISTED:
             t = first + tl.arange(0, TILE)
             cell = tl.load(tokens + t, mask=t < stop, other=-1)
             live = cell >= 0
             cell = tl.maximum(cell, 0)
-            k, v = load_cells(records, (cell // N).to(tl.int64), cell % N, live, page_stride, D, D_PAD, FORMAT)
+            k, v, key_unit, value_unit = load_cells(
+                records, (cell // N).to(tl.int64), cell % N, live, page_stride, D, D_PAD, FORMAT
+            )
         else:
-            k, v, live = load_block_tile(
+            k, v, key_unit, value_unit, live = load_block_tile(
                 records, tokens, first, tl.minimum(stop, n_coded), page_stride, N, D, D_PAD, TILE, FORMAT
             )
-        s = logits_of(q, k, live[None, :], scale_log2, ROWS, TILE, CAP)
+        units = key_unit[:, None], value_unit[:, None]
+        s, top, total, acc = fold_tokens(q, k, v, units, live, scale_log2, top, total, acc, CAP, BLIND=LISTED)
         if TRACKED:
             if LISTED:
                 t = first + tl.arange(0, TILE)
@@ -120,7 +142,6 @@ def fold_quantized(
                 block, slot, _ = tile_slots(first, stop, N, FORMAT, TILE)
                 t = block * N + slot
             keep_logits(logits, s, t, live, is_dense, logits_stride, GROUP, ROWS)
-        top, total, acc = fold(s, v, top, total, acc, BLIND=LISTED)
     for first in range(start if LISTED else tl.maximum(start, n_coded), stop, TILE):
         t = first + tl.arange(0, TILE)
         if LISTED:
@@ -132,11 +153,10 @@ def fold_quantized(
             live = t < stop
             page, place = staged_at(tokens, t, live, N, FORMAT.staged)
         if tl.max(live.to(tl.int32), 0) > 0:
-            k, v = load_records(records, page.to(tl.int64), place, live, page_stride, D, D_PAD, FORMAT)
-            s = logits_of(q, k, live[None, :], scale_log2, ROWS, TILE, CAP)
+            k, v = load_records(records, page.to(tl.int64), place, live, page_stride, D, D_PAD, FORMAT, True)
+            s, top, total, acc = fold_tokens(q, k, v, (1.0, 1.0), live, scale_log2, top, total, acc, CAP, BLIND=False)
             if TRACKED:
                 keep_logits(logits, s, t, live, is_dense, logits_stride, GROUP, ROWS)
-            top, total, acc = fold(s, v, top, total, acc, BLIND=False)
     return top, total, acc
 
 
@@ -204,27 +224,28 @@ def attend_kernel(
     h = tl.arange(0, GROUP_PAD)
     head = g * GROUP + h
     d_key, in_key = channel_order(FORMAT, True, D, D_PAD)
-    q_at = query + b * query_stride_b + head[:, None] * query_stride_h + d_key[None, :]
-    q = tl.load(q_at, mask=(h < GROUP)[:, None] & in_key[None, :], other=0.0)
+    q_at = query + b * query_stride_b + head[None, :] * query_stride_h + d_key[:, None]
+    q = tl.load(q_at, mask=(h < GROUP)[None, :] & in_key[:, None], other=0.0)
     records += g * head_stride
     logits += (b * G + g) * GROUP * logits_stride
     if FORMAT is None:
         top = tl.full([GROUP_PAD], float("-inf"), tl.float32)
         total = tl.zeros([GROUP_PAD], tl.float32)
-        acc = tl.zeros([GROUP_PAD, D_PAD], tl.float32)
+        acc = tl.zeros([D_PAD, GROUP_PAD], tl.float32)
         for first in range(start, stop, TILE):
             t = first + tl.arange(0, TILE)
             live = t < stop
             if LISTED:
                 cell = tl.load(tokens + t, mask=live, other=0)
                 page, slot = cell // N, cell % N
+            elif N % TILE == 0:  # a tile is in one page
+                page, slot = tl.load(tokens + first // N + tl.arange(0, 1)), first % N + tl.arange(0, TILE)
             else:
                 page, slot = tl.load(tokens + t // N, mask=live, other=0), t % N
-            k, v = load_records(records, page.to(tl.int64), slot, live, page_stride, D, D_PAD, FORMAT)
-            s = logits_of(q, k, live[None, :], scale_log2, GROUP_PAD, TILE, CAP)
+            k, v = load_records(records, page.to(tl.int64), slot, live, page_stride, D, D_PAD, FORMAT, True)
+            s, top, total, acc = fold_tokens(q, k, v, (1.0, 1.0), live, scale_log2, top, total, acc, CAP, BLIND=False)
             if TRACKED:
                 keep_logits(logits, s, t, live, is_dense, logits_stride, GROUP, GROUP_PAD)
-            top, total, acc = fold(s, v, top, total, acc, BLIND=False)
     else:
         n_coded = n_in_codes(context_len, N)
         top, total, acc = fold_quantized(
@@ -232,6 +253,7 @@ def attend_kernel(
             *(GROUP_PAD, GROUP, N, D, D_PAD, TILE, LISTED, FORMAT, TRACKED, CAP),
         )
 
+    acc = tl.trans(acc)
     if SINKS:  # once per row
         own_sinks = tl.load(sinks + head, mask=h < GROUP, other=float("-inf"))
         top, total, acc = add_sinks(top, total, acc, tl.where(split == 0, own_sinks, float("-inf")))
@@ -295,7 +317,7 @@ def attend(
     ``sinks``, fp32 [H], are one more logit of each head; ``soft_cap`` is what logits of tokens stay below.
     """
     (n_requests, n_heads, head_size), n_kv_heads = query.shape, pages.data.shape[1]
-    records, group = pages_as_records(pages), n_heads // n_kv_heads
+    records, group, quantized = pages_as_records(pages), n_heads // n_kv_heads, pages.layout.quantized
     n_splits = split_count(n_requests * n_kv_heads, max_tokens, query.device, min_tokens=256)
     scratch = n_splits if n_splits > 1 else 0
     partial = torch.empty(n_requests * n_heads, scratch, head_size, dtype=torch.float32, device=query.device)
@@ -311,11 +333,11 @@ def attend(
         *(0 if logits is None else logits.stride(0), out.stride(0), out.stride(1), scale * LOG2_E),
         G=n_kv_heads,
         GROUP=group,
-        GROUP_PAD=max(16, triton.next_power_of_2(group)),
+        GROUP_PAD=max(8, triton.next_power_of_2(group)),
         N=pages.layout.block_size,
         D=head_size,
         D_PAD=triton.next_power_of_2(head_size),
-        TILE=tile_tokens(head_size, query.dtype),
+        TILE=tile_tokens(head_size, query.dtype) * (2 if quantized is not None and quantized.key.bits == 8 else 1),
         N_SPLITS=n_splits,
         FORMAT=codes_of(pages.layout),
         TRACKED=logits is not None,
@@ -325,9 +347,7 @@ def attend(
         SINKS=sinks is not None,
         CAP=(soft_cap or 0.0) * LOG2_E,
         READ=read,
-        num_warps=4
-        if pages.layout.quantized is None or head_size <= 128
-        else 8,  # what codes become lives in registers
-        num_stages=5 if pages.layout.quantized is None else 3,  # two of K and V: the load of the cell takes the others
+        num_warps=4 if quantized is None or head_size <= 128 else 8,  # what codes become lives in registers
+        num_stages=5,  # two of K and V: the load of the cell takes the others
     )
     return partial, weight

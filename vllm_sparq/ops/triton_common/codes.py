@@ -20,7 +20,16 @@ import triton
 import triton.language as tl
 
 from vllm_sparq.layout import PageLayout
-from vllm_sparq.ops.triton_common.launch import cast, widen
+from vllm_sparq.ops.triton_common.launch import INTERPRETED, cast
+from vllm_sparq.ops.triton_common.unpack import (
+    as_bytes,
+    dequantize,
+    load_narrow,
+    load_scales,
+    row_units,
+    signed_numbers,
+    unpack,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,41 +154,6 @@ def channel_order(FORMAT: tl.constexpr, KEYS: tl.constexpr, D: tl.constexpr, D_P
 
 
 @triton.jit
-def as_bytes(records):
-    """The same address, of bytes."""
-    return records.to(tl.pointer_type(tl.uint8), bitcast=True)
-
-
-@triton.jit
-def load_scales(at, mask, dtype: tl.constexpr, NUMBERS: tl.constexpr):
-    """fp32 (scale, zero) at addresses of bytes; both in one load where they fit a word."""
-    if NUMBERS == 1:
-        scale = widen(tl.load(at.to(tl.pointer_type(dtype), bitcast=True), mask=mask, other=0.0))
-        return scale, tl.zeros_like(scale)
-    if dtype == tl.float32:
-        at = at.to(tl.pointer_type(tl.float32), bitcast=True)
-        return tl.load(at, mask=mask, other=0.0), tl.load(at + 1, mask=mask, other=0.0)
-    both = tl.load(at.to(tl.pointer_type(tl.int32), bitcast=True), mask=mask, other=0)
-    if dtype == tl.bfloat16:
-        return (both << 16).to(tl.float32, bitcast=True), (both & -65536).to(tl.float32, bitcast=True)
-    scale = both.to(tl.int16).to(tl.float16, bitcast=True)
-    zero = (both >> 16).to(tl.int16).to(tl.float16, bitcast=True)
-    return scale.to(tl.float32), zero.to(tl.float32)
-
-
-@triton.jit
-def dequantize(packed, run: tl.constexpr, scale, zero, BITS: tl.constexpr):
-    """fp32 that the codes of one run stand for; ``scale`` and ``zero`` broadcast to ``packed``."""
-    if BITS == 8:
-        return zero + scale * packed.to(tl.int8, bitcast=True).to(tl.float32)
-    # The bits of a code, left where they are, as the low ones of 2^23 as fp32: no shift and no slow conversion.
-    TOP: tl.constexpr = ((1 << BITS) - 1) << (BITS * run)
-    UNIT: tl.constexpr = 1.0 / (1 << (BITS * run))
-    code = ((packed.to(tl.int32) & TOP) | 0x4B000000).to(tl.float32, bitcast=True) - 8388608.0
-    return zero + (scale * UNIT) * code
-
-
-@triton.jit
 def decode_runs(
     codes_at,  # u8 [X, CHUNKS, CHUNK] addresses of codes
     scales_at,  # u8 [X, CHUNKS] addresses of the first scale of each row
@@ -189,15 +163,22 @@ def decode_runs(
     ROWS: tl.constexpr,
     dtype: tl.constexpr,
 ):
-    """[X, runs * CHUNKS * CHUNK] elements in stored order, of type ``dtype``; 0 where masked."""
+    """[X, runs * CHUNKS * CHUNK] elements in stored order, of type ``dtype``; 0 where masked. See `row_units`."""
     RUNS: tl.constexpr = ROWS.runs
     SIZE: tl.constexpr = codes_at.shape[1] * codes_at.shape[2] * RUNS
     packed = tl.load(codes_at, mask=codes_mask, other=0)
     runs = ()
     for r in tl.static_range(RUNS):
         group = (r * ROWS.run + first) // ROWS.group
-        scale, zero = load_scales(scales_at + group * ROWS.scale_bytes, scales_mask, dtype, ROWS.numbers)
-        runs = runs + (cast(dequantize(packed, r, scale[:, :, None], zero[:, :, None], ROWS.bits), dtype),)
+        if ROWS.numbers == 1 and dtype != tl.float16:
+            numbers = signed_numbers(packed, dtype)
+        elif INTERPRETED or dtype == tl.float32:
+            scale, zero = load_scales(scales_at + group * ROWS.scale_bytes, scales_mask, dtype, ROWS.numbers)
+            numbers = cast(dequantize(packed, r, scale[:, :, None], zero[:, :, None], ROWS.bits), dtype)
+        else:
+            scale, zero = load_narrow(scales_at + group * ROWS.scale_bytes, scales_mask, ROWS.numbers)
+            numbers = unpack(packed, r, scale[:, :, None], zero[:, :, None], ROWS, dtype)
+        runs = runs + (numbers,)
     if RUNS == 1:
         return tl.reshape(runs[0], (codes_at.shape[0], SIZE))
     elif RUNS == 2:
@@ -236,13 +217,20 @@ def decode_channels(
     """[D_PAD, TILE] channel-major K of the tokens of `tile_cells`."""
     BYTES: tl.constexpr = TILE // ROWS.runs
     CHUNK: tl.constexpr = min(ROWS.chunk, BYTES)
-    column = first // ROWS.runs + tl.arange(0, BYTES // CHUNK) * CHUNK
-    live = column < stop // ROWS.runs
-    page = tl.load(table + column // ROWS.run, mask=live, other=0).to(tl.int64)
+    column = tl.arange(0, BYTES // CHUNK) * CHUNK
+    begin = first // ROWS.runs
+    if ROWS.width % TILE == 0:  # one block
+        live = tl.full(column.shape, 1, tl.int1)
+        page = tl.load(table + begin // ROWS.run + tl.arange(0, 1)).to(tl.int64)
+        index = tl.multiple_of(begin % ROWS.run, BYTES) + column
+    else:
+        live = begin + column < stop // ROWS.runs
+        page = tl.load(table + (begin + column) // ROWS.run, mask=live, other=0).to(tl.int64)
+        index = tl.multiple_of((begin + column) % ROWS.run, CHUNK)
+    index = index[None, :]
     at = data + page * page_stride * ROWS.number_bytes
     d = tl.arange(0, D_PAD)
     inside = (d < D)[:, None] & live[None, :]
-    index = (column % ROWS.run)[None, :]
     codes_at = (at + ROWS.codes)[None, :] + (d * ROWS.codes_step)[:, None] + index
     codes_at = codes_at[:, :, None] + tl.arange(0, CHUNK)[None, None, :]
     scales_at = (at + ROWS.scales)[None, :] + (d * ROWS.scales_step)[:, None]
@@ -266,24 +254,29 @@ def gather(at, row, element, mask, ROWS: tl.constexpr, dtype: tl.constexpr):
 def tile_slots(first, stop, N: tl.constexpr, FORMAT: tl.constexpr, TILE: tl.constexpr):
     """(block, slot, live) [TILE] of a tile of whole blocks' tokens: in order, or where K is channel-major by bytes.
 
-    ``first`` is a multiple of TILE and ``stop`` of N; over all tiles every token comes once, either way.
+    ``first`` is a multiple of TILE and ``stop`` of N; over all tiles every token comes once, either way. A tile that
+    divides a block is in one: ``block`` is [1] then.
     """
     t = tl.arange(0, TILE)
-    if FORMAT.channel_keys:
-        BYTES: tl.constexpr = TILE // FORMAT.keys.runs
-        RUN: tl.constexpr = FORMAT.keys.run
-        column = first // FORMAT.keys.runs + t % BYTES
-        return column // RUN, t // BYTES * RUN + column % RUN, column < stop // FORMAT.keys.runs
+    BYTES: tl.constexpr = TILE // FORMAT.keys.runs if FORMAT.channel_keys else TILE
+    RUN: tl.constexpr = FORMAT.keys.run if FORMAT.channel_keys else N
+    begin = first // (TILE // BYTES)
+    if N % TILE == 0:
+        block = begin // RUN + tl.arange(0, 1)
+        return block, t // BYTES * RUN + t % BYTES + begin % RUN, tl.full([TILE], 1, tl.int1)
     else:
-        t = first + t
-        return t // N, t % N, t < stop
+        column = begin + t % BYTES
+        return column // RUN, t // BYTES * RUN + column % RUN, column < stop // (TILE // BYTES)
 
 
 @triton.jit
 def tile_cells(table, first, stop, N: tl.constexpr, FORMAT: tl.constexpr, TILE: tl.constexpr):
-    """(page, slot, live) [TILE] of `tile_slots`."""
+    """(page, slot, live) [TILE] of `tile_slots`; ``page`` may be [1]."""
     block, slot, live = tile_slots(first, stop, N, FORMAT, TILE)
-    return tl.load(table + block, mask=live, other=0).to(tl.int64), slot, live
+    if N % TILE == 0:
+        return tl.load(table + block).to(tl.int64), slot, live
+    else:
+        return tl.load(table + block, mask=live, other=0).to(tl.int64), slot, live
 
 
 @triton.jit
@@ -299,7 +292,10 @@ def load_block_tile(
     TILE: tl.constexpr,
     FORMAT: tl.constexpr,
 ):
-    """(K [D_PAD, TILE], V [TILE, D_PAD], live [TILE]) of one tile of quantized blocks, tokens as in `tile_cells`."""
+    """(K [D_PAD, TILE], V [TILE, D_PAD], units of both, live [TILE]) of one tile of quantized blocks.
+
+    Tokens as in `tile_cells`; the units [TILE] are what K and V of each have to be multiplied with.
+    """
     dtype: tl.constexpr = records.dtype.element_ty
     KEYS: tl.constexpr = FORMAT.keys  # an attribute as an argument would not be a constant to Triton 3.6
     VALUES: tl.constexpr = FORMAT.values
@@ -309,7 +305,8 @@ def load_block_tile(
         k = decode_channels(as_bytes(records), table, first, stop, page_stride, KEYS, D, D_PAD, TILE, dtype)
     else:
         k = tl.trans(decode_rows(at, slot, live, KEYS, dtype))
-    return k, decode_rows(at, slot, live, VALUES, dtype), live
+    v = decode_rows(at, slot, live, VALUES, dtype)
+    return k, v, row_units(at, slot, live, KEYS, dtype), row_units(at, slot, live, VALUES, dtype), live
 
 
 @triton.jit
@@ -323,7 +320,7 @@ def load_cells(
     D_PAD: tl.constexpr,
     FORMAT: tl.constexpr,
 ):
-    """(K [D_PAD, TILE], V [TILE, D_PAD]) of any tokens of quantized blocks."""
+    """(K [D_PAD, TILE], V [TILE, D_PAD], units of both) of any tokens of quantized blocks."""
     dtype: tl.constexpr = records.dtype.element_ty
     KEYS: tl.constexpr = FORMAT.keys
     VALUES: tl.constexpr = FORMAT.values
@@ -333,7 +330,8 @@ def load_cells(
         k = cast(gather(at[None, :], d, slot[None, :], live[None, :] & (d < D), KEYS, dtype), dtype)
     else:
         k = tl.trans(decode_rows(at, slot, live, KEYS, dtype))
-    return k, decode_rows(at, slot, live, VALUES, dtype)
+    v = decode_rows(at, slot, live, VALUES, dtype)
+    return k, v, row_units(at, slot, live, KEYS, dtype), row_units(at, slot, live, VALUES, dtype)
 
 
 @triton.jit
@@ -346,14 +344,20 @@ def load_records(
     D: tl.constexpr,
     D_PAD: tl.constexpr,
     FORMAT: tl.constexpr,
+    AS_ROWS: tl.constexpr = False,  # whether tokens are the rows of both products
 ):
     """(K [D_PAD, TILE], V [TILE, D_PAD]) of records in the model's type, in the channel orders of ``FORMAT``."""
     at = records + page * page_stride + place * (2 * D)
     d_key, in_key = channel_order(FORMAT, True, D, D_PAD)
     d_value, in_value = channel_order(FORMAT, False, D, D_PAD)
-    k = tl.load(at[None, :] + d_key[:, None], mask=live[None, :] & in_key[:, None], other=0.0)
-    v = tl.load(at[:, None] + (D + d_value)[None, :], mask=live[:, None] & in_value[None, :], other=0.0)
-    return k, v
+    if AS_ROWS:  # each in the order in which the product wants it: tensor cores then take it from where it arrives
+        k = tl.load(at[:, None] + d_key[None, :], mask=live[:, None] & in_key[None, :], other=0.0)
+        v = tl.load(at[None, :] + (D + d_value)[:, None], mask=live[None, :] & in_value[:, None], other=0.0)
+        return tl.trans(k), tl.trans(v)
+    else:
+        k = tl.load(at[None, :] + d_key[:, None], mask=live[None, :] & in_key[:, None], other=0.0)
+        v = tl.load(at[:, None] + (D + d_value)[None, :], mask=live[:, None] & in_value[None, :], other=0.0)
+        return k, v
 
 
 @triton.jit

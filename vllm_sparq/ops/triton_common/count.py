@@ -12,13 +12,16 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from vllm_sparq.ops.triton_common.launch import read_counts, split_tokens, step_kernel
+from vllm_sparq.ops.triton_common.launch import INTERPRETED, read_counts, split_tokens, step_kernel
 
 N_BINS = tl.constexpr(32)
-"""Counting costs instructions per bin. So many leave one or two candidates in a hundred tokens."""
+"""Places of a row of counts; probabilities have so many bins."""
 
-REACH = tl.constexpr(2.5)
-"""Mean absolute deviations on either side that the bins divide: two standard deviations of normal scores."""
+LINEAR_BINS = tl.constexpr(16)
+"""Bins of scores: as many as two words of counters of 4 bits hold. So many leave two candidates in a hundred tokens."""
+
+REACH = tl.constexpr(1.6)
+"""Mean absolute deviations on either side that the bins divide: 1.3 standard deviations of normal scores."""
 
 STANDS_OUT = tl.constexpr(5.0)
 """Scores of a sample that are as many of them off the mean say nothing about the others."""
@@ -57,8 +60,8 @@ def quantile(share):
 def bins_around(centre, reach):
     """(offset, bins per unit of score) of bins over ``centre`` +- ``reach``; if that is no range, hardly any."""
     usable = (reach > 1e-30) & (reach < 1e30) & (tl.abs(centre) < 1e30)
-    per_unit = tl.where(usable, (N_BINS // 2) / tl.where(usable, reach, 1.0), 1e-30)
-    return tl.where(usable, N_BINS // 2 - centre * per_unit, 0.0), per_unit
+    per_unit = tl.where(usable, (LINEAR_BINS // 2) / tl.where(usable, reach, 1.0), 1e-30)
+    return tl.where(usable, LINEAR_BINS // 2 - centre * per_unit, 0.0), per_unit
 
 
 @triton.jit
@@ -97,7 +100,7 @@ def bin_of(score, offset, per_unit, PROBS: tl.constexpr, READ: tl.constexpr):
         index = (place.to(tl.int32, bitcast=True) >> 23) - LEAST_EXPONENT
         return tl.minimum(tl.maximum(index, 0), N_BINS - 1)
     else:
-        return tl.minimum(tl.maximum(place, 0.0), N_BINS - 1.0).to(tl.int32)
+        return tl.minimum(tl.maximum(place, 0.0), LINEAR_BINS - 1.0).to(tl.int32)
 
 
 @triton.jit
@@ -108,7 +111,53 @@ def edges_of(bin, PROBS: tl.constexpr):
         high = ((bin + LEAST_EXPONENT + 1) << 23).to(tl.float32, bitcast=True)
     else:
         low, high = bin.to(tl.float32), (bin + 1).to(tl.float32)
-    return tl.where(bin == 0, float("-inf"), low), tl.where(bin == N_BINS - 1, float("nan"), high)
+    LAST: tl.constexpr = N_BINS - 1 if PROBS else LINEAR_BINS - 1
+    return tl.where(bin == 0, float("-inf"), low), tl.where(bin == LAST, float("nan"), high)
+
+
+@triton.jit
+def one_at(place):
+    """int32, a one that many bits to the left; 0 beyond the word, on either side."""
+    if INTERPRETED:
+        return tl.where((place >= 0) & (place < 32), 1 << (place & 31), 0)
+    else:
+        return tl.inline_asm_elementwise("shl.b32 $0, 1, $1;", "=r,r", [place], tl.int32, True, 1)
+
+
+@triton.jit
+def count_tile(counters, index):
+    """Add bins [PAGES, SLOTS] of a tile to counters, 8 tensors int32 [PAGES, lanes] of two bins in 16 bits each.
+
+    Bins from `LINEAR_BINS` on are not counted. Up to 8 neighbours are counted in 4 bits first, all of one thread.
+    """
+    SLOTS: tl.constexpr = index.shape[1]
+    NEAR: tl.constexpr = min(8, SLOTS)
+    place = index * 4
+    result = ()
+    for half in tl.static_range(2):
+        ones = tl.reshape(one_at(place - 32 * half), [index.shape[0], SLOTS // NEAR, NEAR])
+        nibbles = tl.sum(ones, 2)
+        for shift in tl.static_range(4):
+            result = result + (counters[half * 4 + shift] + ((nibbles >> (4 * shift)) & 0x000F000F),)
+    return result
+
+
+@triton.jit
+def store_counts(counts, counters):
+    """Write the sums of what `count_tile` has counted, [N_BINS]."""
+    fields = ()
+    for half in tl.static_range(2):
+        for i in tl.static_range(8):
+            fields = fields + ((counters[half * 4 + i % 4] >> (i // 4 * 16)) & 0xFFFF,)
+    for width in tl.static_range(3, -1, -1):
+        joined = ()
+        for i in tl.static_range(2**width):
+            joined = joined + (tl.join(fields[i], fields[i + 2**width]),)
+        fields = joined
+    lanes: tl.constexpr = counters[0].shape[0] * counters[0].shape[1]
+    total = tl.sum(tl.reshape(fields[0], [lanes, LINEAR_BINS]), 0)
+    tl.store(counts + tl.arange(0, LINEAR_BINS), total)
+    tl.store(counts + LINEAR_BINS + tl.arange(0, N_BINS - LINEAR_BINS), tl.zeros([N_BINS - LINEAR_BINS], tl.int32))
 
 
 @triton.jit

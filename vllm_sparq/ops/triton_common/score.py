@@ -11,7 +11,16 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from vllm_sparq.ops.triton_common.count import N_BINS, bin_of, bins_of_sample, mark_newest, store_scores
+from vllm_sparq.ops.triton_common.count import (
+    LINEAR_BINS,
+    N_BINS,
+    bin_of,
+    bins_of_sample,
+    count_tile,
+    mark_newest,
+    store_counts,
+    store_scores,
+)
 from vllm_sparq.ops.triton_common.launch import cast, read_counts, soft_capped, split_tokens, step_kernel
 from vllm_sparq.ops.triton_common.score_tile import full_pages, score_tile
 
@@ -243,6 +252,16 @@ def score_kernel(
     tl.debug_barrier()  # the loop reads what other threads wrote
 
     RUN: tl.constexpr = N // RUNS
+    HOISTED: tl.constexpr = HEADS == 1 and R <= CHANNELS and (RANKING == "int4" or RANKING is None)
+    if HOISTED:
+        own_channels = ()
+        own_weights = ()
+        for i in tl.static_range(CHANNELS):
+            own_channels = own_channels + (tl.load(channels + i, mask=i < R, other=0),)
+            own_weights = own_weights + (tl.load(weights + i, mask=i < R, other=0.0),)
+        held = own_weights, own_channels
+    else:
+        held = weights, channels
     n_ranked = context_len - n_local
     positions += g * tracked_stride_g
     ranking += g * ranking_stride_g
@@ -251,9 +270,9 @@ def score_kernel(
         SAMPLE: tl.constexpr = max(1, SLOTS // 4)
         n_full = full_pages(context_len, N, FORMAT)
         sample = score_tile(
-            *(weights, channels, records, ranking, scales, table, tl.arange(0, PAGES) * n_full // PAGES),
+            *(weights, channels, held, records, ranking, scales, table, tl.arange(0, PAGES) * n_full // PAGES),
             *(0, context_len, page_stride, ranking_stride_p, scales_stride_p),
-            *(RANKING, FORMAT, HEADS, R, N, D, RUNS, PAGES, SAMPLE, CHANNELS),
+            *(RANKING, FORMAT, HEADS, R, N, D, RUNS, PAGES, SAMPLE, CHANNELS, HOISTED, False),
         )
         n_sampled = tl.minimum(RUN, SAMPLE)
         if n_full == 0:
@@ -263,44 +282,53 @@ def score_kernel(
         offset, per_unit = bins_of_sample(sum_heads(sample, HEADS), sampled, share)
         tl.store(bins + row * 2, offset)
         tl.store(bins + row * 2 + 1, per_unit)
-        histogram = tl.zeros([N_BINS], tl.int32)
+        counters = (tl.zeros([PAGES, max(1, SLOTS // 8)], tl.int32),) * 8
     lane_tops = (tl.full([PAGES, SLOTS], -1e30, tl.float32),) * HEADS  # finite: a lane may never see a token
     lane_sums = (tl.zeros([PAGES, SLOTS], tl.float32),) * HEADS
     first, stop = split_tokens(tl.cdiv(context_len, N), split, N_SPLITS, PAGES)
-    for first_page in range(first, stop, PAGES):
-        for first_slot in range(0, RUN, SLOTS):
-            tile = score_tile(
-                *(weights, channels, records, ranking, scales, table, first_page + tl.arange(0, PAGES)),
-                *(first_slot, context_len, page_stride, ranking_stride_p, scales_stride_p),
-                *(RANKING, FORMAT, HEADS, R, N, D, RUNS, PAGES, SLOTS, CHANNELS),
-            )
-            slot = first_slot + tl.arange(0, SLOTS)[None, :]
-            first_token = (first_page + tl.arange(0, PAGES))[:, None] * N
-            for r in tl.static_range(RUNS):
-                own = scores_of_run(tile, r, HEADS)
-                t = first_token + (slot + r * RUN)
-                live = (slot < RUN) & (t < context_len)
-                if STATISTICS:
-                    of_heads = cap_heads(own, HEADS, CAP)
-                    lane_tops, lane_sums = note_extremes(lane_tops, lane_sums, of_heads, live, HEADS)
-                if KEEP:
-                    store_heads(head_scores, cap_heads(own, HEADS, CAP), t, live, max_tokens, HEADS)
-                if not PROBS:
-                    s = tl.maximum(sum_heads(own, HEADS), -3.4028234663852886e38)  # a NaN would be in no bin
-                    if POSITIONS:
-                        s = mark_newest(s, positions, table, t, live, n_local, context_len, tracked_stride_p, N)
-                    else:
-                        s = tl.where(t < n_ranked, s, float("inf"))
-                    if RUN % SLOTS == 0:
-                        store_scores(scores, s, t, context_len, context_len)
-                    else:
-                        store_scores(scores, s, t, context_len, tl.where(slot < RUN, context_len, 0))
-                    index = tl.reshape(bin_of(s, offset, per_unit, False, READ), [PAGES * SLOTS])
-                    histogram += tl.histogram(index, N_BINS, mask=tl.reshape(live, [PAGES * SLOTS]))
+    # Tiles of full pages whose tokens are all ranked need no masks; the others come after them.
+    PLAIN: tl.constexpr = not (STATISTICS or POSITIONS or PROBS) and RUN % SLOTS == 0
+    n_plain = tl.maximum(tl.minimum(tl.minimum(n_ranked // N, full_pages(context_len, N, FORMAT)), stop) - first, 0)
+    stop_plain = first + n_plain // PAGES * PAGES if PLAIN else first
+    for turn in tl.static_range(0 if PLAIN else 1, 2):
+        for first_page in range(first if turn == 0 else stop_plain, stop_plain if turn == 0 else stop, PAGES):
+            for first_slot in range(0, RUN, SLOTS):
+                tile = score_tile(
+                    *(weights, channels, held, records, ranking, scales, table, first_page + tl.arange(0, PAGES)),
+                    *(first_slot, context_len, page_stride, ranking_stride_p, scales_stride_p),
+                    *(RANKING, FORMAT, HEADS, R, N, D, RUNS, PAGES, SLOTS, CHANNELS, HOISTED, turn == 0),
+                )
+                slot = first_slot + tl.arange(0, SLOTS)[None, :]
+                first_token = (first_page + tl.arange(0, PAGES))[:, None] * N
+                for r in tl.static_range(RUNS):
+                    own = scores_of_run(tile, r, HEADS)
+                    t = first_token + (slot + r * RUN)
+                    live = (slot < RUN) & (t < context_len)
+                    if STATISTICS:
+                        of_heads = cap_heads(own, HEADS, CAP)
+                        lane_tops, lane_sums = note_extremes(lane_tops, lane_sums, of_heads, live, HEADS)
+                    if KEEP:
+                        store_heads(head_scores, cap_heads(own, HEADS, CAP), t, live, max_tokens, HEADS)
+                    if not PROBS:
+                        s = tl.maximum(sum_heads(own, HEADS), -3.4028234663852886e38)  # a NaN would be in no bin
+                        if turn == 0:
+                            tl.store(scores + t, s)
+                            counters = count_tile(counters, bin_of(s, offset, per_unit, False, READ))
+                        else:
+                            if POSITIONS:
+                                s = mark_newest(s, positions, table, t, live, n_local, context_len, tracked_stride_p, N)
+                            else:
+                                s = tl.where(t < n_ranked, s, float("inf"))
+                            if RUN % SLOTS == 0:
+                                store_scores(scores, s, t, context_len, context_len)
+                            else:
+                                store_scores(scores, s, t, context_len, tl.where(slot < RUN, context_len, 0))
+                            index = bin_of(s, offset, per_unit, False, READ)
+                            counters = count_tile(counters, tl.where(live, index, LINEAR_BINS))
 
     at = row * N_SPLITS + split
     if not PROBS:
-        tl.store(counts + at * N_BINS + tl.arange(0, N_BINS), histogram)
+        store_counts(counts + at * N_BINS, counters)
     if STATISTICS:
         for h in tl.static_range(HEADS):
             top = tl.max(tl.max(lane_tops[h], 1), 0)

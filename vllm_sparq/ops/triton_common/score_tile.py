@@ -16,8 +16,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from vllm_sparq.ops.triton_common.codes import as_bytes, dequantize, load_scales, n_in_codes
+from vllm_sparq.ops.triton_common.codes import n_in_codes
 from vllm_sparq.ops.triton_common.launch import INTERPRETED
+from vllm_sparq.ops.triton_common.unpack import as_bytes, dequantize, load_scales
 
 
 @triton.jit
@@ -90,6 +91,7 @@ def score_words(
     R: tl.constexpr,
     RUNS: tl.constexpr,
     CHANNELS: tl.constexpr,
+    HOISTED: tl.constexpr,  # whether ``weights`` and ``channels`` are in registers: tuples
 ):
     """Scores from codes of 4 or 2 bits where ``mask``, as `scores_of_words`; several channels are loaded at a time."""
     sums = (tl.zeros(codes.shape, tl.float32),) * (4 * RUNS * HEADS)
@@ -99,7 +101,7 @@ def score_words(
         words = ()
         loaded = ()
         for i in tl.static_range(CHANNELS):
-            channel = tl.load(channels + first + i, mask=first + i < R, other=0)
+            channel = channels[i] if HOISTED else tl.load(channels + first + i, mask=first + i < R, other=0)
             words = words + (tl.load(codes + channel * step, mask=mask, other=0),)
             for r in tl.static_range(RUNS):
                 if ROWS is None:
@@ -118,7 +120,10 @@ def score_words(
             new_zeros = ()
             for r in tl.static_range(RUNS):
                 for h in tl.static_range(HEADS):
-                    weight = tl.load(weights + h * R + first + i, mask=first + i < R, other=0.0)
+                    if HOISTED:
+                        weight = weights[i]
+                    else:
+                        weight = tl.load(weights + h * R + first + i, mask=first + i < R, other=0.0)
                     scaled = weight * loaded[2 * (i * RUNS + r)]
                     own = own + (scaled,)
                     new_weights = new_weights + (total_weights[r * HEADS + h] + scaled,)
@@ -267,6 +272,7 @@ def full_pages(context_len, N: tl.constexpr, FORMAT: tl.constexpr):
 def score_tile(
     weights,
     channels,
+    held,  # the same, in registers with HOISTED
     records,  # pointers to this KV head
     ranking,
     scales,
@@ -287,6 +293,8 @@ def score_tile(
     PAGES: tl.constexpr,
     SLOTS: tl.constexpr,
     CHANNELS: tl.constexpr,
+    HOISTED: tl.constexpr,  # see `score_words`
+    FULL: tl.constexpr,  # whether all of the pages are, and ``SLOTS`` divides a run
 ):
     """Scores of the slots n, n + N / RUNS, .. of some pages: a tuple with fp32 [PAGES, SLOTS] per run and head.
 
@@ -296,8 +304,10 @@ def score_tile(
     """
     slot = first_slot + tl.arange(0, SLOTS)
     n_full = full_pages(context_len, N, FORMAT)
-    page = tl.load(table + block, mask=block * N < context_len, other=0).to(tl.int64)
-    full = block < n_full
+    if FULL:
+        page, full = tl.load(table + block).to(tl.int64), tl.full([PAGES], 1, tl.int1)
+    else:
+        page, full = tl.load(table + block, mask=block * N < context_len, other=0).to(tl.int64), block < n_full
     scores = (tl.zeros([PAGES, SLOTS], tl.float32),) * (HEADS * RUNS)
     WORDS: tl.constexpr = HEADS * RUNS <= 8 and SLOTS % 4 == 0  # more sums would not fit into registers
     if RANKING is None:
@@ -308,8 +318,8 @@ def score_tile(
             word = first_slot // 4 + tl.arange(0, SLOTS // 4)
             codes = (at + KEYS.codes).to(tl.pointer_type(tl.int32), bitcast=True)[:, None] + word[None, :]
             scores = score_words(
-                *(weights, channels, codes, at, full, full[:, None], KEYS.codes_step // 4, first_slot),
-                *(KEYS, dtype, HEADS, R, RUNS, CHANNELS),
+                *(held[0], held[1], codes, at, full, full[:, None], KEYS.codes_step // 4, first_slot),
+                *(KEYS, dtype, HEADS, R, RUNS, CHANNELS, HOISTED),
             )
         else:
             scores = score_channel_keys(
@@ -320,8 +330,9 @@ def score_tile(
         codes = ranking.to(tl.pointer_type(tl.int32), bitcast=True)
         codes = codes + (page * (ranking_stride_p // 4))[:, None] + word[None, :]
         scores = score_words(
-            *(weights, channels, codes, scales + page * scales_stride_p),
-            *(full, full[:, None] & (word < N // 8)[None, :], N // 8, first_slot, None, None, HEADS, R, 2, CHANNELS),
+            *(held[0], held[1], codes, scales + page * scales_stride_p),
+            *(full, full[:, None] & ((word < N // 8) | FULL)[None, :], N // 8, first_slot, None, None, HEADS, R, 2),
+            *(CHANNELS, HOISTED),
         )
     else:
         scores = score_copies(
@@ -329,6 +340,8 @@ def score_tile(
             *(ranking + (page * ranking_stride_p)[:, None] + slot[None, :], scales + page * scales_stride_p),
             *(full, full[:, None] & (slot < N // 2)[None, :], RANKING, HEADS, R, N, CHANNELS),
         )
+    if FULL:
+        return scores
     n_rest = context_len - n_full * N
     if (n_rest > 0) & (tl.max((block == n_full).to(tl.int32), 0) > 0):
         STAGED: tl.constexpr = 0 if FORMAT is None else FORMAT.staged

@@ -1,7 +1,7 @@
 """Step 3 of `sparq_decode` and of `quest_decode` on a GPU: the exact top k of each row, no sort, one launch.
 
 While tokens are scored they are counted in bins that rise with the score. Each program of `partition_kernel` finds in
-the counts the bin of the k-th score. Everything above is picked; the bin itself, one or two tokens in a hundred, is the
+the counts the bin of the k-th score. Everything above is picked; the bin itself, two tokens in a hundred, is the
 list of candidates. All positions follow from the counts: one result, whatever the order of the programs. The last
 program of a row to arrive picks the rest from the candidates by radix select on the 32 bits of a score, ties to the
 oldest.

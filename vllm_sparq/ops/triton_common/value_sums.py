@@ -5,7 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from vllm_sparq.ops.triton_common.codes import as_bytes, gather
+from vllm_sparq.ops.triton_common.codes import gather
+from vllm_sparq.ops.triton_common.unpack import as_bytes
 
 SUM_CHANNELS = 32
 """Channels of one program: a 64-byte run of a bf16 row, and enough programs for a long prompt."""

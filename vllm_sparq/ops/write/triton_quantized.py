@@ -17,9 +17,10 @@ import triton.language as tl
 
 from vllm_sparq.layout import RANKING_BITS, Pages
 from vllm_sparq.ops.triton_common.attention_scores import track_arrivals, tracked_parts
-from vllm_sparq.ops.triton_common.codes import Rows, as_bytes, codes_of, load_scales
+from vllm_sparq.ops.triton_common.codes import Rows, codes_of
 from vllm_sparq.ops.triton_common.encode import encode, store_scales
 from vllm_sparq.ops.triton_common.launch import find_request, step_kernel, widen
+from vllm_sparq.ops.triton_common.unpack import as_bytes, load_scales
 from vllm_sparq.ops.write.triton_ranking import close_page, load_block, ranking_tile
 from vllm_sparq.ops.write.triton_sums import write_sums
 
