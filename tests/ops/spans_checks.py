@@ -16,9 +16,9 @@ import torch
 
 from tests.ops import tolerances
 from tests.ops.cases import Case, Tokens, build
+from tests.ops.oracle import Array, capped, probabilities, sinks_of
 from tests.ops.rounding import multiplied, rounded_dense_decode
 from tests.ops.sparq_checks import cached, tokens_read
-from tests.ops.test_oracle import Array, capped, probabilities, sinks_of
 from vllm_sparq.ops.dense_decode.reference import dense_decode as dense_reference
 from vllm_sparq.reads import SpansRead
 

@@ -27,8 +27,8 @@ import torch
 
 from tests.ops import tolerances
 from tests.ops.cases import Case, Tokens, World, build
+from tests.ops.oracle import Array, capped, numbers, probabilities, repository, sinks_of
 from tests.ops.rounding import multiplied, rounded_dense_decode
-from tests.ops.test_oracle import Array, capped, numbers, probabilities, repository, sinks_of
 from vllm_sparq.layout import Pages
 from vllm_sparq.ops.codec import unpack
 from vllm_sparq.ops.dense_decode.reference import cached_tokens

@@ -64,8 +64,11 @@ CODED = (
 CODED_FEW = tuple(replace(case, new=tuple(min(s, 5) for s in case.lens)) for case in TINY_FORMATS)
 
 
-def rounded(case: Case) -> torch.Tensor:
-    """The reference over pages of fp32 that hold what kernels multiply: what the codes of the context stand for."""
+def rounded(case: Case, implementation: str) -> torch.Tensor:
+    """The reference over pages of fp32 that hold what kernels multiply: what the codes of the context stand for.
+
+    Those for CPUs round all of it to the model's type.
+    """
     world, own, n = build(case, written="context"), case.tokens(), case.block_size
     tokens = Tokens(*([x.float() for x in side] for side in (own.query, own.key, own.value)))
     for b, (s, t) in enumerate(zip(case.lens, case.n_new, strict=True)):
@@ -73,7 +76,8 @@ def rounded(case: Case) -> torch.Tensor:
             for head in range(case.kv_heads):
                 decoded = decode_page(world.pages, int(world.block_table[b, block]), head)
                 for part, to, rows in zip(("key", "value"), (tokens.key[b], tokens.value[b]), decoded, strict=True):
-                    to[block * n : (block + 1) * n, head] = multiplied(case.layout, part, rows)
+                    in_type = rows.to(case.dtype) if implementation == "cpu" else multiplied(case.layout, part, rows)
+                    to[block * n : (block + 1) * n, head] = in_type
     plain = replace(case, format="model", group_size=None, dtype=torch.float32)
     return build(plain, tokens, written="context").prefill(reference).to(case.dtype)
 
@@ -85,7 +89,7 @@ def test_prefill_of_quantized_pages_is_the_reference(implementation: str, case: 
     exact, tolerance = build(case, written="context").prefill(reference), tolerances.OUT[case.dtype]
     if not torch.allclose(got, exact, **tolerance):
         assert case.dtype == torch.bfloat16  # the one type that multiplies without being widened
-        torch.testing.assert_close(got, rounded(case), **tolerance)
+        torch.testing.assert_close(got, rounded(case, implementation), **tolerance)
 
 
 @pytest.mark.parametrize(

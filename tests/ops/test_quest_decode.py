@@ -77,7 +77,8 @@ def test_by_hand() -> None:
     upper, _ = upper_bounds(query[0].double().numpy(), keys[:, 0].double().numpy())
     assert upper.tolist() == [2, 0, 7, 6, -200]
     assert choose(upper, 3).tolist() == [2, 3, 4]
-    oracle = attend(query[0].double().numpy(), *(x[:, 0].double().numpy() for x in (keys, values)), np.array([4]), 1.0)
+    own = (x[:, 0].double().numpy() for x in (keys, values))
+    oracle = attend(query[0].double().numpy(), *own, np.array([4]), case, None)
     assert oracle.tolist() == [[64.0] * 16] * 2
 
 

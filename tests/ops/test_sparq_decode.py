@@ -11,9 +11,9 @@ import torch
 from tests.ops import tolerances
 from tests.ops.cases import ALL, HUGE_BYTE, THREADS, Case, Tokens, build, each, load, threaded
 from tests.ops.cases import device_of as device
+from tests.ops.oracle import numbers, repository
 from tests.ops.shapes import FORMATS, SHAPES, TINY, TINY_FORMATS
 from tests.ops.sparq_checks import assert_right, ranked_by, tokens_read
-from tests.ops.test_oracle import numbers, repository
 from vllm_sparq.ops.dense_decode.reference import dense_decode as dense_reference
 from vllm_sparq.ops.sparq_decode.reference import sparq_decode as reference
 from vllm_sparq.reads import SparqRead
