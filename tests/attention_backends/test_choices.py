@@ -80,7 +80,7 @@ def test_where_the_engine_s_own_options_do(extra_args: dict[str, Any] | None, of
         ({"sparq.compression": 0.5}, {}, ["compression=0.5", "greater than or equal to 1"]),
         ({"sparq.k": "12"}, {}, ["k='12'", "valid integer"]),
         ({"sparq.mass": 1.5}, {}, ["mass=1.5", "less than 1"]),
-        ({"sparq.mass": 0.5, "sparq.k": 64}, {}, ["min_k=128", "set min_k below k"]),
+        ({"sparq.mass": 0.5, "sparq.k": 64}, {}, ["min_k=256", "set min_k below k"]),
         ({"sparq.format": "int4"}, {}, ['"sparq.format": "int4"', "compression, sparq.r", "--additional-config"]),
         ({"sparq.topk": 5}, {}, ['"sparq.topk": 5', "a request may set"]),
         ({"sparq": "on"}, {}, ["'on' is neither", '"off"']),
