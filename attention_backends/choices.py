@@ -7,7 +7,7 @@ options have names with a dot:
     {"sparq.compression": 4}                as under an engine with "compression": 4; so r, k, min_k and mass
     {"sparq": {"r": 16, "k": 256}}          the same from Python, in one
 
-The front end refuses what cannot be used, when the request arrives (`arrivals`); the scheduler asks which of a
+The front end refuses what cannot be used, when the request arrives (`admission`); the scheduler asks which of a
 request's tokens are as a prompt would have written them; and workers read its rows so (`.steps.policies`). All of them
 make the same options of it here.
 """

@@ -87,6 +87,7 @@ class PagedImpl(AttentionImpl[PagedMetadata | EvictingMetadata]):
         self._decode: Callable[..., None] | None = None
         self._pages: Pages | None = None
         self._looks_at_keys = False
+        self._dtype: torch.dtype = vllm_config.model_config.dtype
 
     @property
     def options(self) -> Options:
@@ -208,6 +209,28 @@ class PagedImpl(AttentionImpl[PagedMetadata | EvictingMetadata]):
             return
         tables = rows.block_table, rows.query_start_loc, rows.context_lens
         self._prefill(query, *new, pages, *tables, scale=self.scale, out=output, key_start_loc=rows.key_start_loc)
+
+    def warm_up(self, layer: Any, widths: list[int]) -> None:
+        """Launch, over requests without tokens, every variant of our Triton kernels that a step may need.
+
+        Block tables are so many blocks wide: those of steps of answers, where tokens are evicted, less than others.
+        """
+        if not any(choice.implementation == "triton" for choice in self._choices.values()):
+            return
+        from vllm_sparq.ops import warm_up
+
+        if not warm_up.IS_COMPILED:
+            return
+        pages = self._bind(layer, layer.kv_cache, self._dtype)
+        assert self._decode is not None
+        for width in widths:
+            for decode in {self._dense, self._decode}:
+                warm_up.warm_decodes(decode, pages, self.num_heads, width)
+        warm_up.warm_writes(self._write, pages, widths[0])
+        if self._prefill is not None:
+            warm_up.warm_prefills(self._prefill, pages, self.num_heads, widths[0])
+        if pages.layout.positions:
+            warm_up.warm_evictions(self._evict, pages, widths[0])
 
     def write_step(
         self,

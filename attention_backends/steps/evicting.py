@@ -84,8 +84,7 @@ def answer_turn(
     policies: Sequence[Options | None],
 ) -> EvictingMetadata:
     """A step of decodes: one turn, planned without knowing how many tokens go, so that a CUDA graph can hold it."""
-    table = step.block_table_tensor
-    n_blocks = -(-spec.retention.budget_of(max_model_len) // spec.block_size) + spec.n_staging_pages
+    table, n_blocks = step.block_table_tensor, answer_blocks(spec, max_model_len)
     eviction = Eviction(
         block_table=table,
         seq_lens=arrivals.held,
@@ -96,13 +95,18 @@ def answer_turn(
     )
     rows = PagedMetadata(
         n_decodes=step.num_reqs,
-        block_table=table[:, :n_blocks],  # after the eviction no answer has more
+        block_table=table[:, :n_blocks],
         query_start_loc=step.query_start_loc,
         seq_lens=arrivals.seq_lens,
         first_positions=arrivals.positions,
         by_policy=by_policy(policies, table[:, :n_blocks], arrivals.seq_lens),
     )
     return EvictingMetadata((Turn(rows=None, eviction=eviction, step=rows),))
+
+
+def answer_blocks(spec: RetainedSpec, max_model_len: int) -> int:
+    """Most blocks of a request that answers, after its eviction."""
+    return -(-spec.retention.budget_of(max_model_len) // spec.block_size) + spec.n_staging_pages
 
 
 def plan_turns(

@@ -107,7 +107,7 @@ def specialise(
         else:
             signature[parameter.name] = "fp32" if isinstance(value, float) else "i32"
         aligned = isinstance(value, torch.Tensor) or (type(value) is int and value % 16 == 0)
-        if aligned and not parameter.do_not_specialize:
+        if aligned and not parameter.do_not_specialize and not parameter.do_not_specialize_on_alignment:
             attributes[(i,)] = [["tt.divisibility", 16]]
     return signature, constants, attributes
 

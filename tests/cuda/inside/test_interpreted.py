@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from tests.cuda.pretend.graphs import Graph
 from tests.engine.support import Prompts
@@ -27,29 +26,6 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "h2o over int4": ("h2o", {"budget": 128, "format": "int4"}),
     "streaming": ("streaming", {"budget": 64}),
 }
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two layers of two query heads on one KV head, with random weights."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    config = LlamaConfig(
-        hidden_size=64,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=64,
-        vocab_size=256,
-        max_position_embeddings=512,
-        initializer_range=0.2,
-        tie_word_embeddings=True,
-    )
-    torch.manual_seed(5)
-    folder = tmp_path_factory.mktemp("tiny")
-    LlamaForCausalLM(config).save_pretrained(folder)
-    return folder
 
 
 @pytest.mark.parametrize("name", METHODS)

@@ -19,7 +19,7 @@ from vllm_sparq.ops.evict.triton_move import move_kernel
 from vllm_sparq.ops.triton_common.attend import pages_as_records
 from vllm_sparq.ops.triton_common.attention_scores import tracked_parts
 from vllm_sparq.ops.triton_common.codes import codes_of
-from vllm_sparq.ops.triton_common.launch import slices, split_count
+from vllm_sparq.ops.triton_common.launch import slices, split_count, step_kernel
 from vllm_sparq.ops.triton_common.value_sums import SUM_CHANNELS, SUM_TILE, chain_sums
 from vllm_sparq.ops.write.triton_ranking import ranking_tile
 from vllm_sparq.retention import Rank
@@ -48,7 +48,7 @@ def keys_of(
     return (order << 31) | (2147483647 - position).to(tl.int64)
 
 
-@triton.jit
+@step_kernel
 def choose_kernel(
     positions,
     scores,
@@ -133,7 +133,7 @@ def choose_kernel(
     tl.store(first_moves + row, tl.min(first_move, 0))
 
 
-@triton.jit
+@step_kernel
 def sum_kernel(
     records,  # pages [P, G] in the model's type
     value_sum,  # fp32 [P, G, D]

@@ -15,7 +15,7 @@ import triton.language as tl
 
 from vllm_sparq.ops.triton_common.codes import as_bytes, gather, staged_at
 from vllm_sparq.ops.triton_common.encode import renew_rows
-from vllm_sparq.ops.triton_common.launch import cast, widen
+from vllm_sparq.ops.triton_common.launch import cast, step_kernel, widen
 from vllm_sparq.ops.write.triton_ranking import close_page
 
 
@@ -176,7 +176,7 @@ def requantize_keys(
         renew_rows(x, codes, source >= 0, page, d, d < D, KEYS, dtype)
 
 
-@triton.jit
+@step_kernel
 def move_kernel(
     records,  # pages [P, G] in the model's type; the value of a record lies D elements after its key
     ranking,  # [P, G, D, N / 2 | N]

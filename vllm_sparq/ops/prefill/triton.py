@@ -15,11 +15,11 @@ from vllm_sparq.layout import Pages
 from vllm_sparq.ops.prefill.triton_attention import add_prefill_attention
 from vllm_sparq.ops.triton_common.attend import LOG2_E, fold, logits_of, pages_as_records
 from vllm_sparq.ops.triton_common.codes import channel_order, codes_of, load_block_tile, load_records
-from vllm_sparq.ops.triton_common.launch import cast, find_request, split_count, split_tokens
+from vllm_sparq.ops.triton_common.launch import cast, find_request, split_count, split_tokens, step_kernel
 from vllm_sparq.ops.triton_common.merge import merge
 
 
-@triton.jit(do_not_specialize=["n_requests"])
+@step_kernel
 def prefill_kernel(
     query,  # [T, H, D]
     key,  # [T, G, D]
@@ -29,8 +29,8 @@ def prefill_kernel(
     query_start_loc,
     key_start_loc,
     context_lens,
-    partial,  # fp32 [T * H, N_SPLITS, D]
-    weight,  # fp32 [T * H, N_SPLITS]; with one split written with TRACKED alone
+    partial,  # fp32 [T * H, n_splits, D]
+    weight,  # fp32 [T * H, n_splits]; with one split written with TRACKED alone
     out,  # [T, H, D], written here where there is one split
     query_stride_t,
     query_stride_h,
@@ -45,25 +45,25 @@ def prefill_kernel(
     out_stride_h,
     scale_log2,
     n_requests,
+    n_splits,
     H: tl.constexpr,
     GROUP: tl.constexpr,
     N: tl.constexpr,
     D: tl.constexpr,
     D_PAD: tl.constexpr,
-    B_PAD: tl.constexpr,
     ROWS: tl.constexpr,
     TILE: tl.constexpr,
-    N_SPLITS: tl.constexpr,
+    SPLIT: tl.constexpr,  # whether there is more than one
     FORMAT: tl.constexpr,
     KEYS_AHEAD: tl.constexpr,  # whether ``key_start_loc`` differs from ``query_start_loc``
     TRACKED: tl.constexpr,
 ):
-    """Grid (tiles of all requests, G, N_SPLITS)."""
+    """Grid (tiles of all requests, G, n_splits)."""
     TOKENS: tl.constexpr = ROWS // GROUP
     pid = tl.num_programs(0) - 1 - tl.program_id(0)  # the last tokens of a prompt see most keys: start with them
     g = tl.program_id(1).to(tl.int64)
     split = tl.program_id(2)
-    b, tile = find_request(query_start_loc, n_requests, pid, TOKENS, 1, B_PAD)
+    b, tile = find_request(query_start_loc, n_requests, pid, TOKENS, 1)
     if b < 0:
         return
     start = tl.load(query_start_loc + b)
@@ -88,7 +88,7 @@ def prefill_kernel(
 
     # Keys are numbered: cached tokens, then new ones up to the tile's last. A split takes a range of whole tiles.
     n_keys = context_len + n_ahead + tl.minimum((tile + 1) * TOKENS, n_new)
-    first_key, stop_key = split_tokens(n_keys, split, N_SPLITS, TILE)
+    first_key, stop_key = split_tokens(n_keys, split, n_splits, TILE)
     top = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     acc = tl.zeros([ROWS, D_PAD], tl.float32)
@@ -123,10 +123,10 @@ def prefill_kernel(
 
     y = acc / tl.where(total == 0.0, 1.0, total)[:, None]
     own = own_row[:, None] & in_value[None, :]
-    at_split = (row * H + head) * N_SPLITS + split
-    if N_SPLITS > 1 or TRACKED:
+    at_split = (row * H + head) * n_splits + split
+    if SPLIT or TRACKED:
         tl.store(weight + at_split, top + tl.log2(total), mask=own_row)
-    if N_SPLITS == 1:
+    if not SPLIT:
         to = out + (row * out_stride_t + head * out_stride_h)[:, None] + d_value[None, :]
         tl.store(to, cast(y, out.dtype.element_ty), mask=own)
     else:
@@ -166,16 +166,15 @@ def prefill(
     key_starts = query_start_loc if key_start_loc is None else key_start_loc
     prefill_kernel[(n_tiles, n_kv_heads, n_splits)](
         *(query, key, value, records, block_table, query_start_loc, key_starts, context_lens, partial, weight, out),
-        *(*strides, block_table.stride(0), out.stride(0), out.stride(1), scale * LOG2_E, n_requests),
+        *(*strides, block_table.stride(0), out.stride(0), out.stride(1), scale * LOG2_E, n_requests, n_splits),
         H=n_heads,
         GROUP=group,
         N=block_size,
         D=head_size,
         D_PAD=triton.next_power_of_2(head_size),
-        B_PAD=triton.next_power_of_2(n_requests),
         ROWS=n_rows,
         TILE=tile,
-        N_SPLITS=n_splits,
+        SPLIT=n_splits > 1,
         FORMAT=codes_of(pages.layout),
         KEYS_AHEAD=key_start_loc is not None,
         TRACKED=tracked,
@@ -194,16 +193,17 @@ def tile_sizes(
 ) -> tuple[int, int, int]:
     """(query rows, keys, warps) of a tile: q, and two or three stages of K and V, stay within 160 KiB of shared memory.
 
-    ``rows_per_request`` are the (token, head) pairs of a mean request: short steps get a small tile. fp32 has no tensor
-    cores of its own precision, and keeps its operands in registers. Heads of more than 256 elements get the smallest
-    tile, whose sums and codes stay in registers.
+    ``rows_per_request`` are the (token, head) pairs of a mean request: short steps get the smallest tile, others the
+    largest, so that there are two to compile. fp32 has no tensor cores of its own precision, and keeps its operands in
+    registers. Heads of more than 256 elements get the smallest tile, whose sums and codes stay in registers.
     """
     width = triton.next_power_of_2(head_size)
     if dtype == torch.float32:
         most, tile = 16, 16
     else:
         most, tile = (128, 64) if width <= 128 else (64, 32) if width <= 256 else (16 if quantized else 32, 16)
-    n_rows = max(16, min(most, triton.next_power_of_2(rows_per_request)), triton.next_power_of_2(group))
+    least = max(16, triton.next_power_of_2(group))
+    n_rows = least if rows_per_request <= least else max(least, most)
     if quantized:  # elements on their way from codes live in registers
         return n_rows, max(16, tile // 2), 8
     return n_rows, tile, 8 if n_rows >= 128 or width > 256 else 4

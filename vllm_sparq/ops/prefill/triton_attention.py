@@ -13,20 +13,18 @@ import triton.language as tl
 from vllm_sparq.layout import Pages
 from vllm_sparq.ops.triton_common.attend import logits_of, pages_as_records
 from vllm_sparq.ops.triton_common.codes import channel_order, codes_of, load_block_tile, load_records, tile_slots
-from vllm_sparq.ops.triton_common.launch import split_count
+from vllm_sparq.ops.triton_common.launch import split_count, step_kernel
 
 
 @triton.jit
-def merged_rows(weight, row, live, ROWS: tl.constexpr, N_SPLITS: tl.constexpr):
+def merged_rows(weight, row, live, n_splits, ROWS: tl.constexpr):
     """fp32 [ROWS], log2 of each row's sum of exponentials over all splits; infinity for rows that are not live."""
-    if N_SPLITS == 1:
-        return tl.load(weight + row, mask=live, other=float("inf"))
     top = tl.full([ROWS], float("-inf"), tl.float32)
-    for split in range(N_SPLITS):
-        top = tl.maximum(top, tl.load(weight + row * N_SPLITS + split, mask=live, other=0.0))
+    for split in range(n_splits):
+        top = tl.maximum(top, tl.load(weight + row * n_splits + split, mask=live, other=0.0))
     total = tl.zeros([ROWS], tl.float32)
-    for split in range(N_SPLITS):
-        total += tl.exp2(tl.load(weight + row * N_SPLITS + split, mask=live, other=0.0) - top)
+    for split in range(n_splits):
+        total += tl.exp2(tl.load(weight + row * n_splits + split, mask=live, other=0.0) - top)
     return tl.where(live, top + tl.log2(total), float("inf"))
 
 
@@ -43,13 +41,13 @@ def attention_of(
     query_stride_t,
     query_stride_h,
     scale_log2,
+    n_splits,
     H: tl.constexpr,
     GROUP: tl.constexpr,
     D: tl.constexpr,
     D_PAD: tl.constexpr,
     ROWS: tl.constexpr,
     TILE: tl.constexpr,
-    N_SPLITS: tl.constexpr,
     FORMAT: tl.constexpr,
 ):
     """fp32 [TILE], the probabilities of a tile of keys, summed over the new tokens and the query group."""
@@ -65,12 +63,12 @@ def attention_of(
         q = tl.load(q_at, mask=own[:, None] & in_key[None, :], other=0.0)
         visible = own[:, None] & live[None, :] & (t[None, :] <= (n_ahead + token)[:, None])
         s = logits_of(q, k, visible, scale_log2, ROWS, TILE)
-        base = merged_rows(weight, token.to(tl.int64) * H + head, own, ROWS, N_SPLITS)
+        base = merged_rows(weight, token.to(tl.int64) * H + head, own, n_splits, ROWS)
         total += tl.sum(tl.exp2(s - tl.where(own, base, 0.0)[:, None]), 0)
     return total
 
 
-@triton.jit
+@step_kernel
 def note_prefill_kernel(
     query,  # [T, H, D]
     key,  # [T', G, D]
@@ -80,7 +78,7 @@ def note_prefill_kernel(
     query_start_loc,
     key_start_loc,
     context_lens,
-    weight,  # fp32 [T * H, N_SPLITS], log2 of sums of exponentials
+    weight,  # fp32 [T * H, n_splits], log2 of sums of exponentials
     query_stride_t,
     query_stride_h,
     key_stride_t,
@@ -91,6 +89,7 @@ def note_prefill_kernel(
     scores_stride_g,
     table_stride,
     scale_log2,
+    n_splits,
     G: tl.constexpr,
     GROUP: tl.constexpr,
     N: tl.constexpr,
@@ -98,7 +97,6 @@ def note_prefill_kernel(
     D_PAD: tl.constexpr,
     ROWS: tl.constexpr,
     TILE: tl.constexpr,
-    N_SPLITS: tl.constexpr,
     FORMAT: tl.constexpr,
 ):
     """Grid (B * G, programs that take the tiles of keys in turns)."""
@@ -117,7 +115,7 @@ def note_prefill_kernel(
     records += g * head_stride
     scores += g * scores_stride_g
     query += start.to(tl.int64) * query_stride_t + g * GROUP * query_stride_h
-    weight += (start.to(tl.int64) * H + g * GROUP) * N_SPLITS
+    weight += (start.to(tl.int64) * H + g * GROUP) * n_splits
     key += key_start.to(tl.int64) * key_stride_t + g * key_stride_g
     d, in_key = channel_order(FORMAT, True, D, D_PAD)
 
@@ -134,7 +132,7 @@ def note_prefill_kernel(
             k, _, live = load_block_tile(records, table, first, context_len, page_stride, N, D, D_PAD, TILE, FORMAT)
         paid = attention_of(
             *(query, weight, k, tl.full([TILE], -1, tl.int32), live, 0, n_new, n_ahead),
-            *(query_stride_t, query_stride_h, scale_log2, H, GROUP, D, D_PAD, ROWS, TILE, N_SPLITS, FORMAT),
+            *(query_stride_t, query_stride_h, scale_log2, n_splits, H, GROUP, D, D_PAD, ROWS, TILE, FORMAT),
         )
         add_to_scores(scores, table, slot, live, paid, scores_stride_p, N, GROUP)
     for first in range(tl.program_id(1) * TILE, n_keys, step):
@@ -144,7 +142,7 @@ def note_prefill_kernel(
         k = tl.load(k_at[None, :] + d[:, None], mask=live[None, :] & in_key[:, None], other=0.0)
         paid = attention_of(
             *(query, weight, k, t, live, tl.maximum(first - n_ahead, 0), n_new, n_ahead),
-            *(query_stride_t, query_stride_h, scale_log2, H, GROUP, D, D_PAD, ROWS, TILE, N_SPLITS, FORMAT),
+            *(query_stride_t, query_stride_h, scale_log2, n_splits, H, GROUP, D, D_PAD, ROWS, TILE, FORMAT),
         )
         add_to_scores(scores, table, context_len + t, live, paid, scores_stride_p, N, GROUP)
 
@@ -178,7 +176,7 @@ def add_prefill_attention(
     n_programs = split_count(n_requests * n_kv_heads, max_tokens, query.device, min_tokens=tile, limit=1024)
     note_prefill_kernel[(n_requests * n_kv_heads, n_programs)](
         *(query, key, records, scores, block_table, query_start_loc, key_start_loc, context_lens, weight),
-        *(*strides, block_table.stride(0), scale_log2),
+        *(*strides, block_table.stride(0), scale_log2, weight.shape[1]),
         G=n_kv_heads,
         GROUP=query.shape[1] // n_kv_heads,
         N=layout.block_size,
@@ -186,7 +184,6 @@ def add_prefill_attention(
         D_PAD=triton.next_power_of_2(layout.head_size),
         ROWS=n_rows,
         TILE=tile,
-        N_SPLITS=weight.shape[1],
         FORMAT=codes_of(layout),
         num_warps=8 if layout.quantized is not None or n_rows >= 128 else 4,
         num_stages=2,

@@ -21,7 +21,17 @@ from vllm_sparq.ops.dense_decode.triton import dense_decode
 from vllm_sparq.ops.triton_common.attend import attend, pages_as_records
 from vllm_sparq.ops.triton_common.codes import codes_of, n_in_codes, staged_at
 from vllm_sparq.ops.triton_common.count import N_BINS, bin_of, bins_of_sample, items_of
-from vllm_sparq.ops.triton_common.launch import Counts, counts_of, read_counts, slices, split_count, split_tokens, widen
+from vllm_sparq.ops.triton_common.launch import (
+    Counts,
+    aligned,
+    counts_of,
+    read_counts,
+    slices,
+    split_count,
+    split_tokens,
+    step_kernel,
+    widen,
+)
 from vllm_sparq.ops.triton_common.select import partition_kernel
 from vllm_sparq.ops.write.triton_ranking import extremes
 from vllm_sparq.reads import SPAN_TOKENS, SpansRead
@@ -58,7 +68,7 @@ def bound_scores(
     return tl.where(score != score, float("nan"), score)
 
 
-@triton.jit
+@step_kernel
 def rank_kernel(
     query,  # [B, H, D]
     records,  # pages [P, G] of the model's type
@@ -147,7 +157,7 @@ class Scratch:
 
         self.scores, self.bins = empty(max_spans, dtype=torch.float32), empty(2, dtype=torch.float32)
         self.counts, self.arrivals = empty(n_splits, N_BINS.value), empty(2)
-        self.lists, self.extents = empty(capacity + max_spans + 1), empty(n_splits, 2)
+        self.lists, self.extents = empty(aligned(capacity + max_spans + 1)), empty(n_splits, 2)
 
 
 def quest_decode(
@@ -172,7 +182,7 @@ def quest_decode(
 
 def list_capacity(read: SpansRead, max_tokens: int) -> int:
     """Tokens that the list of a row may hold, picked or all of them."""
-    return max(SPAN_TOKENS * read.n_spans(max_tokens), min(read.dense_below, max_tokens))
+    return aligned(max(SPAN_TOKENS * read.n_spans(max_tokens), min(read.dense_below, max_tokens)))
 
 
 def decode_slice(
@@ -186,7 +196,7 @@ def decode_slice(
 ) -> None:
     """The requests whose scratch fits at once."""
     max_tokens = block_table.shape[1] * pages.layout.block_size
-    n_rows, max_spans = query.shape[0] * pages.data.shape[1], max_tokens // SPAN_TOKENS
+    n_rows, max_spans = query.shape[0] * pages.data.shape[1], aligned(max_tokens // SPAN_TOKENS)
     capacity, counts = list_capacity(read, max_tokens), counts_of(read)
     n_splits = split_count(n_rows, max_spans, query.device, min_tokens=TILE, limit=64)
     work = Scratch(n_rows, n_splits, max_spans, capacity, query.device)

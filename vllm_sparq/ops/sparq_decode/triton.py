@@ -35,7 +35,7 @@ from vllm_sparq.ops.triton_common.attend import attend, pages_as_records
 from vllm_sparq.ops.triton_common.attention_scores import track_attention, tracked_parts
 from vllm_sparq.ops.triton_common.codes import codes_of
 from vllm_sparq.ops.triton_common.count import N_BINS, count_kernel
-from vllm_sparq.ops.triton_common.launch import Counts, counts_of, slices, split_count
+from vllm_sparq.ops.triton_common.launch import Counts, aligned, counts_of, slices, split_count
 from vllm_sparq.ops.triton_common.mass import cut_kernel
 from vllm_sparq.ops.triton_common.merge import MeanValue
 from vllm_sparq.ops.triton_common.score import score_kernel
@@ -103,9 +103,8 @@ class Scratch:
         self.logits = empty(heads, plan.capacity).flatten(0, 1) if plan.with_scores else None
         self.counts, self.arrivals = empty(n_splits, N_BINS.value, dtype=integers), empty(2, dtype=integers)
         self.extents = empty(n_splits, 2, dtype=integers)
-        self.lists = empty(
-            plan.capacity + plan.max_candidates + 1, dtype=integers
-        )  # cells, or with a mass tokens; candidates
+        # Cells, or with a mass tokens; candidates, and a place for those that find none.
+        self.lists = empty(aligned(plan.capacity + plan.max_candidates + 1), dtype=integers)
         self.n_cells: torch.Tensor | None = None
         self.cells = self.lists
         if plan.mass is not None:
@@ -177,7 +176,7 @@ def make_plan(query: torch.Tensor, pages: Pages, block_table: torch.Tensor, read
     """Launch sizes from shapes and options alone."""
     n_kv_heads, block_size = pages.data.shape[1], pages.layout.block_size
     n_rows, max_tokens = query.shape[0] * n_kv_heads, block_table.shape[1] * block_size
-    capacity = max(read.n_selected(max_tokens), min(read.dense_below, max_tokens))
+    capacity = aligned(max(read.n_selected(max_tokens), min(read.dense_below, max_tokens)))
     with_mean, probs = read.alpha_floor < 1.0, read.group_reduce == "probs"
     with_scores = pages.layout.attention
     per_head = with_mean or probs or with_scores or read.mass is not None

@@ -36,6 +36,7 @@ from vllm_sparq.ops.triton_common.launch import (
     read_counts,
     split_count,
     split_tokens,
+    step_kernel,
 )
 from vllm_sparq.ops.triton_common.merge import MeanValue, blend, finish_row, store_heads
 
@@ -137,7 +138,7 @@ def fold_quantized(
     return top, total, acc
 
 
-@triton.jit
+@step_kernel
 def attend_kernel(
     query,  # [B, H, D]
     records,  # pages [P, G] in the model's type; the value of a record lies D elements after its key

@@ -13,7 +13,7 @@ import triton.language as tl
 
 from vllm_sparq.layout import Pages
 from vllm_sparq.ops.triton_common.count import row_statistics
-from vllm_sparq.ops.triton_common.launch import Counts, read_counts, split_count
+from vllm_sparq.ops.triton_common.launch import Counts, read_counts, split_count, step_kernel
 
 
 def tracked_parts(pages: Pages) -> tuple[torch.Tensor, torch.Tensor, int, int]:
@@ -86,7 +86,7 @@ def add_attention(
         tl.store(at, tl.load(at, mask=live, other=0.0) + total / GROUP, mask=live)
 
 
-@triton.jit
+@step_kernel
 def attention_kernel(
     scores,  # fp32 [P, G, N]
     block_table,

@@ -12,7 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from vllm_sparq.ops.triton_common.launch import read_counts, split_tokens
+from vllm_sparq.ops.triton_common.launch import read_counts, split_tokens, step_kernel
 
 N_BINS = tl.constexpr(32)
 """Counting costs instructions per bin. So many leave one or two candidates in a hundred tokens."""
@@ -138,7 +138,7 @@ def store_scores(scores, score, t, context_len, stop):
     tl.store(scores + t, tl.where(t < context_len, score, float("nan")), mask=t < tl.cdiv(stop, 16) * 16)
 
 
-@triton.jit
+@step_kernel
 def count_kernel(
     positions,  # int32 [P, G, N]
     block_table,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import triton
@@ -24,8 +25,29 @@ INTERPRETED_SMS = 1
 """Stands for the multiprocessors of a device where the Triton interpreter runs: some rows get split, cheaply."""
 
 
+FIND_REQUESTS = tl.constexpr(128)
+"""Requests that `find_request` looks at at a time."""
+
+STEP_TENSORS = (
+    *("block_table", "query_start_loc", "key_start_loc", "seq_lens", "context_lens", "first_positions"),
+    *("kept_lens", "recent_from", "tokens", "n_listed", "arrivals"),
+)
+STEP_SIZES = ("n_requests", "n_splits", "table_stride", "tokens_stride", "sinks")
+
+step_kernel: Any = triton.jit(do_not_specialize=STEP_SIZES, do_not_specialize_on_alignment=STEP_TENSORS)
+"""`triton.jit` for kernels that are launched: whose code depends on nothing that a step alone decides.
+
+Triton compiles a kernel again for pointers that are no multiple of 16 and for integers that are, or that are 1. A step
+cuts its tables where its prompts begin, so those begin anywhere.
+"""
+
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 """Whether kernels are interpreted on the CPU; decided, like the interpretation itself, when this module is imported."""
+
+
+def aligned(n: int) -> int:
+    """``n`` or the next multiple of 16: rows of scratch that long all begin where wide loads may."""
+    return -(-n // 16) * 16
 
 
 @functools.cache
@@ -117,15 +139,19 @@ def is_last_to_arrive(arrivals, N_PROGRAMS: tl.constexpr):
 
 
 @triton.jit
-def find_request(query_start_loc, n_requests, pid, TILE: tl.constexpr, SPARE: tl.constexpr, B_PAD: tl.constexpr):
+def find_request(query_start_loc, n_requests, pid, TILE: tl.constexpr, SPARE: tl.constexpr):
     """(request, tile of it) that program ``pid`` serves; request -1 for none.
 
     Request b owns the programs from ``start_b // TILE + SPARE * b`` on: enough for its tiles, whatever the lengths, so
     that the grid follows from shapes alone.
     """
-    index = tl.arange(0, B_PAD)
-    starts = tl.load(query_start_loc + index, mask=index < n_requests, other=0)
-    first = starts // TILE + SPARE * index
-    mine = (index < n_requests) & (first <= pid)
-    request = tl.sum(mine.to(tl.int32), 0) - 1
-    return request, pid - tl.max(tl.where(mine, first, 0), 0)
+    request = pid * 0 - 1
+    first_of_request = pid * 0
+    for begin in range(0, n_requests, FIND_REQUESTS):
+        index = begin + tl.arange(0, FIND_REQUESTS)
+        starts = tl.load(query_start_loc + index, mask=index < n_requests, other=0)
+        first = starts // TILE + SPARE * index
+        mine = (index < n_requests) & (first <= pid)
+        request += tl.sum(mine.to(tl.int32), 0)
+        first_of_request = tl.maximum(first_of_request, tl.max(tl.where(mine, first, 0), 0))
+    return request, pid - first_of_request

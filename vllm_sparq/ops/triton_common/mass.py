@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from vllm_sparq.ops.triton_common.count import row_statistics
-from vllm_sparq.ops.triton_common.launch import read_counts
+from vllm_sparq.ops.triton_common.launch import read_counts, step_kernel
 from vllm_sparq.ops.triton_common.select import add_shares, append_cells, sort_key, store_shares
 
 N_DIGITS = tl.constexpr(16)
@@ -58,7 +58,7 @@ def find_cut(keys, held, n, n_least, mass, TILE: tl.constexpr):
     return threshold, n_least, mass
 
 
-@triton.jit
+@step_kernel
 def cut_kernel(
     block_table,
     seq_lens,

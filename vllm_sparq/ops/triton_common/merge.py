@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from vllm_sparq.ops.triton_common.launch import cast
+from vllm_sparq.ops.triton_common.launch import cast, step_kernel
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,7 +169,7 @@ def finish_row(
     store_heads(out, y, h, d, (h < GROUP)[:, None] & (d < D)[None, :], out_stride_h)
 
 
-@triton.jit
+@step_kernel
 def merge_kernel(
     partial,
     weight,

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from vllm_sparq.ops.triton_common.count import N_BINS, bin_of, bins_of_sample, mark_newest, store_scores
-from vllm_sparq.ops.triton_common.launch import cast, read_counts, split_tokens
+from vllm_sparq.ops.triton_common.launch import cast, read_counts, split_tokens, step_kernel
 from vllm_sparq.ops.triton_common.score_tile import full_pages, score_tile
 
 
@@ -142,7 +142,7 @@ def note_extremes(tops, sums, scores, live, HEADS: tl.constexpr):
     return new_tops, new_sums
 
 
-@triton.jit
+@step_kernel
 def score_kernel(
     query,  # [B, H, D]
     records,  # the parts of the pages, [P, G, ...]

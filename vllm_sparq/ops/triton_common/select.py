@@ -27,7 +27,7 @@ import triton.language as tl
 
 from vllm_sparq.ops.triton_common.codes import cell_of
 from vllm_sparq.ops.triton_common.count import N_BINS, edges_of, items_of, place_of, row_statistics
-from vllm_sparq.ops.triton_common.launch import is_last_to_arrive, read_counts, split_tokens
+from vllm_sparq.ops.triton_common.launch import is_last_to_arrive, read_counts, split_tokens, step_kernel
 
 N_DIGITS = tl.constexpr(256)
 """A pass over the candidates settles 8 bits of a score."""
@@ -221,7 +221,7 @@ def settle_cells(
         store_shares(shares, lane_shares, HEADS)
 
 
-@triton.jit
+@step_kernel
 def partition_kernel(
     block_table,
     seq_lens,

@@ -13,13 +13,13 @@ import triton.language as tl
 
 from vllm_sparq.layout import RANKING_BITS, Pages
 from vllm_sparq.ops.triton_common.attention_scores import track_arrivals, tracked_parts
-from vllm_sparq.ops.triton_common.launch import find_request
+from vllm_sparq.ops.triton_common.launch import find_request, step_kernel
 from vllm_sparq.ops.write.triton_quantized import write_quantized
 from vllm_sparq.ops.write.triton_ranking import close_page, ranking_tile
 from vllm_sparq.ops.write.triton_sums import write_sums
 
 
-@triton.jit(do_not_specialize=["n_requests"])
+@step_kernel
 def write_kernel(
     key,  # [T, G, D]
     value,
@@ -53,7 +53,6 @@ def write_kernel(
     N: tl.constexpr,
     D: tl.constexpr,
     D_PAD: tl.constexpr,
-    B_PAD: tl.constexpr,
     COPY_TILE: tl.constexpr,
     TILE: tl.constexpr,
 ):
@@ -63,7 +62,7 @@ def write_kernel(
     key += g * key_stride_g
     value += g * value_stride_g
     records += g * head_stride
-    b, tile = find_request(query_start_loc, n_requests, pid, N, 2, B_PAD)
+    b, tile = find_request(query_start_loc, n_requests, pid, N, 2)
     if b < 0:
         return
     start = tl.load(query_start_loc + b)
@@ -138,7 +137,6 @@ def write(
         N=block_size,
         D=head_size,
         D_PAD=d_pad,
-        B_PAD=triton.next_power_of_2(n_requests),
         COPY_TILE=16,
         TILE=ranking_tile(block_size, d_pad),
         num_warps=4,

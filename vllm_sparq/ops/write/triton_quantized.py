@@ -19,7 +19,7 @@ from vllm_sparq.layout import RANKING_BITS, Pages
 from vllm_sparq.ops.triton_common.attention_scores import track_arrivals, tracked_parts
 from vllm_sparq.ops.triton_common.codes import Rows, as_bytes, codes_of, load_scales
 from vllm_sparq.ops.triton_common.encode import encode, store_scales
-from vllm_sparq.ops.triton_common.launch import find_request, widen
+from vllm_sparq.ops.triton_common.launch import find_request, step_kernel, widen
 from vllm_sparq.ops.write.triton_ranking import close_page, load_block, ranking_tile
 from vllm_sparq.ops.write.triton_sums import write_sums
 
@@ -115,7 +115,7 @@ def write_side(
         encode_block(source, page, n_old, ROWS, COUNT, CHANNELS, TILE, D, STAGED, staged.dtype.element_ty)
 
 
-@triton.jit(do_not_specialize=["n_requests"])
+@step_kernel
 def encode_kernel(
     key,  # [T, G, D]
     value,
@@ -151,7 +151,6 @@ def encode_kernel(
     N: tl.constexpr,
     D: tl.constexpr,
     D_PAD: tl.constexpr,
-    B_PAD: tl.constexpr,
     KEY_TILE: tl.constexpr,
     VALUE_TILE: tl.constexpr,
     COPY_TILE: tl.constexpr,
@@ -163,7 +162,7 @@ def encode_kernel(
     if BEGUN:
         b, tile = pid, 0
     else:
-        b, tile = find_request(query_start_loc, n_requests, pid, N, 2, B_PAD)
+        b, tile = find_request(query_start_loc, n_requests, pid, N, 2)
         if b < 0:
             return
     start = tl.load(query_start_loc + b)
@@ -264,7 +263,6 @@ def write_quantized(
             N=block_size,
             D=head_size,
             D_PAD=d_pad,
-            B_PAD=triton.next_power_of_2(n_requests),
             KEY_TILE=encode_tile(codes.keys, head_size if codes.channel_keys else block_size),
             VALUE_TILE=encode_tile(codes.values, block_size),
             COPY_TILE=16,

@@ -15,34 +15,35 @@ import triton.language as tl
 from vllm_sparq.layout import Pages
 from vllm_sparq.ops.triton_common.attend import pages_as_records
 from vllm_sparq.ops.triton_common.codes import codes_of
+from vllm_sparq.ops.triton_common.launch import FIND_REQUESTS, step_kernel
 from vllm_sparq.ops.triton_common.value_sums import SUM_CHANNELS, SUM_TILE, chain_sums
 
 
 @triton.jit
-def oldest_opened(
-    block_table, query_start_loc, seq_lens, table, block, table_stride, n_requests, N: tl.constexpr, B_PAD: tl.constexpr
-):
+def oldest_opened(block_table, query_start_loc, seq_lens, table, block, table_stride, n_requests, N: tl.constexpr):
     """The first block of ``table`` that gets its first token in this step, of those from which on all up to ``block``
     do; ``block`` itself may be such a block, the ones before it belong to other requests of the step."""
-    r = tl.arange(0, B_PAD)
-    live = r < n_requests
-    stops = tl.load(seq_lens + r, mask=live, other=0)
-    starts = tl.load(query_start_loc + r, mask=live, other=0)
-    firsts = stops - (tl.load(query_start_loc + r + 1, mask=live, other=0) - starts)
     looking = block > 0
     while looking:
         before = tl.load(table + block - 1)
         slot_0 = (block - 1) * N
-        opens = live & (firsts <= slot_0) & (slot_0 < stops)
-        theirs = tl.load(block_table + r.to(tl.int64) * table_stride + block - 1, mask=opens, other=-1)
-        opened = tl.where(opens & (theirs == before), tl.cdiv(tl.maximum(firsts, 0), N), block)
-        earliest = tl.min(opened, 0)
+        earliest = block
+        for begin in range(0, n_requests, FIND_REQUESTS):
+            r = begin + tl.arange(0, FIND_REQUESTS)
+            live = r < n_requests
+            stops = tl.load(seq_lens + r, mask=live, other=0)
+            starts = tl.load(query_start_loc + r, mask=live, other=0)
+            firsts = stops - (tl.load(query_start_loc + r + 1, mask=live, other=0) - starts)
+            opens = live & (firsts <= slot_0) & (slot_0 < stops)
+            theirs = tl.load(block_table + r.to(tl.int64) * table_stride + block - 1, mask=opens, other=-1)
+            opened = tl.where(opens & (theirs == before), tl.cdiv(tl.maximum(firsts, 0), N), block)
+            earliest = tl.minimum(earliest, tl.min(opened, 0))
         looking = (earliest < block) & (earliest > 0)
         block = earliest
     return block
 
 
-@triton.jit(do_not_specialize=["n_requests"])
+@step_kernel
 def open_sums_kernel(
     records,  # pages [P, G] of the model's type
     value_sum,  # fp32 [P, G, D]
@@ -58,7 +59,6 @@ def open_sums_kernel(
     FORMAT: tl.constexpr,  # None where V is stored in the model's type
     N: tl.constexpr,
     D: tl.constexpr,
-    B_PAD: tl.constexpr,
     TILE: tl.constexpr,
     SUM_CHANNELS: tl.constexpr,
 ):
@@ -72,7 +72,7 @@ def open_sums_kernel(
     if (n_new <= 0) | (context_len < n_new) | (opened * N >= context_len):  # or a padding row of a decode batch
         return
     table = block_table + b.to(tl.int64) * table_stride
-    start = oldest_opened(block_table, query_start_loc, seq_lens, table, opened, table_stride, n_requests, N, B_PAD)
+    start = oldest_opened(block_table, query_start_loc, seq_lens, table, opened, table_stride, n_requests, N)
     d = tl.program_id(0) % SLICES * SUM_CHANNELS + tl.arange(0, SUM_CHANNELS)
     stop = tl.cdiv(context_len, N)
     records += g * head_stride
@@ -91,7 +91,6 @@ def write_sums(pages: Pages, block_table: torch.Tensor, query_start_loc: torch.T
         FORMAT=codes_of(layout),
         N=layout.block_size,
         D=head_size,
-        B_PAD=triton.next_power_of_2(n_requests),
         TILE=SUM_TILE,
         SUM_CHANNELS=SUM_CHANNELS,
         num_warps=4,
