@@ -16,6 +16,7 @@ from vllm.platforms import current_platform
 
 from vllm_sparq.backends import BACKENDS
 from vllm_sparq.config import NAMESPACE, Options, parse_options
+from vllm_sparq.formats import FORMATS
 from vllm_sparq.layout import PageLayout
 from vllm_sparq.reads import CUDA_BREAK_EVEN, DIALS, READS, HeadShape, Read, SparseRead
 from vllm_sparq.retention import RETENTIONS, Retention
@@ -79,6 +80,11 @@ class PagedEngine:
     def retention(self) -> Retention | None:
         """Which tokens of a request stay; None where all do."""
         return self.options.retained(self.block_size)
+
+    @property
+    def quantized(self) -> bool:
+        """Whether full blocks hold codes."""
+        return FORMATS[self.options.format] is not None
 
     @property
     def reads_sparsely(self) -> bool:

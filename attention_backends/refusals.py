@@ -11,7 +11,8 @@ from vllm.platforms import current_platform
 from vllm.utils.import_utils import resolve_obj_by_qualname
 from vllm.utils.torch_utils import get_kv_cache_quant_algo_string
 
-from vllm_sparq.attention_backends.engine import DRAFTER, PagedEngine, heads_of
+from vllm_sparq.attention_backends.engine import PagedEngine, heads_of
+from vllm_sparq.attention_backends.speculation import speculation_refusals
 from vllm_sparq.config import Options, OptionsError, check_budget
 from vllm_sparq.layout import BLOCK_SIZE_MULTIPLE
 from vllm_sparq.reads import READS, SparseRead
@@ -120,7 +121,7 @@ def _option_refusals(vllm_config: Any) -> list[str]:
     model = vllm_config.model_config
     if engine is None or model is None or model.use_mla or model.is_attention_free:
         return []  # refused for what it is, which no option changes
-    reasons = _format_refusals(vllm_config, engine) + _lossless_refusals(vllm_config, engine)
+    reasons = _format_refusals(vllm_config, engine) + speculation_refusals(vllm_config, engine)
     try:
         engine.read(heads_of(model, vllm_config.parallel_config))
     except ValueError as error:
@@ -164,50 +165,15 @@ def _format_refusals(vllm_config: Any, engine: PagedEngine) -> list[str]:
     model, block_size, options = vllm_config.model_config, engine.block_size, engine.options
     if model.get_head_size() not in HEAD_SIZES or model.dtype not in DTYPES or block_size % BLOCK_SIZE_MULTIPLE:
         return []  # refused on its own account
-    reasons = []
     try:
-        layout = engine.layout(heads_of(model, vllm_config.parallel_config), model.dtype)
+        engine.layout(heads_of(model, vllm_config.parallel_config), model.dtype)
     except ValueError as error:
         return [f"sparq options: {error}"]
     try:
         check_budget(options, block_size)
     except OptionsError as error:
-        reasons.append(str(error))
-    if options.retention != "all" and vllm_config.speculative_config is not None:
-        reasons.append(
-            f"retention={options.retention!r} evicts tokens, so draft tokens cannot be taken back: start without "
-            "--speculative-config, or with retention 'all'"
-        )
-    if layout.quantized is not None and vllm_config.speculative_config is not None:
-        reasons.append(
-            f"format={options.format!r} quantizes a block when it fills, so draft tokens cannot be taken back: start "
-            "without --speculative-config, or with format 'model'"
-        )
-    return reasons
-
-
-def _lossless_refusals(vllm_config: Any, engine: PagedEngine) -> list[str]:
-    """What a model that drafts for itself cannot be combined with."""
-    options, parallel, speculative = engine.options, vllm_config.parallel_config, vllm_config.speculative_config
-    if not options.lossless:
-        return []
-    model, reasons = vllm_config.model_config, []
-    if current_platform.is_cuda():
-        reasons.append("runs on CPU alone so far")
-    if not engine.reads_sparsely:
-        reasons.append(f"drafts by a sparse read, and read={options.read!r} is none: use read 'sparq' or 'spans'")
-    if options.format != "model" or options.retention != "all":
-        reasons.append("takes drafts back, which blocks of codes and evicted tokens do not allow: use format 'model'")
-    if speculative is not None and speculative.model != DRAFTER:
-        reasons.append("is speculative decoding itself: leave --speculative-config out")
-    if parallel.world_size > 1:
-        reasons.append("runs on one worker so far: leave --tensor-parallel-size and --pipeline-parallel-size out")
-    if vllm_config.lora_config is not None or model.uses_mrope or model.is_hybrid:
-        reasons.append("does not know adapters, M-RoPE and layers with a state: use another model, or leave LoRA out")
-    kinds = set(getattr(model.hf_text_config, "layer_types", None) or ())
-    if len(kinds) > 1:
-        reasons.append(f"needs layers of one kind, and this model's are {', '.join(sorted(kinds))}")
-    return [f"sparq option lossless=True {reason}" for reason in reasons]
+        return [str(error)]
+    return []
 
 
 def _pressure_refusals(vllm_config: Any) -> list[str]:

@@ -28,6 +28,7 @@ from vllm_sparq.attention_backends.choices import asked_for, chosen
 from vllm_sparq.attention_backends.engine import PagedEngine, heads_of
 from vllm_sparq.counters import Counters
 from vllm_sparq.reads import HeadShape
+from vllm_sparq.scheduler.drafting import DraftsInPagesMixin
 
 if TYPE_CHECKING:
     from vllm.v1.request import Request
@@ -124,7 +125,7 @@ def _dense_up_to(engine: PagedEngine, heads: HeadShape, asked: str | None, max_m
     return options.read_of(heads).dense_up_to(max_model_len)
 
 
-class PromptCachingScheduler(PromptCachingMixin, Scheduler):
+class PromptCachingScheduler(DraftsInPagesMixin, PromptCachingMixin, Scheduler):
     """vLLM's scheduler that takes for a prompt what a prompt has written."""
 
 

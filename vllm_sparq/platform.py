@@ -25,6 +25,10 @@ DRAFTING = ("vllm_sparq.scheduler.drafting.DraftingScheduler",)
 """The same for `lossless`, in step alone: vLLM schedules no proposer of a user's own ahead."""
 
 
+IN_PAGES = ("vllm_sparq.scheduler.drafting.DraftsInPagesScheduler",)
+"""The same for drafts over quantized pages; vLLM schedules none of the methods ahead that can be used there."""
+
+
 class SparqPlatformMixin:
     """What both platforms add to vLLM's own."""
 
@@ -190,6 +194,7 @@ class SparqPlatformMixin:
         options, scheduler = engine.options, vllm_config.scheduler_config
         ours: tuple[str, ...]
         optional = False
+        drafts = engine.quantized and vllm_config.speculative_config is not None
         if options.lossless:
             ours, why = DRAFTING, "lossless=True needs our scheduler"
         elif options.pressure == "evict":
@@ -197,7 +202,9 @@ class SparqPlatformMixin:
         elif options.retention != "all":
             ours, why = PROMPT_CACHING, f"retention={options.retention!r} needs our scheduler"
         elif engine.reads_sparsely:
-            ours, why, optional = PROMPT_CACHING, "sharing='prompts' is the work of our scheduler", True
+            ours, why, optional = PROMPT_CACHING, "sharing='prompts' is the work of our scheduler", not drafts
+        elif drafts:
+            ours, why = IN_PAGES, f"speculative decoding over format={options.format!r} needs our scheduler"
         else:
             return
         theirs = scheduler.scheduler_cls

@@ -4,7 +4,8 @@ Three kinds of rows:
 
 * *decodes*: requests with one new token after their prompt, or with as many as speculative decoding lets them verify.
   They come first (the runner sorts the batch) and are read by the read policy, each row at its own length. Over
-  quantized pages, where a row's block is staged differently for each, only single tokens are decodes.
+  quantized pages the rows of a request must lie in one page, and none but a single one may fill it: so all of them find
+  its tokens where they are staged. The scheduler drafts no further (`vllm_sparq.scheduler.drafting`).
 * *prefill rows*: tokens of a prompt, in chunks. Always dense, however short the chunk, so that what a request answers
   does not depend on how its prompt was cut.
 * *replayed rows*: other tokens after the prompt that come several in one step, such as output tokens that are computed
@@ -45,8 +46,7 @@ class PagedMetadataBuilder(AttentionMetadataBuilder[PagedMetadata | EvictingMeta
         engine = PagedEngine.of(vllm_config)
         assert engine is not None
         self.options = engine.options
-        as_decodes = not isinstance(kv_cache_spec, StagedSpec) and not self.options.lossless
-        self._init_reorder_batch_threshold(1, supports_spec_as_decode=as_decodes)
+        self._init_reorder_batch_threshold(1, supports_spec_as_decode=not self.options.lossless)
         n_requests = most_requests(vllm_config)
         self.drafts = DraftTables(n_requests * self.most_rows, device)
         self.requests = requests_of(vllm_config, layer_names)
@@ -61,7 +61,8 @@ class PagedMetadataBuilder(AttentionMetadataBuilder[PagedMetadata | EvictingMeta
         step = common_attn_metadata
         if isinstance(self.kv_cache_spec, RetainedSpec):
             return self._take_turns(step, self.kv_cache_spec)
-        n_decoding = count_decodes(step, self.most_rows)
+        page_tokens = self.kv_cache_spec.page_tokens if isinstance(self.kv_cache_spec, StagedSpec) else None
+        n_decoding = count_decodes(step, self.most_rows, page_tokens)
         prefill, replayed, drafts = None, None, None
         if n_decoding < step.num_reqs:
             if not self.options.lossless:  # verified drafts are rows like those of a prompt
@@ -162,14 +163,19 @@ def requests_of(vllm_config: VllmConfig, layer_names: list[str]) -> StepRequests
     return requests
 
 
-def count_decodes(step: CommonAttentionMetadata, most_rows: int = 1) -> int:
+def count_decodes(step: CommonAttentionMetadata, most_rows: int = 1, page_tokens: int | None = None) -> int:
     """Leading requests that bring at most so many tokens, all of them after their prompt; padding brings none.
 
-    Where vLLM does not say who is in its prompt, those that bring one.
+    Where vLLM does not say who is in its prompt, those that bring one. ``page_tokens``: of a quantized page, which
+    several tokens of a request must share and may not fill.
     """
     if step.max_query_len > 1 or _any_prefilling(step):
         query_lens = step.query_start_loc_cpu[1:] - step.query_start_loc_cpu[:-1]
         is_decode = query_lens <= (1 if step.is_prefilling is None else most_rows)
+        if page_tokens is not None:
+            last = _seq_lens_on_cpu(step) - 1
+            staged = last % page_tokens >= query_lens - 1
+            is_decode &= (query_lens <= 1) | (staged & (last % page_tokens != page_tokens - 1))
         if step.is_prefilling is not None:  # of the step's requests alone, where the others are padding
             is_decode[: len(step.is_prefilling)] &= ~step.is_prefilling
         others = (~is_decode).nonzero()

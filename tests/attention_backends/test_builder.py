@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
-from vllm_sparq.attention_backends.steps.builder import PagedMetadataBuilder
+from vllm_sparq.attention_backends.steps.builder import PagedMetadataBuilder, count_decodes
 from vllm_sparq.attention_backends.steps.drafts import DraftTables
 from vllm_sparq.attention_backends.steps.requests import StepRequests
 from vllm_sparq.attention_backends.steps.rows import PagedMetadata
@@ -186,6 +186,16 @@ def test_drafts_whose_prompts_are_unknown_are_not_read_sparsely() -> None:
     common.is_prefilling = common.prompt_lens = None
     result = build(common, most_rows=4)
     assert (result.n_decodes, result.replayed) == (0, None)
+
+
+def test_over_codes_rows_of_a_decode_share_a_page_that_they_do_not_fill() -> None:
+    """Pages of 16: drafts at 45 to 46; one token that fills a page; then drafts that fill one, which are no decodes."""
+    common = step((2, 47, 40), (1, 48, 40), (3, 48, 40), (2, 49, 40))
+    assert count_decodes(common, 4) == 4
+    assert count_decodes(common, 4, page_tokens=16) == 2
+    beyond = step((2, 49, 40), (1, 48, 40))
+    assert count_decodes(beyond, 4, page_tokens=16) == 0
+    assert count_decodes(step((3, 51, 40), (1, 17, 9)), 4, page_tokens=16) == 2
 
 
 CHOICE, OTHER = Options(k=8), Options(read="dense")

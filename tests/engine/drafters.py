@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 
 class Echo:
@@ -26,6 +26,26 @@ class Echo:
         """After the tokens of a request."""
         before = [i for i, token in enumerate(tokens[:-1]) if token == tokens[-1]]
         return tokens[before[-1] + 1 :][: self.n_drafts] if before else []
+
+
+class Scripted(Echo):
+    """Drafts what requests will say, as far as it is known, and goes wrong after 0, 1, 2 ... tokens, in turns.
+
+    Attributes:
+        known: prompts with their answers.
+        n_right: how many drafts were right, each time.
+    """
+
+    known: ClassVar[list[list[int]]] = []
+    n_right: ClassVar[list[int]] = []
+
+    def drafts(self, tokens: list[int]) -> list[int]:
+        rest = next((known[len(tokens) :] for known in self.known if known[: len(tokens)] == tokens), [])
+        n_right = min(len(self.n_right) % (self.n_drafts + 1), len(rest))
+        if not rest:
+            return []
+        self.n_right.append(n_right)
+        return rest[:n_right] + [(token + 1) % 1000 for token in rest[n_right : self.n_drafts]]
 
 
 def drafting(name: str, n_drafts: int) -> dict[str, Any]:

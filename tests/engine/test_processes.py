@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 
@@ -85,6 +86,21 @@ def test_speculative_decoding(prompts: Prompts, sparse_alone: dict[int, list[int
     result = run_engine(prompts.mixed, env=ONE_PROCESS, speculative_config=NGRAM)
     assert result["metrics"]["vllm:spec_decode_num_accepted_tokens"] > 0
     assert result["tokens"] == list(sparse_alone.values())
+
+
+@pytest.mark.parametrize(
+    "fmt", ["kivi4", pytest.param("int4", marks=pytest.mark.long), pytest.param("kivi2", marks=pytest.mark.long)]
+)
+def test_speculative_decoding_over_codes(fmt: str, prompts: Prompts, engine: Any) -> None:
+    """vLLM's own drafts, of which many are right in these prompts; the rest is in `tests.engine.test_drafts`."""
+    options = {"format": fmt, "read": "dense"}
+    batch = [prompt for prompt in prompts.mixed if len(prompt) < 1000]
+    with engine("sparq", options, block_size=32) as llm:
+        plain = prompts.answers(llm, batch)
+    config = {"additional_config": {"sparq": options}, "block_size": 32, "speculative_config": NGRAM}
+    result = run_engine(batch, env=ONE_PROCESS, **config)
+    assert result["metrics"]["vllm:spec_decode_num_accepted_tokens"] > 0
+    assert result["tokens"] == plain
 
 
 @pytest.mark.parametrize(

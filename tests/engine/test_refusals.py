@@ -95,8 +95,8 @@ CASES: dict[str, Case] = {
     ),
     "drafts over codes": options(
         {"format": "kivi4"},
-        r"format='kivi4' quantizes a block when it fills.*--speculative-config",
-        speculative_config=NGRAM,
+        r"format='kivi4' quantizes a block when it fills.*method 'draft_model'.*use method 'ngram'",
+        speculative_config={"method": "draft_model", "model": str(MODEL), "num_speculative_tokens": 3},
     ),
     "drafts where tokens go": options(
         EVICTING,

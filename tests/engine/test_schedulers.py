@@ -11,6 +11,7 @@ from vllm_sparq.platform import EVICTING, PROMPT_CACHING
 
 pytestmark = pytest.mark.engine
 
+NGRAM = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 4, "prompt_lookup_min": 2}
 THEIRS = "vllm.v1.core.sched.async_scheduler.AsyncScheduler"
 
 
@@ -52,6 +53,25 @@ def test_ours_runs_ahead_where_vllm_would() -> None:
         assert not issubclass(in_step, AsyncScheduler)
         assert issubclass(ahead, AsyncScheduler)
         assert issubclass(ahead, PromptCachingMixin)
+
+
+@pytest.mark.parametrize(
+    ("backend", "options", "name"),
+    [
+        ("kivi", {}, "drafting.DraftsInPagesScheduler"),
+        ("sparq", {"format": "int4", "sharing": "all"}, "prompts.PromptCachingScheduler"),
+    ],
+)
+def test_ours_where_drafts_must_not_fill_a_block(backend: str, options: dict[str, Any], name: str) -> None:
+    from vllm.utils.import_utils import resolve_obj_by_qualname
+
+    from vllm_sparq.scheduler.drafting import DraftsInPagesMixin
+
+    found = chosen(backend, options, speculative_config=NGRAM)
+    assert found == f"vllm_sparq.scheduler.{name}"
+    assert issubclass(resolve_obj_by_qualname(found), DraftsInPagesMixin)
+    with pytest.raises(ValueError, match=r"scheduler.*--scheduler-cls names .*: leave it out(?!, or)"):
+        chosen(backend, options, speculative_config=NGRAM, scheduler_cls=THEIRS)
 
 
 @pytest.mark.parametrize("backend", ["kivi", "flexgen"])

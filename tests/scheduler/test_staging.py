@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import fields, replace
 from typing import Any
 
@@ -27,6 +28,7 @@ from vllm_sparq.layout import PageLayout, Pages
 from vllm_sparq.ops.codec import decode_page, encode_page
 from vllm_sparq.ops.dense_decode.reference import cached_tokens
 from vllm_sparq.ops.write.reference import write
+from vllm_sparq.scheduler.drafting import most_drafts
 from vllm_sparq.scheduler.manager import StagingManager, register_specs
 from vllm_sparq.scheduler.spec import PagedSpec, StagedSpec, page_spec
 
@@ -129,6 +131,27 @@ class Staging(RuleBasedStateMachine):
         self.compute(request, n_new)
 
     @precondition(lambda self: self.running)
+    @rule(which=st.integers(0, 99), n_drafts=st.integers(1, 20), n_right=st.integers(0, 20), token=st.integers(0, 9))
+    def verify(self, which: int, n_drafts: int, n_right: int, token: int) -> None:
+        """An output token, and drafts of which the first ones turn out right; the others leave K and V behind."""
+        request = self.running[which % len(self.running)]
+        if self.rest(request) or request.num_tokens + n_drafts >= MAX_LEN:
+            return
+        request.append_output_token_ids(token)
+        drafts = [50 + i for i in range(min(n_drafts, most_drafts(request.num_tokens, 16)))]
+        blocks = self.manager.allocate_slots(request, 1 + len(drafts))
+        if blocks is None:
+            self.preempt(which=-1)
+            return
+        self.rows[request.request_id] += blocks.get_block_ids()[0]
+        first, tokens = request.num_computed_tokens, [*request.all_token_ids, *drafts]
+        self.compute(request, 1 + len(drafts), drafts)
+        for n in range(first + 1, len(tokens) + 1):  # what each row sees
+            self.reads(request, tokens[:n])
+        request.append_output_token_ids(drafts[:n_right])
+        request.num_computed_tokens = first + 1 + min(n_right, len(drafts))
+
+    @precondition(lambda self: self.running)
     @rule(which=st.integers(0, 99))
     def preempt(self, which: int) -> None:
         request = self.running.pop(which % len(self.running))
@@ -144,9 +167,9 @@ class Staging(RuleBasedStateMachine):
         self.manager.free(request)
         del self.rows[request.request_id]
 
-    def compute(self, request: Request, n_new: int) -> None:
+    def compute(self, request: Request, n_new: int, drafts: Sequence[int] = ()) -> None:
         first, stop = request.num_computed_tokens, request.num_computed_tokens + n_new
-        new = content(list(request.all_token_ids)[:stop])[first:]
+        new = content([*request.all_token_ids, *drafts][:stop])[first:]
         starts, length = torch.tensor([0, n_new], dtype=torch.int32), torch.tensor([stop], dtype=torch.int32)
         write(new[:, None, 0], new[:, None, 1], self.pages, self.table(request), starts, length)
         request.num_computed_tokens = stop
@@ -160,10 +183,12 @@ class Staging(RuleBasedStateMachine):
     @invariant()
     def everybody_reads_what_they_wrote(self) -> None:
         for request in self.running:
-            n = request.num_computed_tokens
-            expected = as_read(content(list(request.all_token_ids)[:n]))
-            found = torch.stack(cached_tokens(self.pages, self.table(request)[0], n, 0), 1)
-            torch.testing.assert_close(found, expected, rtol=0, atol=0)
+            self.reads(request, list(request.all_token_ids)[: request.num_computed_tokens])
+
+    def reads(self, request: Request, tokens: list[int]) -> None:
+        """That a row which sees these tokens of a request reads what they have written."""
+        found = torch.stack(cached_tokens(self.pages, self.table(request)[0], len(tokens), 0), 1)
+        torch.testing.assert_close(found, as_read(content(tokens)), rtol=0, atol=0)
 
     @invariant()
     def staging_pages_belong_to_one_request(self) -> None:
@@ -187,6 +212,16 @@ TestStaging = pytest.mark.slow(Staging.TestCase)
 TestStaging.settings = settings(max_examples=60, stateful_step_count=60, deadline=None)
 TestStagingInLargeBlocks = pytest.mark.slow(StagingInLargeBlocks.TestCase)
 TestStagingInLargeBlocks.settings = settings(max_examples=40, stateful_step_count=60, deadline=None)
+
+
+@pytest.mark.parametrize("page_tokens", [16, 32])
+def test_drafts_stay_in_their_page_and_do_not_fill_it(page_tokens: int) -> None:
+    for n_tokens in range(1, 4 * page_tokens):
+        positions = range(n_tokens - 1, n_tokens + most_drafts(n_tokens, page_tokens))
+        assert {position // page_tokens for position in positions} == {(n_tokens - 1) // page_tokens}
+        assert all(position % page_tokens != page_tokens - 1 for position in positions[1:])
+        further = positions[-1] + 1
+        assert further % page_tokens in (0, page_tokens - 1)
 
 
 def test_spec_counts_the_staging_blocks() -> None:

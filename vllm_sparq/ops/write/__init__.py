@@ -43,8 +43,8 @@ def write(
 
     Nothing else of any page changes: slots after the last token, and pages of other requests, keep their bytes. What
     staging blocks hold after the newest token is undefined.
-    A position may be written again later (a rejected draft token): the page then pays its dues again. Not so in a
-    quantized format, where a request may only grow.
+    A position may be written again later (a rejected draft token): the page then pays its dues again. In a quantized
+    format this holds for slots of the newest page that has not filled; otherwise a request may only grow.
 
     Args:
         key: [T, G, D], rotated as the model rotates.
