@@ -138,7 +138,8 @@ class PagedImpl(AttentionImpl[PagedMetadata | EvictingMetadata]):
             if turn.eviction is not None:
                 eviction = turn.eviction
                 lens = eviction.seq_lens, eviction.kept_lens, eviction.recent_from
-                self._evict(pages, eviction.block_table, *lens, sinks=eviction.sinks, rank=eviction.rank)
+                how = dict(sinks=eviction.sinks, rank=eviction.rank, most_kept=eviction.most_kept)
+                self._evict(pages, eviction.block_table, *lens, **how)
             if turn.rows is None:
                 self._attend(turn.step, query, key, value, pages, output)
                 continue

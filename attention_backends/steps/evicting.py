@@ -50,7 +50,7 @@ class Share:
 
 @dataclass(frozen=True)
 class Eviction:
-    """Arguments of the evict op."""
+    """Arguments of the evict op; ``most_kept`` bounds ``kept_lens``."""
 
     block_table: torch.Tensor
     seq_lens: torch.Tensor
@@ -58,6 +58,7 @@ class Eviction:
     recent_from: torch.Tensor
     sinks: int
     rank: Rank
+    most_kept: int
 
 
 @dataclass(frozen=True)
@@ -92,6 +93,7 @@ def answer_turn(
         recent_from=arrivals.recent_from,
         sinks=spec.retention.sinks,
         rank=spec.retention.rank,
+        most_kept=n_blocks * spec.block_size,
     )
     rows = PagedMetadata(
         n_decodes=step.num_reqs,
@@ -222,5 +224,6 @@ def _turn(
             recent_from=int32([share.recent_from for share in shares]),
             sinks=spec.retention.sinks,
             rank=spec.retention.rank,
+            most_kept=max(share.arrival.kept for share in shares),
         )
     return Turn(rows=rows, eviction=eviction, step=step)

@@ -84,7 +84,7 @@ def call(op: str, batch: int, model_length: int, *, layout: dict[str, Any] | Non
         "sparq_decode": lambda: sparq_decode(*given, read=read_of(**options), scale=1.0, out=query),
         "quest_decode": lambda: quest_decode(*given, read=spans, scale=1.0, out=query),
         "dense_decode": lambda: dense_decode(*given, scale=1.0, out=query),
-        "evict": lambda: evict(pages, table, lens, lens, lens, sinks=4, rank="attention"),
+        "evict": lambda: evict(pages, table, lens, lens, lens, sinks=4, rank="attention", **options),
     }
     with noted() as found:
         calls[op]()

@@ -93,7 +93,7 @@ def main_loop(code: Code, wanted: str) -> tuple[int, int]:
 LOOPS = {
     "score_kernel": (r"\bF2I\b", r"$^"),
     "partition_kernel": (r"\bSHFL\.UP\b", r"\bREDUX\.M"),
-    "attend_kernel": (r"\bHMMA\b", r"$^"),
+    "attend_kernel": (r"\bHG?MMA\b", r"$^"),
 }
 """Of each kernel: what its loop over tokens holds, and what marks a block that is hardly ever entered."""
 

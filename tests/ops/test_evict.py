@@ -61,7 +61,9 @@ def run_evict(
     recent_from = int32([s - recent for s in case.lens]).to(on)
     seq_lens = world.seq_lens[: len(case.lens)].contiguous()
     rank = rank or ("attention" if case.attention else "age")
-    run(world.pages, world.block_table, seq_lens, int32(kept).to(on), recent_from, sinks=sinks, rank=rank)
+    most = max((n for n, s in zip(kept, case.lens, strict=True) if n < s), default=0)
+    lens = seq_lens, int32(kept).to(on), recent_from
+    run(world.pages, world.block_table, *lens, sinks=sinks, rank=rank, most_kept=most)
 
 
 def assert_same_tokens(got: World, want: World, kept: list[int]) -> None:

@@ -58,6 +58,13 @@ def test_scratch_is_what_the_options_need() -> None:
     assert 8 * n_tokens < mean - plain < 8.2 * n_tokens
 
 
+def test_scratch_of_an_eviction_follows_what_stays() -> None:
+    """Of requests of 1,024 tokens at max_model_len 131072: two numbers for each, and one for each row."""
+    found = call("evict", 256, 131072, layout=TRACKED, most_kept=1024)
+    assert found.scratch == 4 * 256 * 8 * (2 * 1024 + 1)
+    assert found.kernels == ["choose_kernel", "move_kernel"]
+
+
 def test_the_page_on_gpus_shows_the_table() -> None:
     page = Path(__file__).parents[2] / "docs" / "gpu.md"
     assert table() in page.read_text(encoding="utf-8")

@@ -15,11 +15,11 @@ MOST_PER_TOKEN = {
     ("model", "partition_kernel"): 1.4,
     ("model", "attend_kernel of a list"): 37.0,
     ("model", "attend_kernel"): 23.0,
-    ("int8", "attend_kernel"): 38.0,
+    ("int8", "attend_kernel"): 45.5,
     ("int4", "attend_kernel"): 42.0,
     ("kivi4", "attend_kernel"): 48.0,
 }
-"""Warp-instructions per token and KV head. Where fewer are reached, lower the bar."""
+"""Warp-instructions per token and KV head, by Triton 3.7.1 and 3.9. Where fewer are reached, lower the bar."""
 
 
 @pytest.fixture(scope="module")

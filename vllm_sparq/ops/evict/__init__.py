@@ -21,6 +21,7 @@ def evict(
     *,
     sinks: int,
     rank: Rank,
+    most_kept: int | None = None,
 ) -> None:
     """Leave ``kept_lens[b]`` of the ``seq_lens[b]`` tokens of request b in each KV head, in its first slots.
 
@@ -47,6 +48,8 @@ def evict(
         recent_from: int32 [B], tokens at this position and after it always stay.
         sinks: first tokens of a request that always stay.
         rank: ``attention`` or ``age``: what decides among the others.
+        most_kept: no request that loses tokens keeps more; known without asking the device, where scratch follows from
+            it. None: what the block table holds.
 
     Raises:
         ValueError: a shape or type that does not fit, or pages that do not hold what tokens are ranked by.
@@ -59,4 +62,4 @@ def evict(
     )
     check_table(block_table, seq_lens.shape[0], seq_lens=seq_lens, kept_lens=kept_lens, recent_from=recent_from)
     run = choose("evict", pages.data.device.type).load()
-    run(pages, block_table, seq_lens, kept_lens, recent_from, sinks=sinks, rank=rank)
+    run(pages, block_table, seq_lens, kept_lens, recent_from, sinks=sinks, rank=rank, most_kept=most_kept)

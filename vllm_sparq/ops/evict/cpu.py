@@ -18,6 +18,7 @@ def evict(
     *,
     sinks: int,
     rank: Rank,
+    most_kept: int | None = None,
 ) -> None:
     native.function("sparq_evict")(
         native.pages_struct(pages),

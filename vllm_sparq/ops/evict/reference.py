@@ -19,6 +19,7 @@ def evict(
     *,
     sinks: int,
     rank: Rank,
+    most_kept: int | None = None,
 ) -> None:
     for b in range(len(seq_lens)):
         n_held, n_kept = int(seq_lens[b]), int(kept_lens[b])

@@ -4,8 +4,8 @@
 2. `move_kernel`, programs share the pages of a request and KV head (`triton_move`).
 3. `sum_kernel`, a chain in block order after the first page that changed.
 
-Scratch is 4 bytes for every token that the block table could hold; a batch whose scratch would exceed `SCRATCH_BYTES`
-runs in slices, one after the other.
+Scratch is 8 bytes for every token that a request may keep, and no more than 4 for every token that the block table
+could hold; a batch whose scratch would exceed `SCRATCH_BYTES` runs in slices, one after the other.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from vllm_sparq.ops.evict.triton_move import move_kernel
 from vllm_sparq.ops.triton_common.attend import pages_as_records
 from vllm_sparq.ops.triton_common.attention_scores import tracked_parts
 from vllm_sparq.ops.triton_common.codes import codes_of
-from vllm_sparq.ops.triton_common.launch import slices, split_count, step_kernel
+from vllm_sparq.ops.triton_common.launch import aligned, slices, split_count, step_kernel
 from vllm_sparq.ops.triton_common.value_sums import SUM_CHANNELS, SUM_TILE, chain_sums
 from vllm_sparq.ops.write.triton_ranking import ranking_tile
 from vllm_sparq.retention import Rank
@@ -56,12 +56,12 @@ def choose_kernel(
     seq_lens,
     kept_lens,
     recent_from,
-    moves,  # int32 [rows, max_tokens], written: by kept slot the slot whose token comes here, or -1
+    moves,  # int32 [rows, n_moves], written: by kept slot the slot whose token comes here, or -1; as many wait behind
     first_moves,  # int32 [rows], written: the first slot that gets a token, or the kept length
     tracked_stride_p,
     tracked_stride_g,
     table_stride,
-    max_tokens,
+    n_moves,
     sinks,
     G: tl.constexpr,
     N: tl.constexpr,
@@ -77,13 +77,13 @@ def choose_kernel(
     n_held = tl.load(seq_lens + b)
     n_kept = tl.load(kept_lens + b)
     tl.store(first_moves + row, n_kept)
-    if n_kept >= n_held:
+    if (n_kept >= n_held) | (n_kept == 0):  # nothing moves
         return
     recent = tl.load(recent_from + b)
     table = block_table + b * table_stride
     positions += g * tracked_stride_g
     scores += g * tracked_stride_g
-    moves += row * max_tokens
+    moves += row * n_moves
     lane = tl.arange(0, TILE)
     last = tl.zeros([], tl.int64)  # the least key that stays
     if n_held - n_kept == 1:
@@ -174,12 +174,14 @@ def evict(
     *,
     sinks: int,
     rank: Rank,
+    most_kept: int | None = None,
 ) -> None:
     n_requests, max_tokens = seq_lens.shape[0], block_table.shape[1] * pages.layout.block_size
     if n_requests == 0 or max_tokens == 0:
         return
-    for rows in slices(n_requests, 4 * n_requests * max_tokens * pages.data.shape[1]):
-        evict_slice(pages, block_table[rows], seq_lens[rows], kept_lens[rows], recent_from[rows], sinks, rank)
+    n_moves = max_tokens if most_kept is None else min(max_tokens, aligned(2 * most_kept))
+    for rows in slices(n_requests, 4 * n_requests * n_moves * pages.data.shape[1]):
+        evict_slice(pages, block_table[rows], seq_lens[rows], kept_lens[rows], recent_from[rows], sinks, rank, n_moves)
 
 
 def evict_slice(
@@ -190,18 +192,19 @@ def evict_slice(
     recent_from: torch.Tensor,
     sinks: int,
     rank: Rank,
+    n_moves: int,
 ) -> None:
-    """The requests whose scratch fits at once."""
+    """The requests whose scratch fits at once, ``n_moves`` entries for each."""
     layout, n_kv_heads, device = pages.layout, pages.data.shape[1], pages.data.device
     n, d = layout.block_size, layout.head_size
     n_rows, max_tokens = seq_lens.shape[0] * n_kv_heads, block_table.shape[1] * n
-    moves = torch.empty(n_rows, max_tokens, dtype=torch.int32, device=device)
+    moves = torch.empty(n_rows, n_moves, dtype=torch.int32, device=device)
     first_moves = torch.empty(n_rows, dtype=torch.int32, device=device)
     positions, scores, *tracked_strides = tracked_parts(pages)
     records, codes, table_stride = pages_as_records(pages), codes_of(layout), block_table.stride(0)
     choose_kernel[(n_rows,)](
         *(positions, scores, block_table, seq_lens, kept_lens, recent_from, moves, first_moves),
-        *(*tracked_strides, table_stride, max_tokens, sinks),
+        *(*tracked_strides, table_stride, n_moves, sinks),
         G=n_kv_heads,
         N=n,
         ATTENTION=rank == "attention",
@@ -215,7 +218,7 @@ def evict_slice(
     elements = codes.keys.runs * codes.keys.run_pad if codes is not None else 1
     move_kernel[(n_rows, split_count(n_rows, max_tokens, device, min_tokens=n))](
         *(records, ranking, scales, positions, scores, block_table, seq_lens, kept_lens, moves),
-        *(*strides, *tracked_strides, table_stride, max_tokens),
+        *(*strides, *tracked_strides, table_stride, n_moves),
         G=n_kv_heads,
         ATTENTION=layout.attention,
         RANKING=layout.ranking,
@@ -227,7 +230,7 @@ def evict_slice(
         TILE=16 if d <= 128 else 8,
         CHANNELS=min(triton.next_power_of_2(d), max(4, 1024 // elements)),
         RANKING_TILE=ranking_tile(n, triton.next_power_of_2(d)),
-        num_warps=4,
+        num_warps=4 if d <= 256 else 8,
         enable_fp_fusion=False,  # what codes stand for is rounded twice, as everywhere
     )
     if layout.value_sum:

@@ -187,7 +187,7 @@ def move_kernel(
     block_table,
     seq_lens,
     kept_lens,
-    moves,  # int32 [rows, max_tokens], by slot the slot whose token comes here, or -1
+    moves,  # int32 [rows, n_moves], by slot the slot whose token comes here, or -1
     page_stride,
     head_stride,
     ranking_stride_p,
@@ -197,7 +197,7 @@ def move_kernel(
     tracked_stride_p,
     tracked_stride_g,
     table_stride,
-    max_tokens,
+    n_moves,
     G: tl.constexpr,
     ATTENTION: tl.constexpr,
     RANKING: tl.constexpr,
@@ -218,7 +218,7 @@ def move_kernel(
     if n_kept >= n_held:
         return
     table = block_table + b * table_stride
-    moves += row * max_tokens
+    moves += row * n_moves
     records += g * head_stride
     positions += g * tracked_stride_g
     scores += g * tracked_stride_g

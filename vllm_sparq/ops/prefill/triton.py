@@ -46,7 +46,6 @@ def prefill_kernel(
     out_stride_h,
     scale_log2,
     n_requests,
-    n_splits,
     H: tl.constexpr,
     GROUP: tl.constexpr,
     N: tl.constexpr,
@@ -65,7 +64,7 @@ def prefill_kernel(
     TOKENS: tl.constexpr = ROWS // GROUP
     pid = tl.num_programs(0) - 1 - tl.program_id(0)  # the last tokens of a prompt see most keys: start with them
     g = tl.program_id(1).to(tl.int64)
-    split = tl.program_id(2)
+    split, n_splits = tl.program_id(2), tl.num_programs(2)
     b, tile = find_request(query_start_loc, n_requests, pid, TOKENS, 1)
     if b < 0:
         return
@@ -133,7 +132,8 @@ def prefill_kernel(
         top, total, acc = add_sinks(top, total, acc, tl.where(split == 0, own_sinks, float("-inf")))
     y = acc / tl.where(total == 0.0, 1.0, total)[:, None]
     own = own_row[:, None] & in_value[None, :]
-    at_split = (row * H + head) * n_splits + split
+    # Worked out anew: rows and heads kept for it would have spilled for the length of the loops.
+    at_split = ((start + tile * TOKENS + r // GROUP).to(tl.int64) * H + g * GROUP + r % GROUP) * n_splits + split
     if SPLIT or TRACKED:
         tl.store(weight + at_split, top + tl.log2(total), mask=own_row)
     if not SPLIT:
@@ -179,7 +179,7 @@ def prefill(
     prefill_kernel[(n_tiles, n_kv_heads, n_splits)](
         *(query, key, value, records, block_table, query_start_loc, key_starts, context_lens, partial, weight, out),
         *(weight if sinks is None else sinks, *strides, block_table.stride(0), out.stride(0), out.stride(1)),
-        *(scale * LOG2_E, n_requests, n_splits),
+        *(scale * LOG2_E, n_requests),
         H=n_heads,
         GROUP=group,
         N=block_size,

@@ -17,6 +17,7 @@ import torch
 import triton
 import triton.language as tl
 
+from vllm_sparq.formats import Format
 from vllm_sparq.layout import Pages
 from vllm_sparq.ops.triton_common.codes import (
     channel_order,
@@ -280,10 +281,15 @@ def attend_kernel(
         store_heads(out, y, h, d, own, out_stride_h)
 
 
-def tile_tokens(head_size: int, dtype: torch.dtype) -> int:
-    """Tokens of one step: 16 KiB of K, so that four programs with K and V twice fit an SM; fp32 lives in registers."""
+def tile_tokens(head_size: int, dtype: torch.dtype, format: Format | None) -> int:
+    """Tokens of one step: 16 KiB of K, so that three programs with K and V twice fit an SM; fp32 lives in registers.
+
+    Of codes of 8 bits twice as many, up to 128: they have half the bytes, and addresses of their own.
+    """
     row_bytes = triton.next_power_of_2(head_size) * dtype.itemsize
-    return max(16, (8192 if dtype == torch.float32 else 16384) // row_bytes)
+    n_tokens = max(16, (8192 if dtype == torch.float32 else 16384) // row_bytes)
+    eight_bits = format is not None and format.key.bits == 8 and dtype != torch.float32
+    return max(n_tokens, min(2 * n_tokens, 128)) if eight_bits else n_tokens
 
 
 def pages_as_records(pages: Pages) -> torch.Tensor:
@@ -337,7 +343,7 @@ def attend(
         N=pages.layout.block_size,
         D=head_size,
         D_PAD=triton.next_power_of_2(head_size),
-        TILE=tile_tokens(head_size, query.dtype) * (2 if quantized is not None and quantized.key.bits == 8 else 1),
+        TILE=tile_tokens(head_size, query.dtype, quantized),
         N_SPLITS=n_splits,
         FORMAT=codes_of(pages.layout),
         TRACKED=logits is not None,

@@ -32,7 +32,7 @@ STEP_TENSORS = (
     *("block_table", "query_start_loc", "key_start_loc", "seq_lens", "context_lens", "first_positions"),
     *("kept_lens", "recent_from", "tokens", "n_listed", "arrivals"),
 )
-STEP_SIZES = ("n_requests", "n_splits", "table_stride", "tokens_stride", "list_stride", "capacity", "sinks")
+STEP_SIZES = ("n_requests", "n_splits", "table_stride", "tokens_stride", "capacity", "sinks")
 
 step_kernel: Any = triton.jit(do_not_specialize=STEP_SIZES, do_not_specialize_on_alignment=STEP_TENSORS)
 """`triton.jit` for kernels that are launched: whose code depends on nothing that a step alone decides.

@@ -33,7 +33,7 @@ N_DIGITS = tl.constexpr(256)
 """A pass over the candidates settles 8 bits of a score."""
 
 FINISH_TILE = tl.constexpr(1024)
-"""Candidates of one step."""
+"""Candidates of one step, where each is a token; of spans, which are listed token by token, an eighth."""
 
 
 @triton.jit
@@ -115,12 +115,13 @@ def load_candidates(candidates, scores, i, n, listed, bins, PROBS: tl.constexpr,
 @triton.jit
 def find_threshold(candidates, scores, n, listed, bins, n_wanted, PROBS: tl.constexpr, READ: tl.constexpr):
     """Key of the last candidate to read, and how many with that very key to read: radix select, 8 bits a pass."""
+    STEP: tl.constexpr = FINISH_TILE if READ.span == 1 else FINISH_TILE // 8
     threshold = tl.zeros([], tl.uint32)
     index = tl.arange(0, N_DIGITS)
     for shift in tl.static_range(24, -8, -8):
         histogram = tl.zeros([N_DIGITS], tl.int32)
-        for first in range(0, n, FINISH_TILE):
-            i = first + tl.arange(0, FINISH_TILE)
+        for first in range(0, n, STEP):
+            i = first + tl.arange(0, STEP)
             _, key, alive = load_candidates(candidates, scores, i, n, listed, bins, PROBS, READ)
             if shift < 24:
                 alive &= (key >> (shift + 8)) == (threshold >> (shift + 8))
@@ -159,6 +160,7 @@ def finish(
     READ: tl.constexpr,
 ):
     """Pick ``n_wanted`` of the candidates: five passes over 8 bytes each, all but the first from L1."""
+    STEP: tl.constexpr = FINISH_TILE if READ.span == 1 else FINISH_TILE // 8
     listed, n, n_equal = n_candidates <= max_candidates, n_candidates, n_wanted
     threshold = tl.zeros([], tl.uint32)
     alike = n_candidates < 0
@@ -172,9 +174,9 @@ def finish(
         threshold, n_equal = find_threshold(candidates, scores, n, listed, bins, n_wanted, PROBS, READ)
     seen = n_cells * 0
     if STATISTICS:
-        lane_shares = (tl.zeros([FINISH_TILE], tl.float32),) * HEADS
-    for first in range(0, n, FINISH_TILE):
-        i = first + tl.arange(0, FINISH_TILE)
+        lane_shares = (tl.zeros([STEP], tl.float32),) * HEADS
+    for first in range(0, n, STEP):
+        i = first + tl.arange(0, STEP)
         t, key, live = load_candidates(candidates, scores, i, n, listed, bins, PROBS, READ)
         equal = live & (key == threshold)
         oldest = seen + tl.cumsum(equal.to(tl.int32), 0) <= n_equal  # candidates ascend
