@@ -36,6 +36,7 @@ class Cell:
         ranking: type of the channel-major copy of K.
         read: what SparQ reads.
         block_size: N, tokens per block of our pages.
+        compression: what r and k follow from; None where one of them was set.
     """
 
     context: int
@@ -47,6 +48,7 @@ class Cell:
     ranking: str
     read: SparqRead
     block_size: int = PREFERRED_BLOCK_SIZE
+    compression: float | None = None
 
     @property
     def scale(self) -> float:
