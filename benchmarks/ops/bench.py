@@ -20,13 +20,12 @@ from rich.table import Table
 from vllm_sparq.attention_backends.engine import LONG_BLOCK_SIZE, PREFERRED_BLOCK_SIZE
 from vllm_sparq.benchmarks.common.lines import check_out
 from vllm_sparq.benchmarks.common.records import append_records, case_key, provenance, recorded, skipped_note
-from vllm_sparq.benchmarks.ops.methods import METHODS, Call, Cell, Tensors
+from vllm_sparq.benchmarks.ops.methods import METHODS, Call, Cell, Tensors, format_of
 from vllm_sparq.config import Options
 from vllm_sparq.console import UsageError, place, positive, real_number
-from vllm_sparq.formats import FORMATS
 from vllm_sparq.layout import BLOCK_SIZE_MULTIPLE
 from vllm_sparq.ops import native
-from vllm_sparq.reads import DenseRead, HeadShape, SparqRead
+from vllm_sparq.reads import DenseRead
 
 FLUSH_BYTES = 128 << 20
 """Read before each sample, so that no cache still holds what the op wants: several times a big L3."""
@@ -150,16 +149,13 @@ def cells(args: argparse.Namespace) -> list[Cell]:
         if args.r is not None and args.r > head_dim:
             raise UsageError(f"--r {args.r} must be 1 to the head size, {head_dim}")
         options = Options(compression=args.compression, r=args.r, k=args.k, ranking=args.ranking, dense_below=0)
-        read = SparqRead.resolve(options, HeadShape(head_size=head_dim, n_heads=heads, n_kv_heads=kv_heads))
         sizes = dict(heads=heads, kv_heads=kv_heads, head_dim=head_dim)
-        chosen = None if args.r is not None or args.k is not None else args.compression
-        kind = dict(dtype=DTYPES[args.dtype], ranking=args.ranking, read=read, compression=chosen)
+        kind = dict(dtype=DTYPES[args.dtype], options=options)
         every = itertools.product(args.batch, args.context, args.block_size)
         found += [Cell(context=s, batch=b, block_size=n, **sizes, **kind) for b, s, n in every]
     free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     for cell in found:
-        formats = [name.split("+")[-1] for name in args.methods if name.split("+")[-1] in FORMATS]
-        formats += ["model"] * ("quest" in args.methods)
+        formats = [format_of(name) for name in args.methods if format_of(name) != "model" or name == "quest"]
         # Ours, vLLM's, and the tokens that fill them; and other formats with what ranks their tokens.
         need = 4 * cell.dense_bytes + sum(2 * cell.bytes_moved(DenseRead(), name) for name in formats)
         if need > 0.8 * free:
@@ -237,8 +233,8 @@ def summarize(
                 head_dim=cell.head_dim,
                 **METHODS[name].cache_fields(cell),
                 dtype=str(cell.dtype).removeprefix("torch."),
-                r=cell.read.r,
-                k=cell.read.k(cell.context),
+                r=cell.read_over(format_of(name)).r,
+                k=cell.read_over(format_of(name)).k(cell.context),
                 compression=cell.compression,
                 ranking=cell.ranking,
                 threads=watch.threads,
@@ -263,8 +259,8 @@ def key_of(cell: Cell, method: str, watch: Stopwatch) -> str:
         **{name: getattr(cell, name) for name in ("context", "batch", "heads", "kv_heads", "head_dim", "ranking")},
         **METHODS[method].cache_fields(cell),
         dtype=str(cell.dtype),
-        r=cell.read.r,
-        k=cell.read.k(cell.context),
+        r=cell.read_over(format_of(method)).r,
+        k=cell.read_over(format_of(method)).k(cell.context),
         threads=watch.threads,
         clock=watch.clock,
     )
