@@ -32,8 +32,8 @@ STYLE: dict[Any, Any] = {
 }
 
 BATCH = 8
-SPARQ = "sparq"
-SPEED = {"H2O": "h2o", "SparQ, fixed": 'sparq {"r": 16, "k": 128}', "SparQ": SPARQ, "quantized": "kivi"}
+SPARQ = 'sparq {"r": 16, "k": 128}'
+SPEED = {"H2O": "h2o", "SparQ, fixed": SPARQ, "SparQ": "sparq", "quantized": "kivi"}
 """Family -> method of `bench engine`."""
 
 NOTES = {

@@ -27,10 +27,10 @@ ROOT = Path(__file__).parents[2]
 
 Record = Mapping[str, Any]
 
-SPARQ = "sparq"
+SPARQ = 'sparq {"r": 16, "k": 128}'
 SPARQ_8 = "sparq 1/8"
 BESIDE = {
-    "r = 16, k = 128": 'sparq {"r": 16, "k": 128}',
+    "SparQ, 1/8": "sparq",
     "SparQ over `int4`": "sparq+int4",
     "`kivi4`, dense": "kivi",
     "H2O, 1,024 tokens": "h2o",
@@ -106,7 +106,7 @@ def engine_rows(records: Sequence[Record]) -> list[str]:
     """
     found = of_one_machine([r for r in records if r.get("bench") == "engine" and _of_chosen_blocks(r)])
     newest = {(r["context"], r["batch"], r["method"]): r for r in found}
-    names = ["context", "batch", "vLLM", "SparQ", "share of the bound", *BESIDE, "bound"]
+    names = ["context", "batch", "vLLM", "SparQ, r = 16, k = 128", "share of the bound", *BESIDE, "bound"]
     lines = [f"| {' | '.join(names)} |", "|" + "---|" * len(names)]
     for context, batch, method in sorted(newest):
         if method != SPARQ:
