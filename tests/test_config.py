@@ -88,6 +88,8 @@ def test_compression_by_hand() -> None:
     # c = 3: r = round(128 / 3) = 43, k = 7/24 S with no rounding: 6 million tokens give exactly 1.75 million.
     read = parse(compression=3, min_k=1).read_of(LLAMA)
     assert (read.r, read.k(6_000_000), read.k(5_999_999)) == (43, 1_750_000, 1_749_999)
+    # Channel-major K ranks itself, half of the bytes of a token: k = S / 16.
+    assert parse(format="kivi4").read_of(LLAMA).k_per_token == Fraction(1, 16)
     # More compression than channels leaves one.
     assert parse(compression=1000).read_of(LLAMA).r == 1
     assert parse(compression=1).read_of(LLAMA).r == 128

@@ -71,7 +71,8 @@ class Options(BaseModel):
     compression: float = Field(default=8.0, ge=1.0, allow_inf_nan=False)
     """Bytes of a dense read per byte of a sparse one: sets r = D / compression, and k, which gets the bytes left.
 
-    k = 7/8 S / compression beside a ranking copy of 4 bits, 3/4 beside one of 8, 1/2 beside one in the model's type.
+    k = 7/8 S / compression beside a ranking copy of 4 bits, 3/4 beside one of 8, 1/2 beside one in the model's type or
+    none (kivi).
     With read spans, k = S / compression - S / 16, and compression must be below 16, since the bounds of spans are 1/16.
     """
     r: int | None = Field(default=None, ge=1)

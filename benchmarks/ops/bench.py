@@ -20,13 +20,12 @@ from rich.table import Table
 from vllm_sparq.attention_backends.engine import LONG_BLOCK_SIZE, PREFERRED_BLOCK_SIZE
 from vllm_sparq.benchmarks.common.lines import check_out
 from vllm_sparq.benchmarks.common.records import append_records, case_key, provenance, recorded, skipped_note
-from vllm_sparq.benchmarks.ops.methods import METHODS, Call, Cell, Tensors
+from vllm_sparq.benchmarks.ops.methods import METHODS, Call, Cell, Tensors, format_of
 from vllm_sparq.config import Options
-from vllm_sparq.console import UsageError, place, positive
-from vllm_sparq.formats import FORMATS
+from vllm_sparq.console import UsageError, place, positive, real_number
 from vllm_sparq.layout import BLOCK_SIZE_MULTIPLE
 from vllm_sparq.ops import native
-from vllm_sparq.reads import DenseRead, HeadShape, SparqRead
+from vllm_sparq.reads import DenseRead
 
 FLUSH_BYTES = 128 << 20
 """Read before each sample, so that no cache still holds what the op wants: several times a big L3."""
@@ -51,6 +50,7 @@ All caches, vLLM's too, lie in 2 MB pages where Linux grants them.
 examples:
   vllm-sparq bench ops                                         Llama-3-8B's attention, 1k to 64k tokens
   vllm-sparq bench ops --shape 32/32/128 --context 4096        one key head per query head, as Llama-2-7B
+  vllm-sparq bench ops --methods dense,sparq --r 32 --k 128    as many tokens of every context, as in SparQ's paper
   vllm-sparq bench ops --batch 1,8 --threads 4 --out ops.jsonl
 
 On a busy machine wall time means little. Then take
@@ -89,9 +89,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="element type of the model (default: bf16)")
     parser.add_argument(
-        "--r", type=positive, help="channels that rank the tokens (default: a quarter of the head size)"
+        "--compression",
+        type=real_number(least=1),
+        default=Options().compression,
+        help="dense bytes by those of a sparse read (default: 8, as engines)",
     )
-    parser.add_argument("--k", type=positive, default=128, help="tokens read beside the current one (default: 128)")
+    parser.add_argument("--r", type=positive, help="channels that rank the tokens (default: by --compression)")
+    parser.add_argument("--k", type=positive, help="tokens read beside the current one (default: by --compression)")
     parser.add_argument(
         "--ranking", choices=("int4", "int8", "model"), default="int4", help="type of the ranking copy (default: int4)"
     )
@@ -142,21 +146,16 @@ def cells(args: argparse.Namespace) -> list[Cell]:
         raise UsageError(f"--block-size {bad} cannot be cut into pages: give a multiple of {BLOCK_SIZE_MULTIPLE}")
     found = []
     for heads, kv_heads, head_dim in args.shape or [(32, 8, 128)]:
-        r = max(1, head_dim // 4) if args.r is None else args.r
-        if not 1 <= r <= head_dim:
-            raise UsageError(f"--r {r} must be 1 to the head size, {head_dim}")
-        if args.k < 1:
-            raise UsageError(f"--k {args.k} must be at least 1")
-        options = Options(r=r, k=args.k, dense_below=0)
-        read = SparqRead.resolve(options, HeadShape(head_size=head_dim, n_heads=heads, n_kv_heads=kv_heads))
+        if args.r is not None and args.r > head_dim:
+            raise UsageError(f"--r {args.r} must be 1 to the head size, {head_dim}")
+        options = Options(compression=args.compression, r=args.r, k=args.k, ranking=args.ranking, dense_below=0)
         sizes = dict(heads=heads, kv_heads=kv_heads, head_dim=head_dim)
-        kind = dict(dtype=DTYPES[args.dtype], ranking=args.ranking, read=read)
+        kind = dict(dtype=DTYPES[args.dtype], options=options)
         every = itertools.product(args.batch, args.context, args.block_size)
         found += [Cell(context=s, batch=b, block_size=n, **sizes, **kind) for b, s, n in every]
     free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     for cell in found:
-        formats = [name.split("+")[-1] for name in args.methods if name.split("+")[-1] in FORMATS]
-        formats += ["model"] * ("quest" in args.methods)
+        formats = [format_of(name) for name in args.methods if format_of(name) != "model" or name == "quest"]
         # Ours, vLLM's, and the tokens that fill them; and other formats with what ranks their tokens.
         need = 4 * cell.dense_bytes + sum(2 * cell.bytes_moved(DenseRead(), name) for name in formats)
         if need > 0.8 * free:
@@ -234,8 +233,9 @@ def summarize(
                 head_dim=cell.head_dim,
                 **METHODS[name].cache_fields(cell),
                 dtype=str(cell.dtype).removeprefix("torch."),
-                r=cell.read.r,
-                k=cell.read.min_k,
+                r=cell.read_over(format_of(name)).r,
+                k=cell.read_over(format_of(name)).k(cell.context),
+                compression=cell.compression,
                 ranking=cell.ranking,
                 threads=watch.threads,
                 clock=watch.clock,
@@ -259,8 +259,8 @@ def key_of(cell: Cell, method: str, watch: Stopwatch) -> str:
         **{name: getattr(cell, name) for name in ("context", "batch", "heads", "kv_heads", "head_dim", "ranking")},
         **METHODS[method].cache_fields(cell),
         dtype=str(cell.dtype),
-        r=cell.read.r,
-        k=cell.read.min_k,
+        r=cell.read_over(format_of(method)).r,
+        k=cell.read_over(format_of(method)).k(cell.context),
         threads=watch.threads,
         clock=watch.clock,
     )

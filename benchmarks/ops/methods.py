@@ -15,11 +15,18 @@ from unittest import mock
 import torch
 
 from vllm_sparq.attention_backends.engine import PREFERRED_BLOCK_SIZE
+from vllm_sparq.config import Options
 from vllm_sparq.formats import FORMATS
 from vllm_sparq.layout import RANKING_BITS, PageLayout, Pages
 from vllm_sparq.ops import native
 from vllm_sparq.ops.dispatch import choose
-from vllm_sparq.reads import DenseRead, Read, SpansRead, SparqRead
+from vllm_sparq.reads import DenseRead, HeadShape, Read, SpansRead, SparqRead
+
+
+def format_of(method: str) -> str:
+    """How the blocks are stored that a method reads."""
+    last = method.split("+")[-1]
+    return last if last in FORMATS else "model"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,8 +40,7 @@ class Cell:
         kv_heads: G.
         head_dim: D.
         dtype: of the model.
-        ranking: type of the channel-major copy of K.
-        read: what SparQ reads.
+        options: of what SparQ reads.
         block_size: N, tokens per block of our pages.
     """
 
@@ -44,9 +50,28 @@ class Cell:
     kv_heads: int
     head_dim: int
     dtype: torch.dtype
-    ranking: str
-    read: SparqRead
+    options: Options
     block_size: int = PREFERRED_BLOCK_SIZE
+
+    @property
+    def compression(self) -> float | None:
+        """What r and k follow from; None where one of them was set."""
+        chosen = self.options.r is not None or self.options.k is not None
+        return None if chosen else self.options.compression
+
+    @property
+    def ranking(self) -> str:
+        """Type of the channel-major copy of K."""
+        return self.options.ranking
+
+    def read_over(self, format: str) -> SparqRead:
+        """What SparQ reads of blocks in a format."""
+        heads = HeadShape(head_size=self.head_dim, n_heads=self.heads, n_kv_heads=self.kv_heads)
+        return SparqRead.resolve(self.options.model_copy(update={"format": format}), heads)
+
+    @property
+    def read(self) -> SparqRead:
+        return self.read_over("model")
 
     @property
     def scale(self) -> float:
@@ -334,8 +359,8 @@ def dense_method(format: str, summary: str) -> Method:
 def sparq_method(format: str, summary: str) -> Method:
     return Method(
         summary,
-        lambda t: decode_calls(t, "sparq_decode", t.cache(format), read=t.cell.read),
-        lambda c: c.bytes_moved(c.read, format),
+        lambda t: decode_calls(t, "sparq_decode", t.cache(format), read=t.cell.read_over(format)),
+        lambda c: c.bytes_moved(c.read_over(format), format),
         lambda c: c.layout_as(format),
     )
 

@@ -33,10 +33,15 @@ STYLE: dict[Any, Any] = {
 
 BATCH = 8
 SPARQ = 'sparq {"r": 16, "k": 128}'
-SPEED = {"H2O": "h2o", "SparQ": SPARQ, "quantized": "kivi"}
+SPEED = {"H2O": "h2o", "SparQ, fixed": SPARQ, "SparQ": "sparq", "quantized": "kivi"}
 """Family -> method of `bench engine`."""
 
-NOTES = {"H2O": "H2O, 1,024 tokens kept", "SparQ": "SparQ, r = 16, k = 128", "quantized": "KIVI, 4 bits, dense read"}
+NOTES = {
+    "H2O": "H2O, 1,024 tokens kept",
+    "SparQ, fixed": "SparQ, r = 16, k = 128",
+    "SparQ": "SparQ, 1/8 of the bytes",
+    "quantized": "KIVI, 4 bits, dense read",
+}
 """Family -> what was measured of it, for the legend."""
 
 LENGTH = 1024
@@ -53,6 +58,7 @@ ANSWERS = {
 LOOKS = {
     "dense": ("#37352f", "*"),
     "SparQ": ("#0b6e99", "o"),
+    "SparQ, fixed": ("#5aa9c9", "v"),
     "Quest": ("#d9730d", "s"),
     "quantized": ("#0f7b6c", "^"),
     "streaming": ("#ad1a72", "D"),

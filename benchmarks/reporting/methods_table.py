@@ -12,6 +12,7 @@ from statistics import fmean
 from typing import Any
 
 from vllm_sparq.benchmarks.common.records import dense_beside
+from vllm_sparq.config import Options
 
 Record = Mapping[str, Any]
 
@@ -55,7 +56,7 @@ ROWS = (
         idea="read best tokens, 1/8",
         paper="2312.04985",
         where=("vllm_sparq/ops/sparq_decode",),
-        engine='sparq {"r": 16, "k": 128}',
+        engine="sparq",
         op="sparq",
         answers="sparq 1/8",
     ),
@@ -128,7 +129,7 @@ def methods_rows(records: Sequence[Record]) -> list[str]:
 def speed(row: Row, records: Sequence[Record]) -> str:
     """Times vLLM's speed: per output token through the engine, and of the attention op alone; newest run of each."""
     token = newest(records, bench="engine", method=row.engine, context=CONTEXT, batch=BATCH)
-    op = newest(records, bench="ops", method=row.op, context=CONTEXT, **LAYER)
+    op = newest(records, bench="ops", method=row.op, context=CONTEXT, compression=Options().compression, **LAYER)
     return ", ".join(ABSENT if found is None else f"{found['speedup_vs_vllm']:.1f}x" for found in (token, op))
 
 

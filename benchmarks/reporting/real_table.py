@@ -8,12 +8,11 @@ from typing import Any
 Record = Mapping[str, Any]
 
 MODEL = "smollm2-135m"
-LENGTHS = (1024, 4096)
+LENGTHS = (1024, 4096, 8000)
 METHODS = {
     "sparq 1/2": "`sparq`, compression 2",
     "sparq 1/4": "`sparq`, compression 4",
     "sparq 1/8": "`sparq`, compression 8 (default)",
-    'sparq 1/8 {"r": 8, "k": 448}': "`sparq`, r = 8, k = 448",
     "quest 1/8": "`quest`, compression 8",
     "h2o 1/8": "`h2o`, budget 1/8",
     "streaming 1/8": "`streaming`, budget 1/8",

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 RANKING_SHARE = {"int4": Fraction(1, 8), "int8": Fraction(1, 4), "model": Fraction(1, 2)}
 """Bytes of each ranking copy, scales left out, by those of a token's K and V in 16 bits.
 
-What r channels of it leave of a dense read's bytes divided by ``compression`` is spent on k. One number for every block
-format, so that formats are compared at the same k.
+What r channels of it leave of a dense read's bytes divided by ``compression`` is spent on k. It is the same number for
+every block format with such a copy; where K is channel-major and ranks itself, it is half of a token.
 """
 
 
@@ -71,6 +71,8 @@ class SparqRead(SparseRead):
                 f"sparq option r={r} is larger than the model's head size {size}: "
                 f"use r <= {size} (r = {size} ranks with every channel), or leave r out"
             )
+        copy = cls.needs(options, grouped=heads.grouped).ranking
+        share = Fraction(1, 2) if copy is None else RANKING_SHARE[copy]
         return cls(
             r=r,
             local=options.local,
@@ -80,7 +82,7 @@ class SparqRead(SparseRead):
             least_k=options.min_k,
             **cls.shared(
                 options,
-                Fraction(float(1 - RANKING_SHARE[options.ranking]) / options.compression).limit_denominator(4096),
+                Fraction(float(1 - share) / options.compression).limit_denominator(4096),
             ),
         )
 

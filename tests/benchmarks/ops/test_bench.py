@@ -32,7 +32,7 @@ def test_defaults_are_a_known_model() -> None:
         (1024, 1, 32, 8, 128),
         (4096, 1, 32, 8, 128),
     ]
-    assert (found[0].read.r, found[0].read.min_k, found[0].read.alpha_floor) == (32, 128, 1.0)
+    assert (found[0].read.r, found[0].read.min_k, found[0].read.alpha_floor) == (16, 256, 1.0)
     assert not found[0].read.is_dense(1024)
 
 
