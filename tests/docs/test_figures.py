@@ -35,5 +35,5 @@ def test_dirty_lines_and_other_batches_are_not_shown() -> None:
     line = {**case, "speedup_vs_vllm": 2.0, "dirty": False}
     wrong = [{**line, "speedup_vs_vllm": 9.0, **changed} for changed in ({"dirty": True}, {"batch": 1})]
     lines, bound = figures.speed_lines([line, *wrong])
-    assert lines["SparQ"] == [(8192, 2.0)]
+    assert lines["SparQ, fixed"] == [(8192, 2.0)]
     assert bound == [(8192, 3.0)]

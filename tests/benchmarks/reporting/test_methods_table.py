@@ -41,8 +41,10 @@ def test_a_line_per_preset() -> None:
 
 
 def test_the_newest_clean_line_counts() -> None:
-    op = {"bench": "ops", "method": SPARQ.op, "context": CONTEXT, **LAYER, "dirty": False, "speedup_vs_vllm": 20.0}
-    records = [engine(2.0), engine(3.04), engine(9.0, dirty=True), engine(8.0, batch=1), op]
+    op = {"bench": "ops", "method": SPARQ.op, "context": CONTEXT, **LAYER, "dirty": False, "compression": 8.0}
+    fixed = {**op, "compression": None, "speedup_vs_vllm": 90.0}
+    records = [engine(2.0), engine(3.04), engine(9.0, dirty=True), engine(8.0, batch=1)]
+    records += [{**op, "speedup_vs_vllm": 20.0}, fixed]
     assert cells(records) == ["3.0x, 20.0x", ABSENT, ABSENT]
 
 

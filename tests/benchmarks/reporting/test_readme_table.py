@@ -75,4 +75,4 @@ def test_every_table_has_its_document() -> None:
 def test_the_newest_run_counts_and_another_run_brings_its_own_bound() -> None:
     sparq = 'sparq {"r": 16, "k": 128}'
     lines = engine_rows([engine(sparq, 1.2), engine(sparq, 1.5), engine("kivi", 0.8), engine("h2o", 1.6, bound=1.7)])
-    assert lines[2:] == ["| 8k | 4 | 100.0 ms | 66.7 ms, **1.50x** | 75% |  | 0.80x | 1.60x (of 1.70x) | 2.00x |"]
+    assert lines[2:] == ["| 8k | 4 | 100.0 ms | 66.7 ms, **1.50x** | 75% |  |  | 0.80x | 1.60x (of 1.70x) | 2.00x |"]
