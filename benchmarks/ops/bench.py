@@ -150,9 +150,8 @@ def cells(args: argparse.Namespace) -> list[Cell]:
             raise UsageError(f"--r {args.r} must be 1 to the head size, {head_dim}")
         options = Options(compression=args.compression, r=args.r, k=args.k, ranking=args.ranking, dense_below=0)
         sizes = dict(heads=heads, kv_heads=kv_heads, head_dim=head_dim)
-        kind = dict(dtype=DTYPES[args.dtype], options=options)
-        every = itertools.product(args.batch, args.context, args.block_size)
-        found += [Cell(context=s, batch=b, block_size=n, **sizes, **kind) for b, s, n in every]
+        dtype, every = DTYPES[args.dtype], itertools.product(args.batch, args.context, args.block_size)
+        found += [Cell(context=s, batch=b, block_size=n, **sizes, dtype=dtype, options=options) for b, s, n in every]
     free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     for cell in found:
         formats = [format_of(name) for name in args.methods if format_of(name) != "model" or name == "quest"]
