@@ -16,7 +16,7 @@ from vllm.v1.attention.backend import AttentionImpl, AttentionType
 from vllm_sparq.attention_backends.engine import PagedEngine, on_platform, page_layout, rebind_refusal
 from vllm_sparq.attention_backends.flash import flash_choice, flash_prefill
 from vllm_sparq.attention_backends.keys import LEAST_TOKENS, MOST_NOISE, is_fragile, noise_of_codes, noise_warning
-from vllm_sparq.attention_backends.refusals import CANNOT_START, impl_refusals
+from vllm_sparq.attention_backends.refusals import ALIBI, CANNOT_START, DENSE
 from vllm_sparq.attention_backends.steps.evicting import EvictingMetadata
 from vllm_sparq.attention_backends.steps.policies import PolicyRows
 from vllm_sparq.attention_backends.steps.requests import StepRequests
@@ -47,13 +47,12 @@ class PagedImpl(AttentionImpl[PagedMetadata | EvictingMetadata]):
         kv_sharing_target_layer_name: str | None = None,
         sinks: torch.Tensor | None = None,
     ) -> None:
-        refusals = impl_refusals(
-            alibi_slopes=alibi_slopes,
-            kv_sharing_target_layer_name=kv_sharing_target_layer_name,
-        )
-        if refusals:
-            raise NotImplementedError(CANNOT_START + "; ".join(refusals))
+        if alibi_slopes is not None:
+            raise NotImplementedError(CANNOT_START + ALIBI)
         vllm_config: Any = get_current_vllm_config()
+        self._source = _source_of(vllm_config, kv_sharing_target_layer_name)
+        self._is_read_by_others = False  # until one of them is built
+        self._brought: tuple[torch.Tensor, torch.Tensor] | None = None  # by the last step, for those
         engine = PagedEngine.of(vllm_config)
         assert engine is not None
         self._options = engine.options
@@ -119,21 +118,25 @@ class PagedImpl(AttentionImpl[PagedMetadata | EvictingMetadata]):
         self,
         layer: Any,
         query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
+        key: torch.Tensor | None,
+        value: torch.Tensor | None,
         kv_cache: torch.Tensor,
         attn_metadata: PagedMetadata | EvictingMetadata | None,
         output: torch.Tensor,
         output_scale: torch.Tensor | None = None,
         output_block_scale: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """query and output [T, H, D], key and value [T, G, D]; rows after the step's tokens are padding."""
+        """query and output [T, H, D], key and value [T, G, D]; rows after the step's tokens are padding.
+
+        Key and value are None, or mean nothing, in a layer that reads the cache of another.
+        """
         if attn_metadata is None:  # a profiling run, without a cache
             return output.fill_(0)
         pages = self._bind(layer, kv_cache, query.dtype)
         if isinstance(attn_metadata, PagedMetadata):
             self._attend(attn_metadata, query, key, value, pages, output)
             return output
+        assert key is not None and value is not None  # noqa: PT018  eviction is refused where caches are shared
         for turn in attn_metadata.turns:
             if turn.eviction is not None:
                 eviction = turn.eviction
@@ -152,22 +155,15 @@ class PagedImpl(AttentionImpl[PagedMetadata | EvictingMetadata]):
         self,
         step: PagedMetadata,
         query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
+        key: torch.Tensor | None,
+        value: torch.Tensor | None,
         pages: Pages,
         output: torch.Tensor,
     ) -> None:
         """Write the step's tokens into their pages, and let its rows see what they may."""
-        rows = step.prefill
-        if rows is not None and self._looks_at_keys and key.shape[0] >= LEAST_TOKENS:
-            self._look_at_keys(key, pages)
-        new = key, value
-        if rows is not None and rows.begun is not None:  # before the write, which quantizes what is staged
-            new = rows.begun.with_new(pages, key, value)
-        tables = step.block_table, step.query_start_loc, step.seq_lens
-        self._write(key, value, pages, *tables, step.first_positions)
-        if rows is not None:
-            self._attend_densely(rows, query, new, pages, output)
+        new = self._bring(step, key, value, pages)
+        if step.prefill is not None:
+            self._attend_densely(step.prefill, query, new, pages, output)
         n = step.n_decodes
         if n:
             self._read(query[:n], pages, step.groups, output[:n], dense=step.dense)
@@ -193,6 +189,25 @@ class PagedImpl(AttentionImpl[PagedMetadata | EvictingMetadata]):
             found = torch.empty_like(out[: len(group.rows)])
             decode(query[group.rows], pages, *tables, scale=self.scale, out=found, **self._softmax)
             out[group.rows] = found
+
+    def _bring(
+        self, step: PagedMetadata, key: torch.Tensor | None, value: torch.Tensor | None, pages: Pages
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """K and V as the rows of prompts take them, [T', G, D] each, once the step's tokens are in their pages."""
+        if self._source is not None:
+            assert self._source._brought is not None
+            return self._source._brought
+        assert key is not None and value is not None  # noqa: PT018
+        rows = step.prefill
+        if rows is not None and self._looks_at_keys and key.shape[0] >= LEAST_TOKENS:
+            self._look_at_keys(key, pages)
+        new = key, value
+        if rows is not None and rows.begun is not None:  # before the write, which quantizes what is staged
+            new = rows.begun.with_new(pages, key, value)
+        tables = step.block_table, step.query_start_loc, step.seq_lens
+        self._write(key, value, pages, *tables, step.first_positions)
+        self._brought = new if self._is_read_by_others else None
+        return new
 
     def look_at_next_keys(self) -> None:
         """Of the next prompt, where codes may spoil them; what vLLM warms up with is none."""
@@ -253,6 +268,8 @@ class PagedImpl(AttentionImpl[PagedMetadata | EvictingMetadata]):
         attn_metadata: PagedMetadata | EvictingMetadata,
     ) -> None:
         """Write a step's tokens, evict nothing, attend to nothing: for a benchmark of the rest of the engine."""
+        if self._source is not None:
+            return
         pages = self._bind(layer, kv_cache, key.dtype)
         if isinstance(attn_metadata, PagedMetadata):
             steps: list[tuple[PagedMetadata, Any]] = [(attn_metadata, slice(None))]
@@ -295,6 +312,23 @@ class PagedImpl(AttentionImpl[PagedMetadata | EvictingMetadata]):
 def resolved(options: Options, heads: HeadShape) -> Read:
     """`Options.read_of`, which layers ask in each step in which requests have chosen for themselves."""
     return options.read_of(heads)
+
+
+def _source_of(vllm_config: Any, layer_name: str | None) -> PagedImpl | None:
+    """The layer whose cache a new one reads, which writes nothing itself, or None.
+
+    Raises:
+        NotImplementedError: its pages are not ours.
+    """
+    if layer_name is None:
+        return None
+    source = vllm_config.compilation_config.static_forward_context[layer_name].impl
+    if not isinstance(source, PagedImpl):
+        raise NotImplementedError(
+            f"{CANNOT_START}a layer shares the KV cache of {layer_name}, which runs on another backend: {DENSE}"
+        )
+    source._is_read_by_others = True
+    return source
 
 
 def _choose_ops(device_type: str, read: type[Read]) -> dict[str, Choice]:

@@ -35,6 +35,8 @@ CANNOT_START = "vllm-sparq cannot start: "
 
 DENSE = "use vLLM's own backend (leave --attention-backend out)"
 
+ALIBI = f"ALiBi adds a bias to the scores that our kernels do not know: {DENSE}"
+
 CONNECTOR = "a KV connector copies dense K and V, our pages hold more: start without "
 
 
@@ -72,6 +74,11 @@ def _switch_refusals(vllm_config: Any) -> list[str]:
         reasons.append(f"batch-invariant kernels (VLLM_BATCH_INVARIANT) are not supported: unset it, or {DENSE}")
     if vllm_config.attention_config.use_non_causal:
         reasons.append(f"non-causal attention (use_non_causal) is not supported: {DENSE}")
+    if vllm_config.cache_config.kv_sharing_fast_prefill:
+        reasons.append(
+            "--kv-sharing-fast-prefill leaves rows out where layers share a KV cache, and ours know whole steps alone: "
+            "leave it out"
+        )
     if vllm_config.parallel_config.use_ubatching:
         reasons.append(
             "steps that are cut into microbatches (--enable-dbo, --ubatch-size) are not supported: our layers know the "
@@ -165,6 +172,7 @@ def _format_refusals(vllm_config: Any, engine: PagedEngine) -> list[str]:
     model, block_size, options = vllm_config.model_config, engine.block_size, engine.options
     if model.get_head_size() not in HEAD_SIZES or model.dtype not in DTYPES or block_size % BLOCK_SIZE_MULTIPLE:
         return []  # refused on its own account
+    reasons = []
     try:
         engine.layout(heads_of(model, vllm_config.parallel_config), model.dtype)
     except ValueError as error:
@@ -172,8 +180,14 @@ def _format_refusals(vllm_config: Any, engine: PagedEngine) -> list[str]:
     try:
         check_budget(options, block_size)
     except OptionsError as error:
-        return [str(error)]
-    return []
+        reasons.append(str(error))
+    n_shared = getattr(model.hf_text_config, "num_kv_shared_layers", None)
+    if options.retention != "all" and n_shared:
+        reasons.append(
+            f"retention={options.retention!r} evicts tokens from caches that other layers read later in the same step "
+            f"(num_kv_shared_layers={n_shared}): use retention 'all', as the backends sparq, quest, flexgen and kivi do"
+        )
+    return reasons
 
 
 def _pressure_refusals(vllm_config: Any) -> list[str]:
@@ -259,12 +273,7 @@ def model_refusals(model_config: Any, cache_dtype: str = "auto") -> list[str]:
     reasons += cache_dtype_refusals(model_config, cache_dtype)
     reasons += _attention_refusals(model_config)
     if _uses_alibi(config):
-        reasons.append(f"ALiBi adds a bias to the scores that our kernels do not know: {DENSE}")
-    if getattr(config, "num_kv_shared_layers", None):
-        reasons.append(
-            f"layers that share one KV cache (num_kv_shared_layers={config.num_kv_shared_layers}) are not supported: "
-            f"{DENSE}"
-        )
+        reasons.append(ALIBI)
     return reasons
 
 
@@ -328,18 +337,4 @@ def layer_refusals(selector_config: Any) -> list[str]:
             reasons.append(f"{feature} not supported: {DENSE}")
     if selector_config.use_kv_connector:
         reasons.append(f"{CONNECTOR}--kv-transfer-config and --kv-offloading-size")
-    return reasons
-
-
-def impl_refusals(
-    *,
-    alibi_slopes: Any,
-    kv_sharing_target_layer_name: str | None,
-) -> list[str]:
-    """Reasons that show only when vLLM builds the layer; the last line of defence behind `model_refusals`."""
-    reasons = []
-    if alibi_slopes is not None:
-        reasons.append(f"ALiBi adds a bias to the scores that our kernels do not know: {DENSE}")
-    if kv_sharing_target_layer_name is not None:
-        reasons.append(f"sharing the KV cache of {kv_sharing_target_layer_name} is not supported: {DENSE}")
     return reasons

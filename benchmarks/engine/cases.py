@@ -75,7 +75,9 @@ def engines(names: list[str], options: list[dict[str, Any]], block_size: int | N
     found = [Engine(method=dense, arguments={}), Engine(method=dense, arguments={}, skip_attention=True)]
     methods = [Method.named(name) for name in dict.fromkeys(names) if name != DENSE]
     for chosen in options:
-        methods.append(replace(Method.named("sparq", chosen), name=f"sparq {json.dumps(chosen)}" if chosen else "sparq"))
+        methods.append(
+            replace(Method.named("sparq", chosen), name=f"sparq {json.dumps(chosen)}" if chosen else "sparq")
+        )
     more = {} if block_size is None else {"block_size": block_size}
     return found + [
         Engine(method=method, arguments={**method.engine_args, **more}, block_size=block_size) for method in methods

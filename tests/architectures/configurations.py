@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,12 +32,14 @@ class Model:
         config: what ``config.json`` says.
         dtype: what it runs in; bfloat16 where stock vLLM has nothing else on CPU.
         arguments: of its engines.
+        without: methods that the model's engines refuse.
     """
 
     architecture: str
     config: dict[str, Any]
     dtype: str = "float32"
     arguments: dict[str, Any] = field(default_factory=dict)
+    without: tuple[str, ...] = ()
 
     def write(self, folder: Path) -> Path:
         """Its folder, without weights."""
@@ -52,8 +54,13 @@ def model(architecture: str, model_type: str, *, without: tuple[str, ...] = (), 
     return Model(architecture, {**kept, "model_type": model_type, **changes})
 
 
+def no_eviction(one: Model) -> Model:
+    """Caches that several layers read are not evicted from."""
+    return replace(one, without=("h2o",))
+
+
 def in_bfloat16(one: Model) -> Model:
-    return Model(one.architecture, one.config, "bfloat16", one.arguments)
+    return replace(one, dtype="bfloat16")
 
 
 MOE: dict[str, Any] = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=128)
@@ -183,6 +190,47 @@ LOGITS: dict[str, Model] = {
 }
 """Softmaxes that are over more than the tokens, or over other logits."""
 
+SHARED: dict[str, Model] = {
+    "gemma-3n": no_eviction(
+        model(
+            "Gemma3nForCausalLM",
+            "gemma3n_text",
+            num_kv_shared_layers=2,
+            layer_types=[WINDOW, FULL, WINDOW, FULL],
+            sliding_window=64,
+            intermediate_size=[256] * 4,
+            hidden_size_per_layer_input=64,
+            vocab_size_per_layer_input=512,
+            laurel_rank=16,
+            altup_num_inputs=2,
+            activation_sparsity_pattern=[0.0] * 4,
+        )
+    ),
+    "gemma-4": model(
+        "Gemma4ForCausalLM",
+        "gemma4_text",
+        **WINDOWS,
+        global_head_dim=512,
+        hidden_size_per_layer_input=64,
+        vocab_size_per_layer_input=512,
+    ),
+    "gemma-4-e2b": no_eviction(
+        model(
+            "Gemma4ForCausalLM",
+            "gemma4_text",
+            num_hidden_layers=6,
+            num_kv_shared_layers=3,
+            layer_types=[WINDOW, FULL, WINDOW, WINDOW, FULL, FULL],
+            sliding_window=64,
+            global_head_dim=128,
+            use_double_wide_mlp=True,
+            hidden_size_per_layer_input=64,
+            vocab_size_per_layer_input=512,
+        )
+    ),
+}
+"""Layers that read what others have cached, and heads of another size beside them."""
+
 STATES: dict[str, Model] = {
     "qwen3.5": in_bfloat16(model("Qwen3_5ForCausalLM", "qwen3_5_text", **DELTA)),
     "qwen3-next": in_bfloat16(
@@ -300,4 +348,4 @@ REFUSED: dict[str, Model] = {
 }
 """What is refused, with the reason."""
 
-MODELS: dict[str, Model] = {**CLASSIC, **LOGITS, **STATES, **REFUSED}
+MODELS: dict[str, Model] = {**CLASSIC, **LOGITS, **SHARED, **STATES, **REFUSED}

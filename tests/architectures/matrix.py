@@ -92,7 +92,7 @@ def run(name: str, methods: tuple[str, ...] = tuple(METHODS)) -> Row:
     with tempfile.TemporaryDirectory() as temporary:
         folder = one.write(Path(temporary) / name)
         if name in REFUSED:
-            _refuse(row, folder)
+            row.refusal, row.faults = _refusal(one, folder, ALL_READ)
             return row
         dense, _ = answers(one, folder, "CPU_ATTN", {})
         if len({tuple(answer) for answer in dense}) < len(dense) / 2:
@@ -102,6 +102,10 @@ def run(name: str, methods: tuple[str, ...] = tuple(METHODS)) -> Row:
             again, _ = answers(one, folder, "CPU_ATTN", {}, max_num_batched_tokens=64)
             n_like_itself = same(again, dense)
         for method in methods:
+            if method in one.without:
+                row.cells[method] = "refused"
+                row.faults += _refusal(one, folder, method)[1]
+                continue
             found, layers = answers(one, folder, *METHODS[method])
             n_first = sum(a[0] == b[0] for a, b in zip(found, dense, strict=True))
             if method == ALL_READ:
@@ -124,17 +128,14 @@ def _judge_all_read(row: Row, n_same: int, n_like_itself: int, n_all: int) -> No
         row.faults.append(f"{n_same} of {n_all} answers are stock's; of its own in other chunks {n_like_itself} are")
 
 
-def _refuse(row: Row, folder: Path) -> None:
+def _refusal(one: Model, folder: Path, method: str) -> tuple[str, list[str]]:
+    """What a method's start says of a model that it refuses, and what must not be."""
     try:
-        answers(MODELS[row.name], folder, *METHODS[ALL_READ])
+        answers(one, folder, *METHODS[method])
     except (ValueError, NotImplementedError) as error:
         found = re.search(r"vllm-sparq cannot start: (.*?)(?: \[type=|$)", str(error), re.DOTALL)
-        if found is None:
-            row.faults.append(f"refused in other words: {error}")
-        else:
-            row.refusal = found[1].strip()
-        return
-    row.faults.append("not refused")
+        return ("", [f"refused in other words: {error}"]) if found is None else (found[1].strip(), [])
+    return "", ["not refused"]
 
 
 def main() -> int:

@@ -27,8 +27,12 @@ def register() -> None:
             """Nothing."""
 
         def load_weights(self, model: torch.nn.Module, model_config: Any) -> None:
+            scaled = "gemma" in model_config.hf_text_config.model_type
             for name, parameter in model.named_parameters():
-                parameter.data.copy_(values(name, parameter))
+                found = values(name, parameter)
+                if scaled and "embed_tokens" in name:  # tied, and multiplied in the model: else all it does is echo
+                    found /= parameter.shape[-1]
+                parameter.data.copy_(found)
 
     register_model_loader(LOAD_FORMAT)(SeededLoader)
 

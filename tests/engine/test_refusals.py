@@ -190,12 +190,18 @@ CASES: dict[str, Case] = {
         architectures=["WhisperForConditionalGeneration"],
         model_type="whisper",
     ),
-    "shared KV cache": model(
-        rf"num_kv_shared_layers=2{DENSE}",
-        architectures=["Gemma3nForCausalLM"],
-        model_type="gemma3n_text",
-        num_kv_shared_layers=2,
-        layer_types=["full_attention"] * 4,
+    "eviction from shared KV caches": Case(
+        r"retention='heavy_hitter' evicts tokens from caches .*num_kv_shared_layers=2\): use retention",
+        model=dict(
+            architectures=["Gemma3nForCausalLM"],
+            model_type="gemma3n_text",
+            num_kv_shared_layers=2,
+            layer_types=["full_attention"] * 4,
+        ),
+        options=EVICTING,
+    ),
+    "rows left out over shared KV caches": arguments(
+        r"--kv-sharing-fast-prefill leaves rows out .*: leave it out", kv_sharing_fast_prefill=True
     ),
     "no attention": model(
         rf"^(?s:(?!.*larger than).*)the model has no attention layers{DENSE}",  # whatever options would say of no heads

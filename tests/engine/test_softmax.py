@@ -1,4 +1,4 @@
-"""Models whose softmax is not of the tokens alone: tiny ones with random weights, beside stock vLLM."""
+"""Models whose softmax is not of the tokens alone, and whose layers share caches: tiny ones, beside stock vLLM."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ from typing import Any
 import pytest
 
 from tests.architectures import seeded
-from tests.architectures.configurations import LOGITS
+from tests.architectures.configurations import LOGITS, SHARED
 from tests.engine.support import Prompts
 from tests.engine.test_states import counted
 
 pytestmark = pytest.mark.engine
 
-NAMES = ("gpt-oss", "gemma-2")
+MODELS = {**LOGITS, **SHARED}
+NAMES = ("gpt-oss", "gemma-2", "gemma-3n", "gemma-4-e2b")
 ALL_READ: dict[str, Any] = {"compression": 1, "k": 4096, "dense_below": 0}
 N_BLOCKS = 44
 """Of 128 tokens: too few for all of the prompts, more than the longest needs."""
@@ -37,7 +38,7 @@ def token_prompts() -> list[list[int]]:
 def test_with_nothing_left_out_it_is_dense(name: str, tmp_path: Path, token_prompts: Any, engine: Any) -> None:
     """In chunks, from cached blocks, and after preemptions."""
     seeded.register()
-    folder = LOGITS[name].write(tmp_path)
+    folder = MODELS[name].write(tmp_path)
     with engine("CPU_ATTN", {}, **arguments(folder)) as llm:
         dense = Prompts.answers(llm, token_prompts)
     assert len({tuple(answer) for answer in dense}) == len(dense)

@@ -13,6 +13,7 @@ from tests.ops.cases import ALL, KERNELS, Case, build, each, load
 from tests.ops.cases import device_of as device
 from tests.ops.test_attention import BEFORE, scored, scores_of, with_scores
 from tests.ops.test_checks import CONTRACTS, DECODES, arguments
+from tests.ops.test_oracle import check
 from vllm_sparq.reads import SpansRead, SparqRead
 
 CUT = Case(heads=3, kv_heads=1, lens=(600,), sinks=True)
@@ -31,6 +32,17 @@ def decoded(case: Case, implementation: str, *, op: str, **options: Any) -> torc
     if op == "quest_decode":
         case = replace(case, ranking="bounds", value_sum=False)
     return build(case, device=device(implementation)).decode(load(op, implementation), **options).cpu()
+
+
+@pytest.mark.parametrize("reduce", ["logits", "probs"])
+@pytest.mark.parametrize("floor", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("mass", [None, 0.05, 0.6, 0.9])
+@pytest.mark.parametrize("changes", [{"sinks": True}, {"soft_cap": 2.0}, {"sinks": True, "soft_cap": 5.0}], ids=str)
+def test_the_reference_is_the_oracle(changes: dict[str, Any], mass: float | None, floor: float, reduce: str) -> None:
+    """Some sinks far above all tokens, some far below; caps that many logits would exceed."""
+    case = replace(Case(heads=10, kv_heads=2, lens=(1, 0, 16, 47, 48, 100, 161)), **changes)
+    read = SparqRead(r=16, min_k=20, local=3, alpha_floor=floor, group_reduce=reduce, mass=mass, dense_below=20)  # type: ignore[arg-type]
+    check(case, case.tokens(), read)
 
 
 @pytest.mark.parametrize(("implementation", "name"), each(OPS, implementations=KERNELS))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
@@ -12,6 +13,7 @@ from tests.ops.cases import ALL, Case, build, each, load
 from tests.ops.cases import device_of as device
 from tests.ops.shapes import FORMATS, SHAPES, TINY, TINY_FORMATS
 from tests.ops.sparq_checks import assert_right, tokens_read
+from tests.ops.test_oracle import by_hand
 from tests.ops.test_sparq_decode import LONG, LONG_FORMATS, exact_tokens, ranked
 from vllm_sparq.reads import SparqRead
 
@@ -77,3 +79,33 @@ def test_peaked_attention_reads_fewer(implementation: str) -> None:
         tokens = exact_tokens(case, 100, key, torch.zeros(100, 1, 64))
         adaptive = replace(read, mass=mass, least_k=least_k)
         assert tokens_read(run, build(case, tokens, device=on), adaptive)[0, 0].tolist() == want
+
+
+def test_by_hand_mass() -> None:
+    # q = (2, 2, 2, 2, 0, ..) and r = 4, so the scores are the exact logits: 1/4 * 2 * K[0] = ln 4, ln 3, ln 2, ln 1,
+    # of which softmax makes 0.4, 0.3, 0.2, 0.1. The current token 3 comes first (0.1), then tokens 0 (0.5 together), 1
+    # (0.8) and 2. V is 10, 20, 30, 40: the exact parts of one to three tokens are 40, (0.4 * 10 + 0.1 * 40) / 0.5 = 16
+    # and (4 + 6 + 4) / 0.8 = 17.5. k = 2, so three tokens are the most.
+    query, keys = np.zeros((1, 16)), np.zeros((4, 16))
+    query[0, :4] = 2
+    keys[:, 0] = 2 * np.log([4, 3, 2, 1])
+    values = np.repeat([[10.0], [20.0], [30.0], [40.0]], 16, axis=1)
+    read = SparqRead(r=4, min_k=2, local=0, alpha_floor=1.0)
+    for mass, least_k, want in [
+        (None, 1, 17.5),
+        (0.05, 1, 16.0),  # the current token holds it, and one more is the least
+        (0.49, 1, 16.0),
+        (0.51, 1, 17.5),
+        (0.79, 1, 17.5),
+        (0.95, 1, 17.5),  # three are the most
+        (0.05, 2, 17.5),
+        (0.05, 9, 17.5),  # the least is no more than the most
+    ]:
+        out = by_hand(query, keys, values, replace(read, mass=mass, least_k=least_k))
+        np.testing.assert_allclose(out, want, rtol=1e-6)
+    # alpha is what is read: 0.5 of 16 and 0.5 of the mean, 25.
+    out = by_hand(query, keys, values, replace(read, mass=0.49, alpha_floor=0.0))
+    np.testing.assert_allclose(out, 20.5, rtol=1e-6)
+    # The newest are read whatever they hold: tokens 2 and 3, (0.2 * 30 + 0.1 * 40) / 0.3.
+    out = by_hand(query, keys, values, replace(read, mass=0.05, local=1))
+    np.testing.assert_allclose(out, 100 / 3, rtol=1e-6)
