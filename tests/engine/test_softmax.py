@@ -16,7 +16,13 @@ from tests.engine.test_states import counted
 pytestmark = pytest.mark.engine
 
 MODELS = {**LOGITS, **SHARED}
-NAMES = ("gpt-oss", "gemma-2", "gemma-3n", "gemma-4-e2b")
+NAMES = (
+    "gpt-oss",
+    pytest.param("gemma-2", marks=pytest.mark.long),
+    pytest.param("gemma-3n", marks=pytest.mark.long),
+    "gemma-4-e2b",
+)
+"""Soft caps have the tests of the ops beside them, and Gemma 4 shares caches as Gemma 3n does."""
 ALL_READ: dict[str, Any] = {"compression": 1, "k": 4096, "dense_below": 0}
 N_BLOCKS = 44
 """Of 128 tokens: too few for all of the prompts, more than the longest needs."""

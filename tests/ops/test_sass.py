@@ -8,7 +8,7 @@ import pytest
 
 from tests.ops.test_triton_aot import run_ahead_of_time
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.long]
 
 MOST_PER_TOKEN = {
     ("model", "score_kernel"): 2.2,
