@@ -31,7 +31,7 @@ def last_bin(case: Case, tokens: Tokens, read: SparqRead) -> int:
     query = world.query[:1]
     plan = sparq.make_plan(query, world.pages, world.block_table, read)
     work = sparq.Scratch(plan, ON)
-    sparq.score(plan, work, query, world.pages, world.block_table, world.seq_lens, case.scale)
+    sparq.score(plan, work, query, world.pages, world.block_table, world.seq_lens, case.scale, None, None)
     counts = work.counts[0].sum(0)
     assert counts.sum() == case.lens[0]
     above = counts.flip(0).cumsum(0).flip(0)

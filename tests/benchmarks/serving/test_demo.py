@@ -82,11 +82,11 @@ def test_questions_alternate_over_even_depths_and_fit() -> None:
 @pytest.mark.parametrize(
     ("given", "context", "expected"),
     [
-        (dict(dense_below=0), 4096, 257),  # k = 4096 / 16, and the current token
-        (dict(dense_below=0), 512, 129),  # k is at least 128
+        (dict(dense_below=0), 4096, 449),  # k = 7/64 of 4096, and the current token
+        (dict(dense_below=0), 512, 257),  # k is at least 256
         (dict(dense_below=0), 100, 100),
         (dict(dense_below=5000), 4096, 4096),
-        (dict(dense_below=0, dense_layers=2), 4096, round((2 * 4096 + 2 * 257) / 4)),
+        (dict(dense_below=0, dense_layers=2), 4096, round((2 * 4096 + 2 * 449) / 4)),
         (dict(dense_below=0, dense_layers=9), 4096, 4096),
         (dict(read="dense"), 4096, 4096),
     ],
@@ -119,13 +119,13 @@ def test_bad_usage_is_told_before_anything_starts(
 def test_the_table_shows_both_answers_and_what_was_read() -> None:
     text = printed(made_up_run(" 12345.", " 99999."))
     line = next(line for line in text.splitlines() if line.strip().startswith("needle"))
-    words = "needle 1,000 25% The key of balu is 12345 ✓ ✗ 99999. 129 / 1,001 10.0 / 20.0"
+    words = "needle 1,000 25% The key of balu is 12345 ✓ ✗ 99999. 257 / 1,001 10.0 / 20.0"
     assert " ".join(line.split()) == words
     assert "1 × PagedImpl (backend SPARQ)" in text
     assert "write, prefill: cpu (AVX2)" in text
     flat = " ".join(text.split())
     assert "SparQ answered 1 of 1 in full, dense attention 0 (mean score 1.00 and 0.00)" in flat
-    assert "read 129 of them, 7.8 times fewer" in flat
+    assert "read 257 of them, 3.9 times fewer" in flat
     assert "10.0 ms with SparQ and 20.0 ms with dense attention (0.50 times as long)" in flat
 
 
@@ -141,7 +141,7 @@ def test_a_narrow_terminal_gets_fewer_columns(width: int, question: bool, answer
     assert max(map(len, lines)) <= width
     text = "\n".join(lines)
     assert ("balu" in text, "12345" in text) == (question, answer)
-    assert "129 / 1,001" in text
+    assert "257 / 1,001" in text
 
 
 def test_json_has_answers_scores_and_workers() -> None:
@@ -149,7 +149,7 @@ def test_json_has_answers_scores_and_workers() -> None:
     (question,) = report["questions"]
     assert question["sparq"]["score"] == 1.0
     assert question["dense"]["text"] == " 99999."
-    assert question["tokens_read"] == {"sparq": 129, "dense": 1001}
+    assert question["tokens_read"] == {"sparq": 257, "dense": 1001}
     assert report["workers"]["sparq"]["ops"] == OURS["layer 0"]["ops"]
     assert report["ms_per_token_at_longest"] == {"sparq": 10.0, "dense": 20.0}
 
@@ -185,7 +185,7 @@ def test_a_real_run_answers_and_leaves_nothing(tmp_path: Path) -> None:
     assert "Sparq" not in report["workers"]["dense"]["classes"]
     assert [question["task"] for question in report["questions"]] == ["needle", "repetition"]
     for question in report["questions"]:
-        assert question["tokens_read"]["sparq"] == 129
+        assert question["tokens_read"]["sparq"] == 257
         assert question["n_prompt_tokens"] > 590
         assert question["sparq"]["n_tokens"] > 1
         assert question["sparq"]["decode_s"] > 0
