@@ -67,10 +67,8 @@ def run_engine(prompts: list[list[int]], env: dict[str, str] | None = None, **en
     return json.loads(done.stdout.split("RESULT")[1])
 
 
-@pytest.mark.parametrize(
-    "workers",
-    [pytest.param(1, id="spawn", marks=pytest.mark.long), pytest.param(2, id="tensor parallel 2")],
-)
+@pytest.mark.long
+@pytest.mark.parametrize("workers", [1, 2], ids=["spawn", "tensor parallel 2"])
 def test_class_in_the_worker(workers: int, prompts: Prompts, sparse_alone: dict[int, list[int]]) -> None:
     chosen = [0, 4, 6, 9]
     result = run_engine([prompts.mixed[i] for i in chosen], tensor_parallel_size=workers)
