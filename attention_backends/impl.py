@@ -136,7 +136,8 @@ class PagedImpl(AttentionImpl[PagedMetadata | EvictingMetadata]):
         if isinstance(attn_metadata, PagedMetadata):
             self._attend(attn_metadata, query, key, value, pages, output)
             return output
-        assert key is not None and value is not None  # noqa: PT018  eviction is refused where caches are shared
+        assert key is not None  # eviction is refused where caches are shared
+        assert value is not None
         for turn in attn_metadata.turns:
             if turn.eviction is not None:
                 eviction = turn.eviction
@@ -197,7 +198,8 @@ class PagedImpl(AttentionImpl[PagedMetadata | EvictingMetadata]):
         if self._source is not None:
             assert self._source._brought is not None
             return self._source._brought
-        assert key is not None and value is not None  # noqa: PT018
+        assert key is not None
+        assert value is not None
         rows = step.prefill
         if rows is not None and self._looks_at_keys and key.shape[0] >= LEAST_TOKENS:
             self._look_at_keys(key, pages)
