@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 logger = init_logger("vllm.sparq")
 
 
-class PromptCachingMixin:
+class PromptCachingMixin(DraftsInPagesMixin):
     """What both schedulers add to vLLM's own."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -125,7 +125,7 @@ def _dense_up_to(engine: PagedEngine, heads: HeadShape, asked: str | None, max_m
     return options.read_of(heads).dense_up_to(max_model_len)
 
 
-class PromptCachingScheduler(DraftsInPagesMixin, PromptCachingMixin, Scheduler):
+class PromptCachingScheduler(PromptCachingMixin, Scheduler):
     """vLLM's scheduler that takes for a prompt what a prompt has written."""
 
 

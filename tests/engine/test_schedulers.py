@@ -74,6 +74,16 @@ def test_ours_where_drafts_must_not_fill_a_block(backend: str, options: dict[str
         chosen(backend, options, speculative_config=NGRAM, scheduler_cls=THEIRS)
 
 
+@pytest.mark.parametrize("named", [*PROMPT_CACHING, *EVICTING])
+def test_drafts_fill_no_block_under_any_of_ours_that_may_be_named(named: str) -> None:
+    from vllm.utils.import_utils import resolve_obj_by_qualname
+
+    from vllm_sparq.scheduler.drafting import DraftsInPagesMixin
+
+    assert chosen("sparq", {"format": "int4"}, speculative_config=NGRAM, scheduler_cls=named) == named
+    assert issubclass(resolve_obj_by_qualname(named), DraftsInPagesMixin)
+
+
 @pytest.mark.parametrize("backend", ["kivi", "flexgen"])
 def test_vllms_own_where_they_are(backend: str) -> None:
     assert chosen(backend, {}) is None
