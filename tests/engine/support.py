@@ -36,6 +36,9 @@ ENGINE: dict[str, Any] = {
 }
 """Arguments of every engine that a test does not set otherwise."""
 
+NGRAM = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 4, "prompt_lookup_min": 2}
+"""Drafts that the prompt itself gives. They load llvmlite, over which vLLM stumbles when it starts a second engine."""
+
 
 def environment() -> None:
     """Small, offline, in-process engines."""

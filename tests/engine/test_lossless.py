@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.engine.support import EXACT, Prompts
+from tests.engine.support import EXACT, NGRAM, Prompts
 
 pytestmark = pytest.mark.engine
 
@@ -23,7 +23,6 @@ READS: dict[str, dict[str, Any]] = {
 }
 ASYNC = "vllm.v1.core.sched.async_scheduler.AsyncScheduler"
 OURS = "vllm_sparq.scheduler.prompts.PromptCachingScheduler"
-NGRAM = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 4, "prompt_lookup_min": 2}
 OTHER = {"method": "custom_class", "model": "some.Proposer", "num_speculative_tokens": 2}
 DRAFTS_ITSELF = "is speculative decoding itself: leave --speculative-config out"
 REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {

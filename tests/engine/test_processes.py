@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.engine.support import EXACT, MODEL, Prompts
+from tests.engine.support import EXACT, MODEL, NGRAM, Prompts
 
 pytestmark = pytest.mark.engine
 
@@ -31,8 +31,6 @@ if __name__ == "__main__":
     main(json.loads(sys.argv[1]))
 """
 
-NGRAM = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 4, "prompt_lookup_min": 2}
-"""Drafts that the prompt itself gives. They load llvmlite, over which vLLM stumbles when it starts a second engine."""
 
 ONE_PROCESS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
 """Spares loading vLLM once more, for an engine core of its own."""

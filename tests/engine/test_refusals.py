@@ -18,11 +18,10 @@ from typing import Any
 
 import pytest
 
-from tests.engine.support import MODEL
+from tests.engine.support import MODEL, NGRAM
 
 pytestmark = pytest.mark.engine
 
-NGRAM = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 4, "prompt_lookup_min": 2}
 EVICTING = {"retention": "heavy_hitter", "budget": 512}
 FP8_SCHEME = {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False, "symmetric": True}
 # Weights stay as they are: vLLM has no FP8 matrix products on CPU.

@@ -6,12 +6,11 @@ from typing import Any
 
 import pytest
 
-from tests.engine.support import MODEL
+from tests.engine.support import MODEL, NGRAM
 from vllm_sparq.platform import EVICTING, PROMPT_CACHING
 
 pytestmark = pytest.mark.engine
 
-NGRAM = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 4, "prompt_lookup_min": 2}
 THEIRS = "vllm.v1.core.sched.async_scheduler.AsyncScheduler"
 
 

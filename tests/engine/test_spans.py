@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from tests.engine.support import EXACT, Prompts
-from tests.engine.test_processes import NGRAM, ONE_PROCESS, run_engine
+from tests.engine.support import EXACT, NGRAM, Prompts
+from tests.engine.test_processes import ONE_PROCESS, run_engine
 from tests.engine.test_sameness import RUNS
 
 pytestmark = pytest.mark.engine
