@@ -56,9 +56,9 @@ RUNS: dict[str, dict[str, Any]] = {
 @pytest.fixture(autouse=True)
 def _drafting_always_pays(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is drafted does not follow the clock of the machine that tests."""
-    from vllm_sparq.attention_backends.pace import Rates
+    from vllm_sparq.attention_backends.pace import Pace
 
-    monkeypatch.setattr(Rates, "wants_drafts", lambda self: True)
+    monkeypatch.setattr(Pace, "always", True)
 
 
 @pytest.fixture(scope="module")
