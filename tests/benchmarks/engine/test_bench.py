@@ -67,7 +67,7 @@ def test_methods_and_options_add_up_and_dense_is_always_there() -> None:
 
 
 def test_a_step_of_several_tokens_is_as_fast_as_its_tokens() -> None:
-    engines: Any = {"dense": Sleeper(0.002), "no attention": Sleeper(0.001), "sparq": Sleeper(0.004, 4)}
+    engines: Any = {"dense": Sleeper(0.02), "no attention": Sleeper(0.01), "sparq": Sleeper(0.04, 4)}
     measured = engine_bench.measure_case(Case(context=8, batch=1), engines, rounds=2, steps=5)
     assert measured[2]["tokens_per_step"] == 4
     assert measured[2]["acceptance"] == [1, 1, 1]
