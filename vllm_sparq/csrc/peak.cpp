@@ -14,7 +14,7 @@ template <class M>
 float multiply(int64_t rounds) {
   Vec sums[SUMS];
 #pragma GCC unroll 16
-  for (Vec& sum : sums) sum = zero();
+  for (int i = 0; i < SUMS; ++i) sums[i] = set1((float)i);  // equal ones would be computed once
   const Vec a = rounded(set1(0.5f)), b = rounded(set1(0.25f));
   for (int64_t i = 0; i < rounds; ++i)
 #pragma GCC unroll 16
