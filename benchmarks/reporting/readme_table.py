@@ -8,6 +8,7 @@ machines or instruction sets: a cell without its partner stays empty until it is
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -41,6 +42,9 @@ BESIDE = {
 LENGTH = 1024
 TASKS = ("needle", "recall", "repetition", "map")
 """Of the answers: prompt tokens, and what is asked."""
+
+BY_CONTEXT = ("needle", "recall", "repetition")
+"""What is asked at several lengths."""
 
 BLOCKS = {
     '`kivi2`, `"chunk": "exact"`': 'kivi2 {"chunk": "exact"}',
@@ -136,6 +140,21 @@ def _beside(one: Record, sparq: Record) -> str:
     return _factor(one["speedup_vs_vllm"]) + (f" (of {_factor(one['amdahl_bound'])})" if elsewhere else "")
 
 
+def lossless_rows(records: Sequence[Record]) -> list[str]:
+    """Markdown: a line per model, context and batch that an engine which drafts for itself was measured at."""
+    of_engines = [r for r in records if r.get("bench") == "engine"]
+    found = [r for r in of_one_machine(of_engines) if r["options"].get("lossless")]
+    titles = ["model", "context", "batch", "vLLM", "`lossless`", "tokens a step", "drafts accepted, by position"]
+    lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
+    for r in {(r["model"], r["context"], r["batch"]): r for r in found}.values():
+        accepted = " ".join(f"{share:.2f}" for share in r["acceptance"])
+        cells = [r["model"], f"{r['context']:,}", str(r["batch"])]
+        cells += [f"{r['median_tpot_ms'] * r['speedup_vs_vllm']:.1f} ms"]
+        cells += [f"{r['median_tpot_ms']:.1f} ms, {_times(r['speedup_vs_vllm'])}"]
+        lines.append(f"| {' | '.join([*cells, format(r.get('tokens_per_step', 1.0), '.2f'), accepted])} |")
+    return lines
+
+
 def pressure_rows(records: Sequence[Record]) -> list[str]:
     """Markdown: a line per engine of the newest run of the trace that overfills the pool."""
     found = [r for r in records if r.get("bench") == "pressure" and r["output_len"] == 700]
@@ -194,10 +213,11 @@ def quality_rows(records: Sequence[Record]) -> list[str]:
 
 def contexts_rows(records: Sequence[Record]) -> list[str]:
     """Markdown: dense and SparQ at 1/8, a line per task, a column per length; the newest of each."""
-    found = {(r["task"], r["length"]): r for r in records if r.get("bench") == "quality" and r["method"] == SPARQ_8}
+    of_sparq = [r for r in records if r.get("bench") == "quality" and r["method"] == SPARQ_8]
+    found = {(r["task"], r["length"]): r for r in of_sparq if r["task"] in BY_CONTEXT}
     lengths = sorted({length for _, length in found})
     lines = [f"| task | {' | '.join(f'{n:,}' for n in lengths)} |", "|" + "---|" * (len(lengths) + 1)]
-    for task in ("needle", "recall", "repetition"):
+    for task in BY_CONTEXT:
         cells = []
         for length in lengths:
             one = found.get((task, length))
@@ -241,16 +261,31 @@ TABLES: dict[str, Callable[[Sequence[Record]], list[str]]] = {
     "methods": methods_rows,
     "ops": ops_rows,
     "engine": engine_rows,
+    "lossless": lossless_rows,
     "pressure": pressure_rows,
     "memory": memory_rows,
     "quality": quality_rows,
-    "real": real_rows,
+    "contexts": contexts_rows,
+    "blocks": blocks_rows,
+    "real": partial(real_rows, model="smollm2-135m", lengths=(1024, 4096, 8000)),
+    "gemma": partial(real_rows, model="gemma3-270m", lengths=(4096,)),
 }
 """Name in a document's comments -> how the table is made."""
 
 DOCUMENTS = {
     ROOT / "README.md": ("methods",),
-    ROOT / "docs" / "results.md": ("ops", "engine", "pressure", "memory", "quality", "real"),
+    ROOT / "docs" / "results.md": (
+        "ops",
+        "engine",
+        "lossless",
+        "pressure",
+        "memory",
+        "quality",
+        "contexts",
+        "blocks",
+        "real",
+        "gemma",
+    ),
 }
 """Document -> its tables."""
 

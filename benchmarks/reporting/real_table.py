@@ -1,4 +1,4 @@
-"""The table of docs/results.md on a real model: text, beside dense, by context."""
+"""The tables of docs/results.md on real models: text, beside dense, by context."""
 
 from __future__ import annotations
 
@@ -7,8 +7,6 @@ from typing import Any
 
 Record = Mapping[str, Any]
 
-MODEL = "smollm2-135m"
-LENGTHS = (1024, 4096, 8000)
 METHODS = {
     "sparq 1/2": "`sparq`, compression 2",
     "sparq 1/4": "`sparq`, compression 4",
@@ -28,17 +26,17 @@ METHODS = {
 """Name in the records -> in the table."""
 
 
-def real_rows(records: Sequence[Record]) -> list[str]:
-    """Markdown: bits per byte and KL divergence beside dense, the newest of each method and length."""
+def real_rows(records: Sequence[Record], *, model: str, lengths: Sequence[int]) -> list[str]:
+    """Markdown: bits per byte and KL divergence of a model beside dense, the newest of each method and length."""
     newest = {
         (record["method"], record["length"]): record
         for record in records
-        if record.get("bench") == "quality" and record.get("model") == MODEL and record.get("task") == "text"
+        if record.get("bench") == "quality" and record.get("model") == model and record.get("task") == "text"
     }
-    lengths = [f"{length:,}: bits per byte | KL | top changed" for length in LENGTHS]
-    lines = [f"| | {' | '.join(lengths)} |", "|---" * (1 + 3 * len(LENGTHS)) + "|"]
+    titles = [f"{length:,}: bits per byte | KL | top changed" for length in lengths]
+    lines = [f"| | {' | '.join(titles)} |", "|---" * (1 + 3 * len(lengths)) + "|"]
     for method, name in METHODS.items():
-        cells = [_cells(newest.get((method, length))) for length in LENGTHS]
+        cells = [_cells(newest.get((method, length))) for length in lengths]
         if any(cell.strip(" |") for cell in cells):
             lines.append(f"| {name} | {' | '.join(cells)} |")
     return lines

@@ -7,7 +7,15 @@ from pathlib import Path
 import pytest
 
 from vllm_sparq.benchmarks.common.records import read_records
-from vllm_sparq.benchmarks.reporting.readme_table import DOCUMENTS, RESULTS, TABLES, engine_rows, filled, memory_rows
+from vllm_sparq.benchmarks.reporting.readme_table import (
+    DOCUMENTS,
+    RESULTS,
+    TABLES,
+    engine_rows,
+    filled,
+    lossless_rows,
+    memory_rows,
+)
 
 
 def engine(method: str, speed: float, bound: float = 2.0) -> dict[str, object]:
@@ -76,3 +84,10 @@ def test_the_newest_run_counts_and_another_run_brings_its_own_bound() -> None:
     sparq = 'sparq {"r": 16, "k": 128}'
     lines = engine_rows([engine(sparq, 1.2), engine(sparq, 1.5), engine("kivi", 0.8), engine("h2o", 1.6, bound=1.7)])
     assert lines[2:] == ["| 8k | 4 | 100.0 ms | 66.7 ms, **1.50x** | 75% |  |  | 0.80x | 1.60x (of 1.70x) | 2.00x |"]
+
+
+def test_engines_that_draft_have_a_table_of_their_own() -> None:
+    drafting = engine('sparq {"lossless": true}', 2.0) | {"model": "m", "options": {"lossless": True}}
+    drafting |= {"tokens_per_step": 2.9, "acceptance": [0.98, 0.9]}
+    lines = lossless_rows([engine("dense", 1.0), drafting | {"speedup_vs_vllm": 9.0}, drafting])
+    assert lines[2:] == ["| m | 8,192 | 4 | 100.0 ms | 50.0 ms, **2.00x** | 2.90 | 0.98 0.90 |"]
