@@ -136,7 +136,7 @@ def measure(
 def measure_case(case: Case, engines: Mapping[str, EngineProcess], *, rounds: int, steps: int) -> list[dict[str, Any]]:
     """Time per output token of each engine, in turns.
 
-    A step is as long as half of its kind are; where drafts are verified it gives each request several tokens.
+    That of a step is the median of all; where drafts are verified, the median of turns counts.
     """
     turns = {name: Turn() for name in engines}
     for engine in engines.values():
@@ -145,7 +145,7 @@ def measure_case(case: Case, engines: Mapping[str, EngineProcess], *, rounds: in
         for name, engine in engines.items():
             measured = engine.ask("decode", steps)
             if turn:  # the first turn warms up
-                turns[name].add(measured)
+                turns[name].add(measured, case.batch)
     for name, engine in engines.items():
         turns[name].verified = engine.ask("verified", VERIFIED_STEPS)
     dense_ms, skipped_ms = (_median_tpot_ms(turns[name], case) for name in (DENSE, SKIPPED))
@@ -153,25 +153,27 @@ def measure_case(case: Case, engines: Mapping[str, EngineProcess], *, rounds: in
 
 
 def _median_tpot_ms(turn: Turn, case: Case) -> float:
-    return 1e3 * statistics.median(turn.seconds) / turn.tokens_per_step(case.batch)
+    return 1e3 * statistics.median(turn.times_per_token(case.batch))
 
 
 def _record(name: str, case: Case, turn: Turn, *, dense_ms: float, bound: float) -> dict[str, Any]:
-    n_tokens, ms = turn.tokens_per_step(case.batch), _median_tpot_ms(turn, case)
-    tenths = statistics.quantiles(turn.seconds, n=10)
+    ms, tenths = _median_tpot_ms(turn, case), statistics.quantiles(turn.times_per_token(case.batch), n=10)
     record = {
         "method": name,
         **asdict(case),
         "threads": os.cpu_count(),
         "median_tpot_ms": round(ms, 3),
-        "p10_tpot_ms": round(1e3 * tenths[0] / n_tokens, 3),
-        "p90_tpot_ms": round(1e3 * tenths[-1] / n_tokens, 3),
+        "p10_tpot_ms": round(1e3 * tenths[0], 3),
+        "p90_tpot_ms": round(1e3 * tenths[-1], 3),
         "speedup_vs_vllm": round(dense_ms / ms, 3),
         "amdahl_bound": round(bound, 3),
         "share_of_bound": round(dense_ms / ms / bound, 3),
     }
     if turn.verified:
-        record |= {"tokens_per_step": round(n_tokens, 3), "acceptance": acceptance(turn.verified)}
+        record |= {
+            "tokens_per_step": round(turn.tokens_per_step(case.batch), 3),
+            "acceptance": acceptance(turn.verified),
+        }
     return record
 
 

@@ -14,22 +14,29 @@ class Turn:
     Attributes:
         seconds: of each step.
         n_tokens: that its steps gave all requests.
+        per_token: seconds, by turn where several are added up.
         verified: how many drafts a request had brought, and how many of them were taken; of every request and step that
             brought any.
     """
 
     seconds: list[float] = field(default_factory=list)
     n_tokens: int = 0
+    per_token: list[float] = field(default_factory=list)
     verified: list[tuple[int, int]] = field(default_factory=list)
 
-    def add(self, other: Turn) -> None:
+    def add(self, other: Turn, batch: int) -> None:
         """Another turn of the same engine."""
         self.seconds += other.seconds
         self.n_tokens += other.n_tokens
+        self.per_token.append(sum(other.seconds) * batch / other.n_tokens)
 
     def tokens_per_step(self, batch: int) -> float:
         """Of a request; 1 without drafts."""
         return self.n_tokens / (len(self.seconds) * batch)
+
+    def times_per_token(self, batch: int) -> list[float]:
+        """Seconds of every step; or of every turn, where steps give more than one token, and not all as many."""
+        return self.seconds if self.n_tokens == len(self.seconds) * batch else self.per_token
 
 
 def acceptance(verified: Sequence[tuple[int, int]]) -> list[float]:

@@ -63,7 +63,7 @@ LONG_FORMATS = tuple(
 QUANTIZED_CASES = (*map(ranked, FORMATS), *LONG_FORMATS)
 PROBED = (
     TINY_FORMATS[0],
-    replace(TINY_FORMATS[3], heads=1, kv_heads=1, head_size=128, group_size=16, lens=(40,), dtype=torch.bfloat16),
+    replace(TINY_FORMATS[3], heads=1, kv_heads=1, head_size=64, group_size=16, lens=(36,), dtype=torch.bfloat16),
 )
 """For the Triton interpreter: few launches tell what they read."""
 
