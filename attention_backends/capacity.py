@@ -27,6 +27,7 @@ from vllm.v1.core import kv_cache_utils
 from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheSpec
 from vllm.v1.worker.utils import customize_attention_spec
 
+from vllm_sparq.attention_backends.chunks import chunks_elsewhere
 from vllm_sparq.attention_backends.engine import selected_backends
 from vllm_sparq.attention_backends.found import layers_by_backend, silence_refusal
 from vllm_sparq.attention_backends.keys import biased_projections
@@ -152,7 +153,7 @@ def _built(vllm_config: Any) -> tuple[dict[str, KVCacheSpec], int]:
     with _one_rank(), set_current_vllm_config(vllm_config):
         ropes = set(_ROPE_DICT)
         try:
-            with set_default_torch_dtype(model.dtype), torch.device("meta"):
+            with set_default_torch_dtype(model.dtype), torch.device("meta"), chunks_elsewhere(vllm_config):
                 n_biased_keys = biased_projections(initialize_model(vllm_config))
             current_platform.update_block_size_for_backend(vllm_config)  # as executors do
         finally:

@@ -32,10 +32,13 @@ LONG_CONTEXT = 32768
 """Tokens from which a context is long: sharing and allocating whole blocks of 256 tokens costs next to nothing then."""
 
 BLOCK_SIZE = "sparq_block_size"
-"""Our second key in vLLM's ``additional_config``, written by our platform for models that have sliding windows or
+"""Our second key in vLLM's ``additional_config``, written by our platform for models that have windows, chunks or
 states too: tokens per page of the full-attention layers. vLLM's own number becomes the smallest of all kinds of layers
 once it knows all; or, beside layers with a state, as large as a state."""
 
+
+LOCAL_KINDS = ("sliding_attention", "chunked_attention")
+"""What models call layers that read the newest tokens alone in ``layer_types``; these run on vLLM's own backend."""
 
 DRAFTER = "vllm_sparq.attention_backends.drafting.SelfDrafter"
 """The proposer of `lossless`, as vLLM's ``--speculative-config`` names it."""

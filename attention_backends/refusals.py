@@ -11,7 +11,7 @@ from vllm.platforms import current_platform
 from vllm.utils.import_utils import resolve_obj_by_qualname
 from vllm.utils.torch_utils import get_kv_cache_quant_algo_string
 
-from vllm_sparq.attention_backends.engine import PagedEngine, heads_of
+from vllm_sparq.attention_backends.engine import LOCAL_KINDS, PagedEngine, heads_of
 from vllm_sparq.attention_backends.speculation import speculation_refusals
 from vllm_sparq.config import Options, OptionsError, check_budget
 from vllm_sparq.layout import BLOCK_SIZE_MULTIPLE
@@ -282,14 +282,12 @@ def _attention_refusals(model_config: Any) -> list[str]:
     config = model_config.hf_text_config
     reasons = []
     kinds = getattr(config, "layer_types", None) or []
-    if kinds and set(kinds) <= {"sliding_attention", "chunked_attention"}:
+    if kinds and set(kinds) <= set(LOCAL_KINDS):
         reasons.append(
             f"no layer has full attention (layer_types: {', '.join(sorted(set(kinds)))}), so there is nothing to read "
             f"sparsely or to store smaller: {DENSE}"
         )
-    chunk, window = model_config.attention_chunk_size, model_config.rswa_window
-    if chunk is not None:
-        reasons.append(f"attention within chunks (attention_chunk_size={chunk}) is not supported: {DENSE}")
+    window = model_config.rswa_window
     if window is not None:
         reasons.append(f"reference sliding windows (rswa_window={window}) are not supported: {DENSE}")
     if model_config.is_mm_prefix_lm:

@@ -1,4 +1,4 @@
-"""Models that mix full attention with sliding windows: one size of page for both, with as little padding as can be.
+"""Models that mix full attention with sliding windows or chunks: one size of page for both, with the least padding.
 
 vLLM keeps the blocks of all layers of such a model in one pool, in pages of one size, and pads what is smaller. With
 one block size for all layers, int4 blocks would be padded to more than three times their size. But layers of different
@@ -18,11 +18,11 @@ from typing import Any
 
 from vllm.logger import init_logger
 from vllm.v1.attention.backend import AttentionBackend, MultipleOf
-from vllm.v1.kv_cache_interface import KVCacheSpec, SlidingWindowSpec
+from vllm.v1.kv_cache_interface import ChunkedLocalAttentionSpec, KVCacheSpec, SlidingWindowSpec
 
-from vllm_sparq.attention_backends.engine import PREFERRED_BLOCK_SIZE, PagedEngine, heads_of
+from vllm_sparq.attention_backends.engine import LOCAL_KINDS, PREFERRED_BLOCK_SIZE, PagedEngine, heads_of
 from vllm_sparq.layout import BLOCK_SIZE_MULTIPLE
-from vllm_sparq.scheduler.spec import is_ours
+from vllm_sparq.scheduler.spec import ChunksSpec, is_ours
 
 logger = init_logger("vllm.sparq")
 
@@ -41,27 +41,39 @@ TYPICAL_TOKENS = 4096
 
 @dataclass(frozen=True, kw_only=True)
 class WindowLayers:
-    """The sliding-window layers of one worker.
+    """The layers of one worker that read a sliding window, or their chunk of the context, alone.
 
     Attributes:
         n_layers: how many there are.
         token_bytes: of K and V of one token in one of them, all KV heads.
         n_tokens: what a request of `TYPICAL_TOKENS` holds in one of them at most.
         kernel_sizes: tokens per block that their kernels take.
+        chunk: tokens of a chunk, which must be whole blocks; None where there are windows.
     """
 
     n_layers: int
     token_bytes: int
     n_tokens: int
     kernel_sizes: tuple[int | MultipleOf, ...]
+    chunk: int | None = None
 
     def sizes(self, most_bytes: int) -> set[int]:
-        """Block sizes whose pages have up to ``most_bytes``, and the next one."""
+        """Block sizes whose pages have up to ``most_bytes``, and the next one.
+
+        Raises:
+            ValueError: no block that the kernels take divides a chunk.
+        """
         found = {size for size in self.kernel_sizes if isinstance(size, int)}
         for size in self.kernel_sizes:
             if isinstance(size, MultipleOf):
-                n = most_bytes // (self.token_bytes * size.base)
-                found |= {size.base * max(n, 1), size.base * (n + 1)}
+                most = most_bytes // (self.token_bytes * size.base) * size.base
+                some = range(size.base, max(most, self.chunk or 0) + size.base + 1, size.base)
+                fitting = [n for n in some if self.chunk is None or self.chunk % n == 0]
+                found |= {*[n for n in fitting if n <= most][-1:], *[n for n in fitting if n > most][:1]}
+        if self.chunk is not None:
+            found = {n for n in found if self.chunk % n == 0}
+        if not found:
+            raise ValueError(f"chunks of {self.chunk} tokens cannot be cut into blocks of {self.kernel_sizes}")
         return found
 
 
@@ -146,9 +158,9 @@ def preferred_with_windows(
     """
     model = vllm_config.model_config
     kinds: Sequence[str] = getattr(model.hf_text_config, "layer_types", None) or ()
-    n_windows, n_full, window = kinds.count("sliding_attention"), kinds.count("full_attention"), None
+    n_windows, n_full, window = sum(map(kinds.count, LOCAL_KINDS)), kinds.count("full_attention"), None
     if n_windows and n_full and engine.options.format != "model":
-        window = model.get_sliding_window()
+        window = model.attention_chunk_size or model.get_sliding_window()
     if window is None:
         return None
     heads = heads_of(model, vllm_config.parallel_config)
@@ -158,6 +170,7 @@ def preferred_with_windows(
         token_bytes=2 * heads.n_kv_heads * heads.head_size * model.dtype.itemsize,
         n_tokens=n_held,
         kernel_sizes=tuple(backend_of(heads.head_size).get_supported_kernel_block_sizes()),
+        chunk=model.attention_chunk_size,
     )
     # What a budget must hold grows with the block where tokens are evicted: no longer than it is without windows.
     longest = max(SIZES) if engine.retention is None else PREFERRED_BLOCK_SIZE
@@ -182,7 +195,7 @@ def preferred_with_windows(
 def share_pages(
     specs: dict[str, KVCacheSpec], vllm_config: Any, backend_of: Callable[[str], type[AttentionBackend]]
 ) -> dict[str, KVCacheSpec]:
-    """The KV cache specs of a worker's layers, the sliding-window ones cut so that one page holds a block of any layer.
+    """The KV cache specs of a worker's layers, those of windows or chunks cut so that a page holds a block of any.
 
     Unchanged where there are no such layers, where there are others (state spaces), where layers of one kind differ, or
     where vLLM is told to manage all layers alike.
@@ -193,14 +206,16 @@ def share_pages(
         backend_of: layer -> what it runs on.
     """
     ours: dict[str, Any] = {name: spec for name, spec in specs.items() if is_ours(spec)}
-    windows: dict[str, Any] = {name: spec for name, spec in specs.items() if type(spec) is SlidingWindowSpec}
+    local = SlidingWindowSpec, ChunkedLocalAttentionSpec
+    windows: dict[str, Any] = {name: spec for name, spec in specs.items() if type(spec) in local}
     alike = len(set(ours.values())) == len(set(windows.values())) == 1 and len(ours) + len(windows) == len(specs)
     if not alike or vllm_config.scheduler_config.disable_hybrid_kv_cache_manager:
         return specs
     full, window = next(iter(ours.values())), next(iter(windows.values()))
     if window.page_size_padded is not None:
         return specs
-    n_tokens, n_held = typical_tokens(vllm_config, window.sliding_window)
+    chunk = window.attention_chunk_size if isinstance(window, ChunkedLocalAttentionSpec) else None
+    n_tokens, n_held = typical_tokens(vllm_config, chunk or window.sliding_window)
     shared = choose(
         [
             FullLayers(
@@ -216,13 +231,16 @@ def share_pages(
             token_bytes=window.unpadded_page_size_bytes // window.block_size,
             n_tokens=n_held,
             kernel_sizes=tuple(backend_of(next(iter(windows))).get_supported_kernel_block_sizes(window)),
+            chunk=chunk,
         ),
     )
     full = _padded(full, shared.page_bytes)
     window = _padded(replace(window, block_size=shared.window_block_size), shared.page_bytes)
+    if chunk is not None:
+        window = ChunksSpec.of(window)
     logger.info_once(
-        "pages of %s bytes: blocks of %d tokens in full-attention layers (%.1f%% padding), of %d in sliding-window "
-        "layers (%.1f%%); prefixes are cached in multiples of %d tokens",
+        "pages of %s bytes: blocks of %d tokens in full-attention layers (%.1f%% padding), of %d in those of windows "
+        "or chunks (%.1f%%); prefixes are cached in multiples of %d tokens",
         f"{shared.page_bytes:,}",
         full.block_size,
         100 * (1 - full.unpadded_page_size_bytes / shared.page_bytes),

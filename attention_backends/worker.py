@@ -11,6 +11,7 @@ from vllm.distributed.parallel_state import get_pp_group
 from vllm.logger import init_logger
 
 from vllm_sparq.attention_backends.choices import asked_for, chosen
+from vllm_sparq.attention_backends.chunks import chunks_elsewhere
 from vllm_sparq.attention_backends.drafting import SelfDrafter
 from vllm_sparq.attention_backends.engine import PagedEngine, heads_of, selected_backends
 from vllm_sparq.attention_backends.found import layers_by_backend, silence_refusal
@@ -62,7 +63,8 @@ class SparqWorkerMixin(AttentionReport):
         refusals = engine_refusals(self.vllm_config)  # type: ignore[attr-defined]
         if refusals and selected_backends(self.vllm_config):  # type: ignore[attr-defined]
             raise ValueError(CANNOT_START + "; ".join(refusals))
-        super().load_model(*args, **kwargs)  # type: ignore[misc]
+        with chunks_elsewhere(self.vllm_config):  # type: ignore[attr-defined]
+            super().load_model(*args, **kwargs)  # type: ignore[misc]
         self._check_found()
         self._requests = StepRequests(self.model_runner)  # type: ignore[attr-defined]
         for impl in self._impls():

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any, ClassVar
 
-from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
+from vllm.v1.core.kv_cache_utils import resolve_block_hashes
+from vllm.v1.core.single_type_kv_cache_manager import ChunkedLocalAttentionManager, FullAttentionManager
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
 from vllm_sparq.retention import Phase, Retention
-from vllm_sparq.scheduler.spec import PagedSpec, RetainedSpec, StagedSpec
+from vllm_sparq.scheduler.spec import ChunksSpec, PagedSpec, RetainedSpec, StagedSpec
 
 
 class StagingManager(FullAttentionManager):
@@ -126,6 +128,48 @@ class RetainingManager(StagingManager):
         return tuple([] for _ in kv_cache_group_ids), 0
 
 
+class ChunksManager(ChunkedLocalAttentionManager):
+    """Layers that attend within chunks, whose cached prefixes end where those of other layers do, too.
+
+    vLLM's own takes blocks of one length in all layers alone.
+    """
+
+    @classmethod
+    def find_longest_cache_hit(
+        cls,
+        block_hashes: Any,
+        max_length: int,
+        kv_cache_group_ids: list[int],
+        block_pool: Any,
+        kv_cache_spec: Any,
+        drop_eagle_block: bool,
+        alignment_tokens: int,
+        *args: Any,
+        **kwargs: Any,
+    ) -> tuple[tuple[list[Any], ...], int]:
+        """The longest prefix, a multiple of ``alignment_tokens``, whose last chunk is cached as far as it goes.
+
+        Earlier chunks are not looked at any more: null blocks stand for them.
+
+        Raises:
+            ValueError: drafts by a model that would read the last block again.
+        """
+        if drop_eagle_block:
+            raise ValueError("attention within chunks cannot be combined with EAGLE: leave --speculative-config out")
+        size, chunk = kv_cache_spec.block_size, kv_cache_spec.attention_chunk_size
+        hashes = resolve_block_hashes(block_hashes, block_pool.hash_block_size, size)
+        length = max_length - max_length % alignment_tokens
+        while length:
+            first, end = length // chunk * chunk // size, length // size
+            asked = (block_pool.get_cached_block(hashes[i], kv_cache_group_ids) for i in range(first, end))
+            found = list(itertools.takewhile(bool, asked))
+            if len(found) == end - first:
+                nulls = [block_pool.null_block] * first
+                return tuple(nulls + [blocks[i] for blocks in found] for i in range(len(kv_cache_group_ids))), length
+            length = (first + len(found)) * size // alignment_tokens * alignment_tokens
+        return tuple([] for _ in kv_cache_group_ids), 0
+
+
 def register_specs() -> None:
     """Make our specs known to vLLM; safe to call twice."""
     # Registering into an empty table would keep vLLM from ever adding its own.
@@ -133,3 +177,4 @@ def register_specs() -> None:
     KVCacheSpecRegistry.register(PagedSpec, FullAttentionManager, uniform_type_base_spec=PagedSpec)
     KVCacheSpecRegistry.register(StagedSpec, StagingManager, uniform_type_base_spec=StagedSpec)
     KVCacheSpecRegistry.register(RetainedSpec, RetainingManager, uniform_type_base_spec=RetainedSpec)
+    KVCacheSpecRegistry.register(ChunksSpec, ChunksManager, uniform_type_base_spec=ChunksSpec)

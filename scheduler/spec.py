@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any, Self
 
 import torch
-from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec
+from vllm.v1.kv_cache_interface import ChunkedLocalAttentionSpec, FullAttentionSpec, KVCacheSpec
 
 from vllm_sparq.layout import PageLayout
 from vllm_sparq.retention import Retention
@@ -103,6 +103,16 @@ class RetainedSpec(StagedSpec):
         """Of one request at the model's full length: its whole prompt for a moment, or what it may ever keep."""
         n_tokens = vllm_config.model_config.max_model_len
         return self.n_blocks(self.retention.most_slots(n_tokens, n_tokens, answering=False)) * self.page_size_bytes
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChunksSpec(ChunkedLocalAttentionSpec):
+    """Layers that attend within chunks, on vLLM's own backend beside ours, with blocks of another length than ours."""
+
+    @classmethod
+    def of(cls, spec: ChunkedLocalAttentionSpec) -> Self:
+        """``spec`` under this name, which brings a block manager of ours."""
+        return cls(**{f.name: getattr(spec, f.name) for f in fields(ChunkedLocalAttentionSpec) if f.init})
 
 
 def page_spec(spec: FullAttentionSpec, layout: PageLayout, retention: Retention | None = None) -> FullAttentionSpec:

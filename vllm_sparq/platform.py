@@ -49,9 +49,9 @@ class SparqPlatformMixin:
             return super().get_attn_backend_cls(selected_backend, attn_selector_config, num_heads, **kwargs)  # type: ignore[misc,no-any-return]
         name = selected_backend.name
         if attn_selector_config.has_sliding_window:
-            # A window bounds what the layer reads already: there is nothing for us to save.
+            # A window, or a chunk (`chunks.py`), bounds what the layer reads already: there is nothing for us to save.
             substitute = super().get_attn_backend_cls(None, attn_selector_config, num_heads, **kwargs)  # type: ignore[misc]
-            logger.info_once("sliding-window layers run on %s, full-attention layers on %s", substitute, name)
+            logger.info_once("layers of windows or chunks run on %s, full-attention layers on %s", substitute, name)
             return str(substitute)
         from vllm_sparq.attention_backends.refusals import CANNOT_START, layer_refusals
 
@@ -98,7 +98,7 @@ class SparqPlatformMixin:
         vLLM asks backends for the size that they prefer only after this check, or (0.32 on CPU) not at all; until then
         it may be one that the options rule out.
         """
-        from vllm_sparq.attention_backends.engine import BLOCK_SIZE, PagedEngine, preferred_block_size
+        from vllm_sparq.attention_backends.engine import BLOCK_SIZE, LOCAL_KINDS, PagedEngine, preferred_block_size
         from vllm_sparq.attention_backends.shared_pages import preferred_with_windows
 
         model, cache = vllm_config.model_config, vllm_config.cache_config
@@ -110,7 +110,8 @@ class SparqPlatformMixin:
             if not cache.user_specified_block_size:
                 shared = preferred_with_windows(vllm_config, engine, partial(cls._window_backend, vllm_config))
                 cache.block_size = shared or preferred_block_size(engine.options, model.max_model_len)
-        if model.is_hybrid or "sliding_attention" in (getattr(model.hf_text_config, "layer_types", None) or ()):
+        kinds = getattr(model.hf_text_config, "layer_types", None) or ()
+        if model.is_hybrid or model.attention_chunk_size or not set(kinds).isdisjoint(LOCAL_KINDS):
             given: Any = vllm_config.additional_config or {}
             vllm_config.additional_config = {**given, BLOCK_SIZE: cache.block_size}
 

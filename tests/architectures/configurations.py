@@ -231,6 +231,19 @@ SHARED: dict[str, Model] = {
 }
 """Layers that read what others have cached, and heads of another size beside them."""
 
+CHUNKS: dict[str, Model] = {
+    "llama-4": model(
+        "Llama4ForCausalLM",
+        "llama4_text",
+        attention_chunk_size=128,
+        num_local_experts=2,
+        intermediate_size_mlp=256,
+        attn_temperature_tuning=True,
+        floor_scale=256,
+    )
+}
+"""Layers that attend within chunks of the context, beside ones of full attention without positions."""
+
 STATES: dict[str, Model] = {
     "qwen3.5": in_bfloat16(model("Qwen3_5ForCausalLM", "qwen3_5_text", **DELTA)),
     "qwen3-next": in_bfloat16(
@@ -340,12 +353,9 @@ REFUSED: dict[str, Model] = {
         moe_intermediate_size=128,
         first_k_dense_replace=1,
     ),
-    "llama-4": model(
-        "Llama4ForCausalLM", "llama4_text", attention_chunk_size=64, num_local_experts=2, intermediate_size_mlp=256
-    ),
     "mamba-2": model("Mamba2ForCausalLM", "mamba2", num_heads=8, head_dim=64, state_size=16, n_groups=1),
     "mistral-v0.1": model("MistralForCausalLM", "mistral", sliding_window=64),
 }
 """What is refused, with the reason."""
 
-MODELS: dict[str, Model] = {**CLASSIC, **LOGITS, **SHARED, **STATES, **REFUSED}
+MODELS: dict[str, Model] = {**CLASSIC, **LOGITS, **SHARED, **CHUNKS, **STATES, **REFUSED}

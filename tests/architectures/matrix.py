@@ -2,6 +2,7 @@
 
     python -m tests.architectures.matrix                      all models
     python -m tests.architectures.matrix llama granite-4      some of them
+    python -m tests.architectures.matrix --counted            none, and what blocks beside states come to
 
 What a model did is kept in build/models, or else on the page, which is written once all models are there and none is at
 fault. Qwen3.5 needs torchvision, which the lock leaves out: put its build for CPU beside it first.
@@ -139,6 +140,10 @@ def _refusal(one: Model, folder: Path, method: str) -> tuple[str, list[str]]:
 
 
 def main() -> int:
+    if sys.argv[1:] == ["--counted"]:
+        known = page.rows()
+        page.write([known[name] for name in MODELS], counted=True)
+        return 0
     seeded.register()
     RECORDS.mkdir(parents=True, exist_ok=True)
     if not sys.argv[1:]:

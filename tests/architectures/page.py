@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import json
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -95,40 +98,82 @@ def beside_states() -> str:
     lines = f"""{STATES}
 
 vLLM makes blocks as large as a state; ours hold several pages of 128 tokens, in which tokens are quantized, ranked and
-evicted ([decision 9](decisions/0009-pages-within-blocks.md)). Counted for requests of {LENGTH:,} tokens in bfloat16,
-without prefix caching. *Gain* is how many times dense's tokens fit into the same bytes, of the attention layers and of
-the model; *kept* is the part of the former that is left of what whole pages alone would give. Configurations of the
-models' sizes, no weights.
+evicted ([decision 9](decisions/0009-pages-within-blocks.md)). *Quantized* is the number of tokens after which they are,
+however many a block holds. Counted by vLLM's own functions (`python -m tests.architectures.matrix --counted`), for
+requests of {LENGTH:,} tokens in bfloat16, without prefix caching. *Gain* is how many times dense's tokens fit into the
+same bytes, of the attention layers and the model; *kept* is the gain of the attention layers over that of the same
+layers in a model that has no others. Configurations of the models' sizes, no weights.
 
-| model | format | tokens a block | pages | tokens a GiB | gain, attention | kept | gain, model |
-|---|---|---|---|---|---|---|---|
+| model | format | tokens a block | pages | quantized | tokens a GiB | gain, attention | kept | gain, model |
+|---|---|---|---|---|---|---|---|---|
 """
-    for name, config in REAL.items():
-        dense: Any = None
-        for label, (backend, options) in FORMATS.items():
-            found = counted(config, backend, options)
-            ours = [group for group in found.groups if group.kind not in ("MambaSpec",)]
-            (size,) = {group.block_size for group in ours}
-            bytes_per_request = sum(group.bytes_per_request for group in ours)
-            if label == "dense":
-                dense = found, bytes_per_request
-                lines += f"| {name} | dense | {size:,} | – | {found.n_tokens // GIB:,} | 1.00 | – | 1.00 |\n"
-                continue
-            page_tokens = page_of(config, backend, options)
-            alone = unbroken(ours, page_tokens[0], page_tokens[1])
-            gain, most = dense[1] / bytes_per_request, dense[1] / alone
-            lines += (
-                f"| {name} | {label} | {size:,} | {size // page_tokens[0]} | {found.n_tokens // GIB:,} | {gain:.2f} | "
-                f"{gain / most:.0%} | {found.n_tokens / dense[0].n_tokens:.2f} |\n"
-            )
+    for name in REAL:
+        for label in FORMATS:
+            lines += of_format(name, label) + "\n"
     return lines
 
 
-def counted(config: dict[str, Any], backend: str, options: dict[str, Any]) -> Any:
-    """`capacity` of `GIB` for requests of `LENGTH` tokens."""
+def of_format(name: str, label: str) -> str:
+    """A model of `REAL` in one of `FORMATS`: the line of the page."""
+    (found, gain, kept), dense = gain_of(name, label), of_model(name, "dense")
+    size = found.block_size
+    if label == "dense":
+        return f"| {name} | dense | {size:,} | – | – | {found.n_tokens // GIB:,} | 1.00 | – | 1.00 |"
+    quantized = f"{found.page_tokens}" if FORMATS[label][0] in ("flexgen", "kivi") else "–"
+    return (
+        f"| {name} | {label} | {size:,} | {size // found.page_tokens} | {quantized} | {found.n_tokens // GIB:,} | "
+        f"{gain:.2f} | {kept:.0%} | {found.n_tokens / dense.n_tokens:.2f} |"
+    )
+
+
+@dataclass(frozen=True)
+class Held:
+    """What `GIB` hold of requests of `LENGTH` tokens.
+
+    Attributes:
+        block_size: tokens of a block of the attention layers.
+        page_tokens: tokens of a page of ours, of which a block holds several.
+        n_tokens: of all requests that fit.
+        attention_bytes: of one request, in the attention layers.
+    """
+
+    block_size: int
+    page_tokens: int
+    n_tokens: int
+    attention_bytes: int
+
+
+def gain_of(name: str, label: str) -> tuple[Held, float, float]:
+    """What is held, the gain of its attention layers over dense, and what that is of the gain of such layers alone."""
+    found, alone = of_model(name, label), held(without_states(REAL[name]), label)
+    gain = of_model(name, "dense").attention_bytes / found.attention_bytes
+    return found, gain, gain * alone.attention_bytes / held(without_states(REAL[name]), "dense").attention_bytes
+
+
+def of_model(name: str, label: str) -> Held:
+    return held(json.dumps(REAL[name]), label)
+
+
+def without_states(config: dict[str, Any]) -> str:
+    """A model of the attention layers alone."""
+    kinds = config.get("layer_types") or config["hybrid_override_pattern"]
+    n_layers = sum(kind in ("attention", "full_attention", "*") for kind in kinds)
+    heads = {name: config[name] for name in ("num_attention_heads", "num_key_value_heads", "hidden_size")}
+    size = config.get("head_dim", config["hidden_size"] // config["num_attention_heads"])
+    same = {name: config[name] for name in ("max_position_embeddings", "vocab_size", "intermediate_size")}
+    llama = dict(architectures=["LlamaForCausalLM"], model_type="llama", num_hidden_layers=n_layers, head_dim=size)
+    return json.dumps({**llama, **heads, **same})
+
+
+@functools.lru_cache(maxsize=64)
+def held(config_json: str, label: str) -> Held:
+    """By vLLM's own count of the model's own layers."""
     from vllm_sparq.attention_backends.capacity import capacity
 
-    return capacity(engine_config(config, backend, options), GIB << 30)
+    found = capacity(engine_config(json.loads(config_json), *FORMATS[label]), GIB << 30)
+    attention = [group for group in found.groups if group.kind != "MambaSpec"]
+    ((size, page_tokens),) = {(group.block_size, group.page_tokens) for group in attention}
+    return Held(size, page_tokens, found.n_tokens, sum(group.bytes_per_request for group in attention))
 
 
 def engine_config(config: dict[str, Any], backend: str, options: dict[str, Any]) -> Any:
@@ -146,20 +191,3 @@ def engine_config(config: dict[str, Any], backend: str, options: dict[str, Any])
             load_format="dummy",
             enable_prefix_caching=False,
         ).create_engine_config()
-
-
-def page_of(config: dict[str, Any], backend: str, options: dict[str, Any]) -> tuple[int, int]:
-    """Tokens of a page, and pages that a request of `LENGTH` tokens needs, staging included."""
-    from vllm_sparq.attention_backends.engine import PagedEngine, heads_of
-
-    vllm_config = engine_config(config, backend, options)
-    engine = PagedEngine.of(vllm_config)
-    assert engine is not None
-    model = vllm_config.model_config
-    layout = engine.layout(heads_of(model, vllm_config.parallel_config), model.dtype)
-    return engine.block_size, -(-LENGTH // engine.block_size) + layout.n_staging_blocks
-
-
-def unbroken(groups: list[Any], page_tokens: int, n_pages: int) -> float:
-    """Bytes of a request in these layers if it held pages, not blocks."""
-    return sum(group.n_layers * n_pages * group.page_bytes * page_tokens / group.block_size for group in groups)

@@ -8,7 +8,8 @@ import pytest
 
 from tests.architectures import matrix, seeded
 from tests.architectures.configurations import CLASSIC, MODELS, REFUSED, STATES
-from tests.architectures.page import PAGE, rows, text
+from tests.architectures.page import FORMATS, PAGE, gain_of, of_format, rows, text
+from tests.architectures.real import REAL
 
 CHOSEN = ("llama", "qwen3-moe", "phi-3", "glm-4", "gemma-3", "cohere-2", "gpt-neox", "opt")
 WITH_STATES = ("qwen3-next", "granite-4", "nemotron-h", "zamba-2")
@@ -43,6 +44,23 @@ def test_the_page_is_read_as_it_is_written() -> None:
     """So that models may run one by one."""
     found = rows()
     assert PAGE.read_text(encoding="utf-8").startswith(text([found[name] for name in MODELS]))
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize("name", REAL)
+def test_beside_states_nine_tenths_of_a_gain_are_left(name: str) -> None:
+    """At the size of real models, by vLLM's count; and the page says what is counted."""
+    if name.startswith("Qwen3.5"):
+        pytest.importorskip("torchvision", reason="vLLM imports torchvision for Qwen3.5, and the lock leaves it out")
+    for label in FORMATS:
+        assert f"\n{of_format(name, label)}\n" in PAGE.read_text(encoding="utf-8"), "run make models"
+        if label == "dense":
+            continue
+        found, gain, kept = gain_of(name, label)
+        assert found.page_tokens == (256 if label == "sparq" else 128)
+        assert found.block_size % found.page_tokens == 0
+        assert kept >= 0.9
+        assert gain > {"sparq": 0.85, "int8": 1.8, "int4": 3.4, "kivi4": 3.1, "kivi2": 5.0}[label]
 
 
 def test_a_model_that_answers_otherwise_is_a_fault(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -58,7 +58,11 @@ def test_a_block_size_is_chosen_where_the_user_sets_none(given: bool, options: d
         attention_config=SimpleNamespace(backend=SimpleNamespace(name="KIVI"), backend_per_kind={}),
         additional_config={"sparq": options},
         model_config=SimpleNamespace(
-            max_model_len=65536, use_mla=False, is_hybrid=False, hf_text_config=SimpleNamespace()
+            max_model_len=65536,
+            use_mla=False,
+            is_hybrid=False,
+            attention_chunk_size=None,
+            hf_text_config=SimpleNamespace(),
         ),
         cache_config=SimpleNamespace(block_size=16, user_specified_block_size=given),
     )

@@ -74,6 +74,17 @@ def test_two_bits_in_short_requests_keep_less() -> None:
     assert ratio == pytest.approx(1.15, abs=0.005)
 
 
+def test_chunks_are_whole_blocks() -> None:
+    """A ranking copy makes a page of 128 tokens as large as 146 of a layer of chunks, and 160 do not divide 8,192."""
+    local = WindowLayers(n_layers=3, token_bytes=256, n_tokens=4096, kernel_sizes=(MultipleOf(32),), chunk=8192)
+    assert local.sizes(146 * 256) == {128, 256}
+    assert local.sizes(31 * 256) == {32}
+    whole = WindowLayers(n_layers=3, token_bytes=256, n_tokens=4096, kernel_sizes=(MultipleOf(32), 96), chunk=96)
+    assert whole.sizes(40 * 256) == {32, 96}
+    with pytest.raises(ValueError, match="chunks of 48 tokens"):
+        WindowLayers(n_layers=3, token_bytes=256, n_tokens=4096, kernel_sizes=(MultipleOf(32),), chunk=48).sizes(1)
+
+
 def test_a_size_that_the_user_sets_stays() -> None:
     full = [layers for layers in candidates(1, 64, format="int4") if layers.block_size == 128]
     shared = choose(full, windows(1, 64))

@@ -208,12 +208,14 @@ CASES: dict[str, Case] = {
         model_type="mamba",
         state_size=16,
     ),
-    "attention within chunks": model(
-        rf"attention within chunks \(attention_chunk_size=512\) is not supported{DENSE}",
+    "chunks only": model(
+        rf"no layer has full attention \(layer_types: chunked_attention\){DENSE}",
         architectures=["Llama4ForCausalLM"],
         model_type="llama4_text",
         attention_chunk_size=512,
         num_local_experts=2,
+        no_rope_layers=[1] * 4,
+        layer_types=["chunked_attention"] * 4,
     ),
     "another runner": arguments(rf"the pooling runner does not decode token by token{DENSE}", runner="pooling"),
     "windows only": model(
