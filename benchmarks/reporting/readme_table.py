@@ -18,6 +18,7 @@ from vllm_sparq.benchmarks.common.methods import DENSE, Method
 from vllm_sparq.benchmarks.common.records import comparable, dense_beside, read_records
 from vllm_sparq.benchmarks.engine.cases import N_TAIL, SKIPPED
 from vllm_sparq.benchmarks.reporting.methods_table import LAYER, methods_rows
+from vllm_sparq.benchmarks.reporting.prefill_table import prefill_rows
 from vllm_sparq.benchmarks.reporting.real_table import real_rows
 from vllm_sparq.config import Options
 from vllm_sparq.console import UsageError
@@ -240,6 +241,7 @@ def _times(speed: float) -> str:
 TABLES: dict[str, Callable[[Sequence[Record]], list[str]]] = {
     "methods": methods_rows,
     "ops": ops_rows,
+    "prefill": prefill_rows,
     "engine": engine_rows,
     "pressure": pressure_rows,
     "memory": memory_rows,
@@ -250,7 +252,7 @@ TABLES: dict[str, Callable[[Sequence[Record]], list[str]]] = {
 
 DOCUMENTS = {
     ROOT / "README.md": ("methods",),
-    ROOT / "docs" / "results.md": ("ops", "engine", "pressure", "memory", "quality", "real"),
+    ROOT / "docs" / "results.md": ("ops", "prefill", "engine", "pressure", "memory", "quality", "real"),
 }
 """Document -> its tables."""
 
