@@ -201,7 +201,7 @@ def table(rows: Sequence[dict[str, Any]], watch: Stopwatch) -> Table:
         box=box.SIMPLE_HEAD, title=f"one layer, a chunk of a prompt, {watch.threads} threads, {watch.clock} time"
     )
     for name in ("shape", "batch", "before", "rows", "method", "ms", "p10 .. p90", "GMAC/s", "peak", "x vLLM"):
-        view.add_column(name, justify="left" if name in ("shape", "method") else "right", no_wrap=True)
+        view.add_column(name, justify="left" if name in ("shape", "method") else "right", no_wrap=name != "p10 .. p90")
     before = None
     for row in rows:
         shape = f"{row['heads']}/{row['kv_heads']}/{row['head_dim']}"

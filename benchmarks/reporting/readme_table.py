@@ -19,6 +19,7 @@ from vllm_sparq.benchmarks.common.methods import DENSE, Method
 from vllm_sparq.benchmarks.common.records import comparable, dense_beside, read_records
 from vllm_sparq.benchmarks.engine.cases import N_TAIL, SKIPPED
 from vllm_sparq.benchmarks.reporting.methods_table import LAYER, methods_rows
+from vllm_sparq.benchmarks.reporting.prefill_table import prefill_rows
 from vllm_sparq.benchmarks.reporting.real_table import real_rows
 from vllm_sparq.config import Options
 from vllm_sparq.console import UsageError
@@ -260,6 +261,7 @@ def _times(speed: float) -> str:
 TABLES: dict[str, Callable[[Sequence[Record]], list[str]]] = {
     "methods": methods_rows,
     "ops": ops_rows,
+    "prefill": prefill_rows,
     "engine": engine_rows,
     "lossless": lossless_rows,
     "pressure": pressure_rows,
@@ -276,6 +278,7 @@ DOCUMENTS = {
     ROOT / "README.md": ("methods",),
     ROOT / "docs" / "results.md": (
         "ops",
+        "prefill",
         "engine",
         "lossless",
         "pressure",

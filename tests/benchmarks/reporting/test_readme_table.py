@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 
 from vllm_sparq.benchmarks.common.records import read_records
+from vllm_sparq.benchmarks.reporting.methods_table import LAYER
+from vllm_sparq.benchmarks.reporting.prefill_table import prefill_rows
 from vllm_sparq.benchmarks.reporting.readme_table import (
     DOCUMENTS,
     RESULTS,
@@ -69,6 +71,16 @@ def test_no_ratio_of_two_commits_machines_or_instruction_sets() -> None:
     assert memory_rows([dense, kivi])[-1] == "| `kivi` | 150 tokens/s, **1.50x**; 2.0 at a time |"
     for change in ({"commit": "b"}, {"cpu": "d"}, {"isa": "avx512"}):
         assert not any("x**" in line for line in memory_rows([dense, kivi | change]))
+
+
+def test_a_chunk_has_columns_for_what_was_measured_with_vllms_op() -> None:
+    """The newest line of each instruction set and context; another chunk or layer is not among them."""
+    one = {"bench": "ops_prefill", "isa": "avx2", "context": 0, "chunk": 2048, **LAYER, "share_of_bound": 0.8}
+    vllm, dense = one | {"method": "vllm", "median_us": 3e5}, one | {"method": "dense", "speedup_vs_vllm": 2.0}
+    other = dense | {"chunk": 512, "speedup_vs_vllm": 9.0}
+    without = dense | {"isa": "avx512", "speedup_vs_vllm": 9.0}
+    lines = prefill_rows([vllm, dense | {"speedup_vs_vllm": 1.0}, dense, other, without, dense | {"heads": 8}])
+    assert lines == ["| | AVX2: 0 |", "|---|---|", "| vLLM (CPU_ATTN) | 300 ms |", "| our op | 2.00x, 80% |"]
 
 
 def test_blocks_that_an_engine_would_not_choose_reach_no_table() -> None:
