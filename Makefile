@@ -7,7 +7,7 @@ READY  := $(VENV)/.ready
 TINY   := benchmarks/tiny_model/weights
 SOURCES := $(wildcard vllm_sparq/csrc/*.* vllm_sparq/csrc/*/*)
 
-.PHONY: help setup demo test test-fast test-long models real lint types unit aot mutations sanitize bench clean
+.PHONY: help setup demo test test-fast test-long models real lint types unit aot arm mutations sanitize bench clean
 .DEFAULT_GOAL := help
 
 help:  ## what can be made
@@ -71,6 +71,19 @@ sanitize: $(READY)  ## the op tests over CPU kernels compiled with the address a
 	VLLM_SPARQ_ISA=$(ISA) VLLM_SPARQ_LIBRARIES=$(CURDIR)/$(SANITIZED)/vllm_sparq/lib \
 		LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so)" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 		$(BIN)/pytest -n 2 --capture=sys tests/ops --ignore tests/ops/test_triton_aot.py -k "cpu and not other_instruction_sets"
+
+# Compiled by a cross compiler and run by an emulator, which says nothing of its speed. The cases are those that
+# tests/ops/test_dispatch.py takes for the lesser instruction sets of x86.
+ARM := build/arm
+ARM_TEST = VLLM_SPARQ_LIBRARIES=$(CURDIR)/$(ARM)/installed/vllm_sparq/lib $(ARM)/python -m pytest -q -p no:cacheprovider
+arm: $(READY)  ## a wheel for aarch64, and the op tests over its kernels under qemu-user (Debian 12: g++-aarch64-linux-gnu, qemu-user)
+	PIP=$(BIN)/pip packaging/arm/python.sh $(ARM)
+	rm -rf $(ARM)/wheel $(ARM)/installed
+	CXX=aarch64-linux-gnu-g++ $(BIN)/python setup.py -q build --build-base $(ARM)/build \
+		bdist_wheel --dist-dir $(ARM)/wheel --bdist-dir $(ARM)/build/wheel
+	$(BIN)/python -m zipfile -e $(ARM)/wheel/*.whl $(ARM)/installed
+	$(ARM_TEST) tests/ops/test_instruction_sets.py
+	$(ARM_TEST) tests/ops/test_write*.py tests/ops/test_prefill.py tests/ops/test_*decode.py tests/ops/test_evict.py -k "cpu and (reference or right)"
 
 mutations: $(READY)  ## faults put into a copy of the sources, one by one: whether the tests find them
 	$(BIN)/python tests/mutations.py

@@ -6,6 +6,7 @@ Static metadata (name, version, dependencies) lives in pyproject.toml; here is o
 from __future__ import annotations
 
 import os
+import platform
 import shlex
 import shutil
 import subprocess
@@ -27,7 +28,7 @@ PACKAGE_FOLDERS = {
 }
 
 # One library per instruction set; vllm_sparq/ops/native.py picks one at import. gcc 12 does not know -march=znver4, so
-# the sets are spelled out. Never -ffast-math: linking with it would switch denormals off for the whole process.
+# those of x86 are spelled out. Never -ffast-math: linking with it would switch denormals off for the whole process.
 COMMON_FLAGS = [
     "-O3",
     "-std=c++17",
@@ -40,10 +41,26 @@ COMMON_FLAGS = [
 AVX2 = ["-mavx2", "-mfma", "-mf16c", "-mbmi2"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512cd"]
 INSTRUCTION_SETS = {
-    "avx2": AVX2,
-    "avx512": AVX512,
-    "avx512_bf16": [*AVX512, "-mavx512bf16", "-mavx512vnni", "-mavx512vbmi"],
+    "x86_64": {
+        "avx2": AVX2,
+        "avx512": AVX512,
+        "avx512_bf16": [*AVX512, "-mavx512bf16", "-mavx512vnni", "-mavx512vbmi"],
+    },
+    "aarch64": {
+        "neon": ["-march=armv8-a"],
+    },
 }
+"""Architecture -> instruction set -> the compiler's options."""
+
+COMPILER = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
+
+
+def target() -> str:
+    """The architecture that the compiler makes code for, so that `CXX=aarch64-linux-gnu-g++` is all that Arm takes."""
+    if COMPILER is None:
+        return platform.machine()
+    said = subprocess.run([*shlex.split(COMPILER), "-dumpmachine"], capture_output=True, text=True, check=True)
+    return said.stdout.partition("-")[0]
 
 
 class BuildKernels(build_ext):
@@ -55,11 +72,9 @@ class BuildKernels(build_ext):
         self.parallel = self.parallel or os.cpu_count()
 
     def build_extension(self, ext: Extension) -> None:
-        compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
-        target = Path(self.get_ext_fullpath(ext.name))
-        target.parent.mkdir(parents=True, exist_ok=True)
-        flags = INSTRUCTION_SETS[ext.name.rsplit("sparq_", 1)[1]]
-        if compiler is None:
+        library = Path(self.get_ext_fullpath(ext.name))
+        library.parent.mkdir(parents=True, exist_ok=True)
+        if COMPILER is None:
             self.warn(
                 "no C++ compiler found: vllm-sparq installs without its CPU kernels and will run the pure-torch "
                 "reference on CPU, hundreds of times slower. Install g++ and reinstall."
@@ -67,7 +82,8 @@ class BuildKernels(build_ext):
             return
         include = f"-I{SOURCES.relative_to(ROOT)}"
         more = shlex.split(os.environ.get("CXXFLAGS", ""))  # `make sanitize` uses it
-        command = [compiler, *COMMON_FLAGS, *flags, *more, include, "-shared", *ext.sources, "-o", str(target)]
+        flags = [*COMMON_FLAGS, *INSTRUCTION_SETS[target()][ext.name.rsplit("sparq_", 1)[1]], *more]
+        command = [*shlex.split(COMPILER), *flags, include, "-shared", *ext.sources, "-o", str(library)]
         subprocess.run(command, check=True)
 
     def copy_extensions_to_source(self) -> None:
@@ -90,8 +106,13 @@ class AnyPythonWheel(bdist_wheel):
 def kernel_libraries() -> list[Extension]:
     sources = sorted(str(path.relative_to(ROOT)) for path in SOURCES.rglob("*.cpp"))
     headers = sorted(str(path.relative_to(ROOT)) for path in SOURCES.rglob("*.h"))
+    known = INSTRUCTION_SETS.get(target(), {})  # another architecture gets none, and runs the reference
     only = os.environ.get("VLLM_SPARQ_BUILD_ISA")  # for a run that needs no other, as of `make sanitize`
-    names = [f"vllm_sparq.lib.libsparq_{isa}" for isa in INSTRUCTION_SETS if only in (None, isa)]
+    if only and only not in known:
+        raise SystemExit(
+            f"VLLM_SPARQ_BUILD_ISA={only!r} is not an instruction set of {target()}: use one of {[*known]}"
+        )
+    names = [f"vllm_sparq.lib.libsparq_{isa}" for isa in known if not only or isa == only]
     # optional: without a compiler there is no library to put in place, and that is not an error
     return [Extension(name, sources, depends=headers, optional=True) for name in names]
 
@@ -104,6 +125,9 @@ def packages() -> list[str]:
             found.append(".".join([package, *path.parent.relative_to(ROOT / folder).parts]))
     return sorted(found)
 
+
+if target() != platform.machine():
+    os.environ["_PYTHON_HOST_PLATFORM"] = f"linux-{target()}"  # of sysconfig: names the build folder and the wheel
 
 setup(
     packages=packages(),

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from vllm.logger import init_logger
 from vllm.v1.kv_cache_interface import FullAttentionSpec, group_kernel_blocks
+from vllm.v1.sample import rejection_sampler
 from vllm.v1.worker.cpu_worker import CPUWorker
 
 from vllm_sparq.attention_backends.worker import SparqWorkerMixin
@@ -15,12 +16,32 @@ from vllm_sparq.ops import native
 logger = init_logger("vllm.sparq")
 
 
+def expanded(
+    x: torch.Tensor, cu_num_tokens: torch.Tensor, num_tokens: int, replace_from: float = 0, replace_to: float = 0
+) -> torch.Tensor:
+    """``x[b]`` for each draft of request ``b``, and ``replace_to`` where that is ``replace_from``: of any dtype.
+
+    vLLM's own on CPU writes numbers that are not whole into a copy (0.32 and 0.33), so that drafts are verified at a
+    temperature of whatever was in memory.
+
+    Args:
+        x: [B], a parameter of sampling.
+        cu_num_tokens: int [B], drafts of a request and of those before it.
+        num_tokens: of all drafts.
+        replace_from: a value.
+        replace_to: what stands in its place.
+    """
+    counts = cu_num_tokens.diff(prepend=cu_num_tokens.new_zeros(1)).long()
+    return torch.where(x == replace_from, replace_to, x).to(x.dtype).repeat_interleave(counts, output_size=num_tokens)
+
+
 class SparqCpuWorker(SparqWorkerMixin, CPUWorker):
     """Chosen by our platform in place of vLLM's default worker; a worker class of the user's own is left alone."""
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         """As vLLM does; and its runner zeroes new blocks as it does on CUDA, whatever pages they are split into."""
         super().load_model(*args, **kwargs)
+        rejection_sampler.expand_batch_to_tokens = expanded
         runner: Any = self.model_runner
         runner._zero_block_ids = self._zero_block_ids
 

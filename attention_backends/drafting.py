@@ -28,6 +28,7 @@ class SelfDrafter:
 
     Attributes:
         runner: vLLM's model runner; our worker hands it over once the model is loaded.
+        pace: decides which steps draft.
     """
 
     def __init__(self, vllm_config: Any) -> None:
@@ -37,7 +38,7 @@ class SelfDrafter:
         self._read = engine.read(heads_of(vllm_config.model_config, vllm_config.parallel_config))
         self._n_drafts: int = vllm_config.speculative_config.num_speculative_tokens
         self._max_model_len: int = vllm_config.model_config.max_model_len
-        self._pace = Pace()
+        self.pace = Pace(self._n_drafts)
         self.runner: Any = None
 
     def load_model(self, *_: Any, **__: Any) -> None:
@@ -61,13 +62,14 @@ class SelfDrafter:
         """
         drafts: list[list[int]] = [[] for _ in sampled_token_ids]
         rows = [i for i, ids in enumerate(sampled_token_ids) if ids and self._pays(int(num_tokens_no_spec[i]))]
-        if not self._pace.wants_drafts([len(ids) for ids in sampled_token_ids]) or not rows:
+        n_drafts = self.pace.n_drafts([len(ids) for ids in sampled_token_ids])
+        if not n_drafts or not rows:
             return drafts
         lens = torch.from_numpy(num_tokens_no_spec[rows].astype(np.int64))
         tokens = torch.from_numpy(token_ids_cpu[rows, num_tokens_no_spec[rows] - 1].astype(np.int64))
         device = self.runner.device
         tokens, rows_there = tokens.to(device), torch.tensor(rows, device=device)
-        for step in range(self._n_drafts):
+        for step in range(n_drafts):
             tokens = self._next(tokens, lens + step, rows_there)
             for row, token in zip(rows, tokens.tolist(), strict=True):
                 drafts[row].append(token)

@@ -7,10 +7,12 @@ import re
 import subprocess
 import sys
 import zipfile
+from pathlib import Path
 
 import pytest
 
 from tests.test_imports import ROOT, sources
+from vllm_sparq.ops.instruction_sets import of_machine
 
 
 @pytest.fixture(scope="module")
@@ -66,3 +68,42 @@ def test_without_a_compiler_the_build_says_what_it_costs(wheel_without_compiler:
     assert not [name for name in wheel.namelist() if name.endswith(".so")]
     assert "no C++ compiler found" in said
     assert "hundreds of times slower" in said
+
+
+CROSS_COMPILER = """#!/bin/sh
+if [ "$1" = -dumpmachine ]; then echo aarch64-linux-gnu; exit; fi
+while [ "$1" != -o ]; do shift; done
+echo compiled > "$2"
+"""
+
+
+def test_a_cross_compiler_makes_a_wheel_for_its_architecture(tmp_path: Path) -> None:
+    """`make arm` runs a real one; this one says that it is for Arm, and writes a file."""
+    (compiler := tmp_path / "c++").write_text(CROSS_COMPILER)
+    compiler.chmod(0o755)
+    setup = [sys.executable, "setup.py", "-q", "build", "--build-base", str(tmp_path / "build")]
+    wheel = ["bdist_wheel", "--dist-dir", str(tmp_path), "--bdist-dir", str(tmp_path / "bdist")]
+    done = subprocess.run(
+        [*setup, *wheel],
+        cwd=ROOT,
+        env={**os.environ, "CXX": str(compiler)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    (built,) = tmp_path.glob("*.whl")
+    assert built.name.endswith("-py3-none-linux_aarch64.whl")
+    libraries = [name for name in zipfile.ZipFile(built).namelist() if name.endswith(".so")]
+    assert libraries == [f"vllm_sparq/lib/libsparq_{isa}.so" for isa in of_machine("aarch64")]
+
+
+def test_an_instruction_set_of_another_architecture_is_not_built(tmp_path: Path) -> None:
+    (compiler := tmp_path / "c++").write_text(CROSS_COMPILER)
+    compiler.chmod(0o755)
+    env = {**os.environ, "CXX": str(compiler), "VLLM_SPARQ_BUILD_ISA": "avx2"}
+    done = subprocess.run(
+        [sys.executable, "setup.py", "--version"], cwd=ROOT, env=env, capture_output=True, text=True, check=False
+    )
+    assert done.returncode != 0
+    assert "VLLM_SPARQ_BUILD_ISA='avx2' is not an instruction set of aarch64: use one of ['neon']" in done.stderr

@@ -66,8 +66,10 @@ def whole_number(least: int = 1, most: int = MOST) -> Callable[[str], int]:
 positive, natural = whole_number(1), whole_number(0)
 
 
-def real_number(*, least: float = -math.inf, above: float = -math.inf) -> Callable[[str], float]:
-    """For argparse: a finite number, at ``least`` so large, and larger than ``above``."""
+def real_number(
+    *, least: float = -math.inf, above: float = -math.inf, most: float = math.inf
+) -> Callable[[str], float]:
+    """For argparse: a finite number, at ``least`` so large, larger than ``above``, and at ``most`` so large."""
 
     def parsed(text: str) -> float:
         try:
@@ -80,6 +82,8 @@ def real_number(*, least: float = -math.inf, above: float = -math.inf) -> Callab
             raise argparse.ArgumentTypeError(f"{shown(text)} must be {least:g} or more")
         if found <= above:
             raise argparse.ArgumentTypeError(f"{shown(text)} must be above {above:g}")
+        if found > most:
+            raise argparse.ArgumentTypeError(f"{shown(text)} must be {most:g} or less")
         return found
 
     return parsed

@@ -54,13 +54,13 @@ def device() -> dict[str, Any]:
     """
     import torch
 
-    from vllm_sparq.ops import native
+    from vllm_sparq.ops import instruction_sets, native
 
     try:
         isa = native.find().isa
     except (ValueError, OSError) as error:
         raise UsageError(str(error)) from None
-    found: dict[str, Any] = {"cpu": cpu_model(), "cores": len(os.sched_getaffinity(0)), "isa": isa}
+    found: dict[str, Any] = {"cpu": instruction_sets.cpu_name(), "cores": len(os.sched_getaffinity(0)), "isa": isa}
     return {**found, "gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else found
 
 
@@ -142,15 +142,6 @@ def check_schema(record: Mapping[str, Any], where: str) -> None:
             f"{where} is a result of schema {schema}, and this version reads schemas {READABLE[0]} to {SCHEMA}: "
             "use another file or folder, or the version of vllm-sparq that wrote it"
         )
-
-
-def cpu_model() -> str:
-    """The processor's name as the system gives it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "unknown")
 
 
 def _version(package: str) -> str | None:

@@ -9,6 +9,7 @@ is the Amdahl bound of any speed-up. Every engine says which attention classes i
 
 All requests of a batch share one prompt through prefix caching, so the context is prefilled once. The attention of that
 prefill is skipped too, everywhere alike: K and V are written, and what they hold does not change how long a read takes.
+With ``--text`` each has a prompt of its own, read as it should be: how many drafts are accepted depends on it.
 """
 
 from __future__ import annotations
@@ -19,19 +20,16 @@ import json
 import os
 import statistics
 import tempfile
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from vllm_sparq.benchmarks.common.cache_layout import layout_in_use
 from vllm_sparq.benchmarks.common.engine_process import IN_TURNS, EngineProcess
 from vllm_sparq.benchmarks.common.lines import check_out
 from vllm_sparq.benchmarks.common.methods import DENSE
-from vllm_sparq.benchmarks.common.model_shape import ModelShape
-from vllm_sparq.benchmarks.common.proof import WrongAttentionError, check_attention, engine_report, speed_note
+from vllm_sparq.benchmarks.common.proof import WrongAttentionError, check_attention, speed_note
 from vllm_sparq.benchmarks.common.records import append_records, provenance, recorded, skipped_note
 from vllm_sparq.benchmarks.engine import requests as requests_bench
 from vllm_sparq.benchmarks.engine.cases import (
@@ -44,7 +42,9 @@ from vllm_sparq.benchmarks.engine.cases import (
     engines,
     key_of,
 )
-from vllm_sparq.console import comma_names, comma_numbers, json_object, make_console, place, positive
+from vllm_sparq.benchmarks.engine.drafts import Turn, acceptance
+from vllm_sparq.benchmarks.engine.worker import TurnsWorker
+from vllm_sparq.console import comma_names, comma_numbers, json_object, make_console, place, positive, real_number
 
 EPILOG = """\
 With --context, decode steps of all engines in turns, dense and "no attention" always among them. With --input-len,
@@ -53,86 +53,16 @@ whole requests, one engine after the other: a latency for each --batch, and the 
 examples:
   vllm-sparq bench engine --methods sparq,kivi,sparq+int4 --context 8192,32768 --batch 1,4,8 --out engine.jsonl
   vllm-sparq bench engine --model M --methods sparq,kivi,h2o --input-len 8192 --output-len 128
+  vllm-sparq bench engine --model M --text docs/ --context 8192 --batch 4 --options '{"lossless": true}'
   vllm-sparq bench engine --methods h2o --input-len 1000 --output-len 1500 --num-prompts 16 --kv-cache-mib 48
 """
 
 
-class SkippedAttention:
-    """Replaces `forward` of an attention implementation: writes K and V, and attends only where asked to."""
+VERIFIED_STEPS = 32
+"""Steps after those that are timed: of an engine that may draft, to see how many drafts are accepted."""
 
-    def __init__(self, impl: Any, *, decode: bool) -> None:
-        self.attend, self.decode = impl.forward, decode
-        self.write_step = getattr(impl, "write_step", None)  # vLLM's write before `forward`
-
-    def __call__(
-        self, layer: Any, query: Any, key: Any, value: Any, kv_cache: Any, meta: Any, output: Any, **kw: Any
-    ) -> Any:
-        turns = getattr(meta, "turns", None)  # of a step that may evict
-        step = turns[0].step if turns else meta
-        if meta is None or (self.decode and int(step.query_start_loc.diff().max()) == 1):
-            return self.attend(layer, query, key, value, kv_cache, meta, output=output, **kw)
-        if self.write_step is not None:
-            self.write_step(layer, key, value, kv_cache, meta)
-        return output.fill_(0)
-
-
-class TurnsWorker:
-    """One engine, in the process that it is made in: prepares a batch when told to, and decodes when it is its turn."""
-
-    def __init__(self, chosen: Engine, model: Path, *, dummy: bool, max_context: int, max_batch: int) -> None:
-        import torch
-        from vllm import LLM, SamplingParams
-
-        # The shared prompt, a tail of its own for each request, and room for our larger pages. Where tokens are evicted
-        # nothing is shared, but a prompt is cut to its budget before the next one is read.
-        self.kv_bytes = ModelShape.of(model).dense_bytes * (max_context + N_TAIL * (max_batch + 2)) * 5 // 4
-        llm = LLM(
-            str(model),
-            load_format="dummy" if dummy else "auto",
-            skip_tokenizer_init=True,
-            enforce_eager=True,
-            max_model_len=max_context + N_TAIL,
-            max_num_batched_tokens=4096,
-            kv_cache_memory_bytes=self.kv_bytes,
-            disable_log_stats=True,
-            **chosen.arguments,
-        )
-        self.engine: Any = llm.llm_engine
-        self.report = engine_report(self.engine.vllm_config)
-        for layer in self.engine.vllm_config.compilation_config.static_forward_context.values():
-            layer.impl.forward = SkippedAttention(layer.impl, decode=not chosen.skip_attention)
-        generator = torch.Generator().manual_seed(0)
-        self.prompt = torch.randint(10, 1000, (max_context,), generator=generator).tolist()
-        self.params = SamplingParams(temperature=0, max_tokens=N_TAIL - 64, ignore_eos=True, detokenize=False)
-
-    def describe(self) -> dict[str, Any]:
-        """The classes that run, and how the cache is cut."""
-        return {
-            "report": self.report,
-            "kv_capacity_tokens": self.engine.vllm_config.cache_config.kv_cache_size_tokens,
-            "kv_bytes": self.kv_bytes,
-            **layout_in_use(self.engine).fields,
-        }
-
-    def prepare(self, case: Case) -> None:
-        """Fill the cache, and let every request decode its first token."""
-        running = [request.request_id for request in self.engine.output_processor.request_states.values()]
-        self.engine.abort_request(running, internal=True)
-        for i in range(case.batch):
-            name = f"{case.context}-{case.batch}-{i}"
-            self.engine.add_request(name, {"prompt_token_ids": self.prompt[: case.context]}, self.params)
-        started = 0
-        while started < case.batch:
-            started += sum(len(out.outputs[0].token_ids) == 1 for out in self.engine.step())
-
-    def decode(self, n_steps: int) -> list[float]:
-        """Seconds of each of the next steps."""
-        times = []
-        for _ in range(n_steps):
-            begin = time.perf_counter()
-            self.engine.step()
-            times.append(time.perf_counter() - begin)
-        return times
+DRAFTS = ("tokens a step", "drafts accepted, by position")
+"""Columns of engines that draft."""
 
 
 def start(
@@ -140,8 +70,8 @@ def start(
     chosen: list[Engine],
     model: Model,
     folder: Path,
-    max_context: int,
-    max_batch: int,
+    text: Sequence[int] | None,
+    room: Case,
     report: Callable[[str], None],
 ) -> tuple[dict[str, EngineProcess], dict[str, dict[str, Any]]]:
     """Name -> running engine, which ends with ``stack``, and name -> what is recorded of it.
@@ -154,8 +84,9 @@ def start(
     about: dict[str, dict[str, Any]] = {}
     for engine in chosen:
         report(f"starting the {engine.name} engine")
-        make = partial(TurnsWorker, dummy=model.folder is None, max_context=max_context, max_batch=max_batch)
-        process = EngineProcess(f"the {engine.name} engine", make, engine, folder, environment=IN_TURNS)
+        make = partial(TurnsWorker, dummy=model.folder is None)
+        name = f"the {engine.name} engine"
+        process = EngineProcess(name, make, engine, folder, text, room, environment=IN_TURNS)
         running[engine.name] = stack.enter_context(process)
         found = process.ask("describe")
         attention = check_attention(engine.method, found.pop("report"))
@@ -168,6 +99,7 @@ def measure(
     chosen: list[Engine],
     *,
     model: Model,
+    text: Sequence[int] | None = None,
     max_context: int,
     rounds: int,
     steps: int,
@@ -179,21 +111,22 @@ def measure(
         cases: contexts and batches.
         chosen: the engines; dense and no attention are among them.
         model: what they run.
+        text: tokens that prompts are pieces of; None for one random prompt that all requests share.
         max_context: tokens of context that the engines have room for.
         rounds: turns of each engine per case.
         steps: decode steps per turn.
         report: called with a line of text when something has been done.
     """
-    max_batch = max(c.batch for c in cases)
+    room = Case(context=max_context, batch=max(c.batch for c in cases))
     with tempfile.TemporaryDirectory() as temporary, contextlib.ExitStack() as stack:
         folder = model.folder or Path(temporary)
         if model.folder is None:
             (folder / "config.json").write_text(json.dumps(model.config))
-        running, about = start(stack, chosen, model, folder, max_context, max_batch, report)
+        running, about = start(stack, chosen, model, folder, text, room, report)
         for case in cases:
             report(f"{case.context} tokens of context, batch {case.batch}")
             measured = measure_case(case, running, rounds=rounds, steps=steps)
-            keys = {engine.name: key_of(case, engine, model, max_context) for engine in chosen}
+            keys = {engine.name: key_of(case, engine, model, max_context, text) for engine in chosen}
             yield [
                 {"bench": "engine", "key": keys[r["method"]], "model": model.name, **about[r["method"]], **r}
                 for r in measured
@@ -201,31 +134,45 @@ def measure(
 
 
 def measure_case(case: Case, engines: Mapping[str, EngineProcess], *, rounds: int, steps: int) -> list[dict[str, Any]]:
-    """Time per output token of each engine, in turns."""
-    times: dict[str, list[float]] = {name: [] for name in engines}
+    """Time per output token of each engine, in turns.
+
+    A step is as long as half of its kind are; where drafts are verified it gives each request several tokens.
+    """
+    turns = {name: Turn() for name in engines}
     for engine in engines.values():
         engine.ask("prepare", case)
     for turn in range(rounds + 1):
         for name, engine in engines.items():
             measured = engine.ask("decode", steps)
             if turn:  # the first turn warms up
-                times[name] += measured
-    median_ms = {name: 1e3 * statistics.median(values) for name, values in times.items()}
-    bound = median_ms[DENSE] / median_ms[SKIPPED]
-    return [
-        {
-            "method": name,
-            **asdict(case),
-            "threads": os.cpu_count(),
-            "median_tpot_ms": round(median_ms[name], 3),
-            "p10_tpot_ms": round(1e3 * statistics.quantiles(values, n=10)[0], 3),
-            "p90_tpot_ms": round(1e3 * statistics.quantiles(values, n=10)[-1], 3),
-            "speedup_vs_vllm": round(median_ms[DENSE] / median_ms[name], 3),
-            "amdahl_bound": round(bound, 3),
-            "share_of_bound": round(median_ms[DENSE] / median_ms[name] / bound, 3),
-        }
-        for name, values in times.items()
-    ]
+                turns[name].add(measured)
+    for name, engine in engines.items():
+        turns[name].verified = engine.ask("verified", VERIFIED_STEPS)
+    dense_ms, skipped_ms = (_median_tpot_ms(turns[name], case) for name in (DENSE, SKIPPED))
+    return [_record(name, case, turn, dense_ms=dense_ms, bound=dense_ms / skipped_ms) for name, turn in turns.items()]
+
+
+def _median_tpot_ms(turn: Turn, case: Case) -> float:
+    return 1e3 * statistics.median(turn.seconds) / turn.tokens_per_step(case.batch)
+
+
+def _record(name: str, case: Case, turn: Turn, *, dense_ms: float, bound: float) -> dict[str, Any]:
+    n_tokens, ms = turn.tokens_per_step(case.batch), _median_tpot_ms(turn, case)
+    tenths = statistics.quantiles(turn.seconds, n=10)
+    record = {
+        "method": name,
+        **asdict(case),
+        "threads": os.cpu_count(),
+        "median_tpot_ms": round(ms, 3),
+        "p10_tpot_ms": round(1e3 * tenths[0] / n_tokens, 3),
+        "p90_tpot_ms": round(1e3 * tenths[-1] / n_tokens, 3),
+        "speedup_vs_vllm": round(dense_ms / ms, 3),
+        "amdahl_bound": round(bound, 3),
+        "share_of_bound": round(dense_ms / ms / bound, 3),
+    }
+    if turn.verified:
+        record |= {"tokens_per_step": round(n_tokens, 3), "acceptance": acceptance(turn.verified)}
+    return record
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -247,6 +194,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="JSON",
         help='sparq options; may be repeated, an engine each (default without --methods: {"r": 16, "k": 128})',
     )
+    parser.add_argument(
+        "--text", type=place, help="file or folder that prompts are cut from, one each (default: one, of random tokens)"
+    )
+    parser.add_argument(
+        "--acceptance",
+        type=real_number(least=0, most=1),
+        metavar="SHARE",
+        help="of the drafts of lossless engines, whatever the model says: dummy weights agree with none",
+    )
     whole = parser.add_argument_group("whole requests, by `vllm bench latency` and `vllm bench throughput`")
     whole.add_argument("--input-len", type=positive, metavar="TOKENS", help="of a prompt; measures requests, not steps")
     whole.add_argument("--output-len", type=positive, default=128, metavar="TOKENS", help="of an answer (default 128)")
@@ -265,7 +221,8 @@ def main(args: argparse.Namespace) -> int:
     """Measure, print the table, write the lines."""
     console = make_console()
     model = Model.of(args.model, args.layers)
-    chosen = engines(args.methods, args.options or ([] if args.methods else [DEFAULT_OPTIONS]), args.block_size)
+    options = args.options or ([] if args.methods else [DEFAULT_OPTIONS])
+    chosen = engines(args.methods, options, args.block_size, args.acceptance)
     if args.out:
         check_out(args.out)
     if args.input_len is not None:
@@ -273,7 +230,8 @@ def main(args: argparse.Namespace) -> int:
     model.check_length("--context", max(args.context), N_TAIL)
     cases = [Case(context=context, batch=batch) for context in args.context for batch in args.batch]
     max_context = max(args.context)
-    keys = {case: [key_of(case, engine, model, max_context) for engine in chosen] for case in cases}
+    text = None if args.text is None else model.tokens_of(args.text, max_context * max(args.batch))
+    keys = {case: [key_of(case, engine, model, max_context, text) for engine in chosen] for case in cases}
     known = recorded(args.out, [key for case in cases for key in keys[case]], again=args.again)
     todo = [case for case in cases if not all(key in known for key in keys[case])]
     records: list[dict[str, Any]] = []
@@ -283,6 +241,7 @@ def main(args: argparse.Namespace) -> int:
                 todo,
                 chosen,
                 model=model,
+                text=text,
                 max_context=max_context,
                 rounds=args.rounds,
                 steps=args.steps,
@@ -312,7 +271,8 @@ def table(records: list[dict[str, Any]]) -> Any:
     view.add_column("context", justify="right")
     view.add_column("batch", justify="right")
     view.add_column("method")
-    for column in ("ms", "p10 .. p90", "speed-up", "of the bound"):
+    drafting = any("acceptance" in record for record in records)
+    for column in ("ms", "p10 .. p90", "speed-up", "of the bound", *(DRAFTS if drafting else ())):
         view.add_column(column, justify="right")
     for i, record in enumerate(records):
         if i and record["method"] == DENSE:
@@ -325,5 +285,14 @@ def table(records: list[dict[str, Any]]) -> Any:
             f"{record['p10_tpot_ms']:.1f} .. {record['p90_tpot_ms']:.1f}",
             "" if record["method"] == SKIPPED else speed_note(record["speedup_vs_vllm"]),
             f"{record['share_of_bound']:.0%}",
+            *([_tokens(record), _accepted(record)] if drafting else ()),
         )
     return view
+
+
+def _tokens(record: Mapping[str, Any]) -> str:
+    return f"{record['tokens_per_step']:.2f}" if "tokens_per_step" in record else ""
+
+
+def _accepted(record: Mapping[str, Any]) -> str:
+    return " ".join(f"{share:.2f}" for share in record.get("acceptance", ()))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -12,6 +14,7 @@ from vllm_sparq.benchmarks.common.cache_layout import CacheLayout
 from vllm_sparq.benchmarks.common.methods import DENSE, Method
 from vllm_sparq.benchmarks.common.model_shape import ModelShape
 from vllm_sparq.benchmarks.common.records import case_key
+from vllm_sparq.benchmarks.quality.prompts import read_text
 from vllm_sparq.console import UsageError, check_model
 
 LLAMA_1B: dict[str, Any] = dict(
@@ -49,13 +52,21 @@ class Case:
 
 @dataclass(frozen=True, kw_only=True)
 class Engine:
-    """One engine: its method, what vLLM is given for it, tokens per block (None: the engine's choice), and whether its
-    decode steps skip the attention op."""
+    """One engine.
+
+    Attributes:
+        method: what it runs.
+        arguments: what vLLM is given for it.
+        block_size: tokens per block; None for the engine's choice.
+        skip_attention: whether its decode steps skip the attention op.
+        acceptance: share of drafts that its verification is made to take; None for what the model says.
+    """
 
     method: Method
     arguments: dict[str, Any]
     block_size: int | None = None
     skip_attention: bool = False
+    acceptance: float | None = None
 
     @property
     def name(self) -> str:
@@ -63,10 +74,15 @@ class Engine:
         return SKIPPED if self.skip_attention else self.method.name
 
 
-def engines(names: list[str], options: list[dict[str, Any]], block_size: int | None = None) -> list[Engine]:
+def engines(
+    names: list[str],
+    options: list[dict[str, Any]],
+    block_size: int | None = None,
+    acceptance: float | None = None,
+) -> list[Engine]:
     """The engines that decode in turns: dense, no attention at all, the methods, and sparq with each set of options.
 
-    A block size is that of our backends; vLLM's own attention keeps its own.
+    A block size is that of our backends; vLLM's own attention keeps its own. Acceptance is that of those that draft.
 
     Raises:
         UsageError: a name or options that mean nothing.
@@ -80,7 +96,13 @@ def engines(names: list[str], options: list[dict[str, Any]], block_size: int | N
         )
     more = {} if block_size is None else {"block_size": block_size}
     return found + [
-        Engine(method=method, arguments={**method.engine_args, **more}, block_size=block_size) for method in methods
+        Engine(
+            method=method,
+            arguments={**method.engine_args, **more},
+            block_size=block_size,
+            acceptance=acceptance if method.parsed.lossless else None,
+        )
+        for method in methods
     ]
 
 
@@ -123,6 +145,24 @@ class Model:
         """
         return ModelShape.of_config(self.config) if self.folder is None else ModelShape.of(self.folder)
 
+    def tokens_of(self, text: Path, n_tokens: int) -> tuple[int, ...]:
+        """A text in the model's tokens.
+
+        Raises:
+            UsageError: the dummy model has none, there is no text, or it has fewer than ``n_tokens``.
+        """
+        if self.folder is None:
+            raise UsageError("--text needs a model that can read: give --model")
+        from transformers import AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(self.folder)
+        found = tuple(tokenizer(read_text(text), add_special_tokens=False, verbose=False).input_ids)
+        if len(found) < n_tokens:
+            raise UsageError(
+                f"{text} has {len(found):,} tokens, and the largest case needs {n_tokens:,}: give more text"
+            )
+        return found
+
     def check_length(self, option: str, n_tokens: int, n_answer: int) -> None:
         """Raises UsageError if the model has no positions for a prompt, given by ``option``, and its answer."""
         limit = self.shape.max_model_len
@@ -133,9 +173,13 @@ class Model:
             )
 
 
-def key_of(case: Case, engine: Engine, model: Model, max_context: int) -> str:
+def key_of(case: Case, engine: Engine, model: Model, max_context: int, text: Sequence[int] | None = None) -> str:
     """Of the record of one engine in one case; the engine has room for ``max_context`` tokens of context."""
     method, shape = engine.method, model.shape
     layout = CacheLayout.of(method, shape, max_model_len=max_context + N_TAIL, block_size=engine.block_size)
     fields = asdict(case) | {"model": model.name, "method": engine.name, "arguments": engine.arguments}
+    if engine.acceptance is not None:
+        fields["acceptance"] = engine.acceptance
+    if text is not None:
+        fields["text"] = hashlib.sha256(repr(list(text)).encode()).hexdigest()
     return case_key("engine", fields | layout.fields)

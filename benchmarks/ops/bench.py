@@ -1,4 +1,7 @@
-"""`vllm-sparq bench ops`: time one decode step of one attention layer, ours beside vLLM's, in one interleaved run."""
+"""`vllm-sparq bench ops`: time one decode step of one attention layer, ours beside vLLM's, in one interleaved run.
+
+With ``--op prefill`` it is a chunk of a prompt instead (prefill.py).
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,6 @@ import argparse
 import itertools
 import os
 import statistics
-import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,25 +22,17 @@ from rich.table import Table
 from vllm_sparq.attention_backends.engine import LONG_BLOCK_SIZE, PREFERRED_BLOCK_SIZE
 from vllm_sparq.benchmarks.common.lines import check_out
 from vllm_sparq.benchmarks.common.records import append_records, case_key, provenance, recorded, skipped_note
-from vllm_sparq.benchmarks.ops.methods import METHODS, Call, Cell, Tensors, format_of
+from vllm_sparq.benchmarks.ops import prefill
+from vllm_sparq.benchmarks.ops.arguments import layer_shape, numbers_from
+from vllm_sparq.benchmarks.ops.methods import METHODS, Cell, Tensors, format_of
+from vllm_sparq.benchmarks.ops.stopwatch import CLOCKS, Stopwatch
 from vllm_sparq.config import Options
 from vllm_sparq.console import UsageError, place, positive, real_number
 from vllm_sparq.layout import BLOCK_SIZE_MULTIPLE
 from vllm_sparq.ops import native
 from vllm_sparq.reads import DenseRead
 
-FLUSH_BYTES = 128 << 20
-"""Read before each sample, so that no cache still holds what the op wants: several times a big L3."""
-
-BANDWIDTH_BYTES = 256 << 20
-"""Read, once per round, to measure what the memory can do."""
-
-TRIALS = 5
-"""Samples per setting to find the best one of a method that has several."""
-
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-
-CLOCKS: dict[str, Callable[[], int]] = {"wall": time.perf_counter_ns, "cpu": time.process_time_ns}
 
 EPILOG = """\
 Every number is the median over rounds; in a round each method runs once, one after the other, from a cold cache.
@@ -53,6 +47,12 @@ examples:
   vllm-sparq bench ops --methods dense,sparq --r 32 --k 128    as many tokens of every context, as in SparQ's paper
   vllm-sparq bench ops --batch 1,8 --threads 4 --out ops.jsonl
 
+With --op prefill each method takes a chunk of a prompt, over as many tokens before it as --context says, in blocks of
+its format. "peak" compares its multiply-adds with what the instruction that our kernel consists of does at most.
+
+  vllm-sparq bench ops --op prefill                            2,048 tokens, after 0, 8k and 32k
+  vllm-sparq bench ops --op prefill --chunk 512 --context 4096 --methods vllm,dense
+
 On a busy machine wall time means little. Then take
   OMP_WAIT_POLICY=passive vllm-sparq bench ops --clock cpu
 which counts the processor time of all threads, divided by their number.
@@ -61,13 +61,28 @@ which counts the processor time of all threads, divided by their number.
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = EPILOG
+    parser.add_argument("--op", choices=OPS, default="decode", help="what is timed (default: decode)")
     parser.add_argument(
-        "--context", type=_numbers, default="1024,4096,16384,65536", metavar="S,...", help="context lengths in tokens"
+        "--context",
+        type=numbers_from(0),
+        metavar="S,...",
+        help="context lengths in tokens, those of a chunk not among them (default: "
+        + "; ".join(f"{name}: {','.join(map(str, op.contexts))}" for name, op in OPS.items())
+        + ")",
     )
-    parser.add_argument("--batch", type=_numbers, default="1", metavar="B,...", help="requests that decode together")
+    parser.add_argument(
+        "--chunk",
+        type=numbers_from(1),
+        default=str(prefill.CHUNK),
+        metavar="T,...",
+        help=f"new tokens of each request, of --op prefill (default: {prefill.CHUNK})",
+    )
+    parser.add_argument(
+        "--batch", type=numbers_from(1), default="1", metavar="B,...", help="requests that decode together"
+    )
     parser.add_argument(
         "--shape",
-        type=_shape,
+        type=layer_shape,
         action="append",
         metavar="H/G/D",
         help="query heads / KV heads / head size of a layer; may be repeated (default: 32/8/128)",
@@ -75,13 +90,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--methods",
         type=_methods,
-        default=",".join(METHODS),
         metavar="M,...",
-        help="; ".join(f"{name}: {method.summary}" for name, method in METHODS.items()) + " (default: all)",
+        help="; ".join(f"{name}: {method.summary}" for name, method in METHODS.items())
+        + f" (default: all; of --op prefill {','.join(prefill.METHODS)})",
     )
     parser.add_argument(
         "--block-size",
-        type=_numbers,
+        type=numbers_from(1),
         default=str(PREFERRED_BLOCK_SIZE),
         metavar="N,...",
         help=f"tokens per block of our pages (default: {PREFERRED_BLOCK_SIZE}; engines take {LONG_BLOCK_SIZE} for "
@@ -106,34 +121,31 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--again", action="store_true", help="measure cells that --out holds already")
 
 
-def _numbers(text: str) -> list[int]:
-    try:
-        numbers = [int(part) for part in text.split(",")]
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a list of numbers such as 1024,4096") from None
-    if min(numbers) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} holds a number below 1")
-    return numbers
-
-
-def _shape(text: str) -> tuple[int, int, int]:
-    parts = text.split("/")
-    if len(parts) != 3 or not all(part.isdigit() and int(part) for part in parts):
-        raise argparse.ArgumentTypeError(f"{text!r} is not H/G/D, for example 32/8/128")
-    heads, kv_heads, head_dim = (int(part) for part in parts)
-    if heads % kv_heads:
-        raise argparse.ArgumentTypeError(f"{text!r}: {kv_heads} KV heads do not divide {heads} query heads")
-    if head_dim % 16:
-        raise argparse.ArgumentTypeError(f"{text!r}: head size {head_dim} is not a multiple of 16")
-    return heads, kv_heads, head_dim
-
-
 def _methods(text: str) -> list[str]:
     names = text.split(",")
     unknown = [name for name in names if name not in METHODS]
     if unknown:
         raise argparse.ArgumentTypeError(f"unknown method {unknown[0]!r}: use some of {','.join(METHODS)}")
     return names
+
+
+def settle(args: argparse.Namespace) -> Op:
+    """What is timed; fills in what was not asked for.
+
+    Raises:
+        UsageError: a method or a context that this op does not have.
+    """
+    op = OPS[args.op]
+    args.context = args.context or list(op.contexts)
+    args.methods = args.methods or list(op.methods)
+    if other := next((name for name in args.methods if name not in op.methods), None):
+        raise UsageError(
+            f"--methods {other}: prompts are read densely, whatever reads them later; of --op {args.op} use some of "
+            f"{','.join(op.methods)}"
+        )
+    if args.op == "decode" and 0 in args.context:
+        raise UsageError("--context 0: a decode step sees its own token; give 1 or more, or --op prefill")
+    return op
 
 
 def cells(args: argparse.Namespace) -> list[Cell]:
@@ -165,34 +177,8 @@ def cells(args: argparse.Namespace) -> list[Cell]:
     return found
 
 
-@dataclass
-class Stopwatch:
-    """Times one call from a cold cache."""
-
-    clock: str
-    threads: int
-
-    def __post_init__(self) -> None:
-        self._flush = torch.ones(FLUSH_BYTES // 4)
-        self._stream = torch.ones(BANDWIDTH_BYTES // 4)
-
-    def sample(self, call: Call) -> float:
-        """Microseconds."""
-        self._flush.sum()
-        now = CLOCKS[self.clock]
-        start = now()
-        call.run()
-        spent = now() - start
-        return spent / 1e3 / (self.threads if self.clock == "cpu" else 1)
-
-    def bandwidth(self) -> float:
-        """GB/s of a plain read."""
-        return BANDWIDTH_BYTES / 1e3 / self.sample(Call("read", lambda: self._stream.sum()))
-
-    def best(self, calls: Iterable[Call]) -> Call | None:
-        """The fastest of several settings in a short trial; None of none."""
-        trials = [(statistics.median(self.sample(call) for _ in range(TRIALS)), call) for call in calls]
-        return min(trials, key=lambda trial: trial[0])[1] if trials else None
+def describe(cell: Cell) -> str:
+    return f"batch {cell.batch}, {cell.context:,} tokens"
 
 
 def measure(cell: Cell, methods: Sequence[str], repeats: int, watch: Stopwatch, tick: Callable[[], None]) -> list[dict]:
@@ -322,6 +308,46 @@ def table(rows: Sequence[dict[str, Any]], watch: Stopwatch) -> Table:
     return view
 
 
+def summary(rows: Sequence[dict[str, Any]]) -> list[str]:
+    lines = [f"memory: {statistics.median(row['bandwidth_gb_per_s'] for row in rows):.1f} GB/s"]
+    for (batch, *shape, block_size), context in break_even(rows).items():
+        where = "at no context measured" if context is None else f"from {context:,} tokens on"
+        layer = "/".join(map(str, shape))
+        lines.append(f"batch {batch}, {layer}, blocks of {block_size}: SparQ beats our dense op {where}")
+    return lines
+
+
+@dataclass(frozen=True)
+class Op:
+    """What can be timed: names of its methods, contexts where none are named, and functions on its cells and rows."""
+
+    methods: Iterable[str]
+    contexts: Sequence[int]
+    cells: Callable[[argparse.Namespace], list[Any]]
+    describe: Callable[[Any], str]
+    key_of: Callable[[Any, str, Stopwatch], str]
+    measure: Callable[[Any, Sequence[str], int, Stopwatch, Callable[[], None]], list[dict[str, Any]]]
+    table: Callable[[Sequence[dict[str, Any]], Stopwatch], Table]
+    summary: Callable[[Sequence[dict[str, Any]]], list[str]]
+
+
+OPS = {
+    "decode": Op(
+        METHODS, (1024, 4096, 16384, 65536), cells, describe, key_of, lambda *args: measure(*args), table, summary
+    ),
+    "prefill": Op(
+        prefill.METHODS,
+        prefill.CONTEXTS,
+        lambda args: prefill.chunks(cells(args), args.chunk),
+        prefill.describe,
+        prefill.key_of,
+        prefill.measure,
+        prefill.table,
+        prefill.summary,
+    ),
+}
+
+
 def main(args: argparse.Namespace) -> int:
     if args.clock == "cpu" and os.environ.get("OMP_WAIT_POLICY", "").lower() != "passive":
         raise UsageError("--clock cpu would count threads that wait: start with OMP_WAIT_POLICY=passive")
@@ -329,9 +355,10 @@ def main(args: argparse.Namespace) -> int:
         check_out(args.out)
     if args.threads is not None:
         torch.set_num_threads(args.threads)
-    wanted, console = cells(args), Console()
+    op, console = settle(args), Console()
+    wanted = op.cells(args)
     watch = Stopwatch(args.clock, torch.get_num_threads())
-    keys = [[key_of(cell, name, watch) for name in args.methods] for cell in wanted]
+    keys = [[op.key_of(cell, name, watch) for name in args.methods] for cell in wanted]
     known = recorded(args.out, [key for row in keys for key in row], again=args.again)
     todo = [cell for cell, row in zip(wanted, keys, strict=True) if not known.keys() >= set(row)]
     about, rows = provenance(), []
@@ -340,8 +367,8 @@ def main(args: argparse.Namespace) -> int:
     with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task("measuring", total=len(todo) * args.repeats)
         for cell in todo:
-            progress.update(task, description=f"batch {cell.batch}, {cell.context:,} tokens")
-            new = measure(cell, args.methods, args.repeats, watch, lambda: progress.advance(task))
+            progress.update(task, description=op.describe(cell))
+            new = op.measure(cell, args.methods, args.repeats, watch, lambda: progress.advance(task))
             if args.out is not None:
                 append_records(args.out, [{**row, **about} for row in new])
             rows += new
@@ -351,11 +378,7 @@ def main(args: argparse.Namespace) -> int:
             f"{len(wanted) - len(todo)} of {len(wanted)} cells: {skipped_note(old)}", highlight=False, soft_wrap=True
         )
         rows = [*old, *rows]
-    console.print(table(rows, watch))
-    console.print(f"memory: {statistics.median(row['bandwidth_gb_per_s'] for row in rows):.1f} GB/s")
-    for (batch, *shape, block_size), context in break_even(rows).items():
-        where = "at no context measured" if context is None else f"from {context:,} tokens on"
-        console.print(
-            f"batch {batch}, {'/'.join(map(str, shape))}, blocks of {block_size}: SparQ beats our dense op {where}"
-        )
+    console.print(op.table(rows, watch))
+    for line in op.summary(rows):
+        console.print(line)
     return 0

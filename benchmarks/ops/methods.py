@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -258,7 +258,7 @@ def vllm_library() -> str:
     return found[1] if found else "none"
 
 
-def vllm_calls(t: Tensors) -> Iterator[Call]:
+def vllm_calls(t: Tensors, splits: Sequence[bool] = (False, True)) -> Iterator[Call]:
     """vLLM's own op at every setting worth trying: block sizes, and splitting a context over threads or not.
 
     It reads a cache of random numbers: its time does not depend on them.
@@ -281,7 +281,7 @@ def vllm_calls(t: Tensors) -> Iterator[Call]:
         keys, values = cache.chunk(2, dim=2)
         table = torch.randperm(len(cache), dtype=torch.int32).view(cell.batch, n_blocks)
         isa = _get_attn_isa(cell.dtype, block_size, cell.head_dim)
-        for split in (False, True):
+        for split in splits:
             schedule = ops.cpu_attn_get_scheduler_metadata(
                 num_reqs=cell.batch,
                 num_heads=cell.heads,

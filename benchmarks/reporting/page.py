@@ -21,6 +21,7 @@ from vllm_sparq.benchmarks.reporting.tables import (
     Rows,
     engine_table,
     ops_table,
+    prefill_table,
     pressure_table,
     quality_table,
     ray_table,
@@ -33,6 +34,7 @@ IDENTITY = (
     *("bench", "model", "method", "options", "context", "batch", "heads", "kv_heads", "head_dim", "dtype", "ranking"),
     *("r", "k", "rate", "num_prompts", "input_len", "output_len", "replicas", "runner", "rows", "task", "length"),
     *("command", "kv_cache_bytes", "prompt_len", "pool", "seed", "cpu", "isa", "threads", "clock", "block_size"),
+    "chunk",
 )
 """Fields that tell two measurements apart; of lines that agree in all of them the newest counts."""
 
@@ -229,6 +231,12 @@ SECTIONS: dict[str, tuple[str, str, Table, dict[str, Choose]]] = {
         "One layer, one output token, from a cold processor cache.",
         ops_table,
         {"ops-speed": lambda groups: groups["ops"], "ops-bandwidth": lambda groups: groups["ops"]},
+    ),
+    "ops_prefill": (
+        "A chunk of a prompt",
+        "One layer, from a cold processor cache: new tokens of a prompt attend to those before, in blocks of a format.",
+        prefill_table,
+        {},
     ),
 }
 """Kind of result -> title, what it is, its table, its pictures and what they are drawn from."""

@@ -45,6 +45,25 @@ def ops_table(records: Sequence[Record]) -> Rows:
     return head, rows
 
 
+def prefill_table(records: Sequence[Record]) -> Rows:
+    """A row per shape, tokens before, chunk and method."""
+    head = ("heads", "batch", "before", "chunk", "method", "ms", "of the peak", "times vLLM's op")
+    rows = [
+        (
+            f"{r['heads']}/{r['kv_heads']}/{r['head_dim']}",
+            f"{r['batch']}",
+            f"{r['context']:,}",
+            f"{r['chunk']:,}",
+            r["method"],
+            f"{r['median_us'] / 1e3:,.1f}",
+            f"{r['share_of_bound']:.0%}",
+            "" if r.get("speedup_vs_vllm") is None else f"{r['speedup_vs_vllm']:.2f}x",
+        )
+        for r in records
+    ]
+    return head, rows
+
+
 def engine_table(records: Sequence[Record]) -> Rows:
     """A row per context, batch and method, with the fitted line of each batch and method."""
     from vllm_sparq.benchmarks.reporting.plots import break_even, fitted

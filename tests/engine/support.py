@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import os
 import random
+from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 MODEL = Path(os.environ.get("SPARQ_TEST_MODEL", Path(__file__).parents[2] / "benchmarks" / "tiny_model" / "weights"))
 
@@ -38,6 +41,12 @@ ENGINE: dict[str, Any] = {
 
 NGRAM = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 4, "prompt_lookup_min": 2}
 """Drafts that the prompt itself gives. They load llvmlite, over which vLLM stumbles when it starts a second engine."""
+
+
+def rarely(names: Iterable[str], *long: str) -> list[Any]:
+    """Cases of a test, of which those named run with the long ones alone: others show nearly the same."""
+    assert {*long} <= {*names}
+    return [pytest.param(name, marks=pytest.mark.long if name in long else ()) for name in names]
 
 
 def environment() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.engine.support import EXACT, Prompts
+from tests.engine.support import EXACT, Prompts, rarely
 from vllm_sparq.layout import PageLayout
 
 pytestmark = pytest.mark.engine
@@ -75,7 +75,7 @@ def test_prefix_cache_is_hit(engine: Any, prompts: Prompts) -> None:
     assert hits["kivi"] == hits["CPU_ATTN"] > 1000
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", rarely(METHODS, "flexgen", "k8v4", "sparq over k4v2", "spans over kivi2"))
 def test_preemption(method: str, engine: Any) -> None:
     """A pool that cannot hold all requests: those thrown out come back with the K and V that they had."""
     rng = random.Random(1)
@@ -88,10 +88,9 @@ def test_preemption(method: str, engine: Any) -> None:
     backend, options = METHODS[method]
     with engine(backend, options, **pool, disable_log_stats=False) as llm:
         together = Prompts.answers(llm, batch, n_tokens=150)
-        preemptions = value(llm, "vllm:num_preemptions")
-        alone = [Prompts.answers(llm, [prompt], n_tokens=150)[0] for prompt in batch]
-    assert preemptions > 0
-    assert together == alone
+        assert value(llm, "vllm:num_preemptions") > 0
+    with engine(backend, options, **{**pool, "num_gpu_blocks_override": None}) as llm:
+        assert Prompts.answers(llm, batch, n_tokens=150) == together
 
 
 @pytest.mark.long

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from tests.engine.sessions import Sessions
-from tests.engine.support import EXACT, Prompts
+from tests.engine.support import EXACT, Prompts, rarely
 
 pytestmark = pytest.mark.engine
 
@@ -39,7 +39,7 @@ def in_one_prompt(turns: list[list[int]], said: list[list[int]]) -> list[int]:
     return prompt
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", rarely(METHODS, "kivi", "quest over int4"))
 def test_sessions(method: str, engine: Any) -> None:
     """Alone, beside another, beside another in a pool that preempts, and in one prompt: one answer."""
     backend, options = METHODS[method]

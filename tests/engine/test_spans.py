@@ -66,12 +66,13 @@ def test_preemption(engine: Any) -> None:
     pool = dict(num_gpu_blocks_override=20, max_model_len=640, max_num_batched_tokens=640)
     with engine("sparq", SPARSE, **pool, disable_log_stats=False) as llm:
         answers = Prompts.answers(llm, batch, n_tokens=380)
-        preemptions = {m.name: m.value for m in llm.get_metrics() if hasattr(m, "value")}["vllm:num_preemptions"]
-        alone = [Prompts.answers(llm, [prompt], n_tokens=380)[0] for prompt in batch]
-    assert preemptions > 0
-    assert answers == alone
+        metrics = {m.name: m.value for m in llm.get_metrics() if hasattr(m, "value")}
+        assert metrics["vllm:num_preemptions"] > 0
+    with engine("sparq", SPARSE, **{**pool, "num_gpu_blocks_override": None}) as llm:
+        assert Prompts.answers(llm, batch, n_tokens=380) == answers
 
 
+@pytest.mark.long
 def test_speculative_decoding(prompts: Prompts, alone: list[list[int]]) -> None:
     """Draft tokens are verified with the reads that decoding them one by one would have made."""
     quest = dict(attention_backend="quest", additional_config={"sparq": UNIFORM})

@@ -12,7 +12,7 @@ import pytest
 from tests.architectures import seeded
 from tests.architectures.configurations import STATES, Model
 from tests.engine.poison import poisoned
-from tests.engine.support import Prompts
+from tests.engine.support import Prompts, rarely
 from vllm_sparq.scheduler.spec import is_ours
 
 pytestmark = pytest.mark.engine
@@ -100,7 +100,7 @@ def test_with_nothing_left_out_it_is_dense(folders: dict[str, Path], token_promp
             assert Prompts.answers(llm, token_prompts) == dense
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", rarely(METHODS, "all read", "quest", "flexgen", "h2o"))
 def test_same_answers(name: str, folders: dict[str, Path], token_prompts: Any, engine: Any) -> None:
     """Together, in other chunks, and on a pool that is too small for all of them, as alone."""
     with engine(*METHODS[name], **arguments(folders["mamba"])) as llm:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -13,11 +14,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from vllm_sparq.ops import native
+from vllm_sparq.ops import instruction_sets, native
 from vllm_sparq.ops.dispatch import IMPLEMENTATIONS, OVERRIDE, Choice, choose
 
 ROWS = [(op, implementation) for op, rows in IMPLEMENTATIONS.items() for implementation in rows]
-RUNNABLE = [isa for isa, (_, needs) in native.INSTRUCTION_SETS.items() if needs <= native.cpu_flags()]
+RUNNABLE = instruction_sets.runnable()
 
 
 def test_the_table_is_whole() -> None:
@@ -37,7 +38,7 @@ def test_every_row_has_the_signature_of_its_contract(op: str, implementation: st
 
 
 @pytest.mark.skipif(not (shutil.which("g++") or os.environ.get("CXX")), reason="no C++ compiler")
-@pytest.mark.parametrize("isa", native.INSTRUCTION_SETS)
+@pytest.mark.parametrize("isa", instruction_sets.of_machine(platform.machine()))
 def test_the_kernels_are_built(isa: str) -> None:
     """Without this, a machine that can compile them would skip every test of the kernels and look green."""
     path = native.LIBRARIES / f"libsparq_{isa}.so"
@@ -110,31 +111,6 @@ def test_contracts_run_what_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(sys.modules[contract.__module__], "choose", spy)
         contract(**arguments(op))
         assert asked == [(op, "cpu")]
-
-
-@pytest.mark.parametrize(
-    ("isa", "message"),
-    [("sse2", r"is not an instruction set: use one of \['avx512_bf16', 'avx512', 'avx2'\]")],
-)
-def test_unknown_instruction_sets_are_refused(isa: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(native.OVERRIDE, isa)
-    native.find.cache_clear()
-    try:
-        with pytest.raises(ValueError, match=rf"{native.OVERRIDE}='{isa}' {message}"):
-            native.find()
-    finally:
-        native.find.cache_clear()
-
-
-def test_instruction_sets_that_the_cpu_lacks_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(native, "cpu_flags", lambda: {"avx2", "fma", "f16c", "bmi2"})
-    monkeypatch.setenv(native.OVERRIDE, "avx512")
-    native.find.cache_clear()
-    try:
-        with pytest.raises(ValueError, match=r"='avx512' cannot run on this CPU: it lacks avx512bw"):
-            native.find()
-    finally:
-        native.find.cache_clear()
 
 
 OTHERS = RUNNABLE[1:] if not os.environ.get(native.OVERRIDE) else []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -18,7 +19,7 @@ from tests.ops.c_interface import differences, of_python, of_source, source
 from tests.ops.cases import Case, build, load, write_in_chunks
 from vllm_sparq.formats import FORMATS, Coding, Format
 from vllm_sparq.layout import Pages
-from vllm_sparq.ops import native
+from vllm_sparq.ops import instruction_sets, native
 
 COMPILER = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
 
@@ -93,7 +94,7 @@ def test_swapped_enum_values_in_python_alone_are_found(kind: type) -> None:
     assert differences(of_source(source()), mutant)[0].startswith(f"enums: {kind.__name__}")
 
 
-@pytest.mark.parametrize("isa", native.INSTRUCTION_SETS)
+@pytest.mark.parametrize("isa", instruction_sets.of_machine(platform.machine()))
 def test_the_libraries_have_the_interface_of_this_code(isa: str) -> None:
     path = native.LIBRARIES / f"libsparq_{isa}.so"
     if not path.is_file():

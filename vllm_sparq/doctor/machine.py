@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import platform
 from importlib import metadata
-from pathlib import Path
 
 from vllm_sparq import __version__, compat
 from vllm_sparq.doctor.findings import Section
@@ -88,23 +87,16 @@ def platform_in_use() -> Section:
 
 def describe_cpu(section: Section) -> None:
     """Name, cores and instruction sets."""
-    from vllm_sparq.ops import native
+    from vllm_sparq.ops import instruction_sets
 
-    model = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        names = [
-            line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")
-        ]
-        model = names[0] if names else model
+    model = instruction_sets.cpu_name()
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     section.good(f"cpu: {model}, {usable} cores for us")
-    flags = native.cpu_flags()
-    found = [name for name, needs in native.INSTRUCTION_SETS.values() if needs <= flags]
+    found = [instruction_sets.INSTRUCTION_SETS[isa].label for isa in instruction_sets.runnable()]
     if found:
         section.good(f"instruction sets with compiled kernels: {', '.join(found)}")
     else:
-        section.bad("this CPU has no AVX2, which every compiled kernel needs")
+        section.bad(instruction_sets.nothing_runs())
     section.numbers |= {"cpu": model, "cores": usable, "instruction_sets": found}
 
 

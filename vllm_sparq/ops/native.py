@@ -1,7 +1,8 @@
 """The compiled CPU kernels: which instruction set this machine gets, and how their C functions are called.
 
-One source, three libraries (setup.py): ``vllm_sparq/lib/libsparq_<isa>.so``. The best one that this CPU can run is
-loaded on first use, with plain ctypes: a call costs a few microseconds, and needs neither Python's nor torch's ABI.
+One source, a library for each instruction set (setup.py): ``vllm_sparq/lib/libsparq_<isa>.so``. The best one that this
+CPU can run is loaded on first use, with plain ctypes: a call costs a few microseconds, and needs neither Python's nor
+torch's ABI.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from typing import Any, ClassVar
 import torch  # first: its libgomp must be loaded before ours asks for one, so that both share one pool of threads
 
 from vllm_sparq.layout import PageLayout, Pages
+from vllm_sparq.ops import instruction_sets
+from vllm_sparq.ops.instruction_sets import INSTRUCTION_SETS
 from vllm_sparq.reads.spans import LEAST_SPANS, SPAN_TOKENS
 
 LIBRARIES = Path(os.environ.get("VLLM_SPARQ_LIBRARIES") or Path(__file__).parents[1] / "lib")
@@ -26,15 +29,6 @@ LIBRARIES = Path(os.environ.get("VLLM_SPARQ_LIBRARIES") or Path(__file__).parent
 
 OVERRIDE = "VLLM_SPARQ_ISA"
 """Environment variable that restricts the search to one instruction set, for tests and measurements."""
-
-_AVX2 = {"avx2", "fma", "f16c", "bmi2"}
-_AVX512 = {*_AVX2, "avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512cd"}
-INSTRUCTION_SETS: dict[str, tuple[str, set[str]]] = {
-    "avx512_bf16": ("AVX-512 with BF16", {*_AVX512, "avx512_bf16", "avx512_vnni", "avx512vbmi"}),
-    "avx512": ("AVX-512", _AVX512),
-    "avx2": ("AVX2", _AVX2),
-}
-"""isa -> its name for people, and the CPU flags (as in /proc/cpuinfo) that its library uses; best first."""
 
 _HUGE = 2 << 20
 _MADV_COLLAPSE = 25  # since Linux 6.1; not in Python's mmap module yet
@@ -69,10 +63,9 @@ def find() -> Found:
     forced = os.environ.get(OVERRIDE)
     if forced:
         return _find_forced(forced)
-    flags = cpu_flags()
-    runnable = [isa for isa, (_, needs) in INSTRUCTION_SETS.items() if needs <= flags]
+    runnable = instruction_sets.runnable()
     if not runnable:
-        return Found(None, None, f"this CPU has no AVX2, which every compiled kernel needs; {REFERENCE_INSTEAD}")
+        return Found(None, None, f"{instruction_sets.nothing_runs()}; {REFERENCE_INSTEAD}")
     for isa in runnable:
         if _library(isa).is_file():
             return _found(isa)
@@ -80,22 +73,13 @@ def find() -> Found:
     return Found(None, None, reason)
 
 
-def cpu_flags() -> set[str]:
-    """Flags of the first CPU, as Linux reports them; empty on other systems and architectures."""
-    if platform.machine() != "x86_64" or not os.path.exists("/proc/cpuinfo"):
-        return set()
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("flags"):
-            return set(line.split(":", 1)[1].split())
-    return set()
-
-
 def _find_forced(isa: str) -> Found:
     if isa not in INSTRUCTION_SETS:
         raise ValueError(f"{OVERRIDE}={isa!r} is not an instruction set: use one of {list(INSTRUCTION_SETS)}")
-    missing = sorted(INSTRUCTION_SETS[isa][1] - cpu_flags())
-    if missing:
-        raise ValueError(f"{OVERRIDE}={isa!r} cannot run on this CPU: it lacks {', '.join(missing)}")
+    if lacks := instruction_sets.lacking(isa):
+        runnable = instruction_sets.runnable()
+        remedy = f"use one of {runnable}, or unset it" if runnable else "unset it"
+        raise ValueError(f"{OVERRIDE}={isa!r} cannot run on this CPU: {lacks}; {remedy}")
     if not _library(isa).is_file():
         raise ValueError(f"{OVERRIDE}={isa!r} was not built: {_library(isa)} does not exist. Reinstall with g++.")
     return _found(isa)
@@ -107,7 +91,7 @@ def _library(isa: str) -> Path:
 
 def _found(isa: str) -> Found:
     check_abi(_library(isa))
-    return Found(_library(isa), isa, f"{INSTRUCTION_SETS[isa][0]} ({_library(isa).name})")
+    return Found(_library(isa), isa, f"{INSTRUCTION_SETS[isa].label} ({_library(isa).name})")
 
 
 class DType(enum.IntEnum):

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from vllm_sparq.benchmarks.ops import bench as ops_bench
 from vllm_sparq.benchmarks.ops.methods import METHODS, Tensors
@@ -21,12 +22,18 @@ def parse(*words: str) -> argparse.Namespace:
     return parser.parse_args(words)
 
 
+def settled(*words: str) -> argparse.Namespace:
+    args = parse(*words)
+    ops_bench.settle(args)
+    return args
+
+
 SMALL = ("--shape", "4/2/64", "--context", "300,1024", "--k", "64", "--repeats", "3", "--methods", "dense,sparq,write")
 
 
 def test_defaults_are_a_known_model() -> None:
-    args = parse()
-    found = ops_bench.cells(parse("--context", "1024,4096"))
+    args = settled("--context", "1024,4096")
+    found = ops_bench.cells(args)
     assert args.methods == list(METHODS)
     assert [(c.context, c.batch, c.heads, c.kv_heads, c.head_dim) for c in found] == [
         (1024, 1, 32, 8, 128),
@@ -63,7 +70,7 @@ def test_bad_words_are_refused(words: tuple[str, ...], says: str) -> None:
 )
 def test_impossible_cells_are_refused(words: tuple[str, ...], says: str) -> None:
     with pytest.raises(UsageError, match=says):
-        ops_bench.cells(parse(*words))
+        ops_bench.cells(settled(*words))
 
 
 def test_processor_time_needs_threads_that_sleep(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -109,7 +116,9 @@ def test_two_block_sizes_are_two_cases(tmp_path: Path, capsys: pytest.CaptureFix
 
 def test_bytes_by_hand() -> None:
     # H/G/D = 4/2/64, S = 1024, bf16: a token of a KV head is 2 * 64 * 2 = 256 bytes.
-    cell = ops_bench.cells(parse("--shape", "4/2/64", "--context", "1024", "--batch", "3", "--r", "16", "--k", "63"))[0]
+    cell = ops_bench.cells(settled("--shape", "4/2/64", "--context", "1024", "--batch", "3", "--r", "16", "--k", "63"))[
+        0
+    ]
     assert METHODS["dense"].bytes_moved(cell) == 3 * 2 * 1024 * 256
     # int4: half a byte per token and channel, 4 bytes of range per block and channel, 64 tokens in full.
     assert METHODS["sparq"].bytes_moved(cell) == 3 * 2 * (1024 * 16 // 2 + 8 * 16 * 4 + 64 * 256)
@@ -137,7 +146,7 @@ def test_spans_are_read(tmp_path: Path) -> None:
 
 def test_requests_own_pages_and_hold_tokens() -> None:
     words = ("--shape", "2/1/64", "--context", "200", "--batch", "2", "--k", "9")
-    tensors = Tensors.build(ops_bench.cells(parse(*words))[0])
+    tensors = Tensors.build(ops_bench.cells(settled(*words))[0])
     cache = tensors.cache("model")
     assert sorted(cache.block_table.flatten().tolist()) == [0, 1, 2, 3]
     first, second = cache.pages.keys[cache.block_table.long()].flatten(1, 3)[..., : 200 // 128, :]
@@ -148,7 +157,7 @@ def test_requests_own_pages_and_hold_tokens() -> None:
 @pytest.mark.parametrize("format", [name for name, fmt in FORMATS.items() if fmt is not None])
 def test_random_pages_stand_for_plausible_tokens(format: str) -> None:
     words = ("--shape", "2/1/64", "--context", "300", "--batch", "2", "--k", "9")
-    tensors = Tensors.build(ops_bench.cells(parse(*words))[0])
+    tensors = Tensors.build(ops_bench.cells(settled(*words))[0])
     cache = tensors.cache(format)
     keys, values = cached_tokens(cache.pages, cache.block_table[1], 300, 0)
     for x in (keys, values):
@@ -167,3 +176,60 @@ def test_break_even_is_the_last_crossing() -> None:
         (1, 4, 2, 64, 128): 2048,
         (8, 4, 2, 64, 128): None,
     }
+
+
+CHUNK = ("--op", "prefill", "--shape", "4/2/64", "--context", "0,128", "--chunk", "96", "--repeats", "2")
+
+
+def test_a_chunk_of_a_prompt_is_timed_over_every_format(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "ops.jsonl"
+    assert ops_bench.main(parse(*CHUNK, "--methods", "dense,int4,kivi2", "--out", str(out))) == 0
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    methods = ("dense", "int4", "kivi2")
+    assert [(row["context"], row["method"]) for row in rows] == [(s, method) for s in (0, 128) for method in methods]
+    # Row i sees i + 1 tokens and those before: q K and P V, 4 heads of 64.
+    assert [row["multiply_adds"] for row in rows[::3]] == [
+        2 * 4 * 64 * n for n in (96 * 97 // 2, 96 * 97 // 2 + 96 * 128)
+    ]
+    for row in rows:
+        assert (row["bench"], row["chunk"], row["block_size"]) == ("ops_prefill", 96, 128)
+        assert 0 < row["p10_us"] <= row["median_us"] <= row["p90_us"]
+        assert 0 < row["gmac_per_s"] < 1.2 * row["peak_gmac_per_s"]
+        assert row["share_of_bound"] == pytest.approx(row["gmac_per_s"] / row["peak_gmac_per_s"], abs=0.02)
+        assert {"impl", "threads", "clock", "cpu", "isa", "commit", "dirty"} <= set(row)
+    assert len({row["key"] for row in rows}) == len(rows)
+    assert "GMAC/s" in capsys.readouterr().out
+    ops_bench.main(parse(*CHUNK, "--methods", "dense,int4,kivi2", "--out", str(out)))
+    assert "2 of 2 cells: on record already" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (
+            ("--op", "prefill", "--methods", "sparq"),
+            "--methods sparq: prompts are read densely.*use some of vllm,dense,",
+        ),
+        (("--op", "prefill", "--context", "100"), "--context 100 is not in whole blocks of 128: .*; use 0, or another"),
+        (("--context", "0"), "--context 0: a decode step sees its own token"),
+    ],
+)
+def test_what_an_op_cannot_time_is_refused(words: tuple[str, ...], says: str) -> None:
+    with pytest.raises(UsageError, match=says):
+        ops_bench.main(parse(*words))
+
+
+def test_chunks_are_attention() -> None:
+    """What is timed is right: rows of a chunk see what came before, and each other up to themselves."""
+    args = settled("--op", "prefill", "--shape", "2/1/64", "--context", "128", "--chunk", "16", "--dtype", "fp32")
+    (chunk,) = ops_bench.OPS["prefill"].cells(args)
+    t = chunk.tensors()
+    (call,) = chunk.calls("dense", t)
+    call.run()
+    assert t.out.isfinite().all()
+    assert torch.equal(t.query_start_loc, torch.tensor([0, 16], dtype=torch.int32))
+    first = t.out[:1].clone()
+    t.key[1:].zero_(), t.value[1:].zero_()
+    call.run()
+    assert torch.equal(t.out[:1], first)
+    assert not torch.equal(t.out[1:2], first)

@@ -50,6 +50,8 @@ def records() -> list[dict[str, Any]]:
     for method in ("vllm", "dense", "sparq"):
         timed = {"median_us": 10.0, "gb_per_s": 20.0, "speedup_vs_vllm": 1.0, "speedup_vs_dense": 0.5}
         found.append({"bench": "ops", "method": method, **shape, **timed})
+        chunk = {"chunk": 2048, "share_of_bound": 0.7, "median_us": 1e5, "speedup_vs_vllm": 1.5}
+        found.append({"bench": "ops_prefill", "method": method, **shape, **chunk})
     return [record | ORIGIN for record in found]
 
 

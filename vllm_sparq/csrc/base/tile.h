@@ -9,33 +9,6 @@ namespace sparq {
 constexpr int TILE = 64;           // tokens; K and V of a tile (32 kB at D = 128, bf16) stay in L1 between the products
 constexpr int MAX_TILE_HEADS = 4;  // query heads that share one load of K or V
 
-// Sums of W vectors: lane i is the sum of a[i].
-SPARQ_INLINE Vec reduce_each(const Vec* a) {
-#ifdef __AVX512F__
-  Vec quad[4];
-#pragma GCC unroll 4
-  for (int i = 0; i < 4; ++i) {
-    const Vec* x = a + 4 * i;
-    const Vec s = add(_mm512_unpacklo_ps(x[0], x[1]), _mm512_unpackhi_ps(x[0], x[1]));
-    const Vec t = add(_mm512_unpacklo_ps(x[2], x[3]), _mm512_unpackhi_ps(x[2], x[3]));
-    quad[i] = add(_mm512_shuffle_ps(s, t, 0x44), _mm512_shuffle_ps(s, t, 0xee));
-  }
-  const Vec s = add(_mm512_shuffle_f32x4(quad[0], quad[1], 0x44), _mm512_shuffle_f32x4(quad[0], quad[1], 0xee));
-  const Vec t = add(_mm512_shuffle_f32x4(quad[2], quad[3], 0x44), _mm512_shuffle_f32x4(quad[2], quad[3], 0xee));
-  return add(_mm512_shuffle_f32x4(s, t, 0x88), _mm512_shuffle_f32x4(s, t, 0xdd));
-#else
-  Vec quad[2];
-#pragma GCC unroll 2
-  for (int i = 0; i < 2; ++i) {
-    const Vec* x = a + 4 * i;
-    const Vec s = add(_mm256_unpacklo_ps(x[0], x[1]), _mm256_unpackhi_ps(x[0], x[1]));
-    const Vec t = add(_mm256_unpacklo_ps(x[2], x[3]), _mm256_unpackhi_ps(x[2], x[3]));
-    quad[i] = add(_mm256_shuffle_ps(s, t, 0x44), _mm256_shuffle_ps(s, t, 0xee));
-  }
-  return add(_mm256_permute2f128_ps(quad[0], quad[1], 0x20), _mm256_permute2f128_ps(quad[0], quad[1], 0x31));
-#endif
-}
-
 // How K of type T is multiplied: in fp32, W elements at a time.
 template <class T>
 struct FloatMac {

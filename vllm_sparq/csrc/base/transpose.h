@@ -1,33 +1,21 @@
 // Byte, word and dword matrices turned over, 16 bytes of a row at a time.
 #pragma once
 
-#include <immintrin.h>
-
 #include <cstdint>
 #include <cstring>
 
-namespace sparq {
+#include "base/simd.h"
 
-// One step of a transpose: rows i and i + n/2 are interleaved, `bytes` at a time. log2(n) such steps turn the square
-// over.
-template <int bytes>
-inline __attribute__((always_inline)) void interleave(__m128i a, __m128i b, __m128i& low, __m128i& high) {
-  if constexpr (bytes == 1) {
-    low = _mm_unpacklo_epi8(a, b), high = _mm_unpackhi_epi8(a, b);
-  } else if constexpr (bytes == 2) {
-    low = _mm_unpacklo_epi16(a, b), high = _mm_unpackhi_epi16(a, b);
-  } else {
-    low = _mm_unpacklo_epi32(a, b), high = _mm_unpackhi_epi32(a, b);
-  }
-}
+namespace sparq {
 
 // to[c][r] = from[r][c] for a square of 16 / bytes elements of `bytes` each; strides in bytes.
 template <int bytes>
 inline void transpose_square(const uint8_t* from, int64_t from_stride, uint8_t* to, int64_t to_stride) {
   constexpr int n = 16 / bytes;
-  __m128i x[n], y[n];
+  Bytes x[n], y[n];
 #pragma GCC unroll 16
-  for (int i = 0; i < n; ++i) x[i] = _mm_loadu_si128((const __m128i*)(from + i * from_stride));
+  for (int i = 0; i < n; ++i) x[i] = load_16_bytes(from + i * from_stride);
+  // Rows i and i + n/2 are interleaved: log2(n) such steps turn the square over.
 #pragma GCC unroll 4
   for (int step = 1; step < n; step *= 2) {
 #pragma GCC unroll 8
@@ -36,7 +24,7 @@ inline void transpose_square(const uint8_t* from, int64_t from_stride, uint8_t* 
     for (int i = 0; i < n; ++i) x[i] = y[i];
   }
 #pragma GCC unroll 16
-  for (int i = 0; i < n; ++i) _mm_storeu_si128((__m128i*)(to + i * to_stride), x[i]);
+  for (int i = 0; i < n; ++i) store_16_bytes(to + i * to_stride, x[i]);
 }
 
 // to [columns, rows] = the transpose of from [rows, columns]; both sizes are multiples of 16 / bytes.

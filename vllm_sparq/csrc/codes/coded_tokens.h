@@ -1,7 +1,6 @@
 // Tokens of quantized pages as rows of numbers.
 #pragma once
 
-#include "base/bytes.h"
 #include "codes/code_rows.h"
 #include "base/scratch.h"
 #include "base/transpose.h"
@@ -94,14 +93,9 @@ class CodedTokens {
   // to [n] = the packed codes of a row, one per byte.
   static void unpack(const CodeShape& shape, const uint8_t* __restrict packed, uint8_t* __restrict to) {
     const int n = shape.row_bytes(), mask = (1 << shape.bits) - 1;
-    const __m128i masks = _mm_set1_epi8((char)mask);
     for (int shift = 0; shift < 8; shift += shape.bits, to += n) {
-      const __m128i count = _mm_cvtsi32_si128(shift);
       int i = 0;
-      for (; i + 16 <= n; i += 16) {
-        const __m128i words = _mm_srl_epi16(_mm_loadu_si128((const __m128i*)(packed + i)), count);
-        _mm_storeu_si128((__m128i*)(to + i), _mm_and_si128(words, masks));
-      }
+      for (; i + 16 <= n; i += 16) store_16_bytes(to + i, cut_bytes(load_16_bytes(packed + i), shift, mask));
       for (; i < n; ++i) to[i] = (uint8_t)(packed[i] >> shift & mask);
     }
   }
@@ -113,9 +107,7 @@ class CodedTokens {
       if constexpr (fused) {
         store(to + c, fma(load(steps_ + c), code, load(zeros_ + c)));
       } else {
-        Vec product = mul(load(steps_ + c), code);
-        asm("" : "+v"(product));  // or the compiler would fuse them
-        store(to + c, add(product, load(zeros_ + c)));
+        store(to + c, add(rounded(mul(load(steps_ + c), code)), load(zeros_ + c)));
       }
     }
   }

@@ -4,7 +4,6 @@
 
 #include <cmath>
 
-#include "base/bytes.h"
 #include "codes/code_rows.h"
 #include "base/scratch.h"
 #include "base/transpose.h"
@@ -23,38 +22,23 @@ SPARQ_INLINE Vec not_below<float>(Vec x) {
 
 template <>
 SPARQ_INLINE Vec not_below<fp16>(Vec x) {
-#ifdef __AVX512F__
-  return _mm512_cvtph_ps(_mm512_cvtps_ph(x, _MM_FROUND_TO_POS_INF | _MM_FROUND_NO_EXC));
-#else
-  return _mm256_cvtph_ps(_mm256_cvtps_ph(x, _MM_FROUND_TO_POS_INF | _MM_FROUND_NO_EXC));
-#endif
+  fp16 bits[W];
+  store_up(bits, x);
+  return load(bits);
 }
 
 template <>
 SPARQ_INLINE Vec not_below<bf16>(Vec x) {
-#ifdef __AVX512F__
-  const __m512i up = _mm512_add_epi32(_mm512_castps_si512(x), _mm512_set1_epi32(0xffff));
-  return _mm512_castsi512_ps(_mm512_and_si512(up, _mm512_set1_epi32((int)0xffff0000)));
-#else
-  const __m256i up = _mm256_add_epi32(_mm256_castps_si256(x), _mm256_set1_epi32(0xffff));
-  return _mm256_castsi256_ps(_mm256_and_si256(up, _mm256_set1_epi32((int)0xffff0000)));
-#endif
+  return up_to_bf16(x);
 }
 
-// Numbers that the type can hold. The conversion to bf16 in simd.h may flush denormals.
+// Numbers that the type can hold.
 template <class T>
 SPARQ_INLINE void store_exact(T* to, Vec x) {
   store(to, x);
 }
 
-SPARQ_INLINE void store_exact(bf16* to, Vec x) {
-#ifdef __AVX512F__
-  _mm256_storeu_si256((__m256i*)to, _mm512_cvtepi32_epi16(_mm512_srli_epi32(_mm512_castps_si512(x), 16)));
-#else
-  const __m256i high = _mm256_srli_epi32(_mm256_castps_si256(x), 16);
-  _mm_storeu_si128((__m128i*)to, _mm_packus_epi32(_mm256_castsi256_si128(high), _mm256_extracti128_si256(high, 1)));
-#endif
-}
+SPARQ_INLINE void store_exact(bf16* to, Vec x) { store_upper(to, x); }
 
 // Step and zero of W groups; a group that is not `whole` has an infinite element, or a NaN, or too wide a range.
 struct Scale {

@@ -2,7 +2,6 @@
 // tokens that a list takes of a page; for more of them all rows are multiplied at once.
 #pragma once
 
-#include "base/bytes.h"
 #include "base/tile.h"
 #include "base/words.h"
 #include "codes/code_rows.h"

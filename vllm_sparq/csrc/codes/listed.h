@@ -1,7 +1,6 @@
 // The tokens of a list, a tile at a time: where their codes lie.
 #pragma once
 
-#include "base/bytes.h"
 #include "codes/attend_codes.h"
 
 namespace sparq {

@@ -63,7 +63,7 @@ struct WordSums {
     const Words low = C::template take<p0 + p, 0>(words), high = C::template take<p0 + p, 1>(words);
 #pragma GCC unroll 5
     for (int h = 0; h < HH; ++h) {
-      const Words weight = set_pair(weights[p0 + p][h * STRIDE + pair]);
+      const auto weight = set_pair(weights[p0 + p][h * STRIDE + pair]);
       sum[p][0][h] = in_this_order(add_products(sum[p][0][h], low, weight));
       sum[p][1][h] = in_this_order(add_products(sum[p][1][h], high, weight));
     }

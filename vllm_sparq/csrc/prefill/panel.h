@@ -31,11 +31,7 @@ struct Bf16Pairs {
 #endif
 
 // Rows of A per register block for a panel of NV vectors: enough sums to hide the latency, few enough for registers.
-#ifdef __AVX512F__
-constexpr int block_rows(int nv) { return nv == 1 ? 16 : 8; }
-#else
-constexpr int block_rows(int nv) { return nv == 1 ? 8 : 4; }
-#endif
+constexpr int block_rows(int nv) { return nv == 1 ? W : W / 2; }
 
 struct Group {
   const char* keys;       // K row of the first token
@@ -104,13 +100,7 @@ SPARQ_INLINE void multiply(Vec (&sums)[MR][NV], const char* a, ptrdiff_t row, pt
 
 // x where the lane's limit is above `token`, else -inf.
 SPARQ_INLINE Vec where_visible(int token, const int32_t* limits, Vec x) {
-#ifdef __AVX512F__
-  const __mmask16 seen = _mm512_cmpgt_epi32_mask(_mm512_loadu_si512(limits), _mm512_set1_epi32(token));
-  return _mm512_mask_blend_ps(seen, set1(-__builtin_inff()), x);
-#else
-  const __m256i seen = _mm256_cmpgt_epi32(_mm256_loadu_si256((const __m256i*)limits), _mm256_set1_epi32(token));
-  return _mm256_blendv_ps(set1(-__builtin_inff()), x, _mm256_castsi256_ps(seen));
-#endif
+  return select_above(limits, token, x, set1(-__builtin_inff()));
 }
 
 // 2^x for x <= 0, exact at 0, to 9e-5 (degree 3), 3e-6 (4) or 2e-9 and rounding (6); 0 for -inf.
@@ -123,13 +113,8 @@ SPARQ_INLINE Vec exp2_negative(Vec x) {
       {0.000216129164f, 0.00124678461f, 0.0096754516f, 0.0554852806f, 0.240229306f, 0.693147044f},
   };
   constexpr int ROW = DEGREE == 6 ? 2 : DEGREE - 3;
-#ifdef __AVX512F__
-  const Vec whole = x;  // scale_by_power floors
-  const Vec part = _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
-#else
-  x = max(set1(-160.0f), x);
-  const Vec whole = _mm256_floor_ps(x), part = sub(x, whole);
-#endif
+  Vec whole, part;
+  split(x, &whole, &part);
   Vec p = set1(C[ROW][0]);
 #pragma GCC unroll 8
   for (int i = 1; i < DEGREE; ++i) p = fma(p, part, set1(C[ROW][i]));

@@ -26,31 +26,9 @@ struct Model<bf16> {
 
 // to[j][i] = from[i][j]; both sizes are multiples of 8.
 inline void transpose(const float* from, int rows, int columns, float* to) {
-  for (int i = 0; i < rows; i += 8) {
-    for (int j = 0; j < columns; j += 8) {
-      __m256 a[8], b[8];
-#pragma GCC unroll 8
-      for (int k = 0; k < 8; ++k) a[k] = _mm256_loadu_ps(from + (i + k) * (ptrdiff_t)columns + j);
-#pragma GCC unroll 4
-      for (int k = 0; k < 8; k += 2) {
-        b[k] = _mm256_unpacklo_ps(a[k], a[k + 1]);
-        b[k + 1] = _mm256_unpackhi_ps(a[k], a[k + 1]);
-      }
-#pragma GCC unroll 2
-      for (int k = 0; k < 8; k += 4) {
-        a[k] = _mm256_shuffle_ps(b[k], b[k + 2], 0x44);
-        a[k + 1] = _mm256_shuffle_ps(b[k], b[k + 2], 0xee);
-        a[k + 2] = _mm256_shuffle_ps(b[k + 1], b[k + 3], 0x44);
-        a[k + 3] = _mm256_shuffle_ps(b[k + 1], b[k + 3], 0xee);
-      }
-#pragma GCC unroll 4
-      for (int k = 0; k < 4; ++k) {
-        float* const out = to + (j + k) * (ptrdiff_t)rows + i;
-        _mm256_storeu_ps(out, _mm256_permute2f128_ps(a[k], a[k + 4], 0x20));
-        _mm256_storeu_ps(out + 4 * (ptrdiff_t)rows, _mm256_permute2f128_ps(a[k], a[k + 4], 0x31));
-      }
-    }
-  }
+  for (int i = 0; i < rows; i += 8)
+    for (int j = 0; j < columns; j += 8)
+      transpose_8x8(from + i * (ptrdiff_t)columns + j, columns, to + j * (ptrdiff_t)rows + i, rows);
 }
 
 // Builds one Tile after another in its own buffers.

@@ -48,21 +48,6 @@ float temperature(const float* q, int d, const int32_t* channels, int r, float s
   return chosen > 0 ? scale / std::sqrt(chosen / all) : scale;
 }
 
-// Step and zero of W channels, from pairs of fp16.
-SPARQ_INLINE void gather_scales(const uint8_t* scales, const int32_t* channels, Vec* step, Vec* zero) {
-#ifdef __AVX512F__
-  const __m512i pairs = _mm512_i32gather_epi32(_mm512_loadu_si512(channels), scales, 4);
-  *step = _mm512_cvtph_ps(_mm512_cvtepi32_epi16(pairs));
-  *zero = _mm512_cvtph_ps(_mm512_cvtepi32_epi16(_mm512_srli_epi32(pairs, 16)));
-#else
-  const __m256i pairs = _mm256_i32gather_epi32((const int*)scales, _mm256_loadu_si256((const __m256i*)channels), 4);
-  const __m256i steps = _mm256_and_si256(pairs, _mm256_set1_epi32(0xffff)), zeros = _mm256_srli_epi32(pairs, 16);
-  const __m256i words = _mm256_permute4x64_epi64(_mm256_packus_epi32(steps, zeros), 0xd8);
-  *step = _mm256_cvtph_ps(_mm256_castsi256_si128(words));
-  *zero = _mm256_cvtph_ps(_mm256_extracti128_si256(words, 1));
-#endif
-}
-
 // Weights and bias of a page: q (zero + step code) = q zero + (q step) code.
 void apply_scales(const Ranking& ranking, const uint8_t* page) {
   Vec bias[MAX_ROWS];
@@ -71,7 +56,7 @@ void apply_scales(const Ranking& ranking, const uint8_t* page) {
     for (int row = 0; row < n_rows; ++row) bias[row] = zero();
     for (int i = 0; i < ranking.r; i += W) {
       Vec step, low;
-      gather_scales(page + ranking.pages->scales, ranking.channels + i, &step, &low);
+      gather_pairs(page + ranking.pages->scales, ranking.channels + i, &step, &low);
       for (int row = 0; row < n_rows; ++row) {
         const int at = (first + row) * ranking.stride + i;
         const Vec q = load(ranking.query + at), w = mul(q, step);  // q is zero from r on
@@ -96,7 +81,7 @@ void apply_scales_int16(const Ranking& ranking, const uint8_t* page, float middl
   const int n_padded = (int)round_up((size_t)ranking.r, 2 * W);
   for (int i = 0; i < n_padded; i += W) {
     Vec step = zero(), low = zero();
-    if (i < ranking.r) gather_scales(page + ranking.pages->scales, ranking.channels + i, &step, &low);
+    if (i < ranking.r) gather_pairs(page + ranking.pages->scales, ranking.channels + i, &step, &low);
     store(steps + i, step), store(mids + i, fma(set1(middle), step, low));
   }
   const GroupScales scales = GroupScales::of(steps, mids, n_padded);

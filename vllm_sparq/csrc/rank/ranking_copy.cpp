@@ -2,7 +2,6 @@
 
 #include <cmath>
 
-#include "base/bytes.h"
 #include "base/reads.h"
 #include "base/scratch.h"
 #include "base/transpose.h"
@@ -18,17 +17,8 @@ SPARQ_INLINE Vec finite_or_zero(Vec x) {
   return select(greater(set1(INFINITY), magnitude), x, zero());
 }
 
-// Rounds to fp16 in one direction, saturating, and back: the fp16 bits are stored in `bits`.
-template <int rounding>
-SPARQ_INLINE Vec to_fp16(Vec x, fp16* bits) {
-  x = min(max(x, set1(-FP16_MAX)), set1(FP16_MAX));
-#ifdef __AVX512F__
-  _mm256_storeu_si256((__m256i*)bits, _mm512_cvtps_ph(x, rounding | _MM_FROUND_NO_EXC));
-#else
-  _mm_storeu_si128((__m128i*)bits, _mm256_cvtps_ph(x, rounding | _MM_FROUND_NO_EXC));
-#endif
-  return load(bits);
-}
+// Saturates at what fp16 holds.
+SPARQ_INLINE Vec within_fp16(Vec x) { return min(max(x, set1(-FP16_MAX)), set1(FP16_MAX)); }
 
 // Step and zero of W channels.
 struct Scale {
@@ -51,8 +41,10 @@ Scale find_scale(const T* keys, int64_t stride, int n_tokens, float top, fp16* s
     low = min(low, x), high = max(high, x);
   }
   Scale scale;
-  scale.zero = to_fp16<_MM_FROUND_TO_NEG_INF>(low, zeros);
-  scale.step = to_fp16<_MM_FROUND_TO_POS_INF>(div(sub(high, scale.zero), set1(top)), steps);
+  store_down(zeros, within_fp16(low));
+  scale.zero = load(zeros);
+  store_up(steps, within_fp16(div(sub(high, scale.zero), set1(top))));
+  scale.step = load(steps);
   scale.has_step = greater(scale.step, zero());
   return scale;
 }

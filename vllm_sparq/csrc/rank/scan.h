@@ -14,17 +14,7 @@ struct Int4Codes {
   static SPARQ_INLINE int n_units(int n) { return (n / 2 + W - 1) / W; }
   static SPARQ_INLINE int slot(int u, int v, int n) { return u * W + v * (n / 2); }
   static SPARQ_INLINE void expand(const uint8_t* row, int u, Vec* x) {
-#ifdef __AVX512F__
-    // Table look-up reads the low four bits of each lane only, which saves the mask.
-    const __m512i pair = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)(row + u * 16)));
-    const Vec table = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-    x[0] = _mm512_permutexvar_ps(pair, table);
-    x[1] = _mm512_cvtepi32_ps(_mm512_srli_epi32(pair, 4));
-#else
-    const __m256i pair = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)(row + u * 8)));
-    x[0] = _mm256_cvtepi32_ps(_mm256_and_si256(pair, _mm256_set1_epi32(15)));
-    x[1] = _mm256_cvtepi32_ps(_mm256_srli_epi32(pair, 4));
-#endif
+    load_nibbles(row + u * W, &x[0], &x[1]);
   }
 };
 
@@ -33,11 +23,7 @@ struct Int8Codes {
   static SPARQ_INLINE int n_units(int n) { return n / W; }
   static SPARQ_INLINE int slot(int u, int, int) { return u * W; }
   static SPARQ_INLINE void expand(const uint8_t* row, int u, Vec* x) {
-#ifdef __AVX512F__
-    x[0] = _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)(row + u * 16))));
-#else
-    x[0] = _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)(row + u * 8))));
-#endif
+    x[0] = load_bytes<false>(row + u * W);
   }
 };
 
@@ -70,8 +56,7 @@ inline void stage_rows(const uint8_t* copy, const int32_t* row_offsets, int r, i
   for (int i = 0; i < r; ++i, to += row_bytes) {
     const uint8_t* row = copy + row_offsets[i];
     int byte = 0;
-    for (; byte + 32 <= row_bytes; byte += 32)
-      _mm256_storeu_si256((__m256i*)(to + byte), _mm256_loadu_si256((const __m256i*)(row + byte)));
+    for (; byte + 32 <= row_bytes; byte += 32) copy_32_bytes(to + byte, row + byte);
     if (byte < row_bytes) memcpy(to + byte, row + byte, row_bytes - byte);
   }
 }

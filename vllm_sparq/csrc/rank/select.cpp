@@ -27,15 +27,10 @@ SPARQ_INLINE unsigned first_lanes(int n) { return n >= W ? (1u << W) - 1 : (1u <
 
 int count_greater(const float* values, int n, float than) {
   const Vec bar = set1(than);
-  int count = 0, i = 0;
-#ifdef __AVX512F__
-  for (; i + W <= n; i += W) count += __builtin_popcount(greater(load(values + i), bar));
-#else
-  __m256i even = _mm256_setzero_si256(), odd = even;  // less one a lane: half as many instructions as counting bits
-  const auto above = [&](int at) { return _mm256_castps_si256(_mm256_cmp_ps(load(values + at), bar, _CMP_GT_OQ)); };
-  for (; i + 2 * W <= n; i += 2 * W) even = _mm256_add_epi32(even, above(i)), odd = _mm256_add_epi32(odd, above(i + W));
-  count = -(int)reduce_add(_mm256_cvtepi32_ps(_mm256_add_epi32(even, odd)));
-#endif
+  GreaterCount even, odd;
+  int i = 0;
+  for (; i + 2 * W <= n; i += 2 * W) even.add(load(values + i), bar), odd.add(load(values + i + W), bar);
+  int count = even.sum() + odd.sum();
   for (; i < n; ++i) count += values[i] > than;
   return count;
 }
@@ -47,16 +42,6 @@ float share_greater(const float* values, const float* shares, int n, float than)
   for (int i = 0; i < n; i += W)
     sum = add(sum, select(greater(load(values + i), bar) & first_lanes(n - i), load(shares + i), zero()));
   return reduce_add(sum);
-}
-
-SPARQ_INLINE void store_tokens(int32_t* to, int first, unsigned bits) {
-#ifdef __AVX512F__
-  const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-  _mm512_storeu_si512(to, compress(bits, _mm512_add_epi32(_mm512_set1_epi32(first), lane)));
-#else
-  const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
-  _mm256_storeu_si256((__m256i*)to, compress(bits, _mm256_add_epi32(_mm256_set1_epi32(first), lane)));
-#endif
 }
 
 }  // namespace
@@ -105,7 +90,7 @@ void Candidates::push(const float* scores, const float* heads, int stride, int f
     const unsigned bits = greater(x, bar) & first_lanes(count - i);
     if (bits == 0) continue;
     store(score + n, compress(bits, x));
-    store_tokens(token + n, first + i, bits);
+    store_numbers(token + n, first + i, bits);
     for (int row = 0; row < n_rows; ++row)
       store(head_scores + (size_t)row * (capacity + 16) + n, compress(bits, load(heads + (size_t)row * stride + i)));
     n += __builtin_popcount(bits);

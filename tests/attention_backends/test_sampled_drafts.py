@@ -1,0 +1,29 @@
+"""Drafts of sampled requests are verified at the request's own temperature, which vLLM's CPU kernels lose."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from vllm.v1.sample import rejection_sampler
+
+from vllm_sparq.attention_backends.cpu_worker import expanded
+
+
+def test_each_draft_has_its_request_s_temperature(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rejection_sampler, "expand_batch_to_tokens", expanded)
+    logits, n_drafts = torch.randn(6, 5), torch.tensor([2, 0, 1, 3], dtype=torch.int32)
+    sampling: Any = SimpleNamespace(
+        all_greedy=False, temperature=torch.tensor([0.5, 9.0, 0.0, 2.0]), top_k=None, top_p=None
+    )
+    found = rejection_sampler.apply_sampling_constraints(logits.clone(), n_drafts.cumsum(0).to(torch.int32), sampling)
+    each = torch.tensor([0.5, 0.5, 1.0, 2.0, 2.0, 2.0])
+    torch.testing.assert_close(found, logits / each[:, None])
+
+
+def test_whole_numbers_stay_whole() -> None:
+    found = expanded(torch.tensor([7, 0], dtype=torch.int32), torch.tensor([1, 3]), 3)
+    assert found.tolist() == [7, 0, 0]
+    assert found.dtype == torch.int32

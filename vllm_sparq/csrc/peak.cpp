@@ -1,0 +1,44 @@
+// The most multiply-adds that this CPU does with the instruction that prefill consists of, whose operands are all in
+// registers: what `bench ops --op prefill` sets beside its times. Not part of the interface of the ops.
+#include <omp.h>
+
+#include "api.h"
+#include "prefill/tokens.h"
+
+namespace sparq {
+namespace {
+
+constexpr int SUMS = 12;  // independent: above latency times instructions a cycle, and there are registers for them
+
+template <class M>
+float multiply(int64_t rounds) {
+  Vec sums[SUMS];
+#pragma GCC unroll 16
+  for (int i = 0; i < SUMS; ++i) sums[i] = set1((float)i);  // equal ones would be computed once
+  const Vec a = rounded(set1(0.5f)), b = rounded(set1(0.25f));
+  for (int64_t i = 0; i < rounds; ++i)
+#pragma GCC unroll 16
+    for (Vec& sum : sums) sum = M::dot(sum, a, b);
+  Vec total = zero();
+#pragma GCC unroll 16
+  for (const Vec& sum : sums) total = add(total, sum);
+  return reduce_add(total);
+}
+
+}  // namespace
+}  // namespace sparq
+
+// Every thread does `rounds` of them; returns how many multiply-adds that are.
+SPARQ_API int64_t sparq_multiply_adds(sparq::DType dtype, int64_t rounds) {
+  using namespace sparq;
+  int64_t n = 0;
+  with_dtype(dtype, [&](auto type) {
+    using M = typename prefill::Model<decltype(type)>::M;
+    float kept = 0;
+#pragma omp parallel reduction(+ : kept)
+    kept += multiply<M>(rounds);
+    asm volatile("" : : "m"(kept));
+    n = omp_get_max_threads() * rounds * SUMS * W * M::per_cell;
+  });
+  return n;
+}
