@@ -16,6 +16,7 @@ from vllm.v1.attention.backend import AttentionImpl, AttentionType
 from vllm_sparq.attention_backends.engine import PagedEngine, on_platform, page_layout, rebind_refusal
 from vllm_sparq.attention_backends.flash import flash_choice, flash_prefill
 from vllm_sparq.attention_backends.keys import LEAST_TOKENS, MOST_NOISE, is_fragile, noise_of_codes, noise_warning
+from vllm_sparq.attention_backends.positions import Turning
 from vllm_sparq.attention_backends.refusals import ALIBI, CANNOT_START, DENSE
 from vllm_sparq.attention_backends.steps.evicting import EvictingMetadata
 from vllm_sparq.attention_backends.steps.policies import PolicyRows
@@ -23,6 +24,7 @@ from vllm_sparq.attention_backends.steps.requests import StepRequests
 from vllm_sparq.attention_backends.steps.rows import PagedMetadata, PrefillRows
 from vllm_sparq.config import Options
 from vllm_sparq.layout import Pages
+from vllm_sparq.ops import turned_attention
 from vllm_sparq.ops.dispatch import OVERRIDE, Choice, choose
 from vllm_sparq.reads import READS, HeadShape, Read
 from vllm_sparq.retention import RETENTIONS
@@ -61,6 +63,7 @@ class PagedImpl(AttentionImpl[PagedMetadata | EvictingMetadata]):
         self._heads = HeadShape(head_size=head_size, n_heads=num_heads, n_kv_heads=self.num_kv_heads)
         self.kv_cache_dtype = kv_cache_dtype
         self.requests: StepRequests | None = None  # our worker's, once the model is loaded
+        self.turning: Turning | None = None  # the same, where the first tokens are seen where they are not
         self._sinks, self._softmax = sinks, dict[str, Any]()  # the sinks are there once weights are loaded
         if logits_soft_cap:
             self._softmax["soft_cap"] = float(logits_soft_cap)
@@ -163,6 +166,12 @@ class PagedImpl(AttentionImpl[PagedMetadata | EvictingMetadata]):
     ) -> None:
         """Write the step's tokens into their pages, and let its rows see what they may."""
         new = self._bring(step, key, value, pages)
+        if self.turning is not None:
+            turned = self.turning.of(query, step)
+            rows, tables = len(turned), (step.block_table, step.query_start_loc, step.seq_lens)
+            attend = turned_attention.implementation()
+            attend(query[:rows], turned, pages, *tables, scale=self.scale, out=output[:rows], **self._softmax)
+            return
         if step.prefill is not None:
             self._attend_densely(step.prefill, query, new, pages, output)
         n = step.n_decodes

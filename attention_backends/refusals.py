@@ -12,6 +12,7 @@ from vllm.utils.import_utils import resolve_obj_by_qualname
 from vllm.utils.torch_utils import get_kv_cache_quant_algo_string
 
 from vllm_sparq.attention_backends.engine import LOCAL_KINDS, PagedEngine, heads_of
+from vllm_sparq.attention_backends.positions import position_refusals
 from vllm_sparq.attention_backends.speculation import speculation_refusals
 from vllm_sparq.config import Options, OptionsError, check_budget
 from vllm_sparq.layout import BLOCK_SIZE_MULTIPLE
@@ -129,6 +130,7 @@ def _option_refusals(vllm_config: Any) -> list[str]:
     if engine is None or model is None or model.use_mla or model.is_attention_free:
         return []  # refused for what it is, which no option changes
     reasons = _format_refusals(vllm_config, engine) + speculation_refusals(vllm_config, engine)
+    reasons += position_refusals(vllm_config, engine)
     try:
         engine.read(heads_of(model, vllm_config.parallel_config))
     except ValueError as error:

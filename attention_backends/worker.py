@@ -17,6 +17,7 @@ from vllm_sparq.attention_backends.engine import PagedEngine, heads_of, selected
 from vllm_sparq.attention_backends.found import layers_by_backend, silence_refusal
 from vllm_sparq.attention_backends.impl import PagedImpl
 from vllm_sparq.attention_backends.keys import bias_warning, biased_projections, is_fragile
+from vllm_sparq.attention_backends.positions import turning_of
 from vllm_sparq.attention_backends.refusals import CANNOT_START, engine_refusals
 from vllm_sparq.attention_backends.shared_pages import share_pages
 from vllm_sparq.attention_backends.steps.requests import StepRequests
@@ -69,6 +70,7 @@ class SparqWorkerMixin(AttentionReport):
         self._requests = StepRequests(self.model_runner)  # type: ignore[attr-defined]
         for impl in self._impls():
             impl.requests = self._requests
+        self._turn_queries()
         self._warn_of_biases()
         self._share_pages()
         self._hand_over_runner()
@@ -79,6 +81,16 @@ class SparqWorkerMixin(AttentionReport):
         """The layers that are ours."""
         layers = self.vllm_config.compilation_config.static_forward_context.values()  # type: ignore[attr-defined]
         return [layer.impl for layer in layers if isinstance(getattr(layer, "impl", None), PagedImpl)]
+
+    def _turn_queries(self) -> None:
+        """Where the first tokens are seen where they are not: by the angles of the model's own rotary embeddings."""
+        layers = self.vllm_config.compilation_config.static_forward_context.values()  # type: ignore[attr-defined]
+        ours = [layer for layer in layers if isinstance(getattr(layer, "impl", None), PagedImpl)]
+        try:
+            for layer in ours:
+                layer.impl.turning = turning_of(self.vllm_config, self.get_model(), layer)  # type: ignore[attr-defined]
+        except ValueError as error:
+            raise ValueError(CANNOT_START + str(error)) from None
 
     def compile_or_warm_up_model(self) -> Any:
         """As vLLM does; the next prompt is a user's, at whose K our layers may look."""

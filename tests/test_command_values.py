@@ -36,6 +36,7 @@ SMALL = {
     "research retention": ["--tasks", "needle", "--lengths", "300", "--n", "1"],
     "research mass": ["--tasks", "needle", "--lengths", "300", "--n", "1"],
     "research bits": ["--n", "1", "--length", "300"],
+    "research positions": ["--n", "1", "--trained", "600", "--budget", "64"],
     "research conversation": ["--n", "1", "--length", "300", "--turns", "2"],
     "report": [],
 }

@@ -35,6 +35,8 @@ def test_defaults() -> None:
         "recent": None,
         "sinks": None,
         "prefill": "full",
+        "positions": "original",
+        "trained": None,
         "pressure": "preempt",
         "read": "sparq",
         "compression": 8.0,
@@ -124,6 +126,26 @@ def test_a_mass_with_nothing_to_choose_is_refused() -> None:
 def test_sharing_where_nothing_is_shared_is_refused() -> None:
     with pytest.raises(OptionsError, match=r"sharing='all' means nothing with retention='window'.*leave it out"):
         parse(sharing="all", retention="window")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"retention": "all"}, "got retention='all': set retention 'window', or positions 'original'"),
+        ({"retention": "heavy_hitter"}, "got retention='heavy_hitter': set retention 'window'"),
+        ({"prefill": "full"}, "got prefill='full': set prefill 'bounded'"),
+        ({"format": "int8"}, "got format='int8': set format 'model'"),
+        ({"read": "sparq"}, "got read='sparq': set read 'dense'"),
+        ({"budget": 0.5}, "budget=0.5 grows with the prompt: set a budget in tokens"),
+        ({"sinks": 0}, "sinks=0 keeps none: set sinks >= 1"),
+        ({"positions": "original", "trained": 100}, "trained=100 means nothing while positions are original: set pos"),
+    ],
+)
+def test_positions_ask_for_what_they_need(changes: dict[str, Any], message: str) -> None:
+    given = {"retention": "window", "read": "dense", "prefill": "bounded", "positions": "capped", "budget": 512}
+    assert parse(**given).positions == "capped"
+    with pytest.raises(OptionsError, match=message):
+        parse(**{**given, **changes})
 
 
 def test_local() -> None:

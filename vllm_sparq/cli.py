@@ -40,6 +40,7 @@ COMMANDS = {
     ),
     "research conversation": (f"{BENCHMARKS}.quality.conversation", "what prefix caching costs a conversation"),
     "research bits": (f"{BENCHMARKS}.quality.bits_per_byte", "bits per byte of a text, token by token"),
+    "research positions": (f"{BENCHMARKS}.quality.positions", "bits per byte of text beyond a model's training"),
     "report": (f"{BENCHMARKS}.reporting.page", "one page with the tables and pictures of a folder of results"),
 }
 """Words of the command -> module, one line of help. Only the module of the command in use is imported."""

@@ -64,6 +64,14 @@ class Options(BaseModel):
 
     full keeps answers best, but a prompt needs its whole memory for a moment. bounded never does.
     """
+    positions: Literal["original", "renumbered", "capped"] = "original"
+    """window: where the first tokens seem to be once others are gone. A preview, on CPU, in the model's own type.
+
+    original: where they were, ever farther away. renumbered: right before the newest (StreamingLLM). capped: no farther
+    away than the model was trained for (LM-Infinite). Prompts must be bounded, so that their tokens see no more either.
+    """
+    trained: int | None = Field(default=None, ge=1)
+    """Tokens of context that the model was trained for, for positions. Default: its max_position_embeddings."""
     pressure: Literal["preempt", "evict"] = "preempt"
     """When the pool is full: preempt a request, as vLLM does, or evict more tokens of those that run."""
     read: ReadName = "sparq"
@@ -202,6 +210,7 @@ def _refuse(options: Options, names: Iterable[str], where: str) -> None:
 def _check_retention(options: Options) -> None:
     """Options of eviction that mean nothing, or too much, together."""
     policy = RETENTIONS[options.retention]
+    _check_positions(options)
     if policy is not None and options.sharing == "all":
         raise OptionsError(
             f"sparq option sharing='all' means nothing with retention={options.retention!r}: no block is shared "
@@ -217,6 +226,33 @@ def _check_retention(options: Options) -> None:
             "newest budget - sinks tokens: set budget and sinks instead"
         )
     check_budget(options, 1)
+
+
+def _check_positions(options: Options) -> None:
+    """What positions other than a token's own ask of the rest."""
+    if options.positions == "original":
+        _refuse(options, ("trained",), "while positions are original: set positions 'capped' or 'renumbered'")
+        return
+    for name, wanted, why in (
+        ("retention", "window", "moves the first tokens, which stay beside a window of the newest alone"),
+        ("prefill", "bounded", "is about few tokens, and a prompt that is read in full sees all of its own"),
+        ("format", "model", "looks at keys as they are"),
+        ("read", "dense", "looks at all tokens that stay"),
+    ):
+        if getattr(options, name) != wanted:
+            raise OptionsError(
+                f"sparq option positions={options.positions!r} {why}, got {name}={getattr(options, name)!r}: set "
+                f"{name} {wanted!r}, or positions 'original'"
+            )
+    if isinstance(options.budget, float):
+        raise OptionsError(
+            f"sparq option positions={options.positions!r} keeps distances within what the model was trained for, and "
+            f"budget={options.budget} grows with the prompt: set a budget in tokens"
+        )
+    if options.sinks == 0:
+        raise OptionsError(
+            f"sparq option positions={options.positions!r} moves first tokens, and sinks=0 keeps none: set sinks >= 1"
+        )
 
 
 def check_budget(options: Options, block_size: int) -> None:

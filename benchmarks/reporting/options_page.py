@@ -76,7 +76,7 @@ SECTIONS: dict[str, tuple[str, tuple[str, ...]]] = {
     ),
     "Which tokens stay": (
         "A request keeps the same number of tokens in every KV head, and each KV head keeps its own.",
-        ("retention", "budget", "recent", "sinks", "prefill", "pressure"),
+        ("retention", "budget", "recent", "sinks", "prefill", "positions", "trained", "pressure"),
     ),
     "Which blocks are shared": (
         "Prefix caching is vLLM's own; blocks that a prompt has written are shared with every option that keeps them.",
@@ -100,6 +100,8 @@ APPLIES = {
     "recent": "`retention` `heavy_hitter`",
     "sinks": EVICTING,
     "prefill": EVICTING,
+    "positions": "`retention` `window`",
+    "trained": "`positions` `renumbered`, `capped`",
     "pressure": EVICTING,
     "sharing": "`read` `sparq`, `spans`",
     "lossless": "`read` `sparq`, `spans`",

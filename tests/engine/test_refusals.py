@@ -23,6 +23,7 @@ from tests.engine.support import MODEL, NGRAM
 pytestmark = pytest.mark.engine
 
 EVICTING = {"retention": "heavy_hitter", "budget": 512}
+MOVED = {"retention": "window", "prefill": "bounded", "read": "dense", "positions": "capped", "budget": 128}
 FP8_SCHEME = {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False, "symmetric": True}
 # Weights stay as they are: vLLM has no FP8 matrix products on CPU.
 MODELOPT = {"quant_method": "modelopt", "quant_algo": "FP8", "kv_cache_quant_algo": "FP8", "ignore": ["*_proj*"]}
@@ -216,6 +217,15 @@ CASES: dict[str, Case] = {
         num_local_experts=2,
         no_rope_layers=[1] * 4,
         layer_types=["chunked_attention"] * 4,
+    ),
+    "positions over angles that do not compose": Case(
+        r"the model has rope_parameters .*'dynamic'.*: set positions 'original'",
+        model=dict(rope_parameters={"rope_type": "dynamic", "rope_theta": 1e6, "factor": 2.0}),
+        options=MOVED,
+    ),
+    "a window beyond training": options(
+        {**MOVED, "trained": 300, "budget": 128},
+        r"budget=128 and the 256 tokens of a prompt .* are 384, more than the 300 .*: use budget <= 44, or say",
     ),
     "another runner": arguments(rf"the pooling runner does not decode token by token{DENSE}", runner="pooling"),
     "windows only": model(
