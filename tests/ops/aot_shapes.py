@@ -21,12 +21,15 @@ class Shape:
     n_requests: int = 2
     new_tokens: int = 4096
     tracked: bool = False  # positions and scores
+    sinks: bool = False  # one learned number a head in the softmax
+    soft_cap: float | None = None
     ops: tuple[str, ...] = ("write", "dense_decode", "sparq_decode", "prefill")
 
 
 ALL = ("write", "dense_decode", "sparq_decode", "prefill", "evict")
 DENSE = ("dense_decode", "prefill", "evict")
 SPANS = ("write", "quest_decode")
+ATTENDING = ("dense_decode", "sparq_decode", "prefill")
 SHAPES = (
     Shape(head_size=128, dtype="bfloat16", ranking="int4"),
     Shape(head_size=128, dtype="bfloat16", ranking="int4", heads=2, alpha_floor=0.0, ops=("sparq_decode",)),
@@ -117,6 +120,12 @@ SHAPES = (
     Shape(head_size=48, dtype="bfloat16", ranking="int4", ops=ALL[:-1]),
     Shape(head_size=512, dtype="bfloat16", ranking="int4", format="int4", tracked=True, ops=ALL),
     Shape(head_size=512, dtype="bfloat16", ranking="bounds", alpha_floor=1.0, ops=SPANS),
+    Shape(head_size=64, dtype="bfloat16", ranking="int4", heads=16, sinks=True, ops=ATTENDING),
+    Shape(head_size=256, dtype="bfloat16", ranking="int4", heads=4, soft_cap=50.0, mass=0.9, ops=ATTENDING),
+    Shape(head_size=64, dtype="bfloat16", ranking="int8", format="int4", sinks=True, soft_cap=30.0, ops=ATTENDING),
+    Shape(head_size=64, dtype="bfloat16", ranking="int4", sinks=True, mass=0.9, ops=("sparq_decode",)),
+    Shape(head_size=64, dtype="bfloat16", ranking="bounds", sinks=True, alpha_floor=1.0, ops=("quest_decode",)),
+    Shape(head_size=256, dtype="bfloat16", ranking="bounds", soft_cap=50.0, alpha_floor=1.0, ops=("quest_decode",)),
 )
 
 
@@ -161,12 +170,13 @@ def launch_all(shape: Shape) -> None:
     )
     spans = SpansRead(min_k=128, k_per_token=Fraction(1, 16), dense_below=1024)
     one = query[:b]
+    softmax = {"sinks": torch.empty(shape.heads) if shape.sinks else None, "soft_cap": shape.soft_cap}
     calls = {
         "write": lambda: write(key, key, pages, table, starts, lens, lens if shape.tracked else None),
-        "prefill": lambda: prefill(query, key, key, pages, table, starts, lens, scale=1.0, out=query),
-        "dense_decode": lambda: dense_decode(one, pages, table, lens, scale=1.0, out=one),
-        "sparq_decode": lambda: sparq_decode(one, pages, table, lens, read=read, scale=1.0, out=one),
-        "quest_decode": lambda: quest_decode(one, pages, table, lens, read=spans, scale=1.0, out=one),
+        "prefill": lambda: prefill(query, key, key, pages, table, starts, lens, scale=1.0, out=query, **softmax),
+        "dense_decode": lambda: dense_decode(one, pages, table, lens, scale=1.0, out=one, **softmax),
+        "sparq_decode": lambda: sparq_decode(one, pages, table, lens, read=read, scale=1.0, out=one, **softmax),
+        "quest_decode": lambda: quest_decode(one, pages, table, lens, read=spans, scale=1.0, out=one, **softmax),
         "evict": lambda: evict(
             pages, table, lens, lens, lens, sinks=4, rank="attention" if pages.layout.attention else "age"
         ),
