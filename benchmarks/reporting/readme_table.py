@@ -270,7 +270,6 @@ TABLES: dict[str, Callable[[Sequence[Record]], list[str]]] = {
     "contexts": contexts_rows,
     "blocks": blocks_rows,
     "real": partial(real_rows, model="smollm2-135m", lengths=(1024, 4096, 8000)),
-    "gemma": partial(real_rows, model="gemma3-270m", lengths=(4096,)),
 }
 """Name in a document's comments -> how the table is made."""
 
@@ -287,7 +286,6 @@ DOCUMENTS = {
         "contexts",
         "blocks",
         "real",
-        "gemma",
     ),
 }
 """Document -> its tables."""
