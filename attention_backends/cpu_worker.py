@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import torch
 from vllm.logger import init_logger
@@ -35,14 +37,25 @@ def expanded(
     return torch.where(x == replace_from, replace_to, x).to(x.dtype).repeat_interleave(counts, output_size=num_tokens)
 
 
+def expanding(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """``forward`` of a rejection sampler, with `expanded` in place of vLLM's own."""
+
+    def with_expanded(*args: Any, **kwargs: Any) -> Any:
+        with mock.patch.object(rejection_sampler, "expand_batch_to_tokens", expanded):
+            return forward(*args, **kwargs)
+
+    return with_expanded
+
+
 class SparqCpuWorker(SparqWorkerMixin, CPUWorker):
     """Chosen by our platform in place of vLLM's default worker; a worker class of the user's own is left alone."""
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         """As vLLM does; and its runner zeroes new blocks as it does on CUDA, whatever pages they are split into."""
         super().load_model(*args, **kwargs)
-        rejection_sampler.expand_batch_to_tokens = expanded
         runner: Any = self.model_runner
+        if getattr(runner, "rejection_sampler", None) is not None:
+            runner.rejection_sampler.forward = expanding(runner.rejection_sampler.forward)
         runner._zero_block_ids = self._zero_block_ids
 
     def _zero_block_ids(self, block_ids: list[int]) -> None:

@@ -5,20 +5,19 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
-import pytest
 import torch
 from vllm.v1.sample import rejection_sampler
 
-from vllm_sparq.attention_backends.cpu_worker import expanded
+from vllm_sparq.attention_backends.cpu_worker import expanded, expanding
 
 
-def test_each_draft_has_its_request_s_temperature(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rejection_sampler, "expand_batch_to_tokens", expanded)
+def test_each_draft_has_its_request_s_temperature() -> None:
     logits, n_drafts = torch.randn(6, 5), torch.tensor([2, 0, 1, 3], dtype=torch.int32)
     sampling: Any = SimpleNamespace(
         all_greedy=False, temperature=torch.tensor([0.5, 9.0, 0.0, 2.0]), top_k=None, top_p=None
     )
-    found = rejection_sampler.apply_sampling_constraints(logits.clone(), n_drafts.cumsum(0).to(torch.int32), sampling)
+    constrain = expanding(rejection_sampler.apply_sampling_constraints)
+    found = constrain(logits.clone(), n_drafts.cumsum(0).to(torch.int32), sampling)
     each = torch.tensor([0.5, 0.5, 1.0, 2.0, 2.0, 2.0])
     torch.testing.assert_close(found, logits / each[:, None])
 
