@@ -79,15 +79,17 @@ class SparqWorkerMixin(AttentionReport):
 
     def _impls(self) -> list[PagedImpl]:
         """The layers that are ours."""
+        return [layer.impl for layer in self._layers()]
+
+    def _layers(self) -> list[Any]:
+        """Those that run on an implementation of ours."""
         layers = self.vllm_config.compilation_config.static_forward_context.values()  # type: ignore[attr-defined]
-        return [layer.impl for layer in layers if isinstance(getattr(layer, "impl", None), PagedImpl)]
+        return [layer for layer in layers if isinstance(getattr(layer, "impl", None), PagedImpl)]
 
     def _turn_queries(self) -> None:
         """Where the first tokens are seen where they are not: by the angles of the model's own rotary embeddings."""
-        layers = self.vllm_config.compilation_config.static_forward_context.values()  # type: ignore[attr-defined]
-        ours = [layer for layer in layers if isinstance(getattr(layer, "impl", None), PagedImpl)]
         try:
-            for layer in ours:
+            for layer in self._layers():
                 layer.impl.turning = turning_of(self.vllm_config, self.get_model(), layer)  # type: ignore[attr-defined]
         except ValueError as error:
             raise ValueError(CANNOT_START + str(error)) from None

@@ -152,7 +152,7 @@ def lossless_rows(records: Sequence[Record]) -> list[str]:
         cells = [r["model"], f"{r['context']:,}", str(r["batch"])]
         cells += [f"{r['median_tpot_ms'] * r['speedup_vs_vllm']:.1f} ms"]
         cells += [f"{r['median_tpot_ms']:.1f} ms, {_times(r['speedup_vs_vllm'])}"]
-        lines.append(f"| {' | '.join([*cells, format(r.get('tokens_per_step', 1.0), '.2f'), accepted])} |")
+        lines.append(f"| {' | '.join([*cells, format(r['tokens_per_step'], '.2f'), accepted])} |")
     return lines
 
 
