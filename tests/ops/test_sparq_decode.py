@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from fractions import Fraction
 
@@ -195,6 +196,27 @@ def test_with_nothing_left_out_it_is_dense(implementation: str, case: Case, beyo
     assert not read.is_dense(longest)
     assert_right(run, case, case.tokens(), read, device(implementation))
     assert {len(positions) for positions in tokens_read(run, world, read).values()} == {longest - 1}
+
+
+@pytest.mark.parametrize("implementation", ALL)
+def test_the_share_of_large_scores(implementation: str) -> None:
+    """In one channel q = 129/128 and K = 44 or 43, V = 1 or 0: what is read has the scores 44.34, which bf16 would
+    round to 44.25, a tenth off its exponential, and all others 43.34. n = 9 of S = 48 tokens are read, the newest.
+
+    alpha = 9 / (9 + 39 exp(-q)); out = alpha + (1 - alpha) n / S.
+    """
+    case = Case(heads=2, kv_heads=1, head_size=64, dtype=torch.bfloat16, ranking="model", value_sum=True, lens=(48,))
+    tokens, newest = case.tokens(), torch.arange(48) >= 39
+    for held in (tokens.query[0], tokens.key[0], tokens.value[0]):
+        held.zero_()
+    tokens.query[0][..., 5] = 129 / 128 / case.scale
+    tokens.key[0][:, 0, 5] = 43.0 + newest
+    tokens.value[0][newest] = 1
+    read = SparqRead(r=1, min_k=8, local=8, alpha_floor=0.0)
+    out = build(case, tokens, device=device(implementation)).decode(load("sparq_decode", implementation), read=read)
+    alpha = 9 / (9 + 39 * math.exp(-129 / 128))
+    want = torch.full_like(out, alpha + (1 - alpha) * 9 / 48)
+    torch.testing.assert_close(out, want, **tolerances.OUT[case.dtype])
 
 
 @pytest.mark.parametrize(("implementation", "kv_heads"), each([1, 4], tiny=[1]))

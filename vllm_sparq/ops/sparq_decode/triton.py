@@ -67,7 +67,6 @@ class Plan:
     probs: bool
     by_position: bool  # whether slots do not tell which tokens are newest
     with_scores: bool  # whether the attention that tokens get is tracked
-    head_dtype: torch.dtype
     counts: Counts
 
     @property
@@ -96,7 +95,7 @@ class Scratch:
         n_splits, heads, integers = plan.n_splits, plan.n_heads, torch.int32
         self.channels, self.weights = empty(plan.r, dtype=integers), empty(heads, plan.r)
         self.scores, self.bins = empty(plan.max_tokens), empty(2)
-        self.head_scores = empty(heads, plan.max_tokens, dtype=plan.head_dtype) if plan.keep else self.scores
+        self.head_scores = empty(heads, plan.max_tokens) if plan.keep else self.scores
         self.tops, self.sums = (empty(n_splits, heads, when=plan.statistics) for _ in range(2))
         self.shares = empty(n_splits + 1, heads, when=plan.with_mean)
         self.mean = empty(plan.head_size, when=plan.with_mean)
@@ -211,7 +210,6 @@ def make_plan(query: torch.Tensor, pages: Pages, block_table: torch.Tensor, read
         probs=probs,
         by_position=pages.layout.positions,
         with_scores=with_scores,
-        head_dtype=torch.float32 if probs or with_scores or n_heads == 1 else query.dtype,
         counts=counts_of(read),
     )
 

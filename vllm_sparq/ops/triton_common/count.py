@@ -193,7 +193,7 @@ def count_kernel(
     block_table,
     seq_lens,
     scores,  # fp32 [rows, max_tokens], written
-    head_scores,  # [rows, HEADS, max_tokens]
+    head_scores,  # fp32 [rows, HEADS, max_tokens]
     tops,
     sums,
     counts,  # int32 [rows, N_SPLITS, N_BINS], written
@@ -230,7 +230,7 @@ def count_kernel(
         live = t < stop
         s = tl.zeros([TILE], tl.float32)
         for h in tl.static_range(HEADS):
-            own = tl.load(head_scores + h * max_tokens + t, mask=live, other=0.0).to(tl.float32)
+            own = tl.load(head_scores + h * max_tokens + t, mask=live, other=0.0)
             s += tl.exp(own - row_tops[h]) / row_sums[h]
         if POSITIONS:
             own_positions = positions + row % G * tracked_stride_g

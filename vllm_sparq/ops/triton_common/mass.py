@@ -23,7 +23,7 @@ def share_of(head_scores, t, live, tops, sums, max_tokens, HEADS: tl.constexpr):
     """The mean over the heads of the probability of the tokens ``t``."""
     share = tl.zeros(t.shape, tl.float32)
     for h in tl.static_range(HEADS):
-        s = tl.load(head_scores + h * max_tokens + t, mask=live, other=0.0).to(tl.float32)
+        s = tl.load(head_scores + h * max_tokens + t, mask=live, other=0.0)
         share += tl.exp(s - tops[h]) / sums[h]
     return tl.where(live, share / HEADS, 0.0)
 

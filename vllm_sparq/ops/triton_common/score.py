@@ -21,7 +21,7 @@ from vllm_sparq.ops.triton_common.count import (
     store_counts,
     store_scores,
 )
-from vllm_sparq.ops.triton_common.launch import cast, read_counts, soft_capped, split_tokens, step_kernel
+from vllm_sparq.ops.triton_common.launch import read_counts, soft_capped, split_tokens, step_kernel
 from vllm_sparq.ops.triton_common.score_tile import full_pages, score_tile
 
 
@@ -105,12 +105,9 @@ def sum_heads(scores, HEADS: tl.constexpr):
 
 @triton.jit
 def store_heads(head_scores, scores, t, live, max_tokens, HEADS: tl.constexpr):
-    """Keep the scores of each head, in the model's type."""
+    """Keep the scores of each head, exactly: sums of exponentials are made of what these are."""
     for h in tl.static_range(HEADS):
-        s = scores[h]
-        if head_scores.dtype.element_ty == tl.float16:
-            s = tl.minimum(tl.maximum(s, -65504.0), 65504.0)
-        tl.store(head_scores + h * max_tokens + t, cast(s, head_scores.dtype.element_ty), mask=live)
+        tl.store(head_scores + h * max_tokens + t, scores[h], mask=live)
 
 
 @triton.jit
@@ -178,7 +175,7 @@ def score_kernel(
     arrivals,  # int32 [rows, 2], set to zero for the launches that follow
     tops,  # fp32 [rows, N_SPLITS, HEADS], written with STATISTICS: largest score of each head,
     sums,  # and its sum of exponentials below that
-    head_scores,  # [rows, HEADS, max_tokens], written with KEEP
+    head_scores,  # fp32 [rows, HEADS, max_tokens], written with KEEP
     mean,  # fp32 [rows, D], written with MEAN
     sinks,  # fp32 [H], with SINKS: one more score of each head, of the first split
     query_stride_b,

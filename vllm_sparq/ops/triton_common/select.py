@@ -81,7 +81,7 @@ def add_shares(shares, head_scores, t, chosen, tops, max_tokens, HEADS: tl.const
     """Per lane and head, the exponentials of the chosen tokens' scores."""
     result = ()
     for h in tl.static_range(HEADS):
-        s = tl.load(head_scores + h * max_tokens + t, mask=chosen, other=0.0).to(tl.float32)
+        s = tl.load(head_scores + h * max_tokens + t, mask=chosen, other=0.0)
         result = result + (shares[h] + tl.where(chosen, tl.exp(s - tops[h]), 0.0),)
     return result
 
