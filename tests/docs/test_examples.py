@@ -11,10 +11,12 @@ from pathlib import Path
 
 import pytest
 
+from tests import preloaded
 from tests.docs.markdown import ROOT
 from tests.engine.support import environment
 
 EXAMPLES = ROOT / "examples"
+QUIET = {"VLLM_NO_USAGE_STATS": "1"}
 
 
 def run(*command: str, **variables: str) -> str:
@@ -27,23 +29,23 @@ def run(*command: str, **variables: str) -> str:
         text=True,
         timeout=400,
         check=False,
-        env={**os.environ, "PATH": path, "VLLM_NO_USAGE_STATS": "1", **variables},
+        env={**os.environ, **QUIET, "PATH": path, **variables},
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 
 
 @pytest.mark.engine
-def test_offline() -> None:
-    said = run(sys.executable, str(EXAMPLES / "offline.py"))
+def test_offline(tmp_path: Path) -> None:
+    said = preloaded.run([str(EXAMPLES / "offline.py")], QUIET, tmp_path / "said")
     assert "-> ' 48213" in said
     assert "-> ' 90071" in said
     assert "layers: {'PagedImpl'}" in said
 
 
 @pytest.mark.engine
-def test_compare_methods() -> None:
-    said = run(sys.executable, str(EXAMPLES / "compare_methods.py"))
+def test_compare_methods(tmp_path: Path) -> None:
+    said = preloaded.run([str(EXAMPLES / "compare_methods.py")], QUIET, tmp_path / "said")
     found = dict(re.findall(r"^(\S.*?)\s+(\d) of 6 right", said, flags=re.M))
     capacity = dict(re.findall(r"^(\S.*?)\s+\d of 6 right\s+([\d,]+) tokens", said, flags=re.M))
     assert list(found) == ["dense", "sparq", "kivi", "sparq over int4", "h2o, half of the prompt"]

@@ -6,10 +6,12 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests import preloaded
 from tests.engine.support import EXACT, MODEL, NGRAM, Prompts
 
 pytestmark = pytest.mark.engine
@@ -32,12 +34,8 @@ if __name__ == "__main__":
 """
 
 
-ONE_PROCESS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
-"""Spares loading vLLM once more, for an engine core of its own."""
-
-
-def run_engine(prompts: list[list[int]], env: dict[str, str] | None = None, **engine_args: object) -> dict:
-    """Tokens, attention reports and metrics of an engine in a fresh process, which spawns its core and workers."""
+def settings_of(prompts: list[list[int]], **engine_args: object) -> str:
+    """What the script is given."""
     settings = {
         "engine": {
             "model": str(MODEL),
@@ -52,9 +50,14 @@ def run_engine(prompts: list[list[int]], env: dict[str, str] | None = None, **en
         },
         "prompts": prompts,
     }
+    return json.dumps(settings)
+
+
+def run_engine(prompts: list[list[int]], env: dict[str, str] | None = None, **engine_args: object) -> dict:
+    """Tokens, attention reports and metrics of an engine in a fresh process, which spawns its core and workers."""
     environment = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "1", "OMP_NUM_THREADS": "1", **(env or {})}
     done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, json.dumps(settings)],
+        [sys.executable, "-c", SCRIPT, settings_of(prompts, **engine_args)],
         env=environment,
         capture_output=True,
         text=True,
@@ -63,6 +66,15 @@ def run_engine(prompts: list[list[int]], env: dict[str, str] | None = None, **en
     )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.split("RESULT")[1])
+
+
+def run_in_one_process(folder: Path, prompts: list[list[int]], **engine_args: object) -> dict:
+    """The same of an engine in one process, which has loaded vLLM but nothing that drafts."""
+    script = folder / "script.py"
+    script.write_text(SCRIPT)
+    words = [str(script), settings_of(prompts, **engine_args)]
+    said = preloaded.run(words, {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}, folder / "said")
+    return json.loads(said.split("RESULT")[1])
 
 
 @pytest.mark.long
@@ -77,9 +89,9 @@ def test_class_in_the_worker(workers: int, prompts: Prompts, sparse_alone: dict[
     assert result["tokens"] == [sparse_alone[i] for i in chosen]
 
 
-def test_speculative_decoding(prompts: Prompts, sparse_alone: dict[int, list[int]]) -> None:
+def test_speculative_decoding(tmp_path: Path, prompts: Prompts, sparse_alone: dict[int, list[int]]) -> None:
     """Draft tokens are verified with the reads that decoding them one by one would have made."""
-    result = run_engine(prompts.mixed, env=ONE_PROCESS, speculative_config=NGRAM)
+    result = run_in_one_process(tmp_path, prompts.mixed, speculative_config=NGRAM)
     assert result["metrics"]["vllm:spec_decode_num_accepted_tokens"] > 0
     assert result["tokens"] == list(sparse_alone.values())
 
@@ -87,14 +99,14 @@ def test_speculative_decoding(prompts: Prompts, sparse_alone: dict[int, list[int
 @pytest.mark.parametrize(
     "fmt", ["kivi4", pytest.param("int4", marks=pytest.mark.long), pytest.param("kivi2", marks=pytest.mark.long)]
 )
-def test_speculative_decoding_over_codes(fmt: str, prompts: Prompts, engine: Any) -> None:
+def test_speculative_decoding_over_codes(fmt: str, tmp_path: Path, prompts: Prompts, engine: Any) -> None:
     """vLLM's own drafts, of which many are right in these prompts; the rest is in `tests.engine.test_drafts`."""
     options = {"format": fmt, "read": "dense"}
     batch = [prompt for prompt in prompts.mixed if len(prompt) < 1000]
     with engine("sparq", options, block_size=32) as llm:
         plain = prompts.answers(llm, batch)
     config = {"additional_config": {"sparq": options}, "block_size": 32, "speculative_config": NGRAM}
-    result = run_engine(batch, env=ONE_PROCESS, **config)
+    result = run_in_one_process(tmp_path, batch, **config)
     assert result["metrics"]["vllm:spec_decode_num_accepted_tokens"] > 0
     assert result["tokens"] == plain
 

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import multiprocessing
 import os
 import socket
-import subprocess
-import sys
 import time
 import zipfile
 from collections.abc import Iterable, Iterator
@@ -16,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from tests.benchmarks.cluster import two_replicas
 from tests.benchmarks.commands import exit_code
 from vllm_sparq.benchmarks.cluster import bench as ray_bench
 from vllm_sparq.benchmarks.cluster import prompts
@@ -209,39 +209,17 @@ def test_the_table_says_slower_than_dense() -> None:
     assert ["slower than dense" in line for line in lines] == [False, True, False]
 
 
-ONE_ENGINE = """
-import json, sys
-from vllm import LLM, SamplingParams
-rows = [json.loads(line) for line in open(sys.argv[1])]
-llm = LLM(sys.argv[2], enforce_eager=True, kv_cache_memory_bytes=64 << 20, attention_backend="SPARQ")
-params = [SamplingParams(temperature=0.8, seed=row["seed"], max_tokens=row["max_tokens"]) for row in rows]
-outputs = llm.generate([row["prompt"] for row in rows], params, use_tqdm=False)
-answers = {row["id"]: list(output.outputs[0].token_ids) for row, output in zip(rows, outputs)}
-open(sys.argv[3], "w").write(json.dumps(answers))
-"""
+def alone_in_one_engine(rows: list[dict[str, Any]]) -> dict[str, list[int]]:
+    """Sampled answers of an engine in this process, by the id of their rows."""
+    from vllm import SamplingParams
 
-TWO_REPLICAS = """
-import json, os, signal, sys
-from pathlib import Path
-from vllm_sparq.benchmarks.cluster import prompts
-from vllm_sparq.benchmarks.cluster import data as ray_data
-from vllm_sparq.benchmarks.common.methods import Method
-from vllm_sparq.benchmarks.cluster.replicas import Pool, cluster, engine_arguments
+    from tests.engine.conftest import running_engine
 
-if __name__ == "__main__":
-    method = Method.named("sparq")
-    arguments = engine_arguments(method, gpus=0, kv_cache_mib=64, more={})
-    sampled = dict(temperature=0.8, batch_size=4, engine_arguments=arguments)
-    pool = Pool(method=method, model=Path(sys.argv[2]), replicas=2, **sampled)
-    rows, killed = [], None
-    with cluster(pool, None):
-        for batch in ray_data.answers(pool, prompts.from_file(Path(sys.argv[1]), max_tokens=8, seed=0)()):
-            rows += batch
-            if killed is None:
-                killed = batch[0]["replica"]
-                os.kill(int(killed.partition(":")[2]), signal.SIGKILL)
-    open(sys.argv[3], "w").write(json.dumps({"rows": rows, "killed": killed}))
-"""
+    chosen = [SamplingParams(temperature=0.8, seed=row["seed"], max_tokens=row["max_tokens"]) for row in rows]
+    as_replicas = dict(dtype="auto", max_model_len=None, max_num_batched_tokens=None, enable_prefix_caching=None)
+    with running_engine("sparq", kv_cache_memory_bytes=64 << 20, **as_replicas) as llm:
+        outputs = llm.generate([row["prompt"] for row in rows], chosen, use_tqdm=False)
+    return {row["id"]: list(output.outputs[0].token_ids) for row, output in zip(rows, outputs, strict=True)}
 
 
 @pytest.mark.engine
@@ -252,18 +230,17 @@ def test_two_replicas_answer_as_one_engine_even_when_one_is_killed(tmp_path: Pat
         {"id": f"q{i}", "prompt": f"The key of w{i} is {i}. The key of", "seed": i, "max_tokens": 8} for i in range(80)
     ]
     data.write_text("".join(json.dumps(one) + "\n" for one in rows))
-    environment = {**os.environ, **REPLICA_ENVIRONMENT, "HF_HUB_OFFLINE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
-    found = []
-    for code in (ONE_ENGINE, TWO_REPLICAS):
-        script, out = tmp_path / "script.py", tmp_path / "out.json"
-        script.write_text(code)
-        if code is TWO_REPLICAS:
-            environment.pop("VLLM_ENABLE_V1_MULTIPROCESSING")
-        words = [sys.executable, str(script), str(data), str(WEIGHTS), str(out)]
-        done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=500, check=False)
-        assert done.returncode == 0, done.stderr[-3000:]
-        found.append(json.loads(out.read_text()))
-    alone, pool = found
+    environment = {**os.environ, **REPLICA_ENVIRONMENT, "HF_HUB_OFFLINE": "1"}
+    environment.pop("VLLM_ENABLE_V1_MULTIPROCESSING", None)
+    out, log = tmp_path / "out.json", tmp_path / "log"
+    given = data, out, log, environment
+    process = multiprocessing.get_context("spawn").Process(target=two_replicas.answer, args=given)
+    process.start()
+    process.join(500)
+    process.kill()
+    assert out.is_file(), log.read_text()[-3000:]
+    pool = json.loads(out.read_text())
+    alone = alone_in_one_engine(rows)
     assert {one["id"]: one["token_ids"] for one in pool["rows"]} == alone
     assert len(pool["rows"]) == len(rows)
     assert not any(one["error"] for one in pool["rows"])
