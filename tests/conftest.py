@@ -1,9 +1,10 @@
-"""What every test shares: threads, and the Triton interpreter where there is no CUDA device."""
+"""What every test shares: threads, how Python starts, and the Triton interpreter where there is no CUDA device."""
 
 from __future__ import annotations
 
 import importlib.util
 import os
+import runpy
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -23,27 +24,37 @@ if not torch.cuda.is_available():
     if importlib.util.find_spec("triton"):
         interpreter.speed_up()
 
+STARTUP = Path(__file__).parent / "startup"
+runpy.run_path(str(STARTUP / "sitecustomize.py"))
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(STARTUP), os.environ.get("PYTHONPATH")]))
+
 LONGEST = (
-    "ops/test_triton_aot.py",
     "cuda/test_pretended.py",
-    "engine/test_eviction.py",
-    "benchmarks/quality/test_engine.py",
-    "benchmarks/serving/test_demo.py",
     "benchmarks/cluster/test_bench.py",
-    "engine/test_formats.py",
-    "engine/test_sameness.py",
-    "engine/test_identity.py",
-    "engine/test_processes.py",
-    "engine/test_spans.py",
-    "ops/test_dispatch.py",
     "ops/test_sparq_decode.py",
-    "benchmarks/engine/test_pressure.py",
+    "engine/test_eviction.py",
+    "benchmarks/serving/test_demo.py",
+    "benchmarks/quality/test_engine.py",
+    "engine/test_formats.py",
     "test_doctor.py",
-    "benchmarks/engine/test_requests.py",
-    "engine/test_models.py",
+    "ops/test_dispatch.py",
     "engine/test_serve.py",
+    "engine/test_poison.py",
+    "engine/test_sameness.py",
+    "engine/test_choices.py",
+    "architectures/test_architectures.py",
+    "engine/test_identity.py",
+    "engine/test_lossless.py",
+    "docs/test_examples.py",
+    "engine/test_processes.py",
+    "engine/test_conversations.py",
+    "benchmarks/quality/test_divergence.py",
+    "engine/test_sessions.py",
+    "benchmarks/engine/test_pressure.py",
+    "engine/test_positions.py",
+    "engine/test_states.py",
 )
-"""Files that take more than about half a minute, the longest first: they begin before the others, so that no worker of
+"""Files that take more than about twenty seconds, the longest first: they begin before the others, so that no worker of
 pytest-xdist ends with one of them while the other has nothing to do (`--dist loadfile --no-loadscope-reorder`)."""
 
 
