@@ -29,13 +29,14 @@ def run(*arguments: str, **environment: str) -> str:
 
 
 def test_inside() -> None:
-    """What the path itself promises."""
-    run(INSIDE, f"--ignore={INSIDE}/test_interpreted.py")
+    """What the path itself promises, and the Triton kernels in its graphs."""
+    run(INSIDE, "-m", "not long")
 
 
-def test_interpreted() -> None:
-    """The Triton kernels in its graphs."""
-    run(f"{INSIDE}/test_interpreted.py")
+@pytest.mark.long
+def test_more_inside() -> None:
+    """More kernels in its graphs."""
+    run(INSIDE, "-m", "long")
 
 
 ELSEWHERE = {

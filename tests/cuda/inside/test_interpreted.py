@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from tests.cuda.pretend.graphs import Graph
-from tests.engine.support import Prompts
+from tests.engine.support import Prompts, rarely
 
 SPARSE = {"r": 8, "k": 24, "dense_below": 0}
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -28,7 +28,11 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("name", METHODS)
+RARELY = ("sparq with the mean value", "sparq by probabilities", "sparq over int4", "kivi")
+"""Their kernels' own branches are told apart by tests/ops, their formats and captures by the other methods here."""
+
+
+@pytest.mark.parametrize("name", rarely(METHODS, *RARELY))
 def test_answers_are_those_of_the_cpu_kernels(
     name: str, tiny: Path, engine: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
