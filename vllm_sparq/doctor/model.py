@@ -78,7 +78,8 @@ def model_section(model: str, options: Options, backend: str = "sparq", serve_ar
         _describe_read(section, options, shape, kept)
         ours = [group for group in held["sparq"].groups if group.ours] if held else []
         block_size = ours[0].page_tokens if ours else preferred_block_size(options, config.max_model_len)
-        _describe_memory(section, options, shape, config.dtype, block_size)
+        staging = ours[0].staging_pages if ours else None
+        _describe_memory(section, options, shape, config.dtype, block_size, staging)
         if ours and ours[0].block_size > block_size:
             section.note(
                 f"beside layers with a state vLLM's own blocks hold {ours[0].block_size:,} tokens, "
@@ -284,7 +285,9 @@ def _describe_keys(section: Section, options: Options, held: dict[str, Capacity]
         section.note(bias_warning(options.format, n_biased))
 
 
-def _describe_memory(section: Section, options: Options, shape: dict[str, int], dtype: Any, block_size: int) -> None:
+def _describe_memory(
+    section: Section, options: Options, shape: dict[str, int], dtype: Any, block_size: int, n_staging: int | None
+) -> None:
     from vllm_sparq.attention_backends.engine import page_layout
 
     def layout_of(options: Options) -> PageLayout:
@@ -299,7 +302,7 @@ def _describe_memory(section: Section, options: Options, shape: dict[str, int], 
         "bytes_per_token": per_token,
         "overhead": layout.overhead,
         "block_size": block_size,
-        "staging_blocks_per_request": layout.n_staging_blocks,
+        "staging_blocks_per_request": layout.n_staging_blocks if n_staging is None else n_staging,
     }
     section.good(
         f"format {options.format}: a cached token takes {per_head['sparq']} bytes per KV head (dense: "
@@ -309,8 +312,9 @@ def _describe_memory(section: Section, options: Options, shape: dict[str, int], 
     section.good(f"blocks of {block_size} tokens, unless --block-size says otherwise")
     if layout.quantized is not None:
         section.note(
-            f"the newest block of a request waits in full precision in {layout.n_staging_blocks} blocks of "
-            f"{block_size} tokens ahead of it, which count as its own"
+            "the newest block of a request waits in full precision in "
+            f"{section.numbers['memory']['staging_blocks_per_request']} blocks of {block_size} tokens ahead of it, "
+            "which count as its own"
         )
     others = {name: layout_of(options.model_copy(update={"format": name, "group_size": None})) for name in FORMATS}
     section.numbers["formats"] = {name: other.bytes_per_token for name, other in others.items()}
