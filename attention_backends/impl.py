@@ -23,11 +23,13 @@ from vllm_sparq.attention_backends.steps.policies import PolicyRows
 from vllm_sparq.attention_backends.steps.requests import StepRequests
 from vllm_sparq.attention_backends.steps.rows import PagedMetadata, PrefillRows
 from vllm_sparq.config import Options
+from vllm_sparq.formats import FORMATS
 from vllm_sparq.layout import Pages
 from vllm_sparq.ops import turned_attention
 from vllm_sparq.ops.dispatch import OVERRIDE, Choice, choose
 from vllm_sparq.reads import READS, HeadShape, Read
 from vllm_sparq.retention import RETENTIONS
+from vllm_sparq.rotation import rotated, turned_back
 
 logger = init_logger("vllm.sparq")
 
@@ -67,6 +69,8 @@ class PagedImpl(AttentionImpl[PagedMetadata | EvictingMetadata]):
         self._sinks, self._softmax = sinks, dict[str, Any]()  # the sinks are there once weights are loaded
         if logits_soft_cap:
             self._softmax["soft_cap"] = float(logits_soft_cap)
+        stored = FORMATS[self._options.format]
+        self._rotates = stored is not None and stored.rotated
         self._choices = _choose_ops(vllm_config.device_config.device_type, READS[self._options.read])
         policy = RETENTIONS[self._options.retention]
         flash = flash_choice(
@@ -136,6 +140,21 @@ class PagedImpl(AttentionImpl[PagedMetadata | EvictingMetadata]):
         if attn_metadata is None:  # a profiling run, without a cache
             return output.fill_(0)
         pages = self._bind(layer, kv_cache, query.dtype)
+        if not self._rotates:
+            return self._run(attn_metadata, query, key, value, pages, output)
+        stored = None if value is None or self._source is not None else rotated(value)
+        return output.copy_(turned_back(self._run(attn_metadata, query, key, stored, pages, output)))
+
+    def _run(
+        self,
+        attn_metadata: PagedMetadata | EvictingMetadata,
+        query: torch.Tensor,
+        key: torch.Tensor | None,
+        value: torch.Tensor | None,
+        pages: Pages,
+        output: torch.Tensor,
+    ) -> torch.Tensor:
+        """`forward` over V as pages hold it, which is how the output is left."""
         if isinstance(attn_metadata, PagedMetadata):
             self._attend(attn_metadata, query, key, value, pages, output)
             return output
@@ -282,6 +301,7 @@ class PagedImpl(AttentionImpl[PagedMetadata | EvictingMetadata]):
         if self._source is not None:
             return
         pages = self._bind(layer, kv_cache, key.dtype)
+        value = rotated(value) if self._rotates else value
         if isinstance(attn_metadata, PagedMetadata):
             steps: list[tuple[PagedMetadata, Any]] = [(attn_metadata, slice(None))]
         else:
