@@ -1,9 +1,10 @@
 """V rotated before it is stored in few bits, and attention's output turned back.
 
-A channel that stands out makes the range of its whole group wide, and codes of 2 bits coarse. The Walsh-Hadamard transform of
-n neighbouring channels spreads it over n, and what is left has the range of a bell curve. Attention is linear in V, so a
-layer rotates the V of its new tokens, works on rotated V alone (staged or in codes, sums and means too), and turns its
-output back: kernels know nothing of it. Rotations before quantizing: QuIP# (arXiv 2402.04396), QuaRot (arXiv 2404.00456).
+A channel that stands out makes the range of its whole group wide, and codes of 2 bits coarse. The Walsh-Hadamard
+transform of n neighbouring channels spreads it over n, and what is left has the range of a bell curve. Attention is
+linear in V, so a layer rotates the V of its new tokens, works on rotated V alone (staged or in codes, sums and means
+too), and turns its output back: kernels know nothing of it. Rotations before quantizing: QuIP# (arXiv 2402.04396),
+QuaRot (arXiv 2404.00456).
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ def _signs(n: int, factor: float, dtype: torch.dtype, device: torch.device) -> t
 
 
 def _factors(n: int) -> tuple[float, float]:
-    """Powers of two with the product 1 / n, the first near 1 / sqrt(n): in any type, turning back undoes the rotation."""
+    """Powers of two with the product 1 / n, the first near 1 / sqrt(n): in any type they undo each other exactly."""
     there = 2.0 ** -(n.bit_length() // 2)
     return there, 1 / (n * there)
 
