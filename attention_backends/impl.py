@@ -29,7 +29,7 @@ from vllm_sparq.ops import turned_attention
 from vllm_sparq.ops.dispatch import OVERRIDE, Choice, choose
 from vllm_sparq.reads import READS, HeadShape, Read
 from vllm_sparq.retention import RETENTIONS
-from vllm_sparq.rotation import rotated, turned_back
+from vllm_sparq.rotation import prepare_rotation, rotated, turned_back
 
 logger = init_logger("vllm.sparq")
 
@@ -71,6 +71,8 @@ class PagedImpl(AttentionImpl[PagedMetadata | EvictingMetadata]):
             self._softmax["soft_cap"] = float(logits_soft_cap)
         stored = FORMATS[self._options.format]
         self._rotates = stored is not None and stored.rotated
+        if self._rotates:
+            prepare_rotation(head_size, vllm_config.model_config.dtype, vllm_config.device_config.device)
         self._choices = _choose_ops(vllm_config.device_config.device_type, READS[self._options.read])
         policy = RETENTIONS[self._options.retention]
         flash = flash_choice(

@@ -38,7 +38,8 @@ def _factors(n: int) -> tuple[float, float]:
 
 def _transformed(x: torch.Tensor, factor: float) -> torch.Tensor:
     n = transform_size(x.shape[-1])
-    return (x.unflatten(-1, (-1, n)) @ _signs(n, factor, x.dtype, x.device)).flatten(-2)
+    result: torch.Tensor = x.unflatten(-1, (-1, n)) @ _signs(n, factor, x.dtype, x.device)
+    return result.flatten(-2)
 
 
 def rotated(value: torch.Tensor) -> torch.Tensor:
@@ -49,3 +50,8 @@ def rotated(value: torch.Tensor) -> torch.Tensor:
 def turned_back(output: torch.Tensor) -> torch.Tensor:
     """Means [..., D] of rotated V as means of V: undoes `rotated`."""
     return _transformed(output, _factors(transform_size(output.shape[-1]))[1])
+
+
+def prepare_rotation(head_size: int, dtype: torch.dtype, device: torch.device) -> None:
+    """Make the matrices now, since they come from the host, which a captured graph cannot ask."""
+    turned_back(rotated(torch.zeros(head_size, dtype=dtype, device=device)))
