@@ -15,7 +15,7 @@ from vllm.v1.attention.backend import AttentionImpl, AttentionType
 
 from vllm_sparq.attention_backends.engine import PagedEngine, on_platform, page_layout, rebind_refusal
 from vllm_sparq.attention_backends.flash import flash_choice, flash_prefill
-from vllm_sparq.attention_backends.keys import LEAST_TOKENS, MOST_NOISE, is_fragile, noise_of_codes, noise_warning
+from vllm_sparq.attention_backends.keys import LEAST_TOKENS, MOST_MOVED, attention_moved, is_fragile, moved_warning
 from vllm_sparq.attention_backends.positions import Turning
 from vllm_sparq.attention_backends.refusals import ALIBI, CANNOT_START, DENSE
 from vllm_sparq.attention_backends.steps.evicting import EvictingMetadata
@@ -186,6 +186,8 @@ class PagedImpl(AttentionImpl[PagedMetadata | EvictingMetadata]):
         output: torch.Tensor,
     ) -> None:
         """Write the step's tokens into their pages, and let its rows see what they may."""
+        if step.prefill is not None and self._looks_at_keys and key is not None:
+            self._look_at_keys(step.prefill, query, key, pages)
         new = self._bring(step, key, value, pages)
         if self.turning is not None:
             turned = self.turning.of(query, step)
@@ -231,8 +233,6 @@ class PagedImpl(AttentionImpl[PagedMetadata | EvictingMetadata]):
         assert key is not None
         assert value is not None
         rows = step.prefill
-        if rows is not None and self._looks_at_keys and key.shape[0] >= LEAST_TOKENS:
-            self._look_at_keys(key, pages)
         new = key, value
         if rows is not None and rows.begun is not None:  # before the write, which quantizes what is staged
             new = rows.begun.with_new(pages, key, value)
@@ -245,11 +245,14 @@ class PagedImpl(AttentionImpl[PagedMetadata | EvictingMetadata]):
         """Of the next prompt, where codes may spoil them; what vLLM warms up with is none."""
         self._looks_at_keys = is_fragile(self._options)
 
-    def _look_at_keys(self, keys: torch.Tensor, pages: Pages) -> None:
-        """Say so, once, where codes would spoil them; of a prompt K [T, G, D], the first that is long enough."""
+    def _look_at_keys(self, rows: PrefillRows, query: torch.Tensor, key: torch.Tensor, pages: Pages) -> None:
+        """Say so, once, where codes would spoil attention: of the first prompt that is long enough."""
+        start, stop = rows.query_start_loc[:2].tolist()
+        if self._source is not None or stop - start < LEAST_TOKENS:
+            return
         self._looks_at_keys = False
-        if noise_of_codes(keys, pages.layout) > MOST_NOISE:
-            logger.warning_once(noise_warning(self._options.format))
+        if attention_moved(query[start:stop], key[start:stop], pages.layout, self.scale) > MOST_MOVED:
+            logger.warning_once(moved_warning(self._options.format))
 
     def _attend_densely(
         self,
