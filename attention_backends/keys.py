@@ -1,8 +1,8 @@
 """Whether 4 bits per token can hold a model's K, and a line in the log where they cannot.
 
 A format that codes the channels of a token together (``int4``) gives all of them the range of the largest. Where some
-channels of K lie far from the others, as projections with a bias make them, or where queries are long, the error that is
-left moves attention, and answers suffer although the format is lossless on other models. A projection's bias is seen when
+channels of K lie far from the others, as projections with a bias make them, or where attention is sharp, the error that
+is left moves it, and answers suffer although the format is lossless on other models. A projection's bias is seen when
 the model is loaded; what codes do to the attention of the first prompt, in every layer, when it is read.
 """
 
@@ -16,9 +16,9 @@ from vllm_sparq.layout import PageLayout
 from vllm_sparq.ops.codec import dequantize, pack, quantize
 
 MOST_MOVED = 0.4
-"""Nats that codes may move attention by, in the worst KV head of a layer. ``int4`` moves it by .03 to .20 in the layers of
-SmolLM2, where it costs .001 to .004 bits per byte; by .06, .83 and 1.01 in those of Gemma 3 270M, where it costs .063. On
-neither model does ``k8v4`` move it by more than .02."""
+"""Nats that codes may move attention by, in the worst KV head of a layer. ``int4`` moves it by .03 to .20 in the layers
+of SmolLM2, where it costs .001 to .004 bits per byte; by .06, .83 and 1.01 in those of Gemma 3 270M, where it costs
+.063. On neither model does ``k8v4`` move it by more than .02."""
 
 LEAST_TOKENS, MOST_TOKENS = 64, 512
 """Of a prompt: fewer say little, more say the same."""
