@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -18,6 +19,7 @@ from vllm_sparq.attention_backends.flash import flash_choice, flash_prefill
 from vllm_sparq.attention_backends.keys import LEAST_TOKENS, MOST_MOVED, attention_moved, is_fragile, moved_warning
 from vllm_sparq.attention_backends.positions import Turning
 from vllm_sparq.attention_backends.refusals import ALIBI, CANNOT_START, DENSE
+from vllm_sparq.attention_backends.shared_pages import pages_of
 from vllm_sparq.attention_backends.steps.evicting import EvictingMetadata
 from vllm_sparq.attention_backends.steps.policies import PolicyRows
 from vllm_sparq.attention_backends.steps.requests import StepRequests
@@ -97,6 +99,8 @@ class PagedImpl(AttentionImpl[PagedMetadata | EvictingMetadata]):
         self._index = 0  # this, and what reads decodes, is known with the layer's name, at its first step
         self._decode: Callable[..., None] | None = None
         self._pages: Pages | None = None
+        self._bound: tuple[int, ...] = ()  # where these are
+        self.room = 0  # of a page, where that is more than it needs; our worker's, once it is known what shares pages
         self._looks_at_keys = False
         self._dtype: torch.dtype = vllm_config.model_config.dtype
 
@@ -318,9 +322,11 @@ class PagedImpl(AttentionImpl[PagedMetadata | EvictingMetadata]):
     def _bind(self, layer: Any, kv_cache: torch.Tensor, dtype: torch.dtype) -> Pages:
         """The layer's cache as pages; remembered until vLLM hands over another one."""
         pages = self._pages
-        if pages is None or _address(pages.data) != _address(kv_cache):
-            layout = page_layout(self._options, self._heads, kv_cache.shape[2], dtype)
-            pages = self._pages = Pages.from_kv_cache(kv_cache, layout)
+        if pages is None or self._bound != _address(kv_cache):
+            room = (self._source or self).room
+            layout = replace(page_layout(self._options, self._heads, kv_cache.shape[2], dtype), room=room)
+            pages = self._pages = pages_of(kv_cache, layout)
+            self._bound = _address(kv_cache)
             self._index = _layer_index(layer.layer_name)
             self._decode = self._read_policy(self._options)
         return pages
