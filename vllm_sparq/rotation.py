@@ -22,7 +22,7 @@ def transform_size(head_size: int) -> int:
 @functools.cache
 def _signs(n: int, factor: float, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """[n, n] of one magnitude, Sylvester's Hadamard matrix times ``factor``; symmetric."""
-    i = torch.arange(n)
+    i = torch.arange(n, device="cpu")  # where a model is built on another device by default, or on none
     bits = i[:, None] & i
     odd = torch.zeros_like(bits)
     for shift in range(n.bit_length()):
