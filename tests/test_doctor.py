@@ -191,6 +191,31 @@ def test_a_model_that_is_not_there(
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--nope"], "vLLM does not take --nope: unrecognized arguments: --nope"),
+        (["--max-model-len", "many"], "vLLM does not take --max-model-len many: argument --max-model-len: invalid"),
+        (
+            ["--speculative-config", '{"method": "ngram"}'],
+            "vLLM refuses it on any backend: Value error, num_speculative_tokens",
+        ),
+        (["--tensor-parallel-size", "4"], "refused: --tensor-parallel-size 4 gives the query heads"),
+        (["--block-size", "24"], "refused: --block-size 24 cannot be cut into pages: use a multiple of 16"),
+    ],
+)
+def test_arguments_of_the_engine_are_looked_at(words: list[str], message: str, tmp_path: Path) -> None:
+    section = model_section(model_folder(tmp_path), Options(), serve_args=words)
+    assert not section.is_well
+    assert message in texts(section, "✗")
+
+
+def test_what_fits_depends_on_the_arguments_of_the_engine(tmp_path: Path) -> None:
+    folder, short = model_folder(tmp_path), ["--max-model-len", "1024", "--tensor-parallel-size", "2"]
+    whole, half = (model_section(folder, Options(), serve_args=words).numbers["memory"] for words in ([], short))
+    assert half["requests_per_gib"]["sparq"] == pytest.approx(16 * whole["requests_per_gib"]["sparq"], rel=0.01)
+
+
 @pytest.mark.engine
 def test_a_real_engine_runs_our_class_in_a_spawned_worker(tmp_path: Path) -> None:
     report = engine_check.check_engine(tmp_path)
@@ -235,5 +260,10 @@ def test_the_last_line_is_a_command_that_works(tmp_path: Path, capsys: pytest.Ca
     assert cli.main(arguments) == 0
     last = capsys.readouterr().out.rstrip().splitlines()[-1]
     assert last.endswith(f"--attention-backend h2o --additional-config '{{\"sparq\": {options}}}'")
+    assert cli.main([*arguments, "--serve-args", '["--override-generation-config", "{\\"temperature\\": [0]}"]']) == 0
+    last = capsys.readouterr().out.rstrip().splitlines()[-1]
+    assert last.endswith("""}' --override-generation-config '{"temperature": [0]}'""")
+    assert cli.main([*arguments[:2], "--serve-args", '["--dtype", "auto"]']) == 2
+    assert "give --model as well" in capsys.readouterr().err
     assert cli.main([*arguments[:4], "--options", options]) == 2  # a budget means nothing while all tokens stay
     assert "budget=512 means nothing while all tokens stay" in capsys.readouterr().err

@@ -125,15 +125,32 @@ def comma_shares(text: str) -> list[float]:
     return found
 
 
+def json_value(text: str) -> Any:
+    """For argparse: whatever a JSON text says."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise argparse.ArgumentTypeError(
+            f"{shown(text)} is not JSON ({error}): write for example '{{\"compression\": 4}}', in single quotes"
+        ) from None
+
+
 def json_object(text: str) -> dict[str, Any]:
     """For argparse: a JSON object."""
-    try:
-        found = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise argparse.ArgumentTypeError(f"{shown(text)} is not JSON: {error}") from None
+    found = json_value(text)
     if not isinstance(found, dict):
         raise argparse.ArgumentTypeError(f"{shown(text)} is not a JSON object, such as '{{\"compression\": 4}}'")
     return found
+
+
+def serve_words(text: str) -> list[str]:
+    """For argparse: arguments of `vllm serve`, a JSON list of words."""
+    found = json_value(text)
+    if not isinstance(found, list) or not all(isinstance(word, str | int | float) for word in found):
+        raise argparse.ArgumentTypeError(
+            f"""{shown(text)} is not a JSON list of words, such as '["--dtype", "auto"]'"""
+        )
+    return [str(word) for word in found]
 
 
 def llm_arguments(text: str) -> dict[str, Any]:
@@ -150,20 +167,15 @@ def given_options(text: str) -> dict[str, Any]:
     """For argparse: a JSON object of options, with or without the key "sparq" around it; not checked yet."""
     from vllm_sparq.config import NAMESPACE
 
-    try:
-        given = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is not JSON ({error}): write for example '{{\"compression\": 4}}', in single quotes"
-        ) from None
+    given = json_value(text)
     if not isinstance(given, dict):
         raise argparse.ArgumentTypeError(
-            f"{text!r} must be an object of options: write for example '{{\"compression\": 4}}'"
+            f"must be an object of options, got {text[:N_SHOWN]}: write for example '{{\"compression\": 4}}'"
         )
     found: Any = given[NAMESPACE] if list(given) == [NAMESPACE] else given
     if not isinstance(found, dict):
         raise argparse.ArgumentTypeError(
-            f'{text!r}: "{NAMESPACE}" must be an object of options, such as {{"compression": 4}}'
+            f'{shown(text)}: "{NAMESPACE}" must be an object of options, such as {{"compression": 4}}'
         )
     return found
 

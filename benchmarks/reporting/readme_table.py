@@ -270,6 +270,7 @@ TABLES: dict[str, Callable[[Sequence[Record]], list[str]]] = {
     "contexts": contexts_rows,
     "blocks": blocks_rows,
     "real": partial(real_rows, model="smollm2-135m", lengths=(1024, 4096, 8000)),
+    "gemma": partial(real_rows, model="gemma3-270m", lengths=(4096,)),
 }
 """Name in a document's comments -> how the table is made."""
 
@@ -286,6 +287,7 @@ DOCUMENTS = {
         "contexts",
         "blocks",
         "real",
+        "gemma",
     ),
 }
 """Document -> its tables."""
@@ -327,7 +329,7 @@ def write_tables() -> list[Path]:
     """
     missing = [path for path in DOCUMENTS if not path.is_file()]
     if missing:
-        raise UsageError(f"{missing[0]}: there is no such document; --tables is for a checkout of vllm-sparq")
+        raise UsageError(f"{missing[0]}: there is no such document; --documents is for a checkout of vllm-sparq")
     records = read_records(RESULTS)
     for path, names in DOCUMENTS.items():
         replace_text(path, filled(path.read_text(encoding="utf-8"), names, records))
