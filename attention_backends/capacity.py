@@ -49,6 +49,7 @@ class CacheGroup:
         page_tokens: tokens per page of ours, of which a block may hold several.
         page_bytes: of one block in one layer, padding included.
         padding_bytes: bytes of these that hold nothing.
+        staging_pages: of these, blocks in which the newest one waits in full precision.
         pages_per_request: blocks that one request of the model's full length holds, ours staged tokens included.
     """
 
@@ -59,6 +60,7 @@ class CacheGroup:
     page_tokens: int
     page_bytes: int
     padding_bytes: int
+    staging_pages: int
     pages_per_request: int
 
     @property
@@ -134,6 +136,7 @@ def _group(group: Any, vllm_config: Any) -> CacheGroup:
         page_tokens=getattr(spec, "page_tokens", spec.block_size),
         page_bytes=page_bytes,
         padding_bytes=page_bytes - getattr(spec, "unpadded_page_size_bytes", page_bytes),
+        staging_pages=getattr(spec, "n_staging_pages", 0),
         pages_per_request=-(-spec.max_memory_usage_bytes(vllm_config) // page_bytes),
     )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -15,19 +16,22 @@ from vllm.v1.attention.backend import AttentionImpl, AttentionType
 
 from vllm_sparq.attention_backends.engine import PagedEngine, on_platform, page_layout, rebind_refusal
 from vllm_sparq.attention_backends.flash import flash_choice, flash_prefill
-from vllm_sparq.attention_backends.keys import LEAST_TOKENS, MOST_NOISE, is_fragile, noise_of_codes, noise_warning
+from vllm_sparq.attention_backends.keys import LEAST_TOKENS, MOST_MOVED, attention_moved, is_fragile, moved_warning
 from vllm_sparq.attention_backends.positions import Turning
 from vllm_sparq.attention_backends.refusals import ALIBI, CANNOT_START, DENSE
+from vllm_sparq.attention_backends.shared_pages import pages_of
 from vllm_sparq.attention_backends.steps.evicting import EvictingMetadata
 from vllm_sparq.attention_backends.steps.policies import PolicyRows
 from vllm_sparq.attention_backends.steps.requests import StepRequests
 from vllm_sparq.attention_backends.steps.rows import PagedMetadata, PrefillRows
 from vllm_sparq.config import Options
+from vllm_sparq.formats import FORMATS
 from vllm_sparq.layout import Pages
 from vllm_sparq.ops import turned_attention
 from vllm_sparq.ops.dispatch import OVERRIDE, Choice, choose
 from vllm_sparq.reads import READS, HeadShape, Read
 from vllm_sparq.retention import RETENTIONS
+from vllm_sparq.rotation import prepare_rotation, rotated, turned_back
 
 logger = init_logger("vllm.sparq")
 
@@ -67,6 +71,10 @@ class PagedImpl(AttentionImpl[PagedMetadata | EvictingMetadata]):
         self._sinks, self._softmax = sinks, dict[str, Any]()  # the sinks are there once weights are loaded
         if logits_soft_cap:
             self._softmax["soft_cap"] = float(logits_soft_cap)
+        stored = FORMATS[self._options.format]
+        self._rotates = stored is not None and stored.rotated
+        if self._rotates:
+            prepare_rotation(head_size, vllm_config.model_config.dtype, vllm_config.device_config.device)
         self._choices = _choose_ops(vllm_config.device_config.device_type, READS[self._options.read])
         policy = RETENTIONS[self._options.retention]
         flash = flash_choice(
@@ -91,6 +99,8 @@ class PagedImpl(AttentionImpl[PagedMetadata | EvictingMetadata]):
         self._index = 0  # this, and what reads decodes, is known with the layer's name, at its first step
         self._decode: Callable[..., None] | None = None
         self._pages: Pages | None = None
+        self._bound: tuple[int, ...] = ()  # where these are
+        self.room = 0  # of a page, where that is more than it needs; our worker's, once it is known what shares pages
         self._looks_at_keys = False
         self._dtype: torch.dtype = vllm_config.model_config.dtype
 
@@ -136,6 +146,21 @@ class PagedImpl(AttentionImpl[PagedMetadata | EvictingMetadata]):
         if attn_metadata is None:  # a profiling run, without a cache
             return output.fill_(0)
         pages = self._bind(layer, kv_cache, query.dtype)
+        if not self._rotates:
+            return self._run(attn_metadata, query, key, value, pages, output)
+        stored = None if value is None or self._source is not None else rotated(value)
+        return output.copy_(turned_back(self._run(attn_metadata, query, key, stored, pages, output)))
+
+    def _run(
+        self,
+        attn_metadata: PagedMetadata | EvictingMetadata,
+        query: torch.Tensor,
+        key: torch.Tensor | None,
+        value: torch.Tensor | None,
+        pages: Pages,
+        output: torch.Tensor,
+    ) -> torch.Tensor:
+        """`forward` over V as pages hold it, which is how the output is left."""
         if isinstance(attn_metadata, PagedMetadata):
             self._attend(attn_metadata, query, key, value, pages, output)
             return output
@@ -165,6 +190,8 @@ class PagedImpl(AttentionImpl[PagedMetadata | EvictingMetadata]):
         output: torch.Tensor,
     ) -> None:
         """Write the step's tokens into their pages, and let its rows see what they may."""
+        if step.prefill is not None and self._looks_at_keys and key is not None:
+            self._look_at_keys(step.prefill, query, key, pages)
         new = self._bring(step, key, value, pages)
         if self.turning is not None:
             turned = self.turning.of(query, step)
@@ -210,8 +237,6 @@ class PagedImpl(AttentionImpl[PagedMetadata | EvictingMetadata]):
         assert key is not None
         assert value is not None
         rows = step.prefill
-        if rows is not None and self._looks_at_keys and key.shape[0] >= LEAST_TOKENS:
-            self._look_at_keys(key, pages)
         new = key, value
         if rows is not None and rows.begun is not None:  # before the write, which quantizes what is staged
             new = rows.begun.with_new(pages, key, value)
@@ -224,11 +249,14 @@ class PagedImpl(AttentionImpl[PagedMetadata | EvictingMetadata]):
         """Of the next prompt, where codes may spoil them; what vLLM warms up with is none."""
         self._looks_at_keys = is_fragile(self._options)
 
-    def _look_at_keys(self, keys: torch.Tensor, pages: Pages) -> None:
-        """Say so, once, where codes would spoil them; of a prompt K [T, G, D], the first that is long enough."""
+    def _look_at_keys(self, rows: PrefillRows, query: torch.Tensor, key: torch.Tensor, pages: Pages) -> None:
+        """Say so, once, where codes would spoil attention: of the first prompt that is long enough."""
+        start, stop = rows.query_start_loc[:2].tolist()
+        if self._source is not None or stop - start < LEAST_TOKENS:
+            return
         self._looks_at_keys = False
-        if noise_of_codes(keys, pages.layout) > MOST_NOISE:
-            logger.warning_once(noise_warning(self._options.format))
+        if attention_moved(query[start:stop], key[start:stop], pages.layout, self.scale) > MOST_MOVED:
+            logger.warning_once(moved_warning(self._options.format))
 
     def _attend_densely(
         self,
@@ -282,6 +310,7 @@ class PagedImpl(AttentionImpl[PagedMetadata | EvictingMetadata]):
         if self._source is not None:
             return
         pages = self._bind(layer, kv_cache, key.dtype)
+        value = rotated(value) if self._rotates else value
         if isinstance(attn_metadata, PagedMetadata):
             steps: list[tuple[PagedMetadata, Any]] = [(attn_metadata, slice(None))]
         else:
@@ -293,9 +322,11 @@ class PagedImpl(AttentionImpl[PagedMetadata | EvictingMetadata]):
     def _bind(self, layer: Any, kv_cache: torch.Tensor, dtype: torch.dtype) -> Pages:
         """The layer's cache as pages; remembered until vLLM hands over another one."""
         pages = self._pages
-        if pages is None or _address(pages.data) != _address(kv_cache):
-            layout = page_layout(self._options, self._heads, kv_cache.shape[2], dtype)
-            pages = self._pages = Pages.from_kv_cache(kv_cache, layout)
+        if pages is None or self._bound != _address(kv_cache):
+            room = (self._source or self).room
+            layout = replace(page_layout(self._options, self._heads, kv_cache.shape[2], dtype), room=room)
+            pages = self._pages = pages_of(kv_cache, layout)
+            self._bound = _address(kv_cache)
             self._index = _layer_index(layer.layer_name)
             self._decode = self._read_policy(self._options)
         return pages

@@ -16,13 +16,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from vllm.logger import init_logger
 from vllm.v1.attention.backend import AttentionBackend, MultipleOf
 from vllm.v1.kv_cache_interface import ChunkedLocalAttentionSpec, KVCacheSpec, SlidingWindowSpec
 
 from vllm_sparq.attention_backends.engine import LOCAL_KINDS, PREFERRED_BLOCK_SIZE, PagedEngine, heads_of
-from vllm_sparq.layout import BLOCK_SIZE_MULTIPLE
-from vllm_sparq.scheduler.spec import ChunksSpec, is_ours
+from vllm_sparq.layout import BLOCK_SIZE_MULTIPLE, PageLayout, Pages
+from vllm_sparq.scheduler.spec import ChunksSpec, StagedSpec, is_ours
 
 logger = init_logger("vllm.sparq")
 
@@ -85,20 +86,24 @@ class FullLayers:
         n_layers: how many there are.
         block_size: N.
         page_bytes: of one page of one of them, all KV heads.
-        n_staging_blocks: blocks that a request holds beyond those of its tokens.
+        staged_bytes: of a token that waits in the model's own type, all KV heads; 0 where none waits.
         n_tokens: of a typical request.
     """
 
     n_layers: int
     block_size: int
     page_bytes: int
-    n_staging_blocks: int
+    staged_bytes: int
     n_tokens: int
 
-    @property
-    def pages_per_request(self) -> int:
-        """Of a typical request, in one layer."""
-        return -(-self.n_tokens // self.block_size) + self.n_staging_blocks
+    def pages_per_request(self, page_bytes: int) -> int:
+        """Of a typical request, in one layer, where pages have so many bytes: staged tokens use all of them."""
+        n_staging = -(-self.block_size // (page_bytes // self.staged_bytes)) if self.staged_bytes else 0
+        return -(-self.n_tokens // self.block_size) + n_staging
+
+    def bytes_per_request(self, page_bytes: int) -> int:
+        """The same in bytes."""
+        return self.pages_per_request(page_bytes) * page_bytes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,7 +129,7 @@ class SharedPages:
 def choose(candidates: Sequence[FullLayers], windows: WindowLayers) -> SharedPages:
     """The page that makes a request smallest, if prefixes do not become too coarse and the format keeps its promise."""
     plain = min(candidates, key=lambda full: abs(full.block_size - PREFERRED_BLOCK_SIZE))
-    plain_bytes = plain.pages_per_request * plain.page_bytes
+    plain_bytes = plain.bytes_per_request(plain.page_bytes)
     found = []
     for full in candidates:
         for window_size in windows.sizes(full.page_bytes):
@@ -132,8 +137,9 @@ def choose(candidates: Sequence[FullLayers], windows: WindowLayers) -> SharedPag
             window_pages = -(-windows.n_tokens // window_size) + 1
             pages = SharedPages(block_size=full.block_size, window_block_size=window_size, page_bytes=page_bytes)
             too_coarse = pages.stride > LONGEST_STRIDE
-            too_large = full.pages_per_request * page_bytes * LEAST_CAPACITY > plain_bytes
-            request_bytes = page_bytes * (full.n_layers * full.pages_per_request + windows.n_layers * window_pages)
+            too_large = full.bytes_per_request(page_bytes) * LEAST_CAPACITY > plain_bytes
+            request_bytes = full.n_layers * full.bytes_per_request(page_bytes)
+            request_bytes += windows.n_layers * window_pages * page_bytes
             found.append(((too_coarse, too_large, request_bytes, pages.stride), pages))
     return min(found, key=lambda candidate: candidate[0])[1]
 
@@ -185,7 +191,7 @@ def preferred_with_windows(
                     n_layers=n_full,
                     block_size=size,
                     page_bytes=heads.n_kv_heads * layout.page_bytes,
-                    n_staging_blocks=layout.n_staging_blocks,
+                    staged_bytes=heads.n_kv_heads * layout.record_bytes if engine.quantized else 0,
                     n_tokens=n_tokens,
                 )
             )
@@ -222,7 +228,7 @@ def share_pages(
                 n_layers=len(ours),
                 block_size=full.block_size,
                 page_bytes=full.unpadded_page_size_bytes,
-                n_staging_blocks=getattr(full, "n_staging_pages", 0),
+                staged_bytes=full.num_kv_heads * getattr(full, "staged_bytes", 0),
                 n_tokens=n_tokens,
             )
         ],
@@ -251,6 +257,23 @@ def share_pages(
     return {name: full if name in ours else window for name in specs}
 
 
+def pages_of(kv_cache: torch.Tensor, layout: PageLayout) -> Pages:
+    """The tensor that vLLM hands to an attention layer, uint8 [P, G, N, bytes_per_token], seen as pages.
+
+    Where the layout has room, what vLLM pads behind the last KV head of a page is shared out among all of them.
+
+    Raises:
+        ValueError: there is not so much.
+    """
+    if not layout.room:
+        return Pages(kv_cache.flatten(2), layout)
+    (n_pages, n_heads), apart = kv_cache.shape[:2], kv_cache.stride(0)
+    if apart < n_heads * layout.room:
+        raise ValueError(f"pages lie {apart} bytes apart, which has no room for {n_heads} of {layout.room} bytes")
+    return Pages(kv_cache.as_strided((n_pages, n_heads, layout.room), (apart, layout.room, 1)), layout)
+
+
 def _padded(spec: Any, page_bytes: int) -> Any:
-    is_larger = page_bytes > spec.unpadded_page_size_bytes
-    return replace(spec, page_size_padded=page_bytes if is_larger else None)
+    if page_bytes == spec.unpadded_page_size_bytes:
+        return replace(spec, page_size_padded=None)
+    return spec.with_room(page_bytes) if isinstance(spec, StagedSpec) else replace(spec, page_size_padded=page_bytes)

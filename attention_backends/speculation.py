@@ -6,10 +6,13 @@ from typing import Any
 
 from vllm.platforms import current_platform
 
-from vllm_sparq.attention_backends.engine import DRAFTER, PagedEngine
+from vllm_sparq.attention_backends.engine import DRAFTER, PagedEngine, heads_of
 
 WITHOUT_LAYERS = ("ngram", "suffix", "custom_class")
 """Values of ``method`` whose drafts come from no model with a KV cache of its own, which would be quantized too."""
+
+HEADS = ("eagle", "eagle3", "mtp")
+"""Those whose drafts come from a head that follows the model's own steps, so that what it writes can be taken back."""
 
 
 def speculation_refusals(vllm_config: Any, engine: PagedEngine) -> list[str]:
@@ -23,11 +26,15 @@ def speculation_refusals(vllm_config: Any, engine: PagedEngine) -> list[str]:
             f"retention={options.retention!r} evicts tokens, so draft tokens cannot be taken back: start without "
             "--speculative-config, or with retention 'all'"
         )
-    elif engine.quantized and speculative.method not in WITHOUT_LAYERS:
+    elif engine.quantized and speculative.method not in WITHOUT_LAYERS + HEADS:
         reasons.append(
             f"format={options.format!r} quantizes a block when it fills, so the layers of a drafting model "
-            f"(method {speculative.method!r}) could not take back what they have drafted: use method 'ngram' or "
-            "'suffix', start without --speculative-config, or with format 'model'"
+            f"(method {speculative.method!r}) could not take back what they have drafted: use method 'ngram', 'suffix' "
+            "or 'eagle', start without --speculative-config, or with format 'model'"
+        )
+    elif engine.quantized and speculative.method in HEADS and (reason := _head_refusal(vllm_config)):
+        reasons.append(
+            f"format={options.format!r} {reason}, start without --speculative-config, or with format 'model'"
         )
     elif engine.quantized and current_platform.is_cuda():
         reasons.append(
@@ -35,6 +42,20 @@ def speculation_refusals(vllm_config: Any, engine: PagedEngine) -> list[str]:
             "--speculative-config, or with format 'model'"
         )
     return reasons
+
+
+def _head_refusal(vllm_config: Any) -> str | None:
+    """Why a drafting head cannot have its K and V in the quantized pages of its model; None if it can."""
+    speculative, parallel = vllm_config.speculative_config, vllm_config.parallel_config
+    if speculative.parallel_drafting:
+        return "takes drafts back one by one, and parallel_drafting makes several at once: leave parallel_drafting out"
+    ours, theirs = (heads_of(model, parallel) for model in (vllm_config.model_config, speculative.draft_model_config))
+    if (ours.head_size, ours.n_kv_heads) != (theirs.head_size, theirs.n_kv_heads):
+        return (
+            f"quantizes pages of one shape, and the drafting head has {theirs.n_kv_heads} KV heads of size "
+            f"{theirs.head_size}, the model {ours.n_kv_heads} of {ours.head_size}: use a head of the model's shape"
+        )
+    return None
 
 
 def lossless_refusals(vllm_config: Any, engine: PagedEngine) -> list[str]:

@@ -23,7 +23,7 @@ from vllm_sparq.attention_backends.shared_pages import share_pages
 from vllm_sparq.attention_backends.steps.requests import StepRequests
 from vllm_sparq.config import Options
 from vllm_sparq.retention import PHASES
-from vllm_sparq.scheduler.spec import know_each_other
+from vllm_sparq.scheduler.spec import StagedSpec, know_each_other
 
 logger = init_logger("vllm.sparq")
 
@@ -169,6 +169,9 @@ class SparqWorkerMixin(AttentionReport):
 
         def get_kv_cache_spec() -> Any:
             specs = share_pages(specs_of_layers(), config, lambda name: layers[name].get_attn_backend())
+            for name, spec in specs.items():
+                if isinstance(spec, StagedSpec):
+                    layers[name].impl.room = spec.room
             return know_each_other(specs)
 
         runner.get_kv_cache_spec = get_kv_cache_spec

@@ -8,7 +8,7 @@ from typing import Any, Self
 import torch
 from vllm.v1.kv_cache_interface import ChunkedLocalAttentionSpec, FullAttentionSpec, KVCacheSpec
 
-from vllm_sparq.layout import PageLayout
+from vllm_sparq.layout import ALIGNMENT, PageLayout
 from vllm_sparq.retention import Retention
 
 SHARED_POOL = (
@@ -60,10 +60,24 @@ class StagedSpec(PagedSpec):
     Attributes:
         n_staging_pages: pages in which the tokens of the newest page wait until it fills (`vllm_sparq.layout`).
         staged_per_page: how many of them fit into one.
+        staged_bytes: what one of them takes, in one KV head.
+        room: bytes of a page and KV head where that is more than the format needs (`PageLayout.room`), else 0.
     """
 
     n_staging_pages: int
     staged_per_page: int
+    staged_bytes: int
+    room: int = 0
+
+    def with_room(self, page_bytes: int) -> Self:
+        """This spec with pages of so many bytes in all KV heads, all of which staged tokens use."""
+        padded = replace(self, page_size_padded=page_bytes)
+        if not self.staged_bytes:
+            return padded
+        room = page_bytes // self.num_kv_heads // ALIGNMENT * ALIGNMENT
+        per_page = room // self.staged_bytes
+        n_pages = -(-self.page_tokens // per_page)
+        return replace(padded, room=room, staged_per_page=per_page, n_staging_pages=n_pages)
 
     def with_staging(self, n_slots: int) -> int:
         """As if a request of so many tokens had so many more that its staging pages were theirs."""
@@ -123,7 +137,13 @@ def page_spec(spec: FullAttentionSpec, layout: PageLayout, retention: Retention 
     """
     spec = replace(spec, dtype=torch.uint8, state_content_bytes=layout.bytes_per_token)
     quantized, page_tokens = layout.quantized is not None, layout.block_size
-    staging = dict(n_staging_pages=layout.n_staging_blocks, staged_per_page=layout.staged_per_page if quantized else 0)
+    staging = dict(n_staging_pages=0, staged_per_page=0, staged_bytes=0)
+    if quantized:
+        staging = dict(
+            n_staging_pages=layout.n_staging_blocks,
+            staged_per_page=layout.staged_per_page,
+            staged_bytes=layout.record_bytes,
+        )
     if retention is not None:
         return RetainedSpec.extending(spec, page_tokens=page_tokens, **staging, retention=retention)
     if quantized:

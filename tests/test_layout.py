@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from vllm_sparq.attention_backends.shared_pages import pages_of
 from vllm_sparq.layout import ALIGNMENT, PageLayout, Pages
 
 HEAD_SIZES = (16, 32, 48, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
@@ -184,7 +185,7 @@ def test_pages_of_the_engine(heads_first: bool) -> None:
     cache = torch.zeros(shape, dtype=torch.uint8)
     if heads_first:
         cache = torch.zeros(shape[1], shape[0], *shape[2:], dtype=torch.uint8).transpose(0, 1)
-    pages = Pages.from_kv_cache(cache, LAYOUT)
+    pages = pages_of(cache, LAYOUT)
     assert pages.data.shape == (5, 3, LAYOUT.page_bytes)
     assert pages.data.data_ptr() == cache.data_ptr()
     pages.keys[4, 2, 15] = 1.0
@@ -192,6 +193,22 @@ def test_pages_of_the_engine(heads_first: bool) -> None:
     flat = cache.flatten(2)
     assert flat[4, 2, 15 * 256 : 15 * 256 + 128].view(torch.bfloat16).eq(1).all()
     assert flat.count_nonzero() == pages.data.count_nonzero() == 64 * 2 + 64  # bf16 1.0 is 3F80, fp32 2.0 is 40000000
+
+
+def test_what_is_padded_behind_the_heads_is_theirs() -> None:
+    """Pages of two heads with 7,680 bytes of kivi2 each, 16,384 bytes apart: staged tokens use what is left."""
+    layout = PageLayout(head_size=64, block_size=160, dtype=torch.bfloat16, format="kivi2")
+    roomy = dataclasses.replace(layout, room=8192)
+    assert (layout.page_bytes, layout.staged_per_page, layout.n_staging_blocks) == (7680, 30, 6)
+    assert (roomy.page_bytes, roomy.staged_per_page, roomy.n_staging_blocks) == (8192, 32, 5)
+    assert (roomy.bytes_per_token, roomy.parts) == (layout.bytes_per_token, layout.parts)
+    memory = torch.zeros(5 * 16384, dtype=torch.uint8)
+    cache = memory.as_strided((5, 2, 160, 48), (16384, 7680, 48, 1))  # as vLLM pads it
+    pages = pages_of(cache, roomy)
+    pages.staged[:] = 1.0
+    assert memory.view(torch.bfloat16).eq(1).all()
+    with pytest.raises(ValueError, match="pages lie 15360 bytes apart, which has no room for 2 of 8192 bytes"):
+        pages_of(torch.zeros(5, 2, 160, 48, dtype=torch.uint8), roomy)
 
 
 def test_views() -> None:

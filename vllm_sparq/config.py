@@ -43,9 +43,10 @@ class Options(BaseModel):
     """How full blocks are stored: the model's type, or codes, in 1/2 to 1/5 of the memory.
 
     int4 is FlexGen's, kivi4 and kivi2 are KIVI's; k8v4 and k4v2 give K more bits than V, since K is what breaks first.
+    k4v2 rotates V before it takes two bits of it.
     """
     group_size: int | None = Field(default=None, ge=8)
-    """Elements that share a scale: int4 and V of k8v4 (default 64), kivi and k4v2 (default 32)."""
+    """Elements that share a scale: int4, V of k8v4 and of k4v2 (default 64), kivi and K of k4v2 (default 32)."""
     chunk: Literal["codes", "exact"] = "codes"
     """How a prompt sees the full blocks of its own chunk: as codes, like any other, or exactly, as KIVI does.
 

@@ -125,15 +125,32 @@ def comma_shares(text: str) -> list[float]:
     return found
 
 
+def json_value(text: str) -> Any:
+    """For argparse: whatever a JSON text says."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise argparse.ArgumentTypeError(
+            f"{shown(text)} is not JSON ({error}): write for example '{{\"compression\": 4}}', in single quotes"
+        ) from None
+
+
 def json_object(text: str) -> dict[str, Any]:
     """For argparse: a JSON object."""
-    try:
-        found = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise argparse.ArgumentTypeError(f"{shown(text)} is not JSON: {error}") from None
+    found = json_value(text)
     if not isinstance(found, dict):
         raise argparse.ArgumentTypeError(f"{shown(text)} is not a JSON object, such as '{{\"compression\": 4}}'")
     return found
+
+
+def serve_words(text: str) -> list[str]:
+    """For argparse: arguments of `vllm serve`, a JSON list of words."""
+    found = json_value(text)
+    if not isinstance(found, list) or not all(isinstance(word, str | int | float) for word in found):
+        raise argparse.ArgumentTypeError(
+            f"""{shown(text)} is not a JSON list of words, such as '["--dtype", "auto"]'"""
+        )
+    return [str(word) for word in found]
 
 
 def llm_arguments(text: str) -> dict[str, Any]:
@@ -150,20 +167,15 @@ def given_options(text: str) -> dict[str, Any]:
     """For argparse: a JSON object of options, with or without the key "sparq" around it; not checked yet."""
     from vllm_sparq.config import NAMESPACE
 
-    try:
-        given = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is not JSON ({error}): write for example '{{\"compression\": 4}}', in single quotes"
-        ) from None
+    given = json_value(text)
     if not isinstance(given, dict):
         raise argparse.ArgumentTypeError(
-            f"{text!r} must be an object of options: write for example '{{\"compression\": 4}}'"
+            f"must be an object of options, got {text[:N_SHOWN]}: write for example '{{\"compression\": 4}}'"
         )
     found: Any = given[NAMESPACE] if list(given) == [NAMESPACE] else given
     if not isinstance(found, dict):
         raise argparse.ArgumentTypeError(
-            f'{text!r}: "{NAMESPACE}" must be an object of options, such as {{"compression": 4}}'
+            f'{shown(text)}: "{NAMESPACE}" must be an object of options, such as {{"compression": 4}}'
         )
     return found
 
@@ -184,11 +196,13 @@ def check_model(model: str | Path, *, hub_names: bool = False) -> Path:
     A name of `vllm_sparq.models` where no such folder is: its folder, fetched and converted if it is not there yet.
 
     Raises:
-        UsageError: there is no such folder and no model of that name, or no config.json in it; it could not be fetched.
+        UsageError: there is no such folder and no model of that name, or no config.json in it that is a JSON object; it
+            could not be fetched.
     """
     try:
         folder = Path(model).expanduser()
         if (folder / "config.json").is_file():
+            _check_config(folder / "config.json", model)
             return folder.resolve()
         is_folder = folder.is_dir()
     except (OSError, RuntimeError) as error:  # too long a name, no such user
@@ -213,3 +227,13 @@ def check_model(model: str | Path, *, hub_names: bool = False) -> Path:
         f"--model {model}: no such folder; give a folder with config.json, weights and tokenizer {remedy}, or a name "
         "that `vllm-sparq models` lists"
     )
+
+
+def _check_config(path: Path, model: str | Path) -> None:
+    try:
+        found = json.loads(path.read_bytes())
+        reason = "" if isinstance(found, dict) else f"it holds a {type(found).__name__}"
+    except (ValueError, RecursionError) as error:  # not text, not JSON, too deep
+        reason = str(error)
+    if reason:
+        raise UsageError(f"--model {model}: its config.json is not a JSON object ({reason}): give the model's own")

@@ -15,12 +15,15 @@ class Coding:
         channels: whether a group is neighbouring tokens of one channel (KIVI's K) instead of neighbouring channels of
             one token.
         scale_numbers: 2 for scale and zero point; 1 for a scale alone, codes being signed.
+        midpoints: whether codes stand for the middles of equal cells of a group's range; else the outermost stand for
+            its ends. Of few bits, most elements are nearer to a middle.
     """
 
     bits: int
     group: int
     channels: bool = False
     scale_numbers: int = 2
+    midpoints: bool = False
 
     def default_group(self, head_size: int) -> int:
         """The largest sensible group for a head size: ``group``, or the largest part of the head that is below it.
@@ -40,10 +43,13 @@ class Format:
     Attributes:
         key: of K.
         value: of V, whose groups are always neighbouring channels of one token.
+        rotated: whether V is stored as a rotation of itself (`vllm_sparq.rotation`), which spreads what stands out in
+            one channel over all, and which attention turns back in its output.
     """
 
     key: Coding
     value: Coding
+    rotated: bool = False
 
     @property
     def channel_keys(self) -> bool:
@@ -69,11 +75,13 @@ FORMATS: dict[str, Format | None] = {
     "k8v4": Format(key=TOKEN_8, value=TOKEN_4),
     "int4": _both(TOKEN_4),
     "kivi4": Format(key=Coding(bits=4, group=32, channels=True), value=Coding(bits=4, group=32)),
-    "k4v2": Format(key=Coding(bits=4, group=32, channels=True), value=Coding(bits=2, group=32)),
+    "k4v2": Format(
+        key=Coding(bits=4, group=32, channels=True), value=Coding(bits=2, group=64, midpoints=True), rotated=True
+    ),
     "kivi2": Format(key=Coding(bits=2, group=32, channels=True), value=Coding(bits=2, group=32)),
 }
 """Block format -> how it stores. ``int4``: FlexGen (arXiv 2303.06865, section 5); ``kivi``: arXiv 2402.02750.
 
 K is what breaks on real models, by outlier channels in 4 bits per token and by 2 bits at all; V does not: ``k8v4`` and
-``k4v2`` spend their bits there.
+``k4v2`` spend their bits there (docs/decisions/0013, 0017).
 """

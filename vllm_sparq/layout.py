@@ -85,6 +85,7 @@ class PageLayout:
         value_sum: whether the page carries the sum of V before the block.
         positions: whether it says which token each slot holds; needed where tokens are evicted.
         attention: whether it adds up the attention that each token gets (heavy hitters). Needs positions.
+        room: bytes of a page that is larger than its parts, where layers of other kinds share it: for staged tokens.
 
     Raises:
         ValueError: a block size or head size that the parts cannot be cut for.
@@ -99,6 +100,7 @@ class PageLayout:
     value_sum: bool = False
     positions: bool = False
     attention: bool = False
+    room: int = 0
 
     def __post_init__(self) -> None:
         if self.block_size < 1 or self.block_size % BLOCK_SIZE_MULTIPLE:
@@ -228,15 +230,20 @@ class PageLayout:
         return value_codes, key_scales, value_scales, end
 
     @cached_property
-    def page_bytes(self) -> int:
-        """Bytes of one page: the parts, padded so that pages stay aligned and divide into whole bytes per token."""
-        last = next(reversed(self.parts.values()))
+    def content_bytes(self) -> int:
+        """Bytes that a page needs: the parts, so that pages stay aligned and divide into whole bytes per token."""
+        *_, last = self.parts.values()
         return _round_up(last.offset + last.nbytes, math.lcm(ALIGNMENT, self.block_size))
+
+    @property
+    def page_bytes(self) -> int:
+        """Bytes from one page to the next."""
+        return max(self.content_bytes, self.room)
 
     @property
     def bytes_per_token(self) -> int:
         """Bytes of one token and KV head, everything included; what the KV cache spec reports to vLLM."""
-        return self.page_bytes // self.block_size
+        return self.content_bytes // self.block_size
 
     @property
     def token_bytes(self) -> float:
@@ -290,19 +297,13 @@ class Pages:
         data = torch.empty(n_pages, n_kv_heads, layout.page_bytes, dtype=torch.uint8, device=device)
         return cls(data, layout)
 
-    @classmethod
-    def from_kv_cache(cls, kv_cache: torch.Tensor, layout: PageLayout) -> Pages:
-        """The tensor vLLM hands to an attention layer, uint8 [P, G, N, bytes_per_token], seen as pages."""
-        return cls(kv_cache.flatten(2), layout)
-
     def part(self, name: str) -> torch.Tensor:
         """View of one part in every page: [P, G, *shape] of the part's dtype."""
         part = self.layout.parts[name]
         window = self.data[..., part.offset : part.offset + part.nbytes]
         return window.view(part.dtype).unflatten(-1, part.shape)  # type: ignore[no-any-return]
 
-    def _of_records(self, start: int, count: int, dtype: torch.dtype) -> torch.Tensor:
-        """``count`` elements from byte ``start`` of every quantized record: [P, G, N, count]."""
+    def _of_records(self, start: int, count: int, dtype: torch.dtype) -> torch.Tensor:  # [P, G, N, count]
         return self.part("records")[..., start : start + count * dtype.itemsize].view(dtype)
 
     def _codes(self, name: str) -> torch.Tensor:

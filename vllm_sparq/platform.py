@@ -165,13 +165,20 @@ class SparqPlatformMixin:
 
     @classmethod
     def _arrange_drafts(cls, vllm_config: VllmConfig) -> None:
-        """With ``lossless``, speculative decoding by the model itself, in vLLM's own words."""
+        """With ``lossless``, speculative decoding by the model itself, in vLLM's own words.
+
+        A drafting head over quantized blocks is quantized too: vLLM would give it blocks of full precision, as large as
+        which it then makes all others.
+        """
         from vllm.config import SpeculativeConfig
 
         from vllm_sparq.attention_backends.engine import DRAFTER, PagedEngine
+        from vllm_sparq.attention_backends.speculation import HEADS
 
-        engine = PagedEngine.of(vllm_config)
-        if engine is None or not engine.options.lossless or vllm_config.speculative_config is not None:
+        engine, speculative = PagedEngine.of(vllm_config), vllm_config.speculative_config
+        if engine is not None and engine.quantized and speculative is not None and speculative.method in HEADS:
+            speculative.attention_backend = speculative.attention_backend or vllm_config.attention_config.backend
+        if engine is None or not engine.options.lossless or speculative is not None:
             return
         vllm_config.speculative_config = SpeculativeConfig(
             method="custom_class",

@@ -25,7 +25,7 @@ from vllm.v1.kv_cache_interface import AttentionSpec
 
 from vllm_sparq.attention_backends.engine import PagedEngine
 from vllm_sparq.attention_backends.steps.arrivals import Arrivals, Phases, arrivals, on_device
-from vllm_sparq.attention_backends.steps.drafts import DraftTables
+from vllm_sparq.attention_backends.steps.drafts import DraftTables, drafted_rows
 from vllm_sparq.attention_backends.steps.evicting import EvictingMetadata, answer_turn, plan_turns, take_turns
 from vllm_sparq.attention_backends.steps.policies import by_policy
 from vllm_sparq.attention_backends.steps.requests import StepRequests
@@ -61,8 +61,7 @@ class PagedMetadataBuilder(AttentionMetadataBuilder[PagedMetadata | EvictingMeta
         step = common_attn_metadata
         if isinstance(self.kv_cache_spec, RetainedSpec):
             return self._take_turns(step, self.kv_cache_spec)
-        page_tokens = self.kv_cache_spec.page_tokens if isinstance(self.kv_cache_spec, StagedSpec) else None
-        n_decoding = count_decodes(step, self.most_rows, page_tokens)
+        n_decoding = count_decodes(step, self.most_rows, self.page_tokens)
         prefill, replayed, drafts = None, None, None
         if n_decoding < step.num_reqs:
             if not self.options.lossless:  # verified drafts are rows like those of a prompt
@@ -101,6 +100,14 @@ class PagedMetadataBuilder(AttentionMetadataBuilder[PagedMetadata | EvictingMeta
         chosen = by_policy([policies[owner] for owner in owners], decodes.block_table, decodes.seq_lens)
         return replace(built, replayed=replayed, by_policy=chosen)
 
+    def build_for_drafting(
+        self, common_attn_metadata: CommonAttentionMetadata, draft_index: int
+    ) -> PagedMetadata | EvictingMetadata:
+        """A step of a drafting head: first the tokens that have just been verified, then its own, one by one."""
+        if draft_index == 0:
+            return self.build(0, common_attn_metadata, fast_build=True)
+        return drafted_rows(common_attn_metadata, draft_index, self.page_tokens)
+
     def build_drafts(self, common_attn_metadata: CommonAttentionMetadata) -> PagedMetadata:
         """A step that drafts: one token of each request, read by the policy."""
         step = common_attn_metadata
@@ -110,6 +117,11 @@ class PagedMetadataBuilder(AttentionMetadataBuilder[PagedMetadata | EvictingMeta
             query_start_loc=step.query_start_loc,
             seq_lens=step.seq_lens,
         )
+
+    @property
+    def page_tokens(self) -> int | None:
+        """Tokens of a quantized page; None where blocks are not quantized."""
+        return self.kv_cache_spec.page_tokens if isinstance(self.kv_cache_spec, StagedSpec) else None
 
     @property
     def most_rows(self) -> int:

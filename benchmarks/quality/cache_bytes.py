@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from vllm_sparq.attention_backends.engine import PREFERRED_BLOCK_SIZE, page_layout
 from vllm_sparq.benchmarks.common.methods import Method
 from vllm_sparq.benchmarks.common.model_shape import ModelShape
+from vllm_sparq.benchmarks.quality.shortening import Shortened
 from vllm_sparq.config import Options
 from vllm_sparq.reads import DenseRead
 
@@ -21,6 +22,8 @@ class CacheShape(ModelShape):
 
     def held(self, method: Method, context: int) -> float:
         """Bytes of cache for each token of a context, everything that a page carries included."""
+        if isinstance(method, Shortened):
+            return self.dense_bytes * method.kept(context) / context
         if method.backend is None:
             return self.dense_bytes
         options = method.parsed
@@ -33,6 +36,8 @@ class CacheShape(ModelShape):
 
         With a mass they are the most that it may read.
         """
+        if isinstance(method, Shortened):
+            return self.dense_bytes * method.kept(context)
         if method.backend is None:
             return self.dense_bytes * context
         options = method.parsed

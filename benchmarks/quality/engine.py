@@ -11,8 +11,9 @@ from typing import Any
 
 from vllm_sparq.attention_backends.engine import rebind_refusal
 from vllm_sparq.benchmarks.common.engine_process import IN_TURNS, EngineProcess
-from vllm_sparq.benchmarks.common.methods import Method
+from vllm_sparq.benchmarks.common.methods import DENSE, Method
 from vllm_sparq.benchmarks.quality.divergence import distribution_file, read_divergence
+from vllm_sparq.benchmarks.quality.shortening import Shortened
 from vllm_sparq.benchmarks.tasks.generated import Example
 
 
@@ -106,7 +107,7 @@ class Engine(EngineProcess):
         """Read as another method of the same cache does (`same_cache`), from here on."""
         if method == self.method:
             return
-        if not same_cache(method, self.method) or method.backend is None:
+        if not same_cache(method, self.method):
             raise ValueError(f"{method.name} needs an engine of its own")
         self.ask("read", method)
         self.method = method
@@ -161,11 +162,9 @@ class Worker:
         return {"classes": classes, "max_model_len": self.engine.vllm_config.model_config.max_model_len}
 
     def read(self, method: Method) -> None:
-        """Bind every layer of ours anew, with other options of its read."""
-        assert method.backend is not None
-        wanted = method.parsed
+        """Bind every layer of ours anew, with other options of its read; where none is, prompts alone change."""
         for impl in self._ours():
-            impl.rebind(wanted)
+            impl.rebind(method.parsed)
         self.method = method
 
     def answer(self, examples: list[Example], distributions: Path | None = None) -> list[Output]:
@@ -189,16 +188,19 @@ class Worker:
             kept = str(distributions / distribution_file(example))
             if not example.answer_ids:
                 found.append(None)
-            elif self.method.backend is None:
+            elif self.method.name == DENSE:
                 found.append({"to": kept})
             else:
                 found.append({"to": str(scratch / f"{i}.npz"), "dense": kept})
         return found
 
     def _prompt(self, example: Example) -> Any:
+        ids = list(example.prompt_ids)
+        if isinstance(self.method, Shortened):
+            ids = self.method.shortened(ids or self.llm.get_tokenizer()(example.prompt, verbose=False).input_ids)
         if example.answer_ids and self.from_prompts:
-            return {"prompt_token_ids": [*example.prompt_ids, *example.answer_ids]}
-        return {"prompt_token_ids": list(example.prompt_ids)} if example.prompt_ids else example.prompt
+            return {"prompt_token_ids": [*ids, *example.answer_ids]}
+        return {"prompt_token_ids": ids} if ids else example.prompt
 
     def _params(self, example: Example, asked: dict[str, str] | None) -> Any:
         from vllm import SamplingParams

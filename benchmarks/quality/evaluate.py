@@ -24,6 +24,7 @@ from vllm_sparq.benchmarks.common.methods import DENSE, Method
 from vllm_sparq.benchmarks.quality.divergence import distribution_file
 from vllm_sparq.benchmarks.quality.engine import Engine, Output, Run, same_cache
 from vllm_sparq.benchmarks.quality.forms import CHAT
+from vllm_sparq.benchmarks.quality.shortening import FREQUENCY, shortened_by
 from vllm_sparq.benchmarks.tasks.generated import TASKS, Example
 from vllm_sparq.benchmarks.tasks.metrics import LIKELIHOOD, MEASURED
 from vllm_sparq.benchmarks.tiny_model import WEIGHTS
@@ -56,6 +57,9 @@ def methods_at(names: Sequence[str], compressions: Sequence[str], options: dict[
     more = f" {json.dumps(options)}" if options else ""
     for name in names:
         if name == DENSE:
+            continue
+        if name == FREQUENCY:
+            found += [replace(shortened_by(_number(text)), name=f"{name} 1/{text}") for text in compressions]
             continue
         plain = Method.named(name, options)
         knob = compression_options(plain)
@@ -263,7 +267,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--methods",
         type=comma_names,
         default=["sparq"],
-        help="beside dense: a backend, a block format, or both as in sparq+int4 (default: sparq)",
+        help="beside dense: a backend, a block format, or both as in sparq+int4; or frequency, a baseline that leaves "
+        "a prompt's most frequent tokens out before dense attention reads it (default: sparq)",
     )
     parser.add_argument("--compression", type=comma_names, default=["8"], help="of methods that take one (default: 8)")
     parser.add_argument("--options", type=json_object, default={}, help="more sparq options, as JSON")

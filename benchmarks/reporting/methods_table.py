@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from statistics import fmean
 from typing import Any
 
 from vllm_sparq.benchmarks.common.records import dense_beside
@@ -22,10 +21,14 @@ CONTEXT, BATCH = 65536, 8
 LAYER = {"heads": 32, "kv_heads": 8, "batch": 1}
 """The attention layer whose op is shown."""
 
-LENGTH = 1024
-"""Prompt tokens of the answers that are shown."""
+LENGTH = 4096
+"""Tokens of the text that is shown."""
 
-TASKS = ("needle", "recall", "repetition")
+MODELS = {"smollm2-135m": "SmolLM2", "gemma3-270m": "Gemma 3"}
+"""Whose, and how the table calls them."""
+
+MEMORY = {"bench": "quality", "task": "needle", "length": 1024}
+"""What the bytes that are shown are counted for: the bundled model in bfloat16."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +40,7 @@ class Row:
         idea: in a few words.
         paper: arXiv number; empty for dense.
         where: the files that implement it, links for the README.
-        engine, op, answers: the method's name in records of `bench engine`, `bench ops` and `eval`.
+        engine, op, text: the method's name in records of `bench engine`, `bench ops` and `eval`.
     """
 
     title: str
@@ -46,11 +49,11 @@ class Row:
     where: tuple[str, ...] = ()
     engine: str | None = None
     op: str | None = None
-    answers: str | None = None
+    text: str | None = None
 
 
 ROWS = (
-    Row(title="vLLM, dense", idea="", engine="dense", op="vllm", answers="dense"),
+    Row(title="vLLM, dense", idea="", engine="dense", op="vllm", text="dense"),
     Row(
         title="`sparq`",
         idea="read best tokens, 1/8",
@@ -58,7 +61,7 @@ ROWS = (
         where=("vllm_sparq/ops/sparq_decode",),
         engine="sparq",
         op="sparq",
-        answers="sparq 1/8",
+        text="sparq 1/8",
     ),
     Row(
         title="`quest`",
@@ -67,7 +70,7 @@ ROWS = (
         where=("vllm_sparq/ops/quest_decode",),
         engine="quest",
         op="quest",
-        answers="quest 1/8",
+        text="quest 1/8",
     ),
     Row(
         title="`flexgen`",
@@ -76,7 +79,7 @@ ROWS = (
         where=("vllm_sparq/ops/codec.py",),
         engine="flexgen",
         op="int4",
-        answers="int4",
+        text="int4",
     ),
     Row(
         title="`kivi`",
@@ -85,25 +88,25 @@ ROWS = (
         where=("vllm_sparq/ops/codec.py",),
         engine="kivi",
         op="kivi4",
-        answers="kivi4",
+        text="kivi4",
     ),
     Row(
         title="`h2o`",
-        idea="keep most attended, 1/2",
+        idea="keep most attended, 1/8",
         paper="2306.14048",
         where=("vllm_sparq/ops/evict",),
         engine="h2o",
         op="h2o",
-        answers="h2o 1/2",
+        text="h2o 1/8",
     ),
     Row(
         title="`streaming`",
-        idea="keep first and newest, 1/2",
+        idea="keep first and newest, 1/8",
         paper="2309.17453",
         where=("vllm_sparq/ops/evict",),
         engine="streaming",
         op="streaming",
-        answers="streaming 1/2",
+        text="streaming 1/8",
     ),
 )
 """The presets of `--attention-backend`, in the order of the table."""
@@ -115,13 +118,13 @@ ABSENT = "–"
 def methods_rows(records: Sequence[Record]) -> list[str]:
     """Markdown: a line per method, dense first."""
     clean = [record for record in records if not record.get("dirty")]
-    names = ["method", "speed", "memory", f"{', '.join(TASKS)}", "paper", "code"]
+    names = ["method", "speed", "memory", f"bits per byte: {', '.join(MODELS.values())}", "paper", "code"]
     lines = [f"| {' | '.join(names)} |", "|" + "---|" * len(names)]
     for row in ROWS:
         paper = f"[{row.paper}](https://arxiv.org/abs/{row.paper})" if row.paper else ""
         files = ", ".join(f"[{path.rpartition('/')[2]}]({path})" for path in row.where)
         title = f"{row.title}: {row.idea}" if row.idea else row.title
-        cells = [title, speed(row, clean), *memory_and_answers(row, clean), paper, files]
+        cells = [title, speed(row, clean), memory(row, clean), text(row, clean), paper, files]
         lines.append(f"| {' | '.join(cells)} |")
     return lines
 
@@ -133,17 +136,22 @@ def speed(row: Row, records: Sequence[Record]) -> str:
     return ", ".join(ABSENT if found is None else f"{found['speedup_vs_vllm']:.1f}x" for found in (token, op))
 
 
-def memory_and_answers(row: Row, records: Sequence[Record]) -> tuple[str, str]:
-    """Bytes of KV cache kept, dense = 1, and the scores of 100."""
-    scores, held = [], []
-    for task in TASKS:
-        found = newest(records, bench="quality", method=row.answers, task=task, length=LENGTH)
-        dense = dense_beside(found, records) if found else None
-        if found is None or dense is None:
-            return ABSENT, ABSENT
-        scores.append(f"{found['score']:.0f}")
-        held.append(found["kv_bytes_held"] / dense["kv_bytes_held"])
-    return f"{fmean(held):.2f}", ", ".join(scores)
+def memory(row: Row, records: Sequence[Record]) -> str:
+    """Bytes of KV cache kept, dense = 1."""
+    found = newest(records, method=row.text, **MEMORY)
+    dense = dense_beside(found, records) if found else None
+    return ABSENT if found is None or dense is None else f"{found['kv_bytes_held'] / dense['kv_bytes_held']:.2f}"
+
+
+def text(row: Row, records: Sequence[Record]) -> str:
+    """Bits per byte more than dense's, or dense's own."""
+    found = []
+    for model in MODELS:
+        record = newest(records, bench="quality", method=row.text, task="text", length=LENGTH, model=model)
+        if record is None:
+            return ABSENT
+        found.append(f"{record['difference']:+.3f}" if "difference" in record else f"{record['score']:.3f}")
+    return ", ".join(found)
 
 
 def newest(records: Sequence[Record], **case: Any) -> Record | None:

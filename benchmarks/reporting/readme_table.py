@@ -90,18 +90,23 @@ def ops_rows(records: Sequence[Record]) -> list[str]:
     contexts = sorted({context for _, context in newest})
     last = contexts[-1]
     lines = [
-        f"| | {' | '.join(f'{c:,}' for c in contexts)} | GB/s at {last // 1024}k |",
+        f"| | {' | '.join(f'{c:,}' for c in contexts)} | at {last // 1024}k: GB/s, of memory's |",
         "|---" * (len(contexts) + 2) + "|",
     ]
     vllm = [newest["vllm", c] for c in contexts]
     times = [f"{r['median_us'] / 1e3:.2f} ms" for r in vllm]
-    lines.append(f"| vLLM (CPU_ATTN) | {' | '.join(times)} | {vllm[-1]['gb_per_s']:.0f} |")
+    lines.append(f"| vLLM (CPU_ATTN) | {' | '.join(times)} | {_rate(vllm[-1])} |")
     rows = {name: [newest[method, c] for c in contexts] for name, method in OPS.items()}
     rows["SparQ, r = 32, k = 128"] = [paper[c] for c in contexts]
     for name, measured in rows.items():
         speeds = [f"{r['speedup_vs_vllm']:.1f}x" for r in measured]
-        lines.append(f"| {name} | {' | '.join(speeds)} | {measured[-1]['gb_per_s']:.0f} |")
+        lines.append(f"| {name} | {' | '.join(speeds)} | {_rate(measured[-1])} |")
     return lines
+
+
+def _rate(record: Record) -> str:
+    """Bytes a second, and which share that is of what the memory gave in the same run."""
+    return f"{record['gb_per_s']:.0f}, {record['gb_per_s'] / record['bandwidth_gb_per_s']:.0%}"
 
 
 def engine_rows(records: Sequence[Record]) -> list[str]:
@@ -270,6 +275,7 @@ TABLES: dict[str, Callable[[Sequence[Record]], list[str]]] = {
     "contexts": contexts_rows,
     "blocks": blocks_rows,
     "real": partial(real_rows, model="smollm2-135m", lengths=(1024, 4096, 8000)),
+    "gemma": partial(real_rows, model="gemma3-270m", lengths=(4096,)),
 }
 """Name in a document's comments -> how the table is made."""
 
@@ -286,6 +292,7 @@ DOCUMENTS = {
         "contexts",
         "blocks",
         "real",
+        "gemma",
     ),
 }
 """Document -> its tables."""
@@ -327,7 +334,7 @@ def write_tables() -> list[Path]:
     """
     missing = [path for path in DOCUMENTS if not path.is_file()]
     if missing:
-        raise UsageError(f"{missing[0]}: there is no such document; --tables is for a checkout of vllm-sparq")
+        raise UsageError(f"{missing[0]}: there is no such document; --documents is for a checkout of vllm-sparq")
     records = read_records(RESULTS)
     for path, names in DOCUMENTS.items():
         replace_text(path, filled(path.read_text(encoding="utf-8"), names, records))

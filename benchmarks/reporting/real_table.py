@@ -11,6 +11,8 @@ METHODS = {
     "sparq 1/2": "`sparq`, compression 2",
     "sparq 1/4": "`sparq`, compression 4",
     "sparq 1/8": "`sparq`, compression 8 (default)",
+    'sparq 1/8 {"group_reduce": "probs"}': "`sparq`, compression 8, `group_reduce` `probs`",
+    'sparq 1/8 {"r": 64}': "`sparq`, compression 8, r = 64",
     "quest 1/8": "`quest`, compression 8",
     "h2o 1/8": "`h2o`, budget 1/8",
     "streaming 1/8": "`streaming`, budget 1/8",
@@ -22,6 +24,7 @@ METHODS = {
     "kivi2": "`kivi2`",
     "sparq+int4 1/8": "SparQ over `int4`, 8",
     "sparq+k4v2 1/8": "SparQ over `k4v2`, 8",
+    "frequency 1/8": "`frequency` (a shorter prompt), 8",
 }
 """Name in the records -> in the table."""
 

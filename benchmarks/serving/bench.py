@@ -42,6 +42,7 @@ from vllm_sparq.console import (
     place,
     positive,
     real_number,
+    serve_words,
 )
 
 PREEMPTIONS = "vllm:num_preemptions_total"
@@ -80,7 +81,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--max-concurrency", type=positive, help="requests that the client has open at a time (default: no limit)")
     add("--goodput", nargs="+", metavar="KEY:MS", help="service levels, such as ttft:500 tpot:50")
     add("--kv-cache-mib", type=positive, help="KV cache of each server, the same for all (default: 256 on a CPU)")
-    add("--serve-args", type=json_list, default=[], metavar="JSON", help="more arguments of `vllm serve`, as a list")
+    add("--serve-args", type=serve_words, default=[], metavar="JSON", help="more arguments of `vllm serve`, as a list")
     add("--options", type=json_object, default={}, metavar="JSON", help="sparq options on top of every method")
     add("--seed", type=natural, default=0)
     add(
@@ -102,17 +103,6 @@ def rates(text: str) -> list[float]:
     if not all(rate > 0 for rate in found):  # nan is not, either
         raise argparse.ArgumentTypeError(f"{text!r} holds a rate that is not above 0")
     return found
-
-
-def json_list(text: str) -> list[str]:
-    """For argparse: a JSON list of words."""
-    try:
-        given = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is not JSON: {error}") from None
-    if not isinstance(given, list):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a JSON list")
-    return [str(word) for word in given]
 
 
 def main(args: argparse.Namespace) -> int:

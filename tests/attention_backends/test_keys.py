@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from vllm_sparq.attention_backends.keys import MOST_NOISE, biased_projections, is_fragile, noise_of_codes
+from vllm_sparq.attention_backends.keys import MOST_MOVED, attention_moved, biased_projections, is_fragile
 from vllm_sparq.config import Options
 from vllm_sparq.formats import FORMATS
 from vllm_sparq.layout import PageLayout
@@ -13,9 +13,13 @@ from vllm_sparq.layout import PageLayout
 LAYOUT = PageLayout(head_size=64, block_size=128, dtype=torch.bfloat16, format="int4")
 
 
-def keys() -> torch.Tensor:
-    """K [T, G, D] as most models have it."""
-    return torch.randn(300, 2, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
+SCALE = 1 / 8
+
+
+def prompt() -> tuple[torch.Tensor, torch.Tensor]:
+    """Query [T, H, D] and K [T, G, D] as most models have them."""
+    generator = torch.Generator().manual_seed(0)
+    return tuple(torch.randn(300, n, 64, generator=generator).bfloat16() for n in (4, 2))  # type: ignore[return-value]
 
 
 def test_only_keys_in_four_bits_of_a_token_are_looked_at() -> None:
@@ -23,29 +27,52 @@ def test_only_keys_in_four_bits_of_a_token_are_looked_at() -> None:
 
 
 def test_ordinary_keys_fit() -> None:
-    assert noise_of_codes(keys(), LAYOUT) < 0.05
+    assert 0 < attention_moved(*prompt(), LAYOUT, SCALE) < 0.02
 
 
 @pytest.mark.parametrize("head", [0, 1])
 def test_a_constant_channel_spoils_the_others(head: int) -> None:
-    """As the biases of some models make it: 60 deviations from zero."""
-    x = keys()
-    x[:, head, 9] += 60
-    assert noise_of_codes(x, LAYOUT) > MOST_NOISE
+    """As the biases of some models make it: 60 deviations from zero, which itself moves no attention."""
+    query, keys = prompt()
+    keys[:, head, 9] += 60
+    assert attention_moved(query, keys, LAYOUT, SCALE) > MOST_MOVED
 
 
 def test_a_large_channel_spoils_the_others() -> None:
-    """Its own variance does not hide it."""
-    x = keys()
-    x[:, 1, [9, 41]] *= 60
-    assert noise_of_codes(x, LAYOUT) > MOST_NOISE
+    """Its own variance does not hide it, nor do queries that see it as they saw it before."""
+    query, keys = prompt()
+    keys[:, 1, [9, 41]] *= 60
+    query[:, 2:, [9, 41]] /= 60
+    assert attention_moved(query, keys, LAYOUT, SCALE) > MOST_MOVED
 
 
-def test_channels_that_never_change_have_no_say() -> None:
-    x = keys()
-    x[:, :, 8:] = 0
-    assert noise_of_codes(x, LAYOUT) < 0.05
-    assert noise_of_codes(torch.zeros(300, 2, 64).bfloat16(), LAYOUT) == 0
+def test_long_queries_see_what_short_ones_do_not() -> None:
+    """The same K: attention that is sharp moves more."""
+    query, keys = prompt()
+    assert attention_moved(12 * query, keys, LAYOUT, SCALE) > 20 * attention_moved(query, keys, LAYOUT, SCALE)
+
+
+def test_by_hand() -> None:
+    """K is zero but of the first token, where one channel of 15 makes a step 1, and 1/4 in another channel is lost.
+
+    A query of 32 in that other channel sees a logit of 1, and none in the codes: attention becomes uniform.
+    """
+    keys = torch.zeros(65, 1, 64).bfloat16()
+    keys[0, 0, :2] = torch.tensor([15.0, 0.25])
+    query = torch.zeros(65, 1, 64).bfloat16()
+    query[:, 0, 1] = 8 * 4
+    rows = range(32, 65, 8)
+    expected = 0.0
+    for row in rows:
+        exact = torch.tensor([1.0, *[0.0] * row]).log_softmax(0)
+        moved = torch.zeros(row + 1).log_softmax(0)
+        expected += float((exact.exp() * (exact - moved)).sum()) / len(rows)
+    assert attention_moved(query, keys, LAYOUT, SCALE) == pytest.approx(expected, rel=1e-5)
+
+
+def test_keys_that_are_all_alike_move_nothing() -> None:
+    query, keys = prompt()
+    assert attention_moved(query, torch.zeros_like(keys), LAYOUT, SCALE) == 0
 
 
 def test_biases_of_projections_are_counted() -> None:

@@ -19,6 +19,11 @@ FORMATS: dict[str, dict[str, Any]] = {
     "sparq over int4": dict(format="int4", ranking="int4"),
     "quest over int4": dict(format="int4", ranking="bounds"),
     "h2o over int4": dict(format="int4", positions=True, attention=True),
+    "k8v4": dict(format="k8v4"),
+    "k4v2": dict(format="k4v2"),
+    "kivi2": dict(format="kivi2"),
+    "sparq over int8": dict(format="int8", ranking="int4"),
+    "quest over kivi2": dict(format="kivi2", ranking="bounds"),
 }
 N_TOKENS = 2048
 
@@ -35,7 +40,7 @@ def candidates(n_layers: int, head_size: int, **layout: Any) -> list[FullLayers]
                 n_layers=n_layers,
                 block_size=size,
                 page_bytes=2 * pages.page_bytes,
-                n_staging_blocks=pages.n_staging_blocks,
+                staged_bytes=2 * pages.record_bytes if pages.quantized else 0,
                 n_tokens=N_TOKENS,
             )
         )
@@ -56,22 +61,24 @@ def test_full_layers_keep_nine_tenths_of_what_the_format_promises(name: str, n_w
     plain = next(layers for layers in full if layers.block_size == 128)
     shared = choose(full, windows(n_windows, head_size))
     chosen = next(layers for layers in full if layers.block_size == shared.block_size)
-    promised = plain.pages_per_request * plain.page_bytes
-    assert chosen.pages_per_request * shared.page_bytes * LEAST_CAPACITY <= promised
+    promised = plain.bytes_per_request(plain.page_bytes)
+    assert chosen.bytes_per_request(shared.page_bytes) * LEAST_CAPACITY <= promised
     assert math.lcm(shared.block_size, shared.window_block_size) <= 256
     assert shared.page_bytes >= max(chosen.page_bytes, shared.window_block_size * 2 * 2 * head_size * 2)
     assert shared.window_block_size % 32 == 0
 
 
-def test_two_bits_in_short_requests_keep_less() -> None:
-    """What a page of 32 tokens leaves over and what is staged add up: 15% of 2,048 tokens, less of more."""
+def test_what_two_bits_leave_over_is_staged_in() -> None:
+    """A page of 32 tokens holds 160 of kivi2 and 512 bytes more: with these 5 blocks ahead are enough, instead of 6."""
     full = candidates(1, 64, format="kivi2")
     plain = next(layers for layers in full if layers.block_size == 128)
     shared = choose(full, windows(1, 64))
     assert (shared.block_size, shared.window_block_size, shared.page_bytes) == (160, 32, 2 * 8192)
     chosen = next(layers for layers in full if layers.block_size == 160)
-    ratio = chosen.pages_per_request * shared.page_bytes / (plain.pages_per_request * plain.page_bytes)
-    assert ratio == pytest.approx(1.15, abs=0.005)
+    assert chosen.page_bytes == 2 * 7680
+    assert [chosen.pages_per_request(size) for size in (chosen.page_bytes, shared.page_bytes)] == [13 + 6, 13 + 5]
+    ratio = chosen.bytes_per_request(shared.page_bytes) / plain.bytes_per_request(plain.page_bytes)
+    assert ratio == pytest.approx(1.09, abs=0.005)
 
 
 def test_chunks_are_whole_blocks() -> None:
@@ -98,6 +105,6 @@ def test_kernels_of_fixed_sizes() -> None:
 
 def test_pages_that_are_larger_than_dense_ones() -> None:
     """SparQ's ranking copy: the sliding-window layers keep the longest block that fits."""
-    full = FullLayers(n_layers=1, block_size=128, page_bytes=2 * 37120, n_staging_blocks=0, n_tokens=N_TOKENS)
+    full = FullLayers(n_layers=1, block_size=128, page_bytes=2 * 37120, staged_bytes=0, n_tokens=N_TOKENS)
     shared = choose([full], windows(1, 64))
     assert (shared.block_size, shared.window_block_size, shared.page_bytes) == (128, 128, 2 * 37120)

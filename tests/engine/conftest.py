@@ -6,11 +6,12 @@ import gc
 import inspect
 import random
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import pytest
 
+from tests.engine.poison import poisoned
 from tests.engine.support import ENGINE, EXACT, MODEL, Prompts, environment
 
 environment()  # before vLLM is imported
@@ -63,8 +64,10 @@ counting_ranks_as_written()
 
 
 @contextmanager
-def running_engine(backend: str, options: dict[str, Any] | None = None, **engine_args: Any) -> Iterator[Any]:
-    """An in-process `LLM`, closed on leaving."""
+def running_engine(
+    backend: str, options: dict[str, Any] | None = None, *, poison: bool = True, **engine_args: Any
+) -> Iterator[Any]:
+    """An in-process `LLM`, closed on leaving. Whatever a test asks it, blocks that nobody owns are NaN (``poison``)."""
     from vllm import LLM
     from vllm.distributed import cleanup_dist_env_and_memory
 
@@ -76,7 +79,8 @@ def running_engine(backend: str, options: dict[str, Any] | None = None, **engine
             additional_config={"sparq": options or {}},
         )
     try:
-        yield llm
+        with poisoned(llm) if poison else nullcontext():
+            yield llm
     finally:
         with leaving_garbage():
             llm.llm_engine.engine_core.shutdown()

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
+
 POISON = 0xFF
 """As bytes of fp32, bf16 and fp16 it is NaN, as int32 it is -1, as a code it is the largest."""
 
@@ -18,30 +20,40 @@ def caches(llm: Any) -> list[Any]:
     return [cache.unflatten(0, (n_blocks, -1)) for cache in ours]
 
 
-def unowned(pool: Any) -> list[int]:
+def unowned(pool: Any) -> set[int]:
     """Null block 0, and the free blocks that no prompt can find in the prefix cache."""
     free = pool.free_block_queue.get_all_free_blocks()
-    return [pool.null_block.block_id, *(block.block_id for block in free if block.block_hash is None)]
+    return {pool.null_block.block_id, *(block.block_id for block in free if block.block_hash is None)}
 
 
 @contextmanager
 def poisoned(llm: Any) -> Iterator[list[int]]:
     """Poison what nobody owns before each step is planned; how many blocks that were, a step an entry.
 
-    Before, and not after: a request that evicts gives blocks back in the step that reads them for the last time.
+    Before, and not after: a request that evicts gives blocks back in the step that reads them for the last time. A step
+    of an engine in this process is over when the next is planned, even where vLLM schedules ahead.
     """
-    core = llm.llm_engine.engine_core.engine_core
-    assert not core.vllm_config.scheduler_config.async_scheduling, "steps would be planned while others run"
-    scheduler, tensors, counts = core.scheduler, caches(llm), []
-    assert tensors
-    plan = scheduler.schedule
+    scheduler, counts = llm.llm_engine.engine_core.engine_core.scheduler, []
+    plan, pool = scheduler.schedule, scheduler.kv_cache_manager.block_pool
+    null = pool.null_block.block_id
+    spoilt: set[int] = set()  # blocks that hold poison since an earlier step, and were nobody's ever since
+    known: list[tuple[int, torch.Size]] = []
 
     def schedule(*args: Any, **kwargs: Any) -> Any:
-        blocks = unowned(scheduler.kv_cache_manager.block_pool)
+        nonlocal known
+        blocks, tensors = unowned(pool), caches(llm)
         counts.append(len(blocks))
+        addresses = [(tensor.data_ptr(), tensor.shape) for tensor in tensors]
+        if addresses != known:  # the engine has slept
+            spoilt.clear()
+            known = addresses
+        new = sorted(blocks - spoilt)
         for tensor in tensors:
-            tensor[blocks] = POISON
-        return plan(*args, **kwargs)
+            tensor[new] = POISON
+        found = plan(*args, **kwargs)
+        spoilt.clear()
+        spoilt.update((blocks & unowned(pool)) - {null})  # anybody may write into block 0
+        return found
 
     scheduler.schedule = schedule
     try:

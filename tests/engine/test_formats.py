@@ -52,16 +52,22 @@ def test_same_answers(method: str, engine: Any, some: list[list[int]]) -> None:
             assert Prompts.answers(llm, some) == alone, f"{run}, again"
 
 
-def test_quantization_shows(engine: Any, prompts: Prompts) -> None:
-    """Two bits change some answers of this model: the codes are really what is read."""
+def test_quantization_shows(engine: Any, prompts: Prompts, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two bits change some answers of this model: the codes are really what is read, of V that is really rotated."""
     found = {}
-    for name, backend, options in (("dense", "CPU_ATTN", {}), ("kivi2", *METHODS["kivi2"])):
+    coded = {"kivi2": METHODS["kivi2"], "k4v2": ("kivi", {"format": "k4v2"})}
+    for name, (backend, options) in {"dense": ("CPU_ATTN", {}), **coded}.items():
         with engine(backend, options) as llm:
             found[name] = prompts.answers(llm, prompts.mixed)
-    assert found["kivi2"] != found["dense"]
     short = [i for i, prompt in enumerate(prompts.mixed) if len(prompt) + 24 <= 128]
     assert len(short) >= 2
-    assert [found["kivi2"][i] for i in short] == [found["dense"][i] for i in short], "one unfinished block is exact"
+    for name in coded:
+        assert found[name] != found["dense"]
+        assert [found[name][i] for i in short] == [found["dense"][i] for i in short], "one unfinished block is exact"
+    for turn in ("rotated", "turned_back"):
+        monkeypatch.setattr(f"vllm_sparq.attention_backends.impl.{turn}", torch.clone)
+    with engine(*coded["k4v2"]) as llm:
+        assert prompts.answers(llm, prompts.mixed) != found["k4v2"]
 
 
 def test_prefix_cache_is_hit(engine: Any, prompts: Prompts) -> None:
@@ -108,7 +114,7 @@ def test_tensor_parallel(prompts: Prompts, engine: Any) -> None:
 
 def test_capacity(engine: Any) -> None:
     """Tokens in the same memory, as vLLM itself counts them."""
-    promised = {"int8": 1.9, "k8v4": 2.4, "int4": 3.5, "kivi4": 3.1, "k4v2": 3.9, "kivi2": 5.0}
+    promised = {"int8": 1.9, "k8v4": 2.4, "int4": 3.5, "kivi4": 3.1, "k4v2": 4.1, "kivi2": 5.0}
     common = dict(dtype="bfloat16", block_size=128, kv_cache_memory_bytes=64 << 20)
 
     def tokens(backend: str, options: dict[str, Any]) -> int:

@@ -1,4 +1,8 @@
-"""No request reads what it does not own: answers stay as they are over blocks of NaN."""
+"""No request reads what it does not own: answers stay as they are over blocks of NaN.
+
+Every other engine of the tests runs over such blocks as well (`tests.engine.conftest.running_engine`); here answers are
+compared with those over zeros.
+"""
 
 from __future__ import annotations
 
@@ -60,7 +64,7 @@ def test_answers_over_poison(method: str, engine: Any) -> None:
     turns = {name: prompts_of(seed, 90, 50) for seed, name in enumerate("ab")}
     common = dict(block_size=32, max_model_len=448, max_num_batched_tokens=96, async_scheduling=False)
     caching = dict(enable_prefix_caching=True, disable_log_stats=False)
-    with engine(backend, options, num_gpu_blocks_override=N_BLOCKS, **common, **caching) as llm:
+    with engine(backend, options, poison=False, num_gpu_blocks_override=N_BLOCKS, **common, **caching) as llm:
         runs = []
         for poison in (False, True):
             for tensor in caches(llm):
@@ -90,7 +94,7 @@ def test_poison_is_seen(engine: Any) -> None:
     """The harness works: a block that a request owns spoils its answer."""
     backend, options = METHODS["sparq"]
     (prompt,) = prompts_of(1, 100)
-    with engine(backend, options, block_size=32, async_scheduling=False) as llm:
+    with engine(backend, options, poison=False, block_size=32, async_scheduling=False) as llm:
         clean = log_probabilities(llm, [prompt])
         scheduler, tensors = llm.llm_engine.engine_core.engine_core.scheduler, caches(llm)
         plan = scheduler.schedule

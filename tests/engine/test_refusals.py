@@ -1,7 +1,7 @@
 """What cannot be served is refused before the model loads, with the value, the rule and the remedy.
 
-One table of configurations, which goes through vLLM's own start in this process; the models in it through
-`vllm-sparq doctor`, and some of it through a real `vllm serve`.
+One table of configurations (`tests.engine.refused`), which goes through vLLM's own start in this process, through
+`vllm serve` up to the engine, and through `vllm-sparq doctor`; some of it through a server's process of its own.
 """
 
 from __future__ import annotations
@@ -9,243 +9,18 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
-from collections.abc import Iterable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.engine.support import MODEL, NGRAM
+from tests.engine.refused import CASES, COMPRESSED_TENSORS, MODELOPT, Case, altered, backend_flags, flags
+from tests.engine.support import MODEL
 
 pytestmark = pytest.mark.engine
-
-EVICTING = {"retention": "heavy_hitter", "budget": 512}
-MOVED = {"retention": "window", "prefill": "bounded", "read": "dense", "positions": "capped", "budget": 128}
-FP8_SCHEME = {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False, "symmetric": True}
-# Weights stay as they are: vLLM has no FP8 matrix products on CPU.
-MODELOPT = {"quant_method": "modelopt", "quant_algo": "FP8", "kv_cache_quant_algo": "FP8", "ignore": ["*_proj*"]}
-COMPRESSED_TENSORS = {"quant_method": "compressed-tensors", "config_groups": {}, "kv_cache_scheme": FP8_SCHEME}
-FOREIGN_WORKER = "vllm.v1.worker.gpu_worker.Worker"
-
-
-@dataclass(frozen=True)
-class Case:
-    """A configuration that cannot work, and what the user reads about it.
-
-    Attributes:
-        message: a pattern with the value, the rule and the remedy.
-        model: changes of the bundled model's configuration.
-        options: of ``additional_config["sparq"]``.
-        arguments: of the engine; flags of `vllm serve` in Python's spelling.
-    """
-
-    message: str
-    model: dict[str, Any] = field(default_factory=dict)
-    options: Any = field(default_factory=dict)
-    arguments: dict[str, Any] = field(default_factory=dict)
-    environment: dict[str, str] = field(default_factory=dict)
-
-
-def options(given: Any, message: str, **arguments: Any) -> Case:
-    return Case(message, options=given, arguments=arguments)
-
-
-def arguments(message: str, **given: Any) -> Case:
-    return Case(message, arguments=given)
-
-
-def model(message: str, **changes: Any) -> Case:
-    return Case(message, model=changes)
-
-
-DENSE = r".*leave --attention-backend out"
-CASES: dict[str, Case] = {
-    "unknown option": options(
-        {"comprssion": 4}, r"unknown sparq option 'comprssion'. Did you mean 'compression'\?.*dense_below"
-    ),
-    "options that are no object": options([4], r"must be an object of options, got \[4\].*write for example"),
-    "r beyond the head": options({"r": 65}, r"r=65 is larger than the model's head size 64: use r <= 64"),
-    "k of nothing": options({"k": 0}, r"k=0 is not usable: .*greater than or equal to 1"),
-    "compression below 1": options({"compression": 0.5}, r"compression=0.5 .*greater than or equal to 1"),
-    "r in words": options({"r": "many"}, r"r='many' .*valid integer"),
-    "no such format": options({"format": "int3"}, r"format='int3' is not usable: .*'kivi4', 'k4v2' or 'kivi2'"),
-    "group across heads": options(
-        {"format": "int4", "group_size": 48},
-        r"group_size=48 does not fit head size 64: .*multiple of 8.*leave it out",
-    ),
-    "group of nothing": options({"format": "int8", "group_size": 64}, r"'int8' has no groups, but group_size=64"),
-    "dense below zero": options({"dense_below": -1}, r"dense_below=-1 .*'auto' or a number of tokens >= 0"),
-    "a budget while all stay": options(
-        {"budget": 512}, r"budget=512 means nothing while all tokens stay: add retention"
-    ),
-    "the newest of a window": options(
-        {"retention": "window", "recent": 64}, r"recent=64 means nothing with retention 'window'.*set budget and sinks"
-    ),
-    "r over spans": options({"read": "spans", "r": 8}, r"r=8 means nothing with read 'spans'.*or leave it out"),
-    "a budget below a block": options(  # codes go a block at a time, and the block's size is known only here
-        {**EVICTING, "budget": 200, "format": "int4"},
-        r"budget=200 is too small: .*128 go at a time, so use budget >= 256",
-        block_size=128,
-    ),
-    "blocks below the group": options(
-        {"format": "kivi2"}, r"block size 16 does not hold whole groups of 32 tokens.*--block-size 128", block_size=16
-    ),
-    "drafts over codes": options(
-        {"format": "kivi4"},
-        r"format='kivi4' quantizes a block when it fills.*method 'draft_model'.*use method 'ngram'",
-        speculative_config={"method": "draft_model", "model": str(MODEL), "num_speculative_tokens": 3},
-    ),
-    "drafts where tokens go": options(
-        EVICTING,
-        r"retention='heavy_hitter' evicts tokens, so draft tokens.*retention 'all'",
-        speculative_config=NGRAM,
-    ),
-    "somebody else's scheduler": options(
-        {**EVICTING, "pressure": "evict"},
-        r"pressure='evict' is the work of our scheduler.*leave it out",
-        scheduler_cls="vllm.v1.core.sched.async_scheduler.AsyncScheduler",
-    ),
-    "pressure beside windows": Case(
-        r"pressure='evict' hands a block over.*use pressure 'preempt'",
-        model=dict(
-            architectures=["Gemma3ForCausalLM"],
-            model_type="gemma3_text",
-            query_pre_attn_scalar=64,
-            sliding_window=512,
-            layer_types=["sliding_attention", "full_attention"] * 2,
-        ),
-        options={**EVICTING, "pressure": "evict"},
-    ),
-    "two backends": arguments(
-        r"the backends kivi and sparq are presets of the same options and cannot be mixed: select one",
-        attention_config={"backend": "SPARQ", "backend_per_kind": {"sliding_window": "KIVI"}},
-    ),
-    "block size": arguments(r"--block-size 24 .*multiple of 16", block_size=24),
-    "vLLM's fp8 cache": arguments(
-        r"--kv-cache-dtype fp8 is vLLM's own quantized cache.*leave --kv-cache-dtype out", kv_cache_dtype="fp8"
-    ),
-    "two reasons": options(
-        {"k": 0}, r"(?s)k=0.*--kv-cache-dtype fp8.*leave --kv-cache-dtype out", kv_cache_dtype="fp8"
-    ),
-    "another type of cache": arguments(
-        r"--kv-cache-dtype bfloat16 is not the model's own type, float32.*leave --kv-cache-dtype out, or add --dtype",
-        dtype="float32",
-        kv_cache_dtype="bfloat16",
-    ),
-    "a connector": arguments(
-        r"KV connector copies dense K and V.*start without --kv-transfer-config",
-        kv_transfer_config={"kv_connector": "ExampleConnector", "kv_role": "kv_both"},
-    ),
-    "offloading": arguments(
-        r"--kv-offloading-size 0.1 starts a KV connector.*start without --kv-offloading-size", kv_offloading_size=0.1
-    ),
-    "a worker of CUDA's": arguments(
-        rf"--worker-cls {FOREIGN_WORKER} does not tell our layers.*leave --worker-cls out, or derive the class from "
-        r"vllm_sparq.attention_backends.cpu_worker.SparqCpuWorker",
-        worker_cls=FOREIGN_WORKER,
-    ),
-    "a worker of nobody's": arguments(
-        r"--worker-cls no.such.Worker cannot be imported \(.*\): leave --worker-cls out", worker_cls="no.such.Worker"
-    ),
-    "batch-invariant kernels": Case(
-        r"batch-invariant kernels \(VLLM_BATCH_INVARIANT\) are not supported: unset it",
-        environment={"VLLM_BATCH_INVARIANT": "1"},
-    ),
-    "fp8 by ModelOpt": model(
-        r"checkpoint declares a KV cache of type fp8.*set --kv-cache-dtype bfloat16", quantization_config=MODELOPT
-    ),
-    "fp8 by compressed-tensors": model(
-        r"checkpoint declares a KV cache of type fp8.*set --kv-cache-dtype bfloat16",
-        quantization_config=COMPRESSED_TENSORS,
-    ),
-    "fp8 and a model of 32 bits": Case(
-        r"checkpoint declares a KV cache of type fp8.*set --dtype bfloat16 and --kv-cache-dtype bfloat16",
-        model=dict(quantization_config=COMPRESSED_TENSORS),
-        arguments=dict(dtype="float32"),
-    ),
-    "head size": model(rf"head size 40 is not one of \[32, 48, 64, .*256, 512\]{DENSE}", head_dim=40, hidden_size=320),
-    "ALiBi": model(
-        rf"ALiBi adds a bias{DENSE}",
-        architectures=["BloomForCausalLM"],
-        model_type="bloom",
-        n_head=8,
-        n_layer=2,
-        hidden_size=512,
-    ),
-    "MLA": model(
-        rf"multi-head latent attention{DENSE}",
-        architectures=["DeepseekV2ForCausalLM"],
-        model_type="deepseek_v2",
-        kv_lora_rank=64,
-        q_lora_rank=64,
-        qk_nope_head_dim=64,
-        qk_rope_head_dim=64,
-        v_head_dim=64,
-    ),
-    "encoder-decoder": model(
-        rf"encoder-decoder models are not supported{DENSE}",
-        architectures=["WhisperForConditionalGeneration"],
-        model_type="whisper",
-    ),
-    "eviction from shared KV caches": Case(
-        r"retention='heavy_hitter' evicts tokens from caches .*num_kv_shared_layers=2\): use retention",
-        model=dict(
-            architectures=["Gemma3nForCausalLM"],
-            model_type="gemma3n_text",
-            num_kv_shared_layers=2,
-            layer_types=["full_attention"] * 4,
-        ),
-        options=EVICTING,
-    ),
-    "rows left out over shared KV caches": arguments(
-        r"--kv-sharing-fast-prefill leaves rows out .*: leave it out", kv_sharing_fast_prefill=True
-    ),
-    "no attention": model(
-        rf"^(?s:(?!.*larger than).*)the model has no attention layers{DENSE}",  # whatever options would say of no heads
-        architectures=["MambaForCausalLM"],
-        model_type="mamba",
-        state_size=16,
-    ),
-    "chunks only": model(
-        rf"no layer has full attention \(layer_types: chunked_attention\){DENSE}",
-        architectures=["Llama4ForCausalLM"],
-        model_type="llama4_text",
-        attention_chunk_size=512,
-        num_local_experts=2,
-        no_rope_layers=[1] * 4,
-        layer_types=["chunked_attention"] * 4,
-    ),
-    "positions over angles that do not compose": Case(
-        r"the model has rope_parameters .*'dynamic'.*: set positions 'original'",
-        model=dict(rope_parameters={"rope_type": "dynamic", "rope_theta": 1e6, "factor": 2.0}),
-        options=MOVED,
-    ),
-    "a window beyond training": options(
-        {**MOVED, "trained": 300, "budget": 128},
-        r"budget=128 and the 256 tokens of a prompt .* are 384, more than the 300 .*: use budget <= 44, or say",
-    ),
-    "another runner": arguments(rf"the pooling runner does not decode token by token{DENSE}", runner="pooling"),
-    "windows only": model(
-        rf"no layer has full attention \(layer_types: sliding_attention\){DENSE}",
-        architectures=["Gemma3ForCausalLM"],
-        model_type="gemma3_text",
-        query_pre_attn_scalar=64,
-        sliding_window=512,
-        layer_types=["sliding_attention"] * 4,
-    ),
-}
-
-
-def altered(folder: Path, changes: dict[str, Any]) -> Path:
-    """The bundled model's configuration with some values changed, and its tokenizer."""
-    config = json.loads((MODEL / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, **changes}))
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        (folder / name).symlink_to(MODEL / name)
-    return folder
 
 
 def start(model: Path = MODEL, options: Any = None, **engine_args: Any) -> Any:
@@ -263,13 +38,10 @@ def start(model: Path = MODEL, options: Any = None, **engine_args: Any) -> Any:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_refused_before_loading(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_refused_before_loading(name: str, folder_of: Any) -> None:
     case = CASES[name]
-    for variable, value in case.environment.items():
-        monkeypatch.setenv(variable, value)
-    folder = altered(tmp_path, case.model) if case.model else MODEL
     with pytest.raises(ValueError, match=case.message):
-        start(folder, case.options, **case.arguments)
+        start(folder_of(case), case.options, **case.arguments)
 
 
 def test_there_are_thirty() -> None:
@@ -339,23 +111,67 @@ def test_what_vllm_makes_of_the_configuration_later_is_refused_in_the_worker() -
         Worker().load_model()
 
 
-@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.model and not case.arguments])
-def test_doctor_refuses_the_same_models(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.fixture
+def folder_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The model of a case, in its environment."""
+
+    def made(case: Case) -> Path:
+        for variable, value in case.environment.items():
+            monkeypatch.setenv(variable, value)
+        return altered(tmp_path, case.model) if case.model else MODEL
+
+    return made
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_doctor_refuses_the_same(name: str, folder_of: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    """In its findings, or at once where options mean nothing whatever the model is."""
     from vllm_sparq.cli import main
 
-    folder = altered(tmp_path, CASES[name].model)
-    options = ["--options", json.dumps(CASES[name].options)] if CASES[name].options else []
-    assert main(["doctor", "--quick", "--json", "--model", str(folder), *options]) == 1
-    sections = json.loads(capsys.readouterr().out)["sections"]
+    case = CASES[name]
+    words = ["doctor", "--quick", "--json", "--model", str(folder_of(case))]
+    words += ["--options", json.dumps(case.options), "--serve-args", json.dumps([*flags(case)])]
+    try:
+        code = main(words)
+    except SystemExit as error:
+        code = error.code
+    said = capsys.readouterr()
+    if code == 2:
+        assert re.search(case.doctor or case.message, said.err), said.err
+        return
+    sections = json.loads(said.out)["sections"]
     wrong = [line["text"] for section in sections for line in section["findings"] if line["mark"] == "✗"]
-    assert any(re.search(CASES[name].message, text) for text in wrong), wrong
+    assert code == 1
+    assert re.search(case.message, "; ".join(wrong).replace("refused: ", "")), wrong
 
 
-def flags(case: Case) -> Iterable[str]:
-    """The engine's arguments as `vllm serve` takes them."""
-    yield from ("--attention-backend", "sparq", "--additional-config", json.dumps({"sparq": case.options}))
-    for name, value in case.arguments.items():
-        yield from (f"--{name.replace('_', '-')}", str(value))
+@pytest.fixture
+def vllm_serve(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """`vllm serve` in this process, up to the moment in which it would start an engine."""
+    from vllm.entrypoints.cli.main import main
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    def started(*_: Any, **__: Any) -> None:
+        raise AssertionError("an engine would have been started")
+
+    monkeypatch.setattr(AsyncLLM, "__init__", started)
+    monkeypatch.setenv("VLLM_WORKER_MULTIPROC_METHOD", "spawn")  # which vLLM would set for good
+
+    def serve(*words: str) -> None:
+        monkeypatch.setattr(sys, "argv", ["vllm", "serve", *words])
+        main()
+
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield serve
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_vllm_serve_refuses_the_same(name: str, folder_of: Any, vllm_serve: Any) -> None:
+    case = CASES[name]
+    with pytest.raises(ValueError, match=case.message):
+        vllm_serve(str(folder_of(case)), "--load-format", "dummy", "--port", "0", *backend_flags(case), *flags(case))
 
 
 @pytest.mark.parametrize("name", ["offloading", "a worker of CUDA's", "fp8 by compressed-tensors"])
@@ -367,7 +183,7 @@ def test_vllm_serve_says_so(name: str, tmp_path: Path) -> None:
     vllm = Path(sys.executable).with_name("vllm")
     environment = {**os.environ, "VLLM_LOGGING_LEVEL": "INFO"}
     environment.pop("VLLM_ENABLE_V1_MULTIPROCESSING", None)
-    command = [str(vllm), "serve", str(folder), "--load-format", "dummy", *flags(case)]
+    command = [str(vllm), "serve", str(folder), "--load-format", "dummy", *backend_flags(case), *flags(case)]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=180, env=environment, check=False)
     assert ended.returncode != 0
     said = ended.stdout + ended.stderr

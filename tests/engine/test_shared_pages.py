@@ -66,6 +66,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "int4": ("flexgen", {}),
     "sparq over int4": ("sparq", {"format": "int4", "k": 16, "r": 8, "local": 4, "dense_below": 0}),
     "h2o over int4": ("h2o", {"format": "int4", "budget": 256}),
+    "kivi2": ("kivi", {"format": "kivi2"}),
     "int4 beside chunks": ("flexgen", {}),
 }
 

@@ -47,6 +47,7 @@ SHAPES = (
     Shape(head_size=256, dtype="bfloat16", ranking="model", heads=4, block_size=32, new_tokens=2),
     Shape(head_size=128, dtype="bfloat16", ranking="int4", format="int4"),
     Shape(head_size=128, dtype="bfloat16", ranking=None, format="kivi2"),
+    Shape(head_size=128, dtype="bfloat16", ranking=None, format="k4v2", ops=("write", "dense_decode")),
     Shape(
         head_size=64,
         dtype="float16",

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 from vllm import SamplingParams
 from vllm.utils.hashing import sha256
+from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.core.kv_cache_manager import KVCacheManager
 from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash, is_kv_cache_spec_uniform
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
@@ -24,6 +25,7 @@ from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 from vllm.v1.request import Request
 
 from vllm_sparq.attention_backends.backend import PagedBackend
+from vllm_sparq.attention_backends.steps.drafts import drafted_rows
 from vllm_sparq.layout import PageLayout, Pages
 from vllm_sparq.ops.codec import decode_page, encode_page
 from vllm_sparq.ops.dense_decode.reference import cached_tokens
@@ -131,25 +133,47 @@ class Staging(RuleBasedStateMachine):
         self.compute(request, n_new)
 
     @precondition(lambda self: self.running)
-    @rule(which=st.integers(0, 99), n_drafts=st.integers(1, 20), n_right=st.integers(0, 20), token=st.integers(0, 9))
-    def verify(self, which: int, n_drafts: int, n_right: int, token: int) -> None:
-        """An output token, and drafts of which the first ones turn out right; the others leave K and V behind."""
+    @rule(
+        which=st.integers(0, 99),
+        n_drafts=st.integers(1, 20),
+        n_right=st.integers(0, 20),
+        n_next=st.integers(0, 20),
+        token=st.integers(0, 9),
+    )
+    def verify(self, which: int, n_drafts: int, n_right: int, n_next: int, token: int) -> None:
+        """An output token, and drafts of which the first ones turn out right; the others leave K and V behind.
+
+        As a drafting head does in layers of its own that has made ``n_next`` of them, kept or not.
+        """
         request = self.running[which % len(self.running)]
         if self.rest(request) or request.num_tokens + n_drafts >= MAX_LEN:
             return
         request.append_output_token_ids(token)
         drafts = [50 + i for i in range(min(n_drafts, most_drafts(request.num_tokens, 16)))]
-        blocks = self.manager.allocate_slots(request, 1 + len(drafts))
+        blocks = self.manager.allocate_slots(request, 1 + len(drafts), num_lookahead_tokens=n_next)
         if blocks is None:
             self.preempt(which=-1)
             return
         self.rows[request.request_id] += blocks.get_block_ids()[0]
+        for n in range(1, n_next + 1):
+            self.draft(request, n)
         first, tokens = request.num_computed_tokens, [*request.all_token_ids, *drafts]
         self.compute(request, 1 + len(drafts), drafts)
         for n in range(first + 1, len(tokens) + 1):  # what each row sees
             self.reads(request, tokens[:n])
         request.append_output_token_ids(drafts[:n_right])
         request.num_computed_tokens = first + 1 + min(n_right, len(drafts))
+
+    def draft(self, request: Request, n: int) -> None:
+        """A drafting head writes its ``n``-th token after those that are computed; vLLM counts anew at the last."""
+        stop, one = request.num_computed_tokens + n, torch.tensor([0, 1], dtype=torch.int32)
+        stop -= MAX_LEN if stop > MAX_LEN else 0
+        length = torch.tensor([stop], dtype=torch.int32)
+        rows = drafted_rows(
+            CommonAttentionMetadata(one, one, length, 1, 1, 1, stop, self.table(request), length), n, LAYOUT.block_size
+        )
+        new = content([99] * stop)[-1:]
+        write(new[:, None, 0], new[:, None, 1], self.pages, rows.block_table, one, rows.seq_lens)
 
     @precondition(lambda self: self.running)
     @rule(which=st.integers(0, 99))

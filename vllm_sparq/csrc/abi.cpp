@@ -60,7 +60,7 @@ constexpr uint64_t digest() {
   {
     using Type = Codes;
     digest.add_all({sizeof(Type), AT(codes), AT(code_stride), AT(scales), AT(scale_stride), AT(bits), AT(has_zero),
-                    AT(group)});
+                    AT(group), AT(midpoints)});
   }
   {
     using Type = Pages;

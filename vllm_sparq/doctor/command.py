@@ -14,7 +14,7 @@ from pathlib import Path
 from vllm_sparq import compat
 from vllm_sparq.backends import PRESETS
 from vllm_sparq.config import NAMESPACE, Options, OptionsError, parse_options
-from vllm_sparq.console import UsageError, check_model, given_options
+from vllm_sparq.console import UsageError, check_model, given_options, serve_words
 from vllm_sparq.doctor.engine import engine_section
 from vllm_sparq.doctor.findings import Section
 from vllm_sparq.doctor.machine import environment, implementations, platform_in_use, versions
@@ -26,6 +26,7 @@ examples:
   vllm-sparq doctor                                      also starts a small engine: half a minute
   vllm-sparq doctor --quick                              without the engine
   vllm-sparq doctor --model ./my-model --options '{"compression": 4}'
+  vllm-sparq doctor --quick --model ./my-model --serve-args '["--tensor-parallel-size", "2"]'
 """
 
 
@@ -50,6 +51,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="JSON",
         help="over its own, such as '{\"compression\": 4}'",
     )
+    parser.add_argument(
+        "--serve-args",
+        type=serve_words,
+        default=[],
+        metavar="JSON",
+        help="""more arguments of `vllm serve` for the model, as a list: '["--max-model-len", "8192"]'""",
+    )
     parser.add_argument("--quick", action="store_true", help="do not start an engine")
     parser.add_argument("--json", action="store_true", help="print everything as JSON")
 
@@ -61,6 +69,8 @@ def main(args: argparse.Namespace) -> int:
         if not Path(args.model).expanduser().exists():  # a name of ours: the folder that it stands for
             args.model = str(folder)
     options = chosen_options(args)
+    if args.serve_args and args.model is None:
+        raise UsageError("--serve-args are those of an engine for a model: give --model as well")
     sections = []
     logging.disable(logging.CRITICAL)  # vLLM's, which repeats what the findings say
     try:
@@ -104,7 +114,7 @@ def checks(args: argparse.Namespace, options: Options) -> list[Callable[[], Sect
 
             def model() -> Section:
                 """reading the model's configuration"""
-                return model_section(args.model, options, args.attention_backend)
+                return model_section(args.model, options, args.attention_backend, args.serve_args)
 
             chosen.append(model)
         if not args.quick:
@@ -157,6 +167,7 @@ def print_section(section: Section) -> None:
 def print_verdict(n_wrong: int, args: argparse.Namespace) -> None:
     """The last line: how many things are wrong, or the command that will work."""
     from rich.console import Console
+    from rich.markup import escape
 
     console = Console(soft_wrap=True, highlight=False)
     if n_wrong:
@@ -170,4 +181,5 @@ def print_verdict(n_wrong: int, args: argparse.Namespace) -> None:
     command = ["vllm", "serve", args.model, "--attention-backend", name]
     if args.options:
         command += ["--additional-config", json.dumps({NAMESPACE: args.options})]
-    console.print(f"[bold green]✓[/] All is well: {shlex.join(command)}", markup=True)
+    line = shlex.join(command + args.serve_args)
+    console.print(f"[bold green]✓[/] All is well: {escape(line)}", markup=True)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
+import shlex
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -22,9 +25,16 @@ FULL_KINDS = ("full_attention", "attention", "hybrid")
 CONTEXTS = (1024, 4096, 16384, 65536, 131072)
 
 
-def model_section(model: str, options: Options, backend: str = "sparq") -> Section:
-    """The report, from the model's configuration alone; ``backend`` is the name that ``options`` were given to."""
-    from vllm.config import ModelConfig
+def model_section(model: str, options: Options, backend: str = "sparq", serve_args: Sequence[str] = ()) -> Section:
+    """The report, from the model's configuration alone.
+
+    Args:
+        model: its folder, or its name at the hub.
+        options: what the backend and the user's options come to.
+        backend: the name that they were given to.
+        serve_args: more arguments of `vllm serve`.
+    """
+    from vllm.engine.arg_utils import EngineArgs
 
     from vllm_sparq.attention_backends.engine import preferred_block_size
     from vllm_sparq.attention_backends.refusals import chosen_by_query_heads, model_refusals
@@ -32,11 +42,16 @@ def model_section(model: str, options: Options, backend: str = "sparq") -> Secti
     section = Section(f"model {model} with --attention-backend {backend}")
     section.note(f"{backend} {PRESETS[backend].summary}, unless options say otherwise")
     try:
-        config = ModelConfig(model=model, skip_tokenizer_init=True)
+        arguments = _engine_arguments(model, serve_args)
+    except ValueError as error:
+        section.bad(f"vLLM does not take {shlex.join(serve_args)}: {error}")
+        return section
+    try:
+        config = EngineArgs(**arguments).create_model_config()
     except Exception as error:  # vLLM raises many kinds, all of them about this model
         section.bad(f"vLLM cannot read it: {_first_line(error)}")
         return section
-    refusals = model_refusals(config)
+    refusals = model_refusals(config, arguments.get("kv_cache_dtype", "auto"))
     for reason in refusals:
         section.bad(f"refused: {reason}")
     if refusals:
@@ -55,7 +70,7 @@ def model_section(model: str, options: Options, backend: str = "sparq") -> Secti
             "query heads of a KV head, so one worker must have them"
         )
     try:
-        held = _capacities(section, model, options, backend)
+        held = _capacities(section, arguments, options, backend)
         if not section.is_well:
             return section
         _describe_layers(section, shape, held)
@@ -63,7 +78,8 @@ def model_section(model: str, options: Options, backend: str = "sparq") -> Secti
         _describe_read(section, options, shape, kept)
         ours = [group for group in held["sparq"].groups if group.ours] if held else []
         block_size = ours[0].page_tokens if ours else preferred_block_size(options, config.max_model_len)
-        _describe_memory(section, options, shape, config.dtype, block_size)
+        staging = ours[0].staging_pages if ours else None
+        _describe_memory(section, options, shape, config.dtype, block_size, staging)
         if ours and ours[0].block_size > block_size:
             section.note(
                 f"beside layers with a state vLLM's own blocks hold {ours[0].block_size:,} tokens, "
@@ -80,7 +96,10 @@ def _first_line(error: Exception) -> str:
     """Of a pydantic message the line that says something, else the first."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     telling = [line for line in lines if line.startswith(("Value error", "Assertion failed"))]
-    return (telling or lines or [type(error).__name__])[0].split(" [type=")[0]
+    first = (telling or lines or [type(error).__name__])[0].split(" [type=")[0]
+    if first.endswith(":") and len(lines) > 1:  # what is wrong stands below where
+        return f"{first} {lines[lines.index(first) + 1]}"
+    return first if " " in first else f"{type(error).__name__}: {first}"
 
 
 def _shape(config: Any) -> dict[str, int]:
@@ -178,7 +197,27 @@ def _describe_layers(section: Section, shape: dict[str, int], held: dict[str, Ca
         section.note(f"{others} layers without full attention stay with vLLM; what follows is about the others")
 
 
-def _capacities(section: Section, model: str, options: Options, backend: str) -> dict[str, Capacity]:
+def _engine_arguments(model: str, serve_args: Sequence[str]) -> dict[str, Any]:
+    """What an engine for the model is made of, by vLLM's own parser.
+
+    Raises:
+        ValueError: vLLM does not know these arguments.
+    """
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    said, empty = io.StringIO(), FlexibleArgumentParser(add_help=False)  # type: ignore[no-untyped-call]
+    parser = EngineArgs.add_cli_args(empty)
+    try:
+        with contextlib.redirect_stderr(said):
+            found = parser.parse_args(list(serve_args))
+    except (SystemExit, ValueError) as error:  # the last line says why
+        raise ValueError(said.getvalue().strip().rpartition("error: ")[2] or str(error)) from None
+    given = {name: value for name, value in vars(found).items() if value != parser.get_default(name)}
+    return {**given, "model": model, "skip_tokenizer_init": True, "load_format": "dummy"}
+
+
+def _capacities(section: Section, arguments: dict[str, Any], options: Options, backend: str) -> dict[str, Capacity]:
     """What a GiB of KV cache holds on this backend and on vLLM's own, as vLLM counts it.
 
     The engine's configuration and the model's layers are made as `vllm serve` makes them, so what it would refuse is
@@ -187,26 +226,45 @@ def _capacities(section: Section, model: str, options: Options, backend: str) ->
     from vllm.engine.arg_utils import EngineArgs
 
     from vllm_sparq.attention_backends.capacity import capacity
+
+    given = {NAMESPACE: options.model_dump(exclude_unset=True)}
+    ours = {**arguments, "additional_config": given}
+    if "attention_config" not in arguments:
+        ours["attention_backend"] = backend.upper()
+    try:  # refused for what it is, whether or not the layers can be built here
+        EngineArgs(**ours).create_engine_config()
+    except Exception as error:
+        if _is_refused(section, error):
+            return {}
+    try:
+        theirs = EngineArgs(**arguments).create_engine_config()
+    except Exception as error:  # whatever vLLM thinks of what it is given
+        section.bad(f"vLLM refuses it on any backend: {_first_line(error)}")
+        return {}
+    try:
+        dense = capacity(theirs, 2**30)
+    except Exception as error:  # whatever vLLM raises where a model cannot be built here
+        if "meta" in str(error):  # weights without memory are our way of looking, and no model's duty
+            section.note(f"what a GiB of KV cache holds is unknown: {_first_line(error)}")
+        else:
+            section.bad(f"vLLM cannot build the model on this machine, on any backend: {_first_line(error)}")
+        return {}
+    try:
+        return {"sparq": capacity(EngineArgs(**ours).create_engine_config(), 2**30), "dense": dense}
+    except Exception as error:  # the same, through vLLM's own checks of configurations
+        if not _is_refused(section, error):
+            section.bad(f"vLLM cannot build it on {backend}: {_first_line(error)}")
+        return {}
+
+
+def _is_refused(section: Section, error: Exception) -> bool:
+    """Whether it is we who refuse, which is said in the section then."""
     from vllm_sparq.attention_backends.refusals import CANNOT_START
 
-    def held_by(**chosen: Any) -> Capacity:
-        args = EngineArgs(model=model, skip_tokenizer_init=True, load_format="dummy", **chosen)
-        return capacity(args.create_engine_config(), 2**30)
-
-    try:
-        dense = held_by()
-    except Exception as error:  # whatever vLLM raises where a model cannot be built here
-        section.note(
-            f"what a GiB of KV cache holds is unknown, since vLLM cannot build the model: {_first_line(error)}"
-        )
-        return {}
-    given = {NAMESPACE: options.model_dump(exclude_unset=True)}
-    try:
-        return {"sparq": held_by(attention_backend=backend.upper(), additional_config=given), "dense": dense}
-    except Exception as error:  # the same, through vLLM's own checks of configurations
-        _, is_refusal, reasons = _first_line(error).partition(CANNOT_START)
-        section.bad(f"refused: {reasons}" if is_refusal else f"vLLM cannot build it on {backend}: {_first_line(error)}")
-        return {}
+    _, is_refusal, reasons = _first_line(error).partition(CANNOT_START)
+    if is_refusal:
+        section.bad(f"refused: {reasons}")
+    return bool(is_refusal)
 
 
 def _describe_capacity(section: Section, held: dict[str, Capacity]) -> None:
@@ -231,7 +289,9 @@ def _describe_keys(section: Section, options: Options, held: dict[str, Capacity]
         section.note(bias_warning(options.format, n_biased))
 
 
-def _describe_memory(section: Section, options: Options, shape: dict[str, int], dtype: Any, block_size: int) -> None:
+def _describe_memory(
+    section: Section, options: Options, shape: dict[str, int], dtype: Any, block_size: int, n_staging: int | None
+) -> None:
     from vllm_sparq.attention_backends.engine import page_layout
 
     def layout_of(options: Options) -> PageLayout:
@@ -246,7 +306,7 @@ def _describe_memory(section: Section, options: Options, shape: dict[str, int], 
         "bytes_per_token": per_token,
         "overhead": layout.overhead,
         "block_size": block_size,
-        "staging_blocks_per_request": layout.n_staging_blocks,
+        "staging_blocks_per_request": layout.n_staging_blocks if n_staging is None else n_staging,
     }
     section.good(
         f"format {options.format}: a cached token takes {per_head['sparq']} bytes per KV head (dense: "
@@ -256,8 +316,9 @@ def _describe_memory(section: Section, options: Options, shape: dict[str, int], 
     section.good(f"blocks of {block_size} tokens, unless --block-size says otherwise")
     if layout.quantized is not None:
         section.note(
-            f"the newest block of a request waits in full precision in {layout.n_staging_blocks} blocks of "
-            f"{block_size} tokens ahead of it, which count as its own"
+            "the newest block of a request waits in full precision in "
+            f"{section.numbers['memory']['staging_blocks_per_request']} blocks of {block_size} tokens ahead of it, "
+            "which count as its own"
         )
     others = {name: layout_of(options.model_copy(update={"format": name, "group_size": None})) for name in FORMATS}
     section.numbers["formats"] = {name: other.bytes_per_token for name, other in others.items()}

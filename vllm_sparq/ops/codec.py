@@ -35,11 +35,14 @@ def quantize(x: torch.Tensor, coding: Coding, group: int) -> tuple[torch.Tensor,
 
     With scale and zero point, ``zero`` is the least element and ``scale`` the smallest number of x's type that is not
     below ``(max - zero) / (2**bits - 1)``; a code is ``clamp(round_half_even((x - zero) / scale), 0, 2**bits - 1)``.
-    With a scale alone it is not below ``max |x| / 127``, and a code is ``clamp(round_half_even(x / scale), -127,
-    127)``. All in fp32. Codes stand for x within half a scale, and exactly where all elements of a group are equal:
-    there the scale is 0 and ``zero`` the element, or the scale its magnitude and the code its sign. A group with an
-    element that is infinite or NaN, or with a range beyond x's type, reads as NaN as a whole: its scales are NaN and
-    its codes 0.
+    With ``midpoints`` the scale is not below ``(max - min) / 2**bits``, the width of a cell, and ``zero`` the middle of
+    the first, ``min + scale / 2`` rounded to x's type. With a scale alone it is not below ``max |x| / 127``, and a code
+    is ``clamp(round_half_even(x / scale), -127, 127)``. All in fp32.
+
+    Codes stand for x within half a scale (and what a middle was rounded by), and exactly where all elements of a group
+    are equal: there the scale is 0 and ``zero`` the element, or the scale its magnitude and the code its sign. A group
+    with an element that is infinite or NaN, or with a range beyond x's type, reads as NaN as a whole: its scales are
+    NaN and its codes 0.
 
     Args:
         x: [rows, n] in the model's dtype.
@@ -57,8 +60,9 @@ def quantize(x: torch.Tensor, coding: Coding, group: int) -> tuple[torch.Tensor,
         scale = torch.where(constant, largest, not_below(largest / 127, x.dtype))
         codes, scales = (groups / scale).round().clamp(-127, 127), [scale]
     else:
-        scale = not_below((high - low) / (2**coding.bits - 1), x.dtype)
-        codes, scales = ((groups - low) / scale).round().clamp(0, 2**coding.bits - 1), [scale, low]
+        scale = not_below((high - low) / (2**coding.bits - (not coding.midpoints)), x.dtype)
+        zero = (low + scale / 2).to(x.dtype).float() if coding.midpoints else low
+        codes, scales = ((groups - zero) / scale).round().clamp(0, 2**coding.bits - 1), [scale, zero]
     broken = ~(groups.isfinite().all(-1, keepdim=True) & scale.isfinite())
     codes = torch.where(broken | (scale == 0), 0.0, codes)
     scales = [torch.where(broken, torch.nan, number).to(x.dtype) for number in scales]

@@ -127,7 +127,7 @@ class CodesStruct(ctypes.Structure):
 
     _fields_: ClassVar = [
         *[(name, ctypes.c_int64) for name in ("codes", "code_stride", "scales", "scale_stride")],
-        *[(name, ctypes.c_int32) for name in ("bits", "has_zero", "group")],
+        *[(name, ctypes.c_int32) for name in ("bits", "has_zero", "group", "midpoints")],
     ]
 
 
@@ -337,7 +337,7 @@ def _codes_struct(layout: PageLayout, name: str) -> CodesStruct:
     found = []
     for view in (getattr(page, f"{name}_codes"), getattr(page, f"{name}_scales")):
         found += [view.data_ptr() - page.data.data_ptr(), view.stride(2) * view.element_size()]
-    return CodesStruct(*found, coding.bits, coding.scale_numbers == 2, layout.group(name))
+    return CodesStruct(*found, coding.bits, coding.scale_numbers == 2, layout.group(name), coding.midpoints)
 
 
 def advise_huge_pages(memory: torch.Tensor) -> bool:

@@ -22,6 +22,7 @@ from vllm_sparq.benchmarks.quality import evaluate as quality
 from vllm_sparq.benchmarks.quality.engine import Engine, Run, Worker
 from vllm_sparq.benchmarks.quality.forced import FORCED, ForcedTokens, prompts_measure
 from vllm_sparq.benchmarks.quality.prompts import Wanted
+from vllm_sparq.benchmarks.quality.shortening import shortened_by
 from vllm_sparq.benchmarks.tiny_model import WEIGHTS
 from vllm_sparq.cli import main
 from vllm_sparq.config import parse_options
@@ -89,6 +90,9 @@ def test_methods_tell_and_forcing_is_right(tmp_path: Path) -> None:
         scores["dense"] = [
             quality.scored(*pair)["score"] for pair in zip(examples, engine.answer(examples), strict=True)
         ]
+        engine.use(shortened_by(8))  # the same engine, asked with less
+        shorter = [quality.scored(*pair)["score"] for pair in zip(examples, engine.answer(examples), strict=True)]
+        assert fmean(shorter[8:]) > fmean(scores["dense"][8:]) + 0.05
     with Engine(methods["default"], run) as engine:
         assert engine.classes == ["PagedImpl"]
         for name, method in methods.items():

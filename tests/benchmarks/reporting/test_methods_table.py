@@ -11,8 +11,9 @@ from vllm_sparq.benchmarks.reporting.methods_table import (
     CONTEXT,
     LAYER,
     LENGTH,
+    MEMORY,
+    MODELS,
     ROWS,
-    TASKS,
     methods_rows,
 )
 
@@ -24,13 +25,17 @@ def engine(speed: float, **changed: Any) -> dict[str, Any]:
     return {**case, "speedup_vs_vllm": speed, **changed}
 
 
-def answers(method: str | None, held: float, commit: str = "a") -> list[dict[str, Any]]:
-    case = {"bench": "quality", "method": method, "length": LENGTH, "dirty": False, "commit": commit}
-    return [{**case, "task": task, "score": 99.6, "kv_bytes_held": held} for task in TASKS]
+def text(method: str | None, **measured: float) -> list[dict[str, Any]]:
+    case = {"bench": "quality", "task": "text", "method": method, "length": LENGTH, "dirty": False}
+    return [{**case, **measured, "model": model} for model in MODELS]
+
+
+def bytes_held(method: str | None, held: float, commit: str = "a") -> dict[str, Any]:
+    return {**MEMORY, "method": method, "kv_bytes_held": held, "commit": commit, "dirty": False}
 
 
 def cells(records: list[dict[str, Any]]) -> list[str]:
-    """Speed, memory and answers of the line of SparQ."""
+    """Speed, memory and text of the line of SparQ."""
     line = next(line for line in methods_rows(records) if line.startswith(f"| {SPARQ.title}"))
     return [cell.strip() for cell in line.split("|")[2:5]]
 
@@ -48,7 +53,13 @@ def test_the_newest_clean_line_counts() -> None:
     assert cells(records) == ["3.0x, 20.0x", ABSENT, ABSENT]
 
 
-def test_answers_beside_dense_of_the_same_commit() -> None:
-    dense, ours = answers("dense", 200.0), answers(SPARQ.answers, 226.0)
-    assert cells([*dense, *ours]) == [f"{ABSENT}, {ABSENT}", "1.13", "100, 100, 100"]
-    assert cells([*dense, *answers(SPARQ.answers, 226.0, commit="b")])[1:] == [ABSENT, ABSENT]
+def test_memory_beside_dense_of_the_same_commit() -> None:
+    assert cells([bytes_held("dense", 200.0), bytes_held(SPARQ.text, 226.0)])[1] == "1.13"
+    assert cells([bytes_held("dense", 200.0), bytes_held(SPARQ.text, 226.0, commit="b")])[1] == ABSENT
+
+
+def test_text_of_every_model() -> None:
+    dense, ours = text("dense", score=1.1), text(SPARQ.text, score=1.2, difference=0.0136)
+    assert cells([*dense, *ours])[2] == "+0.014, +0.014"
+    assert cells([*dense, *ours[:1]])[2] == ABSENT
+    assert methods_rows(dense)[2] == f"| vLLM, dense | {ABSENT}, {ABSENT} | {ABSENT} | 1.100, 1.100 |  |  |"

@@ -16,7 +16,7 @@ BACKENDS: dict[str, tuple[str, dict[str, Any]]] = {
     "sparq": ("sparq", EXACT["sparse"]),
     "quest": ("quest", {"k": 1, "dense_below": 0}),
     "flexgen": ("flexgen", {}),
-    "kivi": ("kivi", {}),
+    "k4v2": ("kivi", {"format": "k4v2"}),
     "h2o": ("h2o", {"budget": 96, "recent": 32}),
     "h2o over kivi4": ("h2o", {"budget": 256, "format": "kivi4", "prefill": "bounded"}),
     "streaming": ("streaming", {"budget": 96}),

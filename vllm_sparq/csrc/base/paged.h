@@ -31,6 +31,7 @@ struct Codes {
   int32_t bits;      // of a code; 0 where nothing is quantized, like what follows
   int32_t has_zero;  // whether scales are step and zero: codes are unsigned then, else signed
   int32_t group;     // g: elements of a quantization group
+  int32_t midpoints; // whether codes stand for the middles of equal cells of a range, not the outermost for its ends
 };
 
 // The KV cache of one layer. vllm_sparq/layout.py decides every number in it.

@@ -15,6 +15,7 @@ struct CodeShape {
   int bits;
   int group;
   bool has_zero;  // scales are step and zero, else steps alone and the codes are signed
+  bool midpoints; // codes stand for the middles of equal cells of a range, else the outermost for its ends
   DType dtype;    // of the scales
 
   int row_bytes() const { return n * bits / 8; }
@@ -23,7 +24,7 @@ struct CodeShape {
   int scale_bytes() const { return n_groups() * (has_zero ? 2 : 1) * (dtype == DType::fp32 ? 4 : 2); }
 
   static CodeShape of(const Pages& pages, const Codes& part, int n) {
-    return {n, part.bits, part.group, part.has_zero != 0, pages.dtype};
+    return {n, part.bits, part.group, part.has_zero != 0, part.midpoints != 0, pages.dtype};
   }
   static CodeShape keys(const Pages& pages) {
     return of(pages, pages.key, pages.channel_keys ? pages.block_size : pages.head_size);

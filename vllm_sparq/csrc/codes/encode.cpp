@@ -32,6 +32,14 @@ SPARQ_INLINE Vec not_below<bf16>(Vec x) {
   return up_to_bf16(x);
 }
 
+// The number of type T nearest to x.
+template <class T>
+SPARQ_INLINE Vec nearest(Vec x) {
+  T numbers[W];
+  store(numbers, x);
+  return load(numbers);
+}
+
 // Numbers that the type can hold.
 template <class T>
 SPARQ_INLINE void store_exact(T* to, Vec x) {
@@ -47,7 +55,7 @@ struct Scale {
 };
 
 template <class T, bool has_zero>
-SPARQ_INLINE Scale find_scale(const T* x, int64_t stride, int group, float top) {
+SPARQ_INLINE Scale find_scale(const T* x, int64_t stride, int group, float top, bool midpoints) {
   Vec low = set1(INFINITY), high = set1(-INFINITY), spoilt = zero();
   for (int i = 0; i < group; ++i) {
     const Vec v = load(x + i * stride);
@@ -56,7 +64,8 @@ SPARQ_INLINE Scale find_scale(const T* x, int64_t stride, int group, float top) 
   }
   Scale scale{zero(), low, 0};
   if (has_zero) {
-    scale.step = not_below<T>(div(sub(high, low), set1(top)));
+    scale.step = not_below<T>(div(sub(high, low), set1(midpoints ? top + 1 : top)));
+    if (midpoints) scale.zero = nearest<T>(fma(scale.step, set1(0.5f), low));
   } else {
     const Vec largest = max(sub(zero(), low), high);
     scale.step = select(equal(low, high), largest, not_below<T>(div(largest, set1(top))));
@@ -68,8 +77,10 @@ SPARQ_INLINE Scale find_scale(const T* x, int64_t stride, int group, float top) 
 
 // W groups: columns of x, rows `stride` apart; codes one per byte.
 template <class T, bool has_zero>
-void encode_groups(const T* x, int64_t stride, int group, float top, uint8_t* codes, T* steps, T* zeros) {
-  const Scale scale = find_scale<T, has_zero>(x, stride, group, top);
+void encode_groups(const CodeShape& shape, const T* x, int64_t stride, uint8_t* codes, T* steps, T* zeros) {
+  const float top = has_zero ? (float)((1 << shape.bits) - 1) : 127.0f;
+  const int group = shape.group;
+  const Scale scale = find_scale<T, has_zero>(x, stride, group, top, shape.midpoints);
   const unsigned has_codes = scale.whole & greater(scale.step, zero());
   const Vec least = has_zero ? zero() : set1(-top);
   for (int i = 0; i < group; ++i) {
@@ -82,14 +93,13 @@ void encode_groups(const T* x, int64_t stride, int group, float top, uint8_t* co
 
 template <class T>
 void encode_columns(const CodeShape& shape, const T* x, int columns, uint8_t* codes, T* steps, T* zeros) {
-  const float top = shape.has_zero ? (float)((1 << shape.bits) - 1) : 127.0f;
   for (int c = 0; c < columns; c += W) {
     for (int i = 0; i < shape.n_groups(); ++i) {
       const int64_t from = (int64_t)i * shape.group * columns + c, to = (int64_t)i * columns + c;
       if (shape.has_zero) {
-        encode_groups<T, true>(x + from, columns, shape.group, top, codes + from, steps + to, zeros + to);
+        encode_groups<T, true>(shape, x + from, columns, codes + from, steps + to, zeros + to);
       } else {
-        encode_groups<T, false>(x + from, columns, shape.group, top, codes + from, steps + to, zeros + to);
+        encode_groups<T, false>(shape, x + from, columns, codes + from, steps + to, zeros + to);
       }
     }
   }

@@ -43,6 +43,7 @@ class Rows:
         width: codes of a row.
         group: elements that share a scale; divides ``width``.
         numbers: for each group: 2 for scale and zero point, 1 for a scale alone, codes being signed.
+        midpoints: see `vllm_sparq.formats.Coding`.
         number_bytes: of each.
     """
 
@@ -54,6 +55,7 @@ class Rows:
     width: int
     group: int
     numbers: int
+    midpoints: bool
     number_bytes: int
 
     @property
@@ -119,6 +121,7 @@ def _rows(layout: PageLayout, part: str, width: int, codes: int, scales: int, st
         width=width,
         group=group,
         numbers=coding.scale_numbers,
+        midpoints=coding.midpoints,
         number_bytes=item,
     )
 

@@ -34,7 +34,10 @@ def scale_of(x, inside, ROWS: tl.constexpr, dtype: tl.constexpr):
         scale = tl.where(low == high, largest, not_below(tl.div_rn(largest, largest * 0.0 + 127.0), dtype))
     else:
         span = high - low
-        scale = not_below(tl.div_rn(span, tl.zeros_like(span) + ((1 << ROWS.bits) - 1.0)), dtype)
+        CELLS: tl.constexpr = (1 << ROWS.bits) if ROWS.midpoints else (1 << ROWS.bits) - 1
+        scale = not_below(tl.div_rn(span, tl.zeros_like(span) + CELLS), dtype)
+        if ROWS.midpoints:
+            low = widen(cast(low + scale * 0.5, dtype))
     broken = broken | ~(scale < float("inf"))
     zero = low if ROWS.numbers == 2 else tl.zeros_like(low)
     return tl.where(broken, float("nan"), scale), tl.where(broken, float("nan"), zero)
