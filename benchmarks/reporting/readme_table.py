@@ -207,8 +207,8 @@ def quality_rows(records: Sequence[Record]) -> list[str]:
     found = {(r["method"], r["task"]): r for r in toy if r["length"] == LENGTH}
     lines = [f"| | bytes read / kept | {' | '.join(TASKS)} |", "|" + "---|" * (len(TASKS) + 2)]
     for method in dict.fromkeys(method for method, _ in found):
-        if "+" in method or "{" in method:
-            continue  # stands in a table of its own
+        if "+" in method or "{" in method or any((method, task) not in found for task in TASKS):
+            continue  # stands in a table of its own, or is not measured yet
         mine = [found[method, task] for task in TASKS]
         pairs = [(r, dense) for r in mine if (dense := dense_beside(r, records))]
         shares = [fmean(r[field] / dense[field] for r, dense in pairs) for field in ("kv_bytes_moved", "kv_bytes_held")]
