@@ -67,6 +67,9 @@ def test_a_command_is_a_module_with_arguments_and_main(command: str) -> None:
         (("doctor", "--options", '{"compresion": 4}'), "Did you mean 'compression'?"),
         (("demo", "--sparq", '{"k": 0}'), "k=0 is not usable"),
         (("demo", "--sparq", "[1]"), "must be an object of options"),
+        (("doctor", "--options", "[" * 5000), "is not JSON (maximum recursion depth exceeded"),
+        (("doctor", "--serve-args", "[" * 5000), "is not JSON (maximum recursion depth exceeded"),
+        (("bench", "serve", "--serve-args", '[["x"]]'), "is not a JSON list of words"),
     ],
 )
 def test_bad_usage_is_explained(words: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -52,8 +52,9 @@ def test_for_people_it_ends_with_a_verdict(monkeypatch: pytest.MonkeyPatch, caps
 
 
 def test_a_bypassed_platform_is_found() -> None:
+    """And said even where the terminal knows nothing but ASCII."""
     code = "import sys; from vllm_sparq.cli import main; sys.exit(main(['doctor', '--quick', '--json']))"
-    environment = os.environ | {"VLLM_TARGET_DEVICE": "cpu"}
+    environment = os.environ | {"VLLM_TARGET_DEVICE": "cpu", "PYTHONIOENCODING": "ascii"}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     wrong = [f["text"] for s in json.loads(done.stdout)["sections"] for f in s["findings"] if f["mark"] == "✗"]
     assert done.returncode == 1
@@ -172,6 +173,14 @@ def test_what_eviction_means_for_a_model(tmp_path: Path) -> None:
         (dict(alibi=True), {}, "ALiBi adds a bias"),
         ({}, dict(r=65), "r=65 is larger than the model's head size 64: use r <= 64"),
         (dict(model_type="unheard_of", architectures=["UnheardOf"]), {}, "vLLM cannot read it"),
+        (dict(num_attention_heads="x"), {}, "vLLM cannot read it: Validation error for field 'num_attention_heads': "),
+        (
+            dict(rope_parameters={"rope_type": "banana", "rope_theta": 1e6}),
+            {},
+            "vLLM cannot build the model on this machine, on any backend: Unknown RoPE scaling type banana",
+        ),
+        (dict(num_key_value_heads=0), {}, "vLLM cannot build the model on this machine, on any backend: "),
+        (dict(num_key_value_heads=3), {}, "vLLM cannot build the model on this machine, on any backend: "),
     ],
 )
 def test_what_would_be_refused(config: dict[str, Any], options: dict[str, Any], message: str, tmp_path: Path) -> None:
@@ -214,6 +223,13 @@ def test_what_fits_depends_on_the_arguments_of_the_engine(tmp_path: Path) -> Non
     folder, short = model_folder(tmp_path), ["--max-model-len", "1024", "--tensor-parallel-size", "2"]
     whole, half = (model_section(folder, Options(), serve_args=words).numbers["memory"] for words in ([], short))
     assert half["requests_per_gib"]["sparq"] == pytest.approx(16 * whole["requests_per_gib"]["sparq"], rel=0.01)
+
+
+@pytest.mark.parametrize(("config", "reason"), [("{", "Expecting"), ("[1]", "it holds a list"), ("\x80", "")])
+def test_a_configuration_that_is_none(config: str, reason: str, tmp_path: Path, capsys: Any) -> None:
+    (tmp_path / "config.json").write_bytes(config.encode("latin-1"))
+    assert cli.main(["doctor", "--quick", "--model", str(tmp_path)]) == 2
+    assert f"its config.json is not a JSON object ({reason}" in capsys.readouterr().err
 
 
 @pytest.mark.engine

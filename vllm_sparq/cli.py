@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import io
 import sys
 from collections.abc import Sequence
 from types import ModuleType
@@ -67,6 +68,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error("give a command")
     from vllm_sparq import processes
 
+    for stream in (sys.stdout, sys.stderr):  # a mark that it cannot say, or a file's name, ends no command
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         with processes.raising_on_stop_signals():
             return int(module.main(args))

@@ -196,11 +196,13 @@ def check_model(model: str | Path, *, hub_names: bool = False) -> Path:
     A name of `vllm_sparq.models` where no such folder is: its folder, fetched and converted if it is not there yet.
 
     Raises:
-        UsageError: there is no such folder and no model of that name, or no config.json in it; it could not be fetched.
+        UsageError: there is no such folder and no model of that name, or no config.json in it that is a JSON object; it
+            could not be fetched.
     """
     try:
         folder = Path(model).expanduser()
         if (folder / "config.json").is_file():
+            _check_config(folder / "config.json", model)
             return folder.resolve()
         is_folder = folder.is_dir()
     except (OSError, RuntimeError) as error:  # too long a name, no such user
@@ -225,3 +227,13 @@ def check_model(model: str | Path, *, hub_names: bool = False) -> Path:
         f"--model {model}: no such folder; give a folder with config.json, weights and tokenizer {remedy}, or a name "
         "that `vllm-sparq models` lists"
     )
+
+
+def _check_config(path: Path, model: str | Path) -> None:
+    try:
+        found = json.loads(path.read_bytes())
+        reason = "" if isinstance(found, dict) else f"it holds a {type(found).__name__}"
+    except (ValueError, RecursionError) as error:  # not text, not JSON, too deep
+        reason = str(error)
+    if reason:
+        raise UsageError(f"--model {model}: its config.json is not a JSON object ({reason}): give the model's own")

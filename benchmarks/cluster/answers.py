@@ -117,18 +117,20 @@ class Answers:
             return
         try:
             found = json.loads(about.read_text())
-        except json.JSONDecodeError:
-            raise UsageError(f"--out {self.folder}: its run.json cannot be read; give another folder") from None
+        except (OSError, ValueError, RecursionError):  # ValueError: not text, not JSON
+            found = None
+        if not isinstance(found, dict) or not isinstance(found.get("case", {}), dict):
+            raise UsageError(f"--out {self.folder}: its run.json cannot be read; give another folder")
         if found.get("schema") != SCHEMA:
             raise UsageError(
                 f"--out {self.folder} was written with schema {found.get('schema')}, this version has {SCHEMA}: "
                 "give another folder"
             )
-        different = [name for name in case if found["case"].get(name) != case[name]]
+        different = [name for name in case if found.get("case", {}).get(name) != case[name]]
         if different:
             name = different[0]
             raise UsageError(
-                f"--out {self.folder} holds a run with {name} {found['case'].get(name)!r}, and this one has "
+                f"--out {self.folder} holds a run with {name} {found.get('case', {}).get(name)!r}, and this one has "
                 f"{case[name]!r}: give another folder, or the same {name} to go on with that run"
             )
 

@@ -124,12 +124,12 @@ def survey(prompts: Iterable[Prompt]) -> Survey:
 
 
 def _jsonl_rows(path: Path) -> Iterator[Any]:
-    with path.open(encoding="utf-8") as file:
+    with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             if line.strip():
                 try:
                     yield json.loads(line)
-                except json.JSONDecodeError as error:
+                except (ValueError, RecursionError) as error:  # not text, not JSON
                     raise UsageError(f"--data {path}, line {number} is not JSON: {error}") from None
 
 

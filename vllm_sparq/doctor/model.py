@@ -96,7 +96,10 @@ def _first_line(error: Exception) -> str:
     """Of a pydantic message the line that says something, else the first."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     telling = [line for line in lines if line.startswith(("Value error", "Assertion failed"))]
-    return (telling or lines or [type(error).__name__])[0].split(" [type=")[0]
+    first = (telling or lines or [type(error).__name__])[0].split(" [type=")[0]
+    if first.endswith(":") and len(lines) > 1:  # what is wrong stands below where
+        return f"{first} {lines[lines.index(first) + 1]}"
+    return first if " " in first else f"{type(error).__name__}: {first}"
 
 
 def _shape(config: Any) -> dict[str, int]:
@@ -241,9 +244,10 @@ def _capacities(section: Section, arguments: dict[str, Any], options: Options, b
     try:
         dense = capacity(theirs, 2**30)
     except Exception as error:  # whatever vLLM raises where a model cannot be built here
-        section.note(
-            f"what a GiB of KV cache holds is unknown, since vLLM cannot build the model: {_first_line(error)}"
-        )
+        if "meta" in str(error):  # weights without memory are our way of looking, and no model's duty
+            section.note(f"what a GiB of KV cache holds is unknown: {_first_line(error)}")
+        else:
+            section.bad(f"vLLM cannot build the model on this machine, on any backend: {_first_line(error)}")
         return {}
     try:
         return {"sparq": capacity(EngineArgs(**ours).create_engine_config(), 2**30), "dense": dense}

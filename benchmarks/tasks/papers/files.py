@@ -26,6 +26,8 @@ def json_file(path: Path) -> Any:
         return json.loads(read(path))
     except json.JSONDecodeError as error:
         raise UsageError(f"{path}:{error.lineno} is not JSON: {error.msg}") from None
+    except (ValueError, RecursionError) as error:  # a number of too many digits, too deep
+        raise UsageError(f"{path} is not JSON that can be used: {error}") from None
 
 
 def json_lines(path: Path, fields: Sequence[str]) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -39,8 +41,8 @@ def json_lines(path: Path, fields: Sequence[str]) -> Iterator[tuple[int, dict[st
             continue
         try:
             row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UsageError(f"{path}:{number} is not a JSON object: {error.msg}") from None
+        except (ValueError, RecursionError) as error:
+            raise UsageError(f"{path}:{number} is not a JSON object: {error}") from None
         if not isinstance(row, dict):
             raise UsageError(f"{path}:{number} is not a JSON object but {type(row).__name__}")
         check_fields(row, fields, f"{path}:{number}")

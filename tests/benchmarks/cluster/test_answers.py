@@ -56,9 +56,10 @@ def test_a_folder_belongs_to_one_case_and_one_run(tmp_path: Path) -> None:
     about.write_text(json.dumps({"schema": 0, "case": CASE}))
     with pytest.raises(UsageError, match="was written with schema 0, this version has 1"):
         Answers(tmp_path, CASE)
-    about.write_text("{")
-    with pytest.raises(UsageError, match="cannot be read"):
-        Answers(tmp_path, CASE)
+    for broken in (b"{", b"[1]", b"\x80", b"[" * 5000, b'{"schema": 1, "case": 3}'):
+        about.write_bytes(broken)
+        with pytest.raises(UsageError, match="cannot be read"):
+            Answers(tmp_path, CASE)
     (tmp_path / "file").touch()
     with pytest.raises(UsageError, match="give a folder that can be written"):
         Answers(tmp_path / "file", CASE)
@@ -131,6 +132,7 @@ def test_prompts_of_a_file(tmp_path: Path) -> None:
         ("p.jsonl", '{"prompt": "a", "id": 1}\n{"prompt": "b", "id": "1"}\n', "two prompts have the id '1'"),
         ("p.jsonl", '{"text": "a"}\n', "row 1: there is no text under the key 'prompt'"),
         ("p.jsonl", '{"prompt": "a"}\n{\n', "line 2 is not JSON"),
+        ("p.jsonl", "[" * 5000, "line 1 is not JSON"),
         ("p.jsonl", '{"prompt": "a", "seed": "x"}\n', "max_tokens and seed must be whole numbers"),
         ("p.jsonl", "\n", "the data set holds no prompts"),
         ("p.parquet", "no", "is not a Parquet file"),

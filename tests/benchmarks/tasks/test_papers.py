@@ -204,6 +204,8 @@ def test_what_is_missing_is_named(name: str, tmp_path: Path) -> None:
         ("ruler_vt", '{"input": "a", "outputs": ["b"]}\n{"input": \n', r"validation.jsonl:2 is not a JSON object"),
         ("ruler_vt", '\n{"input": "a"}\n', r"validation.jsonl:2 has no 'outputs'"),
         ("ruler_vt", '{"input": "a", "outputs": "b"}\n', r"validation.jsonl:1: 'outputs' must be a list"),
+        ("ruler_vt", "[" * 5000, r"validation.jsonl:1 is not a JSON object"),
+        ("squad", "[" * 5000, r"dev-v1.1.json is not JSON that can be used"),
         ("ruler_vt", "[1]\n", r"validation.jsonl:1 is not a JSON object but list"),
         ("ruler_vt", "", r"holds nothing that its definition takes"),
         ("squad", '{"data": [\n{"title": }]}', r"dev-v1.1.json:2 is not JSON"),
