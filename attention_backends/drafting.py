@@ -17,10 +17,13 @@ from typing import Any
 import numpy as np
 import torch
 from vllm.forward_context import set_forward_context
+from vllm.logger import init_logger
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
 from vllm_sparq.attention_backends.engine import PagedEngine, heads_of
 from vllm_sparq.attention_backends.pace import Pace
+
+logger = init_logger("vllm.sparq")
 
 
 class SelfDrafter:
@@ -29,6 +32,7 @@ class SelfDrafter:
     Attributes:
         runner: vLLM's model runner; our worker hands it over once the model is loaded.
         pace: decides which steps draft.
+        failed: a step that drafts has raised, and none is tried again.
     """
 
     def __init__(self, vllm_config: Any) -> None:
@@ -39,6 +43,7 @@ class SelfDrafter:
         self._n_drafts: int = vllm_config.speculative_config.num_speculative_tokens
         self._max_model_len: int = vllm_config.model_config.max_model_len
         self.pace = Pace(self._n_drafts)
+        self.failed = False
         self.runner: Any = None
 
     def load_model(self, *_: Any, **__: Any) -> None:
@@ -62,9 +67,28 @@ class SelfDrafter:
         """
         drafts: list[list[int]] = [[] for _ in sampled_token_ids]
         rows = [i for i, ids in enumerate(sampled_token_ids) if ids and self._pays(int(num_tokens_no_spec[i]))]
-        n_drafts = self.pace.n_drafts([len(ids) for ids in sampled_token_ids])
+        n_drafts = 0 if self.failed else self.pace.n_drafts([len(ids) for ids in sampled_token_ids])
         if not n_drafts or not rows:
             return drafts
+        try:
+            return self._drafts(drafts, rows, n_drafts, num_tokens_no_spec, token_ids_cpu)
+        except Exception:  # whatever a model raises: what it wrote lies where nothing looks
+            self.failed = True
+            logger.exception(
+                "lossless: a step that drafts has failed. The engine goes on without drafts: the same answers, as slow "
+                "as dense attention"
+            )
+            return [[] for _ in sampled_token_ids]
+
+    def _drafts(
+        self,
+        drafts: list[list[int]],
+        rows: list[int],
+        n_drafts: int,
+        num_tokens_no_spec: np.ndarray,
+        token_ids_cpu: np.ndarray,
+    ) -> list[list[int]]:
+        """``drafts`` with so many tokens for each of these rows of the batch."""
         lens = torch.from_numpy(num_tokens_no_spec[rows].astype(np.int64))
         tokens = torch.from_numpy(token_ids_cpu[rows, num_tokens_no_spec[rows] - 1].astype(np.int64))
         device = self.runner.device

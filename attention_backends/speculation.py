@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from vllm import envs
 from vllm.platforms import current_platform
 
 from vllm_sparq.attention_backends.engine import DRAFTER, PagedEngine, heads_of
@@ -74,6 +75,8 @@ def lossless_refusals(vllm_config: Any, engine: PagedEngine) -> list[str]:
         reasons.append("is speculative decoding itself: leave --speculative-config out")
     if parallel.world_size > 1:
         reasons.append("runs on one worker so far: leave --tensor-parallel-size and --pipeline-parallel-size out")
+    if envs.VLLM_USE_V2_MODEL_RUNNER:
+        reasons.append("needs vLLM's model runner V1, since V2 takes no proposers: unset VLLM_USE_V2_MODEL_RUNNER")
     if vllm_config.lora_config is not None or model.uses_mrope or model.is_hybrid:
         reasons.append("does not know adapters, M-RoPE and layers with a state: use another model, or leave LoRA out")
     kinds = set(getattr(model.hf_text_config, "layer_types", None) or ())

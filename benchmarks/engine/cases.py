@@ -14,7 +14,7 @@ from vllm_sparq.benchmarks.common.cache_layout import CacheLayout
 from vllm_sparq.benchmarks.common.methods import DENSE, Method
 from vllm_sparq.benchmarks.common.model_shape import ModelShape
 from vllm_sparq.benchmarks.common.records import case_key
-from vllm_sparq.benchmarks.quality.prompts import read_text
+from vllm_sparq.benchmarks.quality.prompts import read_text, tokens_of_text
 from vllm_sparq.console import UsageError, check_model
 
 LLAMA_1B: dict[str, Any] = dict(
@@ -155,8 +155,7 @@ class Model:
             raise UsageError("--text needs a model that can read: give --model")
         from transformers import AutoTokenizer
 
-        tokenizer = AutoTokenizer.from_pretrained(self.folder)
-        found = tuple(tokenizer(read_text(text), add_special_tokens=False, verbose=False).input_ids)
+        found = tuple(tokens_of_text(AutoTokenizer.from_pretrained(self.folder), read_text(text)))
         if len(found) < n_tokens:
             raise UsageError(
                 f"{text} has {len(found):,} tokens, and the largest case needs {n_tokens:,}: give more text"

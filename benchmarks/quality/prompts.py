@@ -153,13 +153,18 @@ class Wanted:
 
     @cached_property
     def text_ids(self) -> list[int]:
-        """Tokens of the text, without an opening one."""
+        """Tokens of the text."""
         text = self.text
         if text is None:
             from vllm_sparq.benchmarks.tiny_model.corpus import documents
 
             text = "\n\n".join(documents(1 << 20, held_out=True))
-        return list(self.tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
+        return tokens_of_text(self.tokenizer, text)
+
+
+def tokens_of_text(tokenizer: Any, text: str) -> list[int]:
+    """A text of any length in a model's tokens, without an opening one."""
+    return list(tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
 
 
 def text_windows(tokenizer: Any, ids: Sequence[int], *, length: int, n: int, n_scored: int) -> list[Example]:

@@ -126,6 +126,14 @@ def test_what_it_cannot_be_combined_with(what: str, engine: Any) -> None:
         engine("sparq", {"lossless": True, **options}, **arguments).__enter__()
 
 
+def test_the_second_model_runner_is_refused(engine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
+    with pytest.raises(
+        ValueError, match=r"sparq cannot start:.*lossless=True needs vLLM's model runner V1.*unset VLLM_"
+    ):
+        engine("sparq", {"lossless": True}).__enter__()
+
+
 @pytest.mark.long
 def test_samples_have_the_distribution_of_dense_attention(engine: Any, prompts: Prompts) -> None:
     """20,000 tokens: how often each follows its predecessors, by a chi-square test of two samples."""
