@@ -13,8 +13,8 @@ WITHOUT_LAYERS = ("ngram", "suffix", "custom_class")
 """Values of ``method`` whose drafts come from no model with a KV cache of its own, which would be quantized too."""
 
 HEADS = ("eagle",)
-"""Those whose drafts come from a head that follows the model's own steps, so that what it writes can be taken back. Other
-heads (eagle3, mtp) may be like it; they were never run over codes, so they are refused."""
+"""Those whose drafts come from a head that follows the model's own steps, so that what it writes can be taken back.
+Other heads (eagle3, mtp) may be like it; they were never run over codes, so they are refused."""
 
 
 def speculation_refusals(vllm_config: Any, engine: PagedEngine) -> list[str]:
