@@ -22,7 +22,9 @@ METHODS = {
     "kivi4": "`kivi4`",
     "k4v2": "`k4v2`",
     "kivi2": "`kivi2`",
+    "sparq+k8v4 1/8": "SparQ over `k8v4`, 8",
     "sparq+int4 1/8": "SparQ over `int4`, 8",
+    "sparq+kivi4 1/8": "SparQ over `kivi4`, 8",
     "sparq+k4v2 1/8": "SparQ over `k4v2`, 8",
     "frequency 1/8": "`frequency` (a shorter prompt), 8",
 }
