@@ -197,7 +197,7 @@ class Worker:
     def _prompt(self, example: Example) -> Any:
         ids = list(example.prompt_ids)
         if isinstance(self.method, Shortened):
-            ids = self.method.shortened(ids or self.llm.get_tokenizer()(example.prompt, verbose=False).input_ids)
+            ids = self.method.shortened(ids or self.llm.get_tokenizer().encode(example.prompt))
         if example.answer_ids and self.from_prompts:
             return {"prompt_token_ids": [*ids, *example.answer_ids]}
         return {"prompt_token_ids": ids} if ids else example.prompt

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import random
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.engine.support import EXACT, NGRAM, Prompts
-from tests.engine.test_processes import ONE_PROCESS, run_engine
+from tests.engine.test_processes import run_in_one_process
 from tests.engine.test_sameness import RUNS
 
 pytestmark = pytest.mark.engine
@@ -73,10 +74,10 @@ def test_preemption(engine: Any) -> None:
 
 
 @pytest.mark.long
-def test_speculative_decoding(prompts: Prompts, alone: list[list[int]]) -> None:
+def test_speculative_decoding(tmp_path: Path, prompts: Prompts, alone: list[list[int]]) -> None:
     """Draft tokens are verified with the reads that decoding them one by one would have made."""
     quest = dict(attention_backend="quest", additional_config={"sparq": UNIFORM})
-    result = run_engine(prompts.mixed, env=ONE_PROCESS, speculative_config=NGRAM, **quest)
+    result = run_in_one_process(tmp_path, prompts.mixed, speculative_config=NGRAM, **quest)
     assert result["tokens"] == alone
     assert result["metrics"]["vllm:spec_decode_num_accepted_tokens"] > 0
     assert_quest(result["reports"], 1)
