@@ -32,6 +32,7 @@ LONGEST = (
     "cuda/test_pretended.py",
     "benchmarks/cluster/test_bench.py",
     "ops/test_sparq_decode.py",
+    "ops/test_triton_aot.py",
     "engine/test_eviction.py",
     "benchmarks/serving/test_demo.py",
     "benchmarks/quality/test_engine.py",

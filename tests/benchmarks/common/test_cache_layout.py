@@ -64,8 +64,6 @@ def test_a_shape_is_read_from_the_folder(tmp_path: Path) -> None:
 )
 def test_a_broken_config_is_said_in_one_line(text: str, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(text, encoding="latin-1")
-    told = (
-        r"its config.json (is not a JSON object|does not describe a model of attention layers) \(.*\): give the model's"
-    )
+    told = r"its config.json (is not a JSON object|does not describe a model of attention layers) \(.*\): give the"
     with pytest.raises(UsageError, match=told):
         ModelShape.of(tmp_path)
