@@ -45,6 +45,26 @@ def test_what_is_taken_once_is_gone() -> None:
     assert not scheduler.path.exists()
 
 
+def test_a_front_end_that_looks_too_early_finds_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At any moment while the file is made: vLLM's front end ends all requests where its logger fails."""
+    write_bytes = Path.write_bytes
+    early = Counters(tmp_path / "of.counters")
+    found = []
+
+    def looked_at(self: Path, data: bytes) -> int:
+        self.touch()
+        found.append(early.take())
+        return write_bytes(self, data)
+
+    monkeypatch.setattr(Path, "write_bytes", looked_at)
+    with Counters(tmp_path / "of.counters").writing():
+        assert found == [{}]
+        assert not early.is_open
+        assert early.take() == {}
+        assert early.is_open
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_engines_do_not_share() -> None:
     with Counters.of(config("a", 1), 0).writing():
         assert Counters.of(config("a", 1), 1).path != Counters.of(config("a", 1), 0).path

@@ -57,7 +57,9 @@ class Counters:
     @contextlib.contextmanager
     def writing(self) -> Iterator[None]:
         """Counts exist from here on, from zero, until the block is left."""
-        self.path.write_bytes(bytes(2 * FORMAT.size))
+        begun = self.path.with_suffix(".begun")  # front ends look at any moment, and find all of it or nothing
+        begun.write_bytes(bytes(2 * FORMAT.size))
+        begun.replace(self.path)
         self._open()
         try:
             yield
