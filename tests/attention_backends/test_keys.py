@@ -19,7 +19,8 @@ SCALE = 1 / 8
 def prompt() -> tuple[torch.Tensor, torch.Tensor]:
     """Query [T, H, D] and K [T, G, D] as most models have them."""
     generator = torch.Generator().manual_seed(0)
-    return tuple(torch.randn(300, n, 64, generator=generator).bfloat16() for n in (4, 2))  # type: ignore[return-value]
+    query, keys = (torch.randn(300, n, 64, generator=generator).bfloat16() for n in (4, 2))
+    return query, keys
 
 
 def test_only_keys_in_four_bits_of_a_token_are_looked_at() -> None:

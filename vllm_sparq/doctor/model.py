@@ -206,7 +206,8 @@ def _engine_arguments(model: str, serve_args: Sequence[str]) -> dict[str, Any]:
     from vllm.engine.arg_utils import EngineArgs
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-    said, empty = io.StringIO(), FlexibleArgumentParser(add_help=False)  # type: ignore[no-untyped-call]
+    said = io.StringIO()
+    empty = FlexibleArgumentParser(add_help=False)  # type: ignore[no-untyped-call]  # vLLM's, without types
     parser = EngineArgs.add_cli_args(empty)
     try:
         with contextlib.redirect_stderr(said):

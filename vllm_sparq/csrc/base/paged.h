@@ -28,10 +28,10 @@ struct fp16 {
 struct Codes {
   int64_t codes, code_stride;
   int64_t scales, scale_stride;
-  int32_t bits;      // of a code; 0 where nothing is quantized, like what follows
-  int32_t has_zero;  // whether scales are step and zero: codes are unsigned then, else signed
-  int32_t group;     // g: elements of a quantization group
-  int32_t midpoints; // whether codes stand for the middles of equal cells of a range, not the outermost for its ends
+  int32_t bits;       // of a code; 0 where nothing is quantized, like what follows
+  int32_t has_zero;   // whether scales are step and zero: codes are unsigned then, else signed
+  int32_t group;      // g: elements of a quantization group
+  int32_t midpoints;  // whether codes stand for the middles of equal cells of a range, not the outermost for its ends
 };
 
 // The KV cache of one layer. vllm_sparq/layout.py decides every number in it.

@@ -14,9 +14,9 @@ struct CodeShape {
   int n;  // codes of a row
   int bits;
   int group;
-  bool has_zero;  // scales are step and zero, else steps alone and the codes are signed
-  bool midpoints; // codes stand for the middles of equal cells of a range, else the outermost for its ends
-  DType dtype;    // of the scales
+  bool has_zero;   // scales are step and zero, else steps alone and the codes are signed
+  bool midpoints;  // codes stand for the middles of equal cells of a range, else the outermost for its ends
+  DType dtype;     // of the scales
 
   int row_bytes() const { return n * bits / 8; }
   int n_groups() const { return n / group; }
