@@ -64,6 +64,10 @@ class Method:
         method.check()
         return method
 
+    def given(self, n_tokens: int) -> int:
+        """Tokens that the model is given of a prompt of so many."""
+        return n_tokens
+
     @property
     def parsed(self) -> Options:
         """Its options, over what its backend stands for.

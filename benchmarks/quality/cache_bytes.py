@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from vllm_sparq.attention_backends.engine import PREFERRED_BLOCK_SIZE, page_layout
 from vllm_sparq.benchmarks.common.methods import Method
 from vllm_sparq.benchmarks.common.model_shape import ModelShape
-from vllm_sparq.benchmarks.quality.shortening import Shortened
 from vllm_sparq.config import Options
 from vllm_sparq.reads import DenseRead
 
@@ -22,10 +21,8 @@ class CacheShape(ModelShape):
 
     def held(self, method: Method, context: int) -> float:
         """Bytes of cache for each token of a context, everything that a page carries included."""
-        if isinstance(method, Shortened):
-            return self.dense_bytes * method.kept(context) / context
         if method.backend is None:
-            return self.dense_bytes
+            return self.dense_bytes * method.given(context) / context
         options = method.parsed
         layout = page_layout(options, self.heads, PREFERRED_BLOCK_SIZE, self.dtype)
         per_token = layout.bytes_per_token * self.n_kv_heads * self.n_layers
@@ -36,10 +33,8 @@ class CacheShape(ModelShape):
 
         With a mass they are the most that it may read.
         """
-        if isinstance(method, Shortened):
-            return self.dense_bytes * method.kept(context)
         if method.backend is None:
-            return self.dense_bytes * context
+            return self.dense_bytes * method.given(context)
         options = method.parsed
         read, layout = options.read_of(self.heads), page_layout(options, self.heads, PREFERRED_BLOCK_SIZE, self.dtype)
         kept = _kept(options, context)

@@ -32,8 +32,7 @@ class Shortened(Method):
 
     compression: float = 1.0
 
-    def kept(self, n_tokens: int) -> int:
-        """Tokens that stay of a prompt of so many."""
+    def given(self, n_tokens: int) -> int:
         return min(n_tokens, max(math.ceil(n_tokens / self.compression), N_NEWEST + 1))
 
     def shortened(self, prompt: Sequence[int]) -> list[int]:
@@ -41,7 +40,7 @@ class Shortened(Method):
         n, counts = len(prompt), Counter(prompt)
         always = {0, *range(max(0, n - N_NEWEST), n)}
         ranked = sorted(set(range(n)) - always, key=lambda i: (counts[prompt[i]], -i))
-        chosen = always | set(ranked[: max(0, self.kept(n) - len(always))])
+        chosen = always | set(ranked[: max(0, self.given(n) - len(always))])
         return [prompt[i] for i in sorted(chosen)]
 
 

@@ -18,7 +18,7 @@ def test_the_rarest_stay_and_the_newest() -> None:
     prompt = [*old, *newest]
     assert len(old) == 71
     method = Shortened(name="", compression=len(prompt) / 69)
-    assert method.kept(len(prompt)) == 69
+    assert method.given(len(prompt)) == 69
     assert method.shortened(prompt) == [1, 5, 6, 9, 9, *newest]
     assert Shortened(name="", compression=len(prompt) / 68).shortened(prompt) == [1, 5, 6, 9, *newest]
     assert Shortened(name="", compression=len(prompt) / 70).shortened(prompt) == [1, 8, 5, 6, 9, 9, *newest]
@@ -28,7 +28,7 @@ def test_the_rarest_stay_and_the_newest() -> None:
 def test_a_prompt_keeps_its_share_in_its_order(n: int) -> None:
     prompt = [(i * i) % 40 for i in range(n)]
     found = shortened_by(4).shortened(prompt)
-    assert len(found) == shortened_by(4).kept(n) == min(n, max(65, -(-n // 4)))
+    assert len(found) == shortened_by(4).given(n) == min(n, max(65, -(-n // 4)))
     assert found[0] == prompt[0]
     assert found[-N_NEWEST:] == prompt[-N_NEWEST:]
 
