@@ -53,6 +53,12 @@ RUNS: dict[str, dict[str, Any]] = {
     "compiled": dict(enforce_eager=False),
 }
 
+N_MANY, N_ANSWERS = 200, 24
+CROWDED: dict[str, Any] = dict(
+    max_num_seqs=32, max_num_batched_tokens=128, num_gpu_blocks_override=40, block_size=32, enable_prefix_caching=True
+)
+"""Batches, prompts in chunks, a pool for a part of the requests, and prompts of which a part is cached."""
+
 
 @pytest.fixture(autouse=True)
 def _drafting_always_pays(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -79,6 +85,43 @@ def test_tokens_are_those_of_dense_attention(name: str, engine: Any, prompts: Pr
         assert prompts.answers(llm, prompts.mixed, 40) == dense
         found = numbers(llm)
     assert 0 < found["spec_decode_num_accepted_tokens"] < found["spec_decode_num_draft_tokens"]
+
+
+@pytest.fixture(scope="module")
+def many(prompts: Prompts) -> list[list[int]]:
+    """Of up to eight blocks of 32: tasks of the bundled model, random tokens, and what begins as the prompt before."""
+    rng, found = random.Random(12), list[list[int]]()
+    for i in range(N_MANY):
+        n = rng.randrange(1, 257)
+        random_tokens = [rng.randrange(3, 1000) for _ in range(n)]
+        found.append([prompts.of_length(n), random_tokens, [*found[-1][:128], *random_tokens][:n]][i % 3] if i else [3])
+    return found
+
+
+@pytest.fixture(scope="module")
+def dense_of_many(engine: Any, many: list[list[int]]) -> list[list[int]]:
+    with engine("CPU_ATTN", max_model_len=320) as llm:
+        return Prompts.answers(llm, many, N_ANSWERS)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("n_drafts", range(1, 7))
+def test_200_prompts_answer_as_under_stock_vllm(n_drafts: int, engine: Any, many: Any, dense_of_many: Any) -> None:
+    """Batched, in chunks, preempted, from cached blocks, all at once."""
+    options = {**BAD, "drafts": n_drafts}
+    with engine("sparq", options, max_model_len=320, disable_log_stats=False, **CROWDED) as llm:
+        found = Prompts.answers(llm, many, N_ANSWERS)
+        again = Prompts.answers(llm, many[-10:], N_ANSWERS)
+        ended = numbers(llm)
+    equal = sum(answer == other for answer, other in zip(found, dense_of_many, strict=True))
+    names = ("spec_decode_num_draft_tokens", "spec_decode_num_accepted_tokens", "num_preemptions", "prefix_cache_hits")
+    drafted, accepted, preempted, cached = (ended[name] for name in names)
+    print(f"{n_drafts} drafts: {equal} of {N_MANY} equal, {accepted:.0f} of {drafted:.0f} drafts accepted,", end=" ")
+    print(f"{preempted:.0f} preemptions, {cached:.0f} tokens cached")
+    assert equal == N_MANY
+    assert again == dense_of_many[-10:]
+    assert 0.1 * drafted < accepted < 0.9 * drafted
+    assert min(preempted, cached) > 0
 
 
 @pytest.mark.parametrize(
