@@ -177,24 +177,53 @@ def test_the_second_model_runner_is_refused(engine: Any, monkeypatch: pytest.Mon
         engine("sparq", {"lossless": True}).__enter__()
 
 
+def chi_square(samples: tuple[list[tuple[int, ...]], list[tuple[int, ...]]]) -> tuple[float, int]:
+    """Whether two samples of sequences have one distribution: how often each token follows each beginning.
+
+    Given a beginning, its next tokens are draws of one kind, so that what their tables of two rows say adds up.
+
+    Returns:
+        The statistic, and its degrees of freedom. Tokens that were seen less than ten times count as one.
+    """
+    follow: dict[tuple[int, ...], tuple[Counter[int], Counter[int]]] = {}
+    for i, sequences in enumerate(samples):
+        for sequence in sequences:
+            for n in range(1, len(sequence)):
+                follow.setdefault(sequence[:n], (Counter(), Counter()))[i][sequence[n]] += 1
+    statistic, freedom = 0.0, 0
+    for counts in follow.values():
+        both = counts[0] + counts[1]
+        often = [token for token in both if both[token] >= 10]
+        rare = sum(both.values()) - sum(both[token] for token in often)
+        columns = [[count[token] for count in counts] for token in often]
+        if rare >= 10:
+            columns.append([count.total() - sum(count[token] for token in often) for count in counts])
+        table = torch.tensor(columns, dtype=torch.float64)
+        if len(columns) < 2 or not table.sum(0).all():
+            continue
+        expected = table.sum(1, keepdim=True) * table.sum(0) / table.sum()
+        statistic, freedom = statistic + float(((table - expected) ** 2 / expected).sum()), freedom + len(columns) - 1
+    return statistic, freedom
+
+
 @pytest.mark.long
 def test_samples_have_the_distribution_of_dense_attention(engine: Any, prompts: Prompts) -> None:
-    """20,000 tokens: how often each follows its predecessors, by a chi-square test of two samples."""
+    """20,000 tokens after the first ones, which nobody drafts, of each engine; each request has a seed of its own."""
     from vllm import SamplingParams
 
-    prompt = {"prompt_token_ids": prompts.of_length(150)}
-    counts = []
+    prompt, n = {"prompt_token_ids": prompts.of_length(150)}, 5000
+    samples, cached = [], dict(enable_prefix_caching=True, disable_log_stats=False)
     for backend, options in (("CPU_ATTN", {}), ("sparq", BAD)):
-        with engine(backend, options, enable_prefix_caching=True, max_num_seqs=64, max_model_len=512) as llm:
-            params = [SamplingParams(temperature=0.8, max_tokens=4, ignore_eos=True, seed=i) for i in range(5000)]
-            found = llm.generate([prompt] * len(params), params, use_tqdm=False)
-        counts.append(Counter(tuple(out.outputs[0].token_ids)[:2] for out in found))
-    often = [pair for pair in counts[0] if counts[0][pair] + counts[1][pair] >= 20]
-    table = torch.tensor(
-        [[*(count[pair] for pair in often), 5000 - sum(count[pair] for pair in often)] for count in counts],
-        dtype=torch.float64,
-    )
-    expected = table.sum(0) / 2
-    statistic, freedom = ((table - expected) ** 2 / expected).sum(), torch.tensor(len(often), dtype=torch.float64)
-    assert len(often) > 5
-    assert torch.special.gammaincc(freedom / 2, statistic / 2) > 1e-3
+        seeds = range(n * len(samples), n * (len(samples) + 1))
+        with engine(backend, options, max_num_seqs=64, max_model_len=512, **cached) as llm:
+            params = [SamplingParams(temperature=0.8, max_tokens=5, ignore_eos=True, seed=seed) for seed in seeds]
+            found, ended = llm.generate([prompt] * n, params, use_tqdm=False), numbers(llm)
+        samples.append([tuple(out.outputs[0].token_ids) for out in found])
+    statistic, freedom = chi_square((samples[0], samples[1]))
+    likely = float(torch.special.gammaincc(torch.tensor(freedom / 2.0), torch.tensor(statistic / 2)))
+    drafted, accepted = (ended[f"spec_decode_num_{name}_tokens"] for name in ("draft", "accepted"))
+    print(f"chi square {statistic:.1f} of {freedom} degrees of freedom: p = {likely:.3f}")
+    print(f"{accepted:.0f} of {drafted:.0f} drafts accepted")
+    assert freedom > 50
+    assert likely > 1e-3
+    assert 0.1 < accepted / drafted < 0.9
