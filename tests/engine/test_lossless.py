@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections import Counter
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from tests.engine.support import EXACT, NGRAM, Prompts
+from vllm_sparq.attention_backends.engine import PagedEngine
+from vllm_sparq.attention_backends.speculation import lossless_refusals
+from vllm_sparq.config import parse_options
 
 pytestmark = pytest.mark.engine
 
@@ -31,7 +36,7 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "codes": ({"format": "int4"}, {}, r"takes drafts back.*use format 'model'"),
     "another drafter": ({}, {"speculative_config": NGRAM}, DRAFTS_ITSELF),
     "somebody else's proposer": ({}, {"speculative_config": OTHER}, DRAFTS_ITSELF),
-    "two workers": ({}, {"tensor_parallel_size": 2}, "runs on one worker so far: leave --tensor-parallel-size"),
+    "half a model": ({}, {"pipeline_parallel_size": 2}, "runs whole models alone so far: leave --pipeline-parallel"),
     "a scheduler": (
         {},
         {"scheduler_cls": ASYNC},
@@ -124,6 +129,24 @@ def test_200_prompts_answer_as_under_stock_vllm(n_drafts: int, engine: Any, many
     assert min(preempted, cached) > 0
 
 
+def disagree(worker: Any) -> None:
+    """What each worker's clock says of each step: the first one's word counts."""
+    turns = itertools.cycle([3, 0, 1, 2, 3] if worker.rank == 0 else [0, 2, 3, 0, 1, 3, 3])
+    worker.model_runner.drafter.pace.n_drafts = lambda n_tokens: next(turns)
+
+
+@pytest.mark.long
+def test_tensor_parallel(engine: Any, prompts: Prompts, dense: list[list[int]]) -> None:
+    """Two workers whose clocks disagree draft alike; otherwise one would wait for the other forever."""
+    with engine("sparq", BAD, tensor_parallel_size=2, disable_log_stats=False) as llm:
+        llm.collective_rpc(disagree)
+        assert prompts.answers(llm, prompts.mixed, 40) == dense
+        ended = numbers(llm)
+    drafted, accepted = (ended[f"spec_decode_num_{name}_tokens"] for name in ("draft", "accepted"))
+    print(f"two workers: {accepted:.0f} of {drafted:.0f} drafts accepted")
+    assert 0 < accepted < drafted
+
+
 @pytest.mark.parametrize(
     "run", [pytest.param(run, marks=pytest.mark.long if run == "compiled" else ()) for run in RUNS]
 )
@@ -167,6 +190,18 @@ def test_what_it_cannot_be_combined_with(what: str, engine: Any) -> None:
     options, arguments, message = REFUSED[what]
     with pytest.raises(ValueError, match=f"sparq cannot start:.*lossless=True {message}"):
         engine("sparq", {"lossless": True, **options}, **arguments).__enter__()
+
+
+def test_engines_that_share_experts_are_refused() -> None:
+    """One would run experts on its drafts while the others wait for it elsewhere."""
+    model = SimpleNamespace(is_moe=True, uses_mrope=False, is_hybrid=False, hf_text_config=None)
+    parallel = SimpleNamespace(data_parallel_size=2, pipeline_parallel_size=1)
+    config = SimpleNamespace(model_config=model, parallel_config=parallel, speculative_config=None, lora_config=None)
+    options = parse_options({"sparq": {"lossless": True}})
+    (reason,) = lossless_refusals(config, PagedEngine(backend="sparq", options=options, block_size=128))
+    assert "step together: leave --data-parallel-size out" in reason
+    model.is_moe = False
+    assert not lossless_refusals(config, PagedEngine(backend="sparq", options=options, block_size=128))
 
 
 def test_the_second_model_runner_is_refused(engine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
