@@ -37,11 +37,24 @@ def expanded(
     return torch.where(x == replace_from, replace_to, x).to(x.dtype).repeat_interleave(counts, output_size=num_tokens)
 
 
+def constrained(constrain: Callable[..., Any]) -> Callable[..., Any]:
+    """``apply_top_k_top_p``, which on CPU asks for the largest of no numbers where a step brings no draft after all."""
+
+    def where_any(logits: torch.Tensor, *args: Any) -> Any:
+        return constrain(logits, *args) if len(logits) else logits
+
+    return where_any
+
+
 def expanding(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """``forward`` of a rejection sampler, with `expanded` in place of vLLM's own."""
+    """``forward`` of a rejection sampler, with `expanded` in place of vLLM's own, and `constrained`."""
+    constrain = constrained(rejection_sampler.apply_top_k_top_p)
 
     def with_expanded(*args: Any, **kwargs: Any) -> Any:
-        with mock.patch.object(rejection_sampler, "expand_batch_to_tokens", expanded):
+        with (
+            mock.patch.object(rejection_sampler, "expand_batch_to_tokens", expanded),
+            mock.patch.object(rejection_sampler, "apply_top_k_top_p", constrain),
+        ):
             return forward(*args, **kwargs)
 
     return with_expanded

@@ -22,6 +22,18 @@ def test_each_draft_has_its_request_s_temperature() -> None:
     torch.testing.assert_close(found, logits / each[:, None])
 
 
+def test_a_step_without_a_draft_is_constrained_too() -> None:
+    """vLLM's own takes the largest top_k of none, and the engine ends."""
+    sampling: Any = SimpleNamespace(
+        all_greedy=False, temperature=torch.tensor([0.9]), top_k=torch.tensor([1], dtype=torch.int32), top_p=None
+    )
+    constrain = expanding(rejection_sampler.apply_sampling_constraints)
+    assert constrain(torch.randn(0, 5), torch.tensor([0], dtype=torch.int32), sampling).shape == (0, 5)
+    logits = torch.tensor([[1.0, 3.0, 2.0]])
+    found = constrain(logits, torch.tensor([1], dtype=torch.int32), sampling)
+    assert found.isfinite().tolist() == [[False, True, False]]
+
+
 def test_whole_numbers_stay_whole() -> None:
     found = expanded(torch.tensor([7, 0], dtype=torch.int32), torch.tensor([1, 3]), 3)
     assert found.tolist() == [7, 0, 0]
