@@ -26,6 +26,7 @@ if not torch.cuda.is_available():
 
 STARTUP = Path(__file__).parent / "startup"
 runpy.run_path(str(STARTUP / "sitecustomize.py"))
+os.environ.setdefault("VLLM_SPARQ_TESTS_FORK", "1")
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(STARTUP), os.environ.get("PYTHONPATH")]))
 
 LONGEST = (

@@ -233,7 +233,8 @@ def test_a_configuration_that_is_none(config: str, reason: str, tmp_path: Path, 
 
 
 @pytest.mark.engine
-def test_a_real_engine_runs_our_class_in_a_spawned_worker(tmp_path: Path) -> None:
+def test_a_real_engine_runs_our_class_in_a_spawned_worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("VLLM_SPARQ_TESTS_FORK")
     report = engine_check.check_engine(tmp_path)
     assert {(layer["backend"], layer["impl"]) for layer in report["layers"].values()} == {("SPARQ", "PagedImpl")}
     assert len(report["layers"]) == 2

@@ -223,15 +223,20 @@ def alone_in_one_engine(rows: list[dict[str, Any]]) -> dict[str, list[int]]:
 
 
 @pytest.mark.engine
-def test_two_replicas_answer_as_one_engine_even_when_one_is_killed(tmp_path: Path) -> None:
-    """Sampled answers, too, since every row has its seed. The replica that answers first is killed without warning."""
+@pytest.mark.parametrize("processes", ["1", pytest.param("3", marks=pytest.mark.long)], ids="{} in each replica".format)
+def test_two_replicas_answer_as_one_engine_even_when_one_is_killed(processes: str, tmp_path: Path) -> None:
+    """Sampled answers, too, since every row has its seed. The replica that answers first is killed without warning.
+
+    An engine is three processes if nobody says otherwise, each of which takes eight seconds to load vLLM.
+    """
     data = tmp_path / "prompts.jsonl"
     rows = [
         {"id": f"q{i}", "prompt": f"The key of w{i} is {i}. The key of", "seed": i, "max_tokens": 8} for i in range(80)
     ]
     data.write_text("".join(json.dumps(one) + "\n" for one in rows))
     environment = {**os.environ, **REPLICA_ENVIRONMENT, "HF_HUB_OFFLINE": "1"}
-    environment.pop("VLLM_ENABLE_V1_MULTIPROCESSING", None)
+    environment["VLLM_ENABLE_V1_MULTIPROCESSING"] = str(int(processes != "1"))
+    environment.pop("VLLM_SPARQ_TESTS_FORK")  # vLLM never forks in Ray's processes
     out, log = tmp_path / "out.json", tmp_path / "log"
     given = data, out, log, environment
     process = multiprocessing.get_context("spawn").Process(target=two_replicas.answer, args=given)
