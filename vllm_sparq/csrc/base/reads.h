@@ -7,8 +7,8 @@
 namespace sparq {
 
 // Tokens of a span. Ranking `bounds`: [N/16, 2, D] of the model's type, the least K and the largest. `representatives`:
-// twice the mean of REPRESENTATIVES keys, once the WINDOW_SPANS spans after it are full; until then fp32 [D], the sum of
-// the span's queries.
+// twice the mean of REPRESENTATIVES keys, once the WINDOW_SPANS spans after it are full, and until then fp32 [D], the
+// sum of the span's queries.
 constexpr int SPAN_TOKENS = 16;
 constexpr int REPRESENTATIVES = 4;
 constexpr int WINDOW_SPANS = 8;
