@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from vllm.distributed.parallel_state import get_tp_group
 from vllm.forward_context import set_forward_context
 from vllm.logger import init_logger
 from vllm.v1.attention.backend import CommonAttentionMetadata
@@ -67,18 +68,25 @@ class SelfDrafter:
         """
         drafts: list[list[int]] = [[] for _ in sampled_token_ids]
         rows = [i for i, ids in enumerate(sampled_token_ids) if ids and self._pays(int(num_tokens_no_spec[i]))]
-        n_drafts = 0 if self.failed else self.pace.n_drafts([len(ids) for ids in sampled_token_ids])
+        n_drafts = 0 if self.failed else self._agreed(self.pace.n_drafts([len(ids) for ids in sampled_token_ids]))
         if not n_drafts or not rows:
             return drafts
         try:
             return self._drafts(drafts, rows, n_drafts, num_tokens_no_spec, token_ids_cpu)
         except Exception:  # whatever a model raises: what it wrote lies where nothing looks
+            if get_tp_group().world_size > 1:
+                raise  # the other workers wait in the middle of that step, as after any step that fails
             self.failed = True
             logger.exception(
                 "lossless: a step that drafts has failed. The engine goes on without drafts: the same answers, as slow "
                 "as dense attention"
             )
             return [[] for _ in sampled_token_ids]
+
+    def _agreed(self, n_drafts: int) -> int:
+        """The first worker's number: each has a clock of its own, and the model runs on all of them or on none."""
+        agreed: int = get_tp_group().broadcast_object(n_drafts)
+        return agreed
 
     def _drafts(
         self,

@@ -80,8 +80,13 @@ def lossless_refusals(vllm_config: Any, engine: PagedEngine) -> list[str]:
         reasons.append("takes drafts back, which blocks of codes and evicted tokens do not allow: use format 'model'")
     if speculative is not None and speculative.model != DRAFTER:
         reasons.append("is speculative decoding itself: leave --speculative-config out")
-    if parallel.world_size > 1:
-        reasons.append("runs on one worker so far: leave --tensor-parallel-size and --pipeline-parallel-size out")
+    if parallel.pipeline_parallel_size > 1:
+        reasons.append("runs whole models alone so far: leave --pipeline-parallel-size out")
+    if parallel.data_parallel_size > 1 and model.is_moe:
+        reasons.append(
+            "drafts by each engine's own clock, and engines that share experts step together: leave "
+            "--data-parallel-size out"
+        )
     if envs.VLLM_USE_V2_MODEL_RUNNER:
         reasons.append("needs vLLM's model runner V1, since V2 takes no proposers: unset VLLM_USE_V2_MODEL_RUNNER")
     if vllm_config.lora_config is not None or model.uses_mrope or model.is_hybrid:

@@ -22,15 +22,15 @@ import statistics
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-from vllm_sparq.benchmarks.common.engine_process import IN_TURNS, EngineProcess
+from vllm_sparq.benchmarks.common.engine_process import EngineProcess
 from vllm_sparq.benchmarks.common.lines import check_out
 from vllm_sparq.benchmarks.common.methods import DENSE
-from vllm_sparq.benchmarks.common.proof import WrongAttentionError, check_attention, speed_note
+from vllm_sparq.benchmarks.common.proof import WrongAttentionError, speed_note
 from vllm_sparq.benchmarks.common.records import append_records, provenance, recorded, skipped_note
+from vllm_sparq.benchmarks.engine import mixed
 from vllm_sparq.benchmarks.engine import requests as requests_bench
 from vllm_sparq.benchmarks.engine.cases import (
     DEFAULT_OPTIONS,
@@ -43,17 +43,20 @@ from vllm_sparq.benchmarks.engine.cases import (
     key_of,
 )
 from vllm_sparq.benchmarks.engine.drafts import Turn, acceptance
-from vllm_sparq.benchmarks.engine.worker import TurnsWorker
+from vllm_sparq.benchmarks.engine.turns import start
 from vllm_sparq.console import comma_names, comma_numbers, json_object, make_console, place, positive, real_number
 
 EPILOG = """\
 With --context, decode steps of all engines in turns, dense and "no attention" always among them. With --input-len,
-whole requests, one engine after the other: a latency for each --batch, and the throughput of --num-prompts.
+whole requests, one engine after the other: a latency for each --batch, and the throughput of --num-prompts. With
+--choice, one engine, whose requests say for themselves what is read of them: a step of a batch that mixes these choices
+and the engine's own, beside batches that choose alike.
 
 examples:
   vllm-sparq bench engine --methods sparq,kivi,sparq+int4 --context 8192,32768 --batch 1,4,8 --out engine.jsonl
   vllm-sparq bench engine --model M --methods sparq,kivi,h2o --input-len 8192 --output-len 128
   vllm-sparq bench engine --model M --text docs/ --context 8192 --batch 4 --options '{"lossless": true}'
+  vllm-sparq bench engine --context 16384 --batch 8,64 --choice off --choice '{"k": 512}'
   vllm-sparq bench engine --methods h2o --input-len 1000 --output-len 1500 --num-prompts 16 --kv-cache-mib 48
 """
 
@@ -63,35 +66,6 @@ VERIFIED_STEPS = 32
 
 DRAFTS = ("tokens a step", "drafts accepted, by position")
 """Columns of engines that draft."""
-
-
-def start(
-    stack: contextlib.ExitStack,
-    chosen: list[Engine],
-    model: Model,
-    folder: Path,
-    text: Sequence[int] | None,
-    room: Case,
-    report: Callable[[str], None],
-) -> tuple[dict[str, EngineProcess], dict[str, dict[str, Any]]]:
-    """Name -> running engine, which ends with ``stack``, and name -> what is recorded of it.
-
-    Raises:
-        UsageError: an engine did not start.
-        WrongAttentionError: an engine runs another attention than its method's.
-    """
-    running: dict[str, EngineProcess] = {}
-    about: dict[str, dict[str, Any]] = {}
-    for engine in chosen:
-        report(f"starting the {engine.name} engine")
-        make = partial(TurnsWorker, dummy=model.folder is None)
-        name = f"the {engine.name} engine"
-        process = EngineProcess(name, make, engine, folder, text, room, environment=IN_TURNS)
-        running[engine.name] = stack.enter_context(process)
-        found = process.ask("describe")
-        attention = check_attention(engine.method, found.pop("report"))
-        about[engine.name] = {"options": engine.method.options, "attention": attention, **found}
-    return running, about
 
 
 def measure(
@@ -205,6 +179,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="SHARE",
         help="of the drafts of lossless engines, whatever the model says: dummy weights agree with none",
     )
+    parser.add_argument(
+        "--choice",
+        type=mixed.choice,
+        action="append",
+        metavar="JSON",
+        help="what a request sets for itself, options or off; may be repeated: batches of all, beside batches of each",
+    )
     whole = parser.add_argument_group("whole requests, by `vllm bench latency` and `vllm bench throughput`")
     whole.add_argument("--input-len", type=positive, metavar="TOKENS", help="of a prompt; measures requests, not steps")
     whole.add_argument("--output-len", type=positive, default=128, metavar="TOKENS", help="of an answer (default 128)")
@@ -227,6 +208,8 @@ def main(args: argparse.Namespace) -> int:
     chosen = engines(args.methods, options, args.block_size, args.acceptance)
     if args.out:
         check_out(args.out)
+    if args.choice:
+        return mixed.main(args, [engine for engine in chosen if engine.method.backend is not None], model)
     if args.input_len is not None:
         return requests_bench.main(args, [engine.method for engine in chosen if not engine.skip_attention], model)
     model.check_length("--context", max(args.context), N_TAIL)

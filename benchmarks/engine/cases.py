@@ -49,6 +49,10 @@ class Case:
     context: int
     batch: int
 
+    def asked(self, i: int) -> dict[str, Any] | None:
+        """What the i-th request chooses of its engine; nothing."""
+        return None
+
 
 @dataclass(frozen=True, kw_only=True)
 class Engine:

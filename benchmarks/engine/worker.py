@@ -111,6 +111,7 @@ class TurnsWorker:
         self.text = text
         self.prompt = torch.randint(10, 1000, (max_context,), generator=torch.Generator().manual_seed(0)).tolist()
         self.params = SamplingParams(temperature=0, max_tokens=N_TAIL - 64, ignore_eos=True, detokenize=False)
+        self.n_prepared = 0
 
     def describe(self) -> dict[str, Any]:
         """The classes that run, and how the cache is cut."""
@@ -125,11 +126,19 @@ class TurnsWorker:
         """Fill the cache, and let every request decode its first token."""
         running = [request.request_id for request in self.engine.output_processor.request_states.values()]
         self.engine.abort_request(running, internal=True)
+        self.n_prepared += 1
         for i in range(case.batch):
-            name = f"{case.context}-{case.batch}-{i}"
-            self.engine.add_request(name, {"prompt_token_ids": self._prompt(i, case)}, self.params)
+            params = self.params.clone()
+            params.extra_args = case.asked(i)
+            self.engine.add_request(f"{self.n_prepared}-{i}", {"prompt_token_ids": self._prompt(i, case)}, params)
         while len(self.core.scheduler.running) < case.batch or not all(self._n_tokens().values()):
             self.engine.step()
+
+    def choosing(self) -> int:
+        """Running requests of which the layers know that they have chosen what is read."""
+        layers = self.engine.vllm_config.compilation_config.static_forward_context.values()
+        known = {name for layer in layers for name in layer.impl.requests.policies}
+        return sum(request.request_id in known for request in self.core.scheduler.running)
 
     def _prompt(self, i: int, case: Case) -> list[int]:
         """The one that all share, or the i-th of as many pieces of the text."""

@@ -22,8 +22,7 @@ def caches(llm: Any) -> list[Any]:
 
 def unowned(pool: Any) -> set[int]:
     """Null block 0, and the free blocks that no prompt can find in the prefix cache."""
-    free = pool.free_block_queue.get_all_free_blocks()
-    return {pool.null_block.block_id, *(block.block_id for block in free if block.block_hash is None)}
+    return {pool.null_block.block_id, *(b.block_id for b in pool.blocks if b.ref_cnt == 0 and b.block_hash is None)}
 
 
 @contextmanager
@@ -47,8 +46,7 @@ def poisoned(llm: Any) -> Iterator[list[int]]:
         if addresses != known:  # the engine has slept
             spoilt.clear()
             known = addresses
-        new = sorted(blocks - spoilt)
-        for tensor in tensors:
+        for tensor in tensors if (new := sorted(blocks - spoilt)) else ():
             tensor[new] = POISON
         found = plan(*args, **kwargs)
         spoilt.clear()

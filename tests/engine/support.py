@@ -34,7 +34,7 @@ ENGINE: dict[str, Any] = {
     "dtype": "float32",
     "enforce_eager": True,
     "max_model_len": 4096,
-    "kv_cache_memory_bytes": 96 << 20,
+    "kv_cache_memory_bytes": 40 << 20,
     "max_num_batched_tokens": 2048,
     "enable_prefix_caching": False,
     "seed": 0,
