@@ -75,7 +75,7 @@ def chosen(engine: PagedEngine, heads: HeadShape, asked: str | None) -> Options 
     if not engine.reads_sparsely:
         raise OptionsError(
             f"{_named(given)}: this engine reads densely (read={engine.options.read!r}), and its pages hold nothing "
-            "that ranks tokens: ask one that was started with --attention-backend sparq or quest"
+            "that ranks tokens: ask one that was started with --attention-backend sparq, quest or infllm"
         )
     if current_platform.is_cuda():
         raise OptionsError(

@@ -90,6 +90,11 @@ class PagedEngine:
         return FORMATS[self.options.format] is not None
 
     @property
+    def shares_blocks(self) -> bool:
+        """Whether what a block holds follows from the tokens before its end, so that other requests can use it."""
+        return self.retention is None and not READS[self.options.read].own_ranking
+
+    @property
     def reads_sparsely(self) -> bool:
         """Whether a decode step chooses what it reads."""
         return issubclass(READS[self.options.read], SparseRead)

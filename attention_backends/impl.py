@@ -27,7 +27,7 @@ from vllm_sparq.attention_backends.steps.rows import PagedMetadata, PrefillRows
 from vllm_sparq.config import Options
 from vllm_sparq.formats import FORMATS
 from vllm_sparq.layout import Pages
-from vllm_sparq.ops import turned_attention
+from vllm_sparq.ops import represent, turned_attention
 from vllm_sparq.ops.dispatch import OVERRIDE, Choice, choose
 from vllm_sparq.reads import READS, HeadShape, Read
 from vllm_sparq.retention import RETENTIONS
@@ -93,6 +93,7 @@ class PagedImpl(AttentionImpl[PagedMetadata | EvictingMetadata]):
             logger.warning_once(warning)
         self._write = self._choices["write"].load()
         self._evict = self._choices["evict"].load()
+        self._represent = represent.implementation() if READS[self._options.read].own_ranking else None
         prefill = self._choices["prefill"]
         self._prefill = None if prefill is flash else prefill.load()
         self._dense = self._choices["dense_decode"].load()
@@ -199,6 +200,8 @@ class PagedImpl(AttentionImpl[PagedMetadata | EvictingMetadata]):
             attend = turned_attention.implementation()
             attend(query[:rows], turned, pages, *tables, scale=self.scale, out=output[:rows], **self._softmax)
             return
+        if self._represent is not None and self._source is None:
+            self._represent(query, pages, step.block_table, step.query_start_loc, step.seq_lens)
         if step.prefill is not None:
             self._attend_densely(step.prefill, query, new, pages, output)
         n = step.n_decodes

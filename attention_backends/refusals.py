@@ -131,6 +131,11 @@ def _option_refusals(vllm_config: Any) -> list[str]:
         return []  # refused for what it is, which no option changes
     reasons = _format_refusals(vllm_config, engine) + speculation_refusals(vllm_config, engine)
     reasons += position_refusals(vllm_config, engine)
+    if current_platform.is_cuda() and READS[engine.options.read].own_ranking:
+        reasons.append(
+            f"read={engine.options.read!r} runs on CPU alone so far: use read 'sparq' or 'spans', as the backends "
+            "sparq and quest do"
+        )
     try:
         engine.read(heads_of(model, vllm_config.parallel_config))
     except ValueError as error:

@@ -8,6 +8,7 @@ from vllm import envs
 from vllm.platforms import current_platform
 
 from vllm_sparq.attention_backends.engine import DRAFTER, PagedEngine, heads_of
+from vllm_sparq.reads import READS
 
 WITHOUT_LAYERS = ("ngram", "suffix", "custom_class")
 """Values of ``method`` whose drafts come from no model with a KV cache of its own, which would be quantized too."""
@@ -27,6 +28,11 @@ def speculation_refusals(vllm_config: Any, engine: PagedEngine) -> list[str]:
         reasons.append(
             f"retention={options.retention!r} evicts tokens, so draft tokens cannot be taken back: start without "
             "--speculative-config, or with retention 'all'"
+        )
+    elif READS[options.read].own_ranking:
+        reasons.append(
+            f"read={options.read!r} adds up the queries of all tokens, so draft tokens cannot be taken back: start "
+            "without --speculative-config, or with read 'sparq' or 'spans'"
         )
     elif engine.quantized and speculative.method not in WITHOUT_LAYERS + HEADS:
         reasons.append(

@@ -1,4 +1,4 @@
-"""`config`: what `read: spans` resolves to, and what it refuses."""
+"""`config`: what `read: spans` and `read: infllm` resolve to, and what they refuse."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm_sparq.config import OptionsError, parse_options
-from vllm_sparq.reads import MEASURED_BREAK_EVEN, HeadShape, SpansRead, spans_of
+from vllm_sparq.reads import MEASURED_BREAK_EVEN, HeadShape, InfllmRead, SpansRead, spans_of
 
 
 def resolved(**options: Any) -> SpansRead:
@@ -111,3 +111,35 @@ def test_refusals(options: dict[str, Any], message: str) -> None:
 def test_h2o_with_pages_is_refused() -> None:
     with pytest.raises(OptionsError, match="retention='heavy_hitter'"):
         parse_options({"sparq": {"read": "spans"}}, "h2o")
+
+
+def test_infllm_by_hand() -> None:
+    """320 tokens are 20 spans, all of 300 tokens; of 4,096 the first one, the 13 newest (2/3 of 20) and 6 looked up."""
+    read = InfllmRead(min_k=320)
+    assert read.is_dense(300)
+    assert (read.n_spans(4096), read.n_newest(4096), read.n_selected(4096)) == (20, 13, 320)
+    # 130 newest tokens: 9 spans and the unfinished one. Never more than leave one span to look up, nor fewer than 9.
+    assert [InfllmRead(min_k=320, local=n).n_newest(4096) for n in (128, 130, 4096)] == [9, 10, 18]
+    assert (InfllmRead(min_k=1).n_spans(4096), InfllmRead(min_k=1).n_newest(4096)) == (12, 9)
+    found = parse_options({"sparq": {"compression": 4, "local": 200}}, "infllm")
+    heads = HeadShape(head_size=64, n_heads=8, n_kv_heads=2)
+    assert found.read_of(heads) == InfllmRead(
+        min_k=256, k_per_token=Fraction(3, 16), dense_below=MEASURED_BREAK_EVEN, local=200
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"r": 16}, "r=16 means nothing with read 'infllm'"),
+        ({"local": 64}, "local=64 is too small: .* so use local >= 128"),
+        ({"format": "int4"}, "format='int4' leaves codes where .* use format 'model'"),
+        ({"retention": "window"}, "retention='window' puts tokens .* representatives say nothing: .* retention 'all'"),
+        ({"sharing": "all"}, "sharing='all' means nothing with read 'infllm': .* leave it out"),
+        ({"lossless": True}, "lossless=True takes drafts back, .* or leave lossless out"),
+        ({"compression": 16}, "compression=16.0 leaves read 'infllm' no token to read"),
+    ],
+)
+def test_infllm_refuses(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(OptionsError, match=f"sparq option {message}"):
+        parse_options({"sparq": options}, "infllm")

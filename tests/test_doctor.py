@@ -254,6 +254,7 @@ def test_an_engine_that_fails_shows_the_cause(tmp_path: Path, monkeypatch: pytes
     [
         ("sparq", "r = 8 of 64 channels of the int4 copy of K rank the tokens"),
         ("quest", "spans of 16 tokens"),
+        ("infllm", "a window of the newest, and spans of 16 tokens between, looked up by the mean of 4 keys"),
         ("flexgen", "format int4: a cached token takes"),
         ("kivi", "format kivi4: a cached token takes"),
         ("h2o", "retention heavy_hitter: of 8,192 tokens a request keeps 1,024 per KV head"),

@@ -52,7 +52,10 @@ MAY_IMPORT_VLLM = (
 )
 
 LAZY = {
-    **{f"vllm_sparq.reads.{name}": ("vllm_sparq.config", "vllm_sparq.layout") for name in ("base", "sparq", "spans")},
+    **{
+        f"vllm_sparq.reads.{name}": ("vllm_sparq.config", "vllm_sparq.layout")
+        for name in ("base", "sparq", "spans", "infllm")
+    },
     "vllm_sparq.cli": ("vllm", "torch", "triton", "vllm_sparq.benchmarks", "vllm_sparq.ops"),
     "vllm_sparq.console": ("vllm", "torch", "triton", "rich", "vllm_sparq.models", *CORE),
     **{f"vllm_sparq.models.{name}": ("torch", "transformers", "gguf") for name in ("convert", "folders", "command")},

@@ -15,7 +15,7 @@ from vllm_sparq.layout import ALIGNMENT, PageLayout, Pages
 HEAD_SIZES = (16, 32, 48, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 BLOCK_SIZES = (16, 32, 48, 64, 128, 256)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-RANKINGS = (None, "int4", "int8", "model", "bounds")
+RANKINGS = (None, "int4", "int8", "model", "bounds", "representatives")
 
 layouts = st.builds(
     PageLayout,
@@ -31,7 +31,7 @@ def bytes_of_parts(layout: PageLayout) -> int:
     """What the parts hold, from the sizes alone."""
     n, d = layout.block_size, layout.head_size
     size = layout.dtype.itemsize
-    per_code = {None: 0, "int4": 0.5, "int8": 1, "model": size, "bounds": size / 8}[layout.ranking]
+    per_code = {None: 0, "int4": 0.5, "int8": 1, "model": size}.get(layout.ranking, size / 8)
     scales = 4 * d if layout.ranking in ("int4", "int8") else 0
     return int(2 * n * d * layout.dtype.itemsize + n * d * per_code + scales + 4 * d * layout.value_sum)
 
@@ -140,7 +140,8 @@ def test_refused_head_sizes(size: int) -> None:
 
 
 def test_refused_ranking() -> None:
-    with pytest.raises(ValueError, match=r"'int2' is not one of \['model', 'bounds', 'int4', 'int8'\]"):
+    known = r"\['model', 'bounds', 'representatives', 'int4', 'int8'\]"
+    with pytest.raises(ValueError, match=f"'int2' is not one of {known}"):
         PageLayout(head_size=64, block_size=16, dtype=torch.bfloat16, ranking="int2")
 
 

@@ -23,7 +23,7 @@ VLLM_ASKS = {"supported_dtypes", "supported_kv_cache_dtypes"}
 
 DISPLAYS = (ast.List, ast.Dict, ast.Set, ast.ListComp, ast.DictComp, ast.SetComp, ast.GeneratorExp, ast.Lambda)
 
-READ_CLASSES = {"SparqRead", "SpansRead", "DenseRead"}
+READ_CLASSES = {"SparqRead", "SpansRead", "InfllmRead", "DenseRead"}
 KNOW_READS = ("vllm_sparq.reads", "vllm_sparq.ops", "vllm_sparq.benchmarks.ops", "vllm_sparq.benchmarks.simulation")
 """Reads themselves, the ops that they call, and what measures one op or simulates one method."""
 

@@ -29,6 +29,10 @@ PRESETS = {
         summary="reads the few spans of 16 tokens that the bounds of their keys rank highest",
         options={"read": "spans", "dense_layers": 2},
     ),
+    "infllm": Preset(
+        summary="reads the first tokens, the newest, and the spans between whose representative keys rank highest",
+        options={"read": "infllm"},
+    ),
     "flexgen": Preset(summary="stores blocks as int4", options={"format": "int4", "read": "dense"}),
     "kivi": Preset(
         summary="stores blocks as 4 or 2 bits, keys by channel", options={"format": "kivi4", "read": "dense"}

@@ -76,20 +76,27 @@ class Options(BaseModel):
     pressure: Literal["preempt", "evict"] = "preempt"
     """When the pool is full: preempt a request, as vLLM does, or evict more tokens of those that run."""
     read: ReadName = "sparq"
-    """What a decode step reads: the tokens SparQ picks, the spans of 16 tokens Quest picks, or all tokens."""
+    """What a decode step reads: the tokens SparQ picks, the spans of 16 tokens Quest or InfLLM picks, or all tokens.
+
+    spans is Quest's read. infllm reads first tokens, a window and spans looked up between them: a preview, on CPU.
+    """
     compression: float = Field(default=8.0, ge=1.0, allow_inf_nan=False)
     """Bytes of a dense read per byte of a sparse one: sets r = D / compression, and k, which gets the bytes left.
 
     k = 7/8 S / compression beside a ranking copy of 4 bits, 3/4 beside one of 8, 1/2 beside one in the model's type or
     none (kivi).
-    With read spans, k = S / compression - S / 16, and compression must be below 16, since the bounds of spans are 1/16.
+    With read spans or infllm, k = S / compression - S / 16, and compression must be below 16, since what ranks spans is
+    1/16.
     """
     r: int | None = Field(default=None, ge=1)
     """Query components that rank the tokens; at most the head size. Overrides compression."""
     k: int | None = Field(default=None, ge=1)
     """Cached tokens attended to exactly, beside the current one. Overrides compression and min_k."""
     local: int | None = Field(default=None, ge=0)
-    """How many of the k are the newest tokens, whatever their rank. Default: a quarter of k."""
+    """How many of the k are the newest tokens, whatever their rank. Default: a quarter of k, infllm: two thirds.
+
+    With read infllm they are 128 at least.
+    """
     min_k: int = Field(default=256, ge=1)
     """Floor of the k that compression sets: 128 lose three times what 256 do of a real model's 1,024 tokens.
 

@@ -20,7 +20,8 @@ tokens are stored is the block *format*. ``model`` keeps them as the model made 
 * ``records``: written when a token arrives (``model``), or when the block fills (records of codes).
 * ``ranking`` and ``scales``: the low-bit copy of K that SparQ ranks tokens with; or, to rank spans of
   `SPAN_TOKENS` neighbours (Quest), ``ranking [N/16, 2, D]``: the least and the largest K of each span and channel.
-  Written once, when the block fills; the tokens of an unfinished block are ranked from K itself.
+  Written once, when the block fills; the tokens of an unfinished block are ranked from K itself. For InfLLM both are
+  the mean of a span's representative keys, and until then the sum of its queries (`vllm_sparq.ops.represent`).
 * ``value_sum``: the sum of V over all tokens *before* this block. Written once, when the block gets its first token.
   It depends on the prefix alone, so it stays right under prefix caching, preemption and copy-on-write.
 * ``positions`` and ``attention``, in any format, where tokens may be evicted: which token a slot holds (each KV head
@@ -45,7 +46,7 @@ from functools import cached_property
 import torch
 
 from vllm_sparq.formats import FORMATS, Coding, Format
-from vllm_sparq.reads import SPAN_TOKENS
+from vllm_sparq.reads import SPAN_RANKINGS, SPAN_TOKENS
 
 ALIGNMENT = 64
 """Every part and every page starts on a cache line (bytes)."""
@@ -54,7 +55,7 @@ BLOCK_SIZE_MULTIPLE = 16
 """The codes of one channel must fill whole 8-byte words, two tokens a byte; and spans must not cross blocks."""
 
 RANKING_BITS = {"int4": 4, "int8": 8}
-"""Bits of one ranking code; ``model`` and ``bounds`` are in the model's own type and have no codes."""
+"""Bits of one ranking code; ``model`` and what ranks spans are in the model's own type and have no codes."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,7 @@ class PageLayout:
         dtype: element type of K and V, the model's own; of the scales of quantized formats too.
         format: a key of `vllm_sparq.formats.FORMATS`.
         group_size: g, elements of a quantization group; None for the format's default.
-        ranking: ``int4 | int8 | model``, the type of the channel-major copy of K; ``bounds`` of spans instead; or None.
+        ranking: ``int4 | int8 | model``, type of the channel-major copy of K; one of `SPAN_RANKINGS` instead; or None.
         value_sum: whether the page carries the sum of V before the block.
         positions: whether it says which token each slot holds; needed where tokens are evicted.
         attention: whether it adds up the attention that each token gets (heavy hitters). Needs positions.
@@ -110,8 +111,8 @@ class PageLayout:
             )
         if self.head_size < 16 or self.head_size % 16:
             raise ValueError(f"head size {self.head_size} is not supported: it must be a multiple of 16 elements.")
-        if self.ranking not in (None, "model", "bounds", *RANKING_BITS):
-            raise ValueError(f"ranking {self.ranking!r} is not one of {['model', 'bounds', *RANKING_BITS]}")
+        if self.ranking not in (None, "model", *SPAN_RANKINGS, *RANKING_BITS):
+            raise ValueError(f"ranking {self.ranking!r} is not one of {['model', *SPAN_RANKINGS, *RANKING_BITS]}")
         if self.format not in FORMATS:
             raise ValueError(f"format {self.format!r} is not one of {list(FORMATS)}")
         self._check_group()
@@ -156,7 +157,7 @@ class PageLayout:
     @property
     def ranks_tokens(self) -> bool:
         """Whether SparQ can read these pages."""
-        return self.ranking not in (None, "bounds") or self.channel_keys
+        return self.ranking not in (None, *SPAN_RANKINGS) or self.channel_keys
 
     @property
     def record_bytes(self) -> int:
@@ -182,18 +183,16 @@ class PageLayout:
         """The parts by name, in page order."""
         n, d = self.block_size, self.head_size
         wanted = self._token_parts()
-        if self.ranking in ("model", "bounds"):
-            bounds = (n // SPAN_TOKENS, 2, d)
-            wanted.append(("ranking", (d, n) if self.ranking == "model" else bounds, self.dtype))
+        if self.ranking in ("model", *SPAN_RANKINGS):
+            of_spans = (n // SPAN_TOKENS, 2, d)
+            wanted.append(("ranking", (d, n) if self.ranking == "model" else of_spans, self.dtype))
         elif self.ranking is not None:
             wanted.append(("ranking", (d, n * RANKING_BITS[self.ranking] // 8), torch.uint8))
             wanted.append(("scales", (d, 2), torch.float16))
         if self.value_sum:
             wanted.append(("value_sum", (d,), torch.float32))
-        if self.positions:
-            wanted.append(("positions", (n,), torch.int32))
-        if self.attention:
-            wanted.append(("attention", (n,), torch.float32))
+        tracked = ("positions", torch.int32, self.positions), ("attention", torch.float32, self.attention)
+        wanted += [(name, (n,), dtype) for name, dtype, present in tracked if present]
         parts, offset = {}, 0
         for name, shape, dtype in wanted:
             parts[name] = Part(name, offset, shape, dtype)
@@ -341,9 +340,9 @@ class Pages:
 
     @cached_property
     def key_scales(self) -> torch.Tensor:
-        """[P, G, N, D/g, 2] or channel-major [P, G, D, N/g, 2], in the model's dtype: scale, and zero point.
+        """In the model's dtype, so that a code c stands for ``zero + scale * c``.
 
-        A code c stands for ``zero + scale * c``. ``int8`` has no zero point: [P, G, N, 1, 1].
+        [P, G, N, D/g, 2] or channel-major [P, G, D, N/g, 2]: scale and zero point; ``int8``: [P, G, N, 1, 1], no zero.
         """
         return self._code_scales("key")
 
@@ -374,8 +373,8 @@ class Pages:
     def ranking(self) -> torch.Tensor:
         """The channel-major copy of K: uint8 codes [P, G, D, N/2 | N], or [P, G, D, N] in the model's dtype.
 
-        int4 packs two tokens a byte: token n in the low nibble of byte n, token n + N/2 in the high nibble. ``bounds``:
-        [P, G, N/16, 2, D] in the model's dtype, the least K and the largest K of each span and channel.
+        int4 packs two tokens a byte: token n in the low nibble of byte n, token n + N/2 in the high nibble. Of spans:
+        [P, G, N/16, 2, D] in the model's dtype, least and largest K of each channel, or twice a representative key.
         """
         return self.part("ranking")
 

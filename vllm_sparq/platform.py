@@ -87,7 +87,7 @@ class SparqPlatformMixin:
         if refusals:
             raise ValueError(CANNOT_START + "; ".join(refusals))
         counters.name_run(vllm_config)
-        cls._arrange_eviction(vllm_config)
+        cls._arrange_sharing(vllm_config)
         cls._arrange_drafts(vllm_config)
         cls._choose_scheduler(vllm_config)
 
@@ -145,8 +145,8 @@ class SparqPlatformMixin:
             vllm_config.cache_config.block_size = chosen
 
     @classmethod
-    def _arrange_eviction(cls, vllm_config: VllmConfig) -> None:
-        """What evicting tokens asks of the rest of the engine.
+    def _arrange_sharing(cls, vllm_config: VllmConfig) -> None:
+        """No block is shared where what it holds is a request's own.
 
         vLLM's configuration does not say whether prefix caching is its default or was asked for, so it is switched off
         with a warning either way.
@@ -154,14 +154,13 @@ class SparqPlatformMixin:
         from vllm_sparq.attention_backends.engine import PagedEngine
 
         engine = PagedEngine.of(vllm_config)
-        if engine is None or engine.retention is None:
+        if engine is None or engine.shares_blocks or not vllm_config.cache_config.enable_prefix_caching:
             return
-        if vllm_config.cache_config.enable_prefix_caching:
-            vllm_config.cache_config.enable_prefix_caching = False
-            logger.warning_once(
-                "prefix caching is off: what a block holds after an eviction depends on the whole request, so no other "
-                "request can use it"
-            )
+        vllm_config.cache_config.enable_prefix_caching = False
+        what = "holds after an eviction" if engine.retention is not None else "says of its tokens' rank"
+        logger.warning_once(
+            "prefix caching is off: what a block %s depends on the whole request, so no other request can use it", what
+        )
 
     @classmethod
     def _arrange_drafts(cls, vllm_config: VllmConfig) -> None:

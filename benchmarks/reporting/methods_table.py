@@ -73,6 +73,15 @@ ROWS = (
         text="quest 1/8",
     ),
     Row(
+        title="`infllm`",
+        idea="look up spans, 1/8",
+        paper="2402.04617",
+        where=("vllm_sparq/ops/represent",),
+        engine="infllm",
+        op="infllm",
+        text="infllm 1/8",
+    ),
+    Row(
         title="`flexgen`",
         idea="4-bit blocks",
         paper="2303.06865",

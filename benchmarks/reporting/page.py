@@ -66,6 +66,7 @@ GLOSSARY = {
     DENSE: "vLLM's own attention and cache; the baseline of every table",
     "sparq": "reads the tokens that a small copy of the keys ranks highest",
     "quest": "reads spans of 16 neighbouring tokens, those whose keys may match best by their bounds",
+    "infllm": "reads the first tokens, the newest, and spans between, looked up by a few of their keys",
     "kivi": "stores keys per channel and values per token in 4 bits, reads all",
     "h2o": "keeps the tokens that had the most attention, and the newest",
     "streaming": "keeps the first four tokens and the newest",

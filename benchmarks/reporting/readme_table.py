@@ -44,6 +44,9 @@ LENGTH = 1024
 TASKS = ("needle", "recall", "repetition", "map")
 """Of the answers: prompt tokens, and what is asked."""
 
+CAPPED = '"positions": "capped"'
+"""Among the options in a method's name: LM-Infinite's distances."""
+
 BY_CONTEXT = ("needle", "recall", "repetition")
 """What is asked at several lengths."""
 
@@ -207,14 +210,23 @@ def quality_rows(records: Sequence[Record]) -> list[str]:
     found = {(r["method"], r["task"]): r for r in toy if r["length"] == LENGTH}
     lines = [f"| | bytes read / kept | {' | '.join(TASKS)} |", "|" + "---|" * (len(TASKS) + 2)]
     for method in dict.fromkeys(method for method, _ in found):
-        if "+" in method or "{" in method or any((method, task) not in found for task in TASKS):
+        title = _answering(method)
+        if title is None or any((method, task) not in found for task in TASKS):
             continue  # stands in a table of its own, or is not measured yet
         mine = [found[method, task] for task in TASKS]
         pairs = [(r, dense) for r in mine if (dense := dense_beside(r, records))]
         shares = [fmean(r[field] / dense[field] for r, dense in pairs) for field in ("kv_bytes_moved", "kv_bytes_held")]
         scores = [_with_interval(r) for r in mine]
-        lines.append(f"| {method} | {shares[0]:.2f} / {shares[1]:.2f} | {' | '.join(scores)} |")
+        lines.append(f"| {title} | {shares[0]:.2f} / {shares[1]:.2f} | {' | '.join(scores)} |")
     return lines
+
+
+def _answering(method: str) -> str | None:
+    """What the table of answers calls a method; None where it stands in a table of its own."""
+    plain, _, options = method.partition(" {")
+    if not options:
+        return None if "+" in method else plain
+    return f"{plain}, capped (LM-Infinite)" if CAPPED in options else None
 
 
 def contexts_rows(records: Sequence[Record]) -> list[str]:

@@ -76,6 +76,14 @@ CASES: dict[str, Case] = {
         {"retention": "window", "recent": 64}, r"recent=64 means nothing with retention 'window'.*set budget and sinks"
     ),
     "r over spans": options({"read": "spans", "r": 8}, r"r=8 means nothing with read 'spans'.*or leave it out"),
+    "codes where keys are chosen": options(
+        {"read": "infllm", "format": "int8"}, r"format='int8' leaves codes where read 'infllm' chooses.*format 'model'"
+    ),
+    "drafts whose queries were added up": options(
+        {"read": "infllm"},
+        r"read='infllm' adds up the queries of all tokens, so draft tokens.*read 'sparq' or 'spans'",
+        speculative_config=NGRAM,
+    ),
     "a budget below a block": options(  # codes go a block at a time, and the block's size is known only here
         {**EVICTING, "budget": 200, "format": "int4"},
         r"budget=200 is too small: .*128 go at a time, so use budget >= 256",

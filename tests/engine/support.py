@@ -17,12 +17,15 @@ EXACT: dict[str, dict[str, Any]] = {
     # With nothing left out a sparse read is dense attention.
     "full": {"r": 64, "k": 4096, "ranking": "model", "dense_below": 0},
     "full spans": {"read": "spans", "k": 4096, "dense_below": 0},
+    "full infllm": {"read": "infllm", "k": 4096, "dense_below": 0},
     # So little is read that a wrong token, channel, sum or ranking copy changes the answers.
     "sparse": {"r": 4, "k": 10, "local": 2, "mean_value": "on", "dense_below": 0},
     # The same, but how much is read differs from step to step, layer to layer and head to head.
     "mass": {"r": 4, "k": 200, "local": 2, "min_k": 2, "mass": 0.5, "mean_value": "on", "dense_below": 0},
     # Three spans of 16 tokens.
     "sparse spans": {"read": "spans", "k": 1, "dense_below": 0},
+    # One span, nine of the newest, and four that are looked up.
+    "sparse infllm": {"read": "infllm", "k": 224, "local": 128, "dense_below": 0},
 }
 N_ANSWER = 24
 

@@ -16,6 +16,7 @@ READS = {
     "full sparq": EXACT["full"],
     "full sparq, where a mass has nothing to leave out": EXACT["full"] | {"mass": 0.5},
     "full spans": EXACT["full spans"],
+    "full infllm": EXACT["full infllm"],
     "dense read": {"read": "dense"},
     # The scores never decide: every request is below its k, or every context below dense_below.
     "defaults below the break-even": {"dense_below": 5000},

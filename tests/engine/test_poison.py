@@ -23,6 +23,7 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "sparq over int4": ("sparq", {**EXACT["sparse"], "format": "int4"}),
     "sparq over kivi2": ("kivi", {**EXACT["sparse"], "read": "sparq", "format": "kivi2"}),
     "spans over int8": ("sparq", {**EXACT["sparse spans"], "format": "int8"}),
+    "infllm": ("sparq", EXACT["sparse infllm"]),
     "kivi": ("kivi", {}),
     "h2o": ("h2o", {"budget": 192, "recent": 32}),
     "h2o, evicting under pressure": ("h2o", {"budget": 192, "pressure": "evict"}),

@@ -34,7 +34,7 @@ def test_every_kind_of_thing_is_compared() -> None:
     assert cpp.functions.keys() == native.FUNCTIONS.keys()
     assert len(cpp.structs["Pages"]) == len(native.PagesStruct._fields_) > 15
     assert cpp.enums["DType"] == {"bf16": 0, "fp16": 1, "fp32": 2}
-    assert {"SPAN_TOKENS", "LEAST_SPANS", "ABI_VERSION"} <= cpp.constants.keys()
+    assert {"SPAN_TOKENS", "WINDOW_SPANS", "ABI_VERSION"} <= cpp.constants.keys()
 
 
 @pytest.mark.parametrize(
@@ -49,7 +49,7 @@ def test_every_kind_of_thing_is_compared() -> None:
         (r"int32_t r;", r"int32_t probs;", "structs: SparqRead"),
         (r"int32_t sinks, sparq::Rank", r"int64_t sinks, sparq::Rank", "functions: sparq_evict"),
         (r"sparq::SparqRead& read", r"sparq::SpansRead& read", "functions: sparq_sparq_decode"),
-        (r"constexpr int LEAST_SPANS = 3", r"constexpr int LEAST_SPANS = 4", "constants: LEAST_SPANS"),
+        (r"constexpr int WINDOW_SPANS = 8", r"constexpr int WINDOW_SPANS = 9", "constants: WINDOW_SPANS"),
         (r"(const int32_t\* key_start_loc,)", r"\1 int32_t more,", "functions: sparq_prefill"),
         (r"(const float\* sinks;)([^}]*?)(float scale;)", r"\3\2\1", "structs: Logits"),
     ],

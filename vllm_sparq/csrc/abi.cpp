@@ -53,9 +53,10 @@ struct Digest {
 
 constexpr uint64_t digest() {
   Digest digest;
-  digest.add_all({ABI_VERSION, SPAN_TOKENS, LEAST_SPANS});
+  digest.add_all({ABI_VERSION, SPAN_TOKENS, REPRESENTATIVES, WINDOW_SPANS});
   digest.add_enum(DType::bf16, DType::fp16, DType::fp32);
-  digest.add_enum(RankingType::none, RankingType::int4, RankingType::int8, RankingType::model, RankingType::bounds);
+  digest.add_enum(RankingType::none, RankingType::int4, RankingType::int8, RankingType::model, RankingType::bounds,
+                  RankingType::representatives);
   digest.add_enum(Rank::attention, Rank::age);
   {
     using Type = Codes;
@@ -87,12 +88,14 @@ constexpr uint64_t digest() {
   }
   {
     using Type = SpansRead;
-    digest.add_all({sizeof(Type), AT(min_k), AT(slope), AT(slope_divisor), AT(dense_below)});
+    digest.add_all({sizeof(Type), AT(min_k), AT(slope), AT(slope_divisor), AT(dense_below), AT(least),
+                    AT(n_first), AT(least_newest), AT(local)});
   }
   digest.add_arguments(sparq_write);
   digest.add_arguments(sparq_dense_decode);
   digest.add_arguments(sparq_sparq_decode);
   digest.add_arguments(sparq_quest_decode);
+  digest.add_arguments(sparq_represent);
   digest.add_arguments(sparq_prefill);
   digest.add_arguments(sparq_evict);
   return digest.value;

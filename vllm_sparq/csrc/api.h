@@ -25,6 +25,9 @@ SPARQ_API void sparq_quest_decode(const sparq::Pages& pages, const sparq::Tensor
                                   const sparq::Requests& requests, const sparq::Logits& logits,
                                   const sparq::SpansRead& read);
 
+SPARQ_API void sparq_represent(const sparq::Pages& pages, const sparq::Tensor& query, const sparq::Requests& requests,
+                               const int32_t* query_start_loc);
+
 // requests.lens: the tokens that pages hold; query_start_loc, key_start_loc: [B + 1].
 SPARQ_API void sparq_prefill(const sparq::Pages& pages, const sparq::Tensor& query, const sparq::Tensor& key,
                              const sparq::Tensor& value, const sparq::Tensor& out, const sparq::Requests& requests,

@@ -1,4 +1,4 @@
-// vllm_sparq/ops/quest_decode: rank spans of neighbouring tokens by bounds of their keys, attend to the best.
+// vllm_sparq/ops/quest_decode: rank spans of neighbouring tokens by what pages hold of their keys, attend to the best.
 #include <algorithm>
 
 #include "api.h"
@@ -60,9 +60,10 @@ struct QuestDecode {
   SpansRead read;
   SpanKernels kernels;
 
-  // The newest span is read whatever its bounds are.
-  int n_ranked(int len) const { return spans_of(len) - 1; }
-  int n_wanted(int len) const { return read.n_spans(len) - 1; }
+  // The first spans and the newest ones are read whatever their rank.
+  int first_ranked() const { return (int)read.n_first; }
+  int stop_ranked(int len) const { return spans_of(len) - read.n_newest(len); }
+  int n_wanted(int len) const { return read.n_spans(len) - first_ranked() - read.n_newest(len); }
   Candidates new_candidates(int len, Arena& arena) const {
     return Candidates::in(arena, n_wanted(len), capacity(len), 0);
   }
@@ -72,6 +73,7 @@ struct QuestDecode {
 };
 
 // The bounds of the spans of one KV head of one request: those of full pages in place, the others made from K.
+// Representatives are in place for all spans that are ranked, and where both bounds are one key they bound its logit.
 struct Bounds {
   const Sequence& sequence;
   int per_block;       // spans
@@ -80,6 +82,7 @@ struct Bounds {
   const uint8_t* own;  // bounds of the spans after the full blocks
 
   static int n_full_blocks(const Sequence& of) {
+    if (of.pages->ranking_type == RankingType::representatives) return of.pages->n_blocks(of.len);
     return of.pages->quantized() ? of.newest_block() : of.len / of.pages->block_size;
   }
 
@@ -148,7 +151,8 @@ void rank_part(const QuestDecode& op, const Task& task, int len, Candidates& can
   const void* const query = bound_query(op, task.request, task.head, arena);
   uint8_t* const own = arena.take<uint8_t>(per_block * bytes);
   const Sequence sequence = op.call.sequence(task.request, task.head);
-  const int first = task.first / SPAN_TOKENS, last = std::min(spans_of(task.last), op.n_ranked(len));
+  const int first = std::max(task.first / SPAN_TOKENS, op.first_ranked());
+  const int last = std::min(spans_of(task.last), op.stop_ranked(len));
   const Bounds bounds{sequence, per_block, Bounds::n_full_blocks(sequence), bytes, own};
   bound_newest(sequence, std::max(first, bounds.n_full * per_block), last, own);
 
@@ -171,20 +175,21 @@ void rank_part(const QuestDecode& op, const Task& task, int len, Candidates& can
   candidates.keep_best();
 }
 
-// Step 4 for one KV head of one request: the tokens of the spans chosen and of the newest one.
+// Step 4 for one KV head of one request: the tokens of the first spans, of those chosen and of the newest ones.
 void finish_request(const QuestDecode& op, const Task& task, int len, const Candidates& chosen) {
   thread_local Scratch scratch;
   const Decode& call = op.call;
-  const int room = (chosen.n + 1) * SPAN_TOKENS;
+  const int n_first = op.first_ranked(), newest = op.stop_ranked(len);
+  const int room = (n_first + chosen.n + spans_of(len) - newest) * SPAN_TOKENS;
   Arena arena = scratch.arena();
   const Group group = call.group(task.request, task.head, arena);
   const State state = call.new_state(arena.take<float>(call.state_floats()));
   int32_t* const tokens = arena.take<int32_t>(room);
   int n = 0;
-  for (int i = 0; i <= chosen.n; ++i) {
-    const int first = (i < chosen.n ? chosen.token[i] : op.n_ranked(len)) * SPAN_TOKENS;
-    for (int token = first; token < std::min(first + SPAN_TOKENS, len); ++token) tokens[n++] = token;
-  }
+  for (int token = 0; token < n_first * SPAN_TOKENS; ++token) tokens[n++] = token;
+  for (int i = 0; i < chosen.n; ++i)
+    for (int place = 0; place < SPAN_TOKENS; ++place) tokens[n++] = chosen.token[i] * SPAN_TOKENS + place;
+  for (int token = newest * SPAN_TOKENS; token < len; ++token) tokens[n++] = token;
   attend_tokens(call, group, state, call.sequence(task.request, task.head), tokens, n);
   call.finish(task.request, task.head, state, nullptr, nullptr);
 }

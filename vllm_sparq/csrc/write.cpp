@@ -109,7 +109,7 @@ const uint8_t* gather(const Target& from) {
 void close_page(const Target& to) {
   const Pages& pages = to.pages;
   uint8_t* const page = to.page();
-  const bool ranked = pages.ranking_type != RankingType::none;
+  const bool ranked = pages.ranking_type != RankingType::none && pages.ranking_type != RankingType::representatives;
   if (!pages.quantized()) {
     if (ranked) make_ranking_copy(pages, page + pages.records, 2 * (int64_t)pages.head_size, page);
     return;

@@ -22,7 +22,8 @@ import torch  # first: its libgomp must be loaded before ours asks for one, so t
 from vllm_sparq.layout import PageLayout, Pages
 from vllm_sparq.ops import instruction_sets
 from vllm_sparq.ops.instruction_sets import INSTRUCTION_SETS
-from vllm_sparq.reads.spans import LEAST_SPANS, SPAN_TOKENS
+from vllm_sparq.reads.infllm import REPRESENTATIVES, WINDOW_SPANS
+from vllm_sparq.reads.spans import SPAN_TOKENS
 
 LIBRARIES = Path(os.environ.get("VLLM_SPARQ_LIBRARIES") or Path(__file__).parents[1] / "lib")
 """Where the libraries are; `make sanitize` has others elsewhere."""
@@ -34,6 +35,7 @@ _HUGE = 2 << 20
 _MADV_COLLAPSE = 25  # since Linux 6.1; not in Python's mmap module yet
 
 STORAGE = ("channel_keys", "staged_per_page")
+SLOPE = ("min_k", "slope", "slope_divisor")
 PARTS = ("records", "ranking", "scales", "value_sum", "positions", "attention")
 
 COMPILE_AGAIN = (
@@ -110,6 +112,7 @@ class RankingType(enum.IntEnum):
     int8 = 2
     model = 3
     bounds = 4
+    representatives = 5
 
 
 class Rank(enum.IntEnum):
@@ -176,15 +179,16 @@ class LogitsStruct(ctypes.Structure):
 class SpansReadStruct(ctypes.Structure):
     """``sparq::SpansRead`` of csrc/base/reads.h."""
 
-    _fields_: ClassVar = [(name, ctypes.c_int64) for name in ("min_k", "slope", "slope_divisor", "dense_below")]
+    _fields_: ClassVar = [
+        (name, ctypes.c_int64) for name in (*SLOPE, "dense_below", "least", "n_first", "least_newest", "local")
+    ]
 
 
 class SparqReadStruct(ctypes.Structure):
     """``sparq::SparqRead`` of csrc/base/reads.h."""
 
     _fields_: ClassVar = [
-        *SpansReadStruct._fields_,
-        *[(name, ctypes.c_int64) for name in ("local", "least_k")],
+        *[(name, ctypes.c_int64) for name in (*SLOPE, "dense_below", "local", "least_k")],
         *[(name, ctypes.c_int32) for name in ("r", "probs")],
         *[(name, ctypes.c_float) for name in ("alpha_floor", "mass")],
     ]
@@ -192,7 +196,7 @@ class SparqReadStruct(ctypes.Structure):
 
 STRUCTS = (CodesStruct, PagesStruct, TensorStruct, RequestsStruct, LogitsStruct, SparqReadStruct, SpansReadStruct)
 ENUMS = (DType, RankingType, Rank)
-CONSTANTS = {"SPAN_TOKENS": SPAN_TOKENS, "LEAST_SPANS": LEAST_SPANS}
+CONSTANTS = {"SPAN_TOKENS": SPAN_TOKENS, "REPRESENTATIVES": REPRESENTATIVES, "WINDOW_SPANS": WINDOW_SPANS}
 
 C_TYPES: dict[str, Any] = dict(
     P=ctypes.POINTER(PagesStruct),
@@ -213,6 +217,7 @@ FUNCTIONS: dict[str, str] = {
     "sparq_dense_decode": "PTTRL",  # pages, query, out, requests, logits
     "sparq_sparq_decode": "PTTRLS",  # the same, read
     "sparq_quest_decode": "PTTRLN",
+    "sparq_represent": "PTRp",  # pages, query, requests, query_start_loc
     "sparq_prefill": "PTTTTRppL",  # pages, query, key, value, out, requests, query_start_loc, key_start_loc, logits
     "sparq_evict": "PRppii",  # pages, requests, kept_lens, recent_from, sinks, rank
 }

@@ -11,10 +11,11 @@ from __future__ import annotations
 
 from vllm_sparq.reads.base import CUDA_BREAK_EVEN, MEASURED_BREAK_EVEN, Counts, HeadShape, PageNeeds, Read, SparseRead
 from vllm_sparq.reads.dense import DenseRead
-from vllm_sparq.reads.spans import LEAST_SPANS, SPAN_TOKENS, SpansRead, spans_of
+from vllm_sparq.reads.infllm import InfllmRead
+from vllm_sparq.reads.spans import LEAST_SPANS, SPAN_RANKINGS, SPAN_TOKENS, SpansRead, spans_of
 from vllm_sparq.reads.sparq import SparqRead
 
-READS: dict[str, type[Read]] = {"sparq": SparqRead, "spans": SpansRead, "dense": DenseRead}
+READS: dict[str, type[Read]] = {"sparq": SparqRead, "spans": SpansRead, "infllm": InfllmRead, "dense": DenseRead}
 """Value of the option ``read`` -> its class."""
 
 DIALS = frozenset(dial for read in READS.values() for dial in read.dials)
@@ -26,10 +27,12 @@ __all__ = [
     "LEAST_SPANS",
     "MEASURED_BREAK_EVEN",
     "READS",
+    "SPAN_RANKINGS",
     "SPAN_TOKENS",
     "Counts",
     "DenseRead",
     "HeadShape",
+    "InfllmRead",
     "PageNeeds",
     "Read",
     "SpansRead",

@@ -77,12 +77,15 @@ class Read:
         meaningless: options of other reads that are refused beside it, since they would be taken for its own.
         instead: how the user gets what such an option is for.
         evictable: whether it can read pages in which tokens have taken the slots of others.
+        own_ranking: whether what ranks tokens is chosen by the queries of their request (`vllm_sparq.ops.represent`).
+            Nobody else can use its blocks then, and a token that has been written cannot be taken back.
     """
 
     op: ClassVar[str]
     dials: ClassVar[tuple[str, ...]] = ()
     meaningless: ClassVar[tuple[str, ...]] = ()
     evictable: ClassVar[bool] = True
+    own_ranking: ClassVar[bool] = False
     instead: ClassVar[str] = ""
 
     @classmethod

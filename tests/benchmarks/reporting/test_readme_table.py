@@ -13,10 +13,12 @@ from vllm_sparq.benchmarks.reporting.readme_table import (
     DOCUMENTS,
     RESULTS,
     TABLES,
+    TASKS,
     engine_rows,
     filled,
     lossless_rows,
     memory_rows,
+    quality_rows,
 )
 
 
@@ -90,6 +92,17 @@ def test_blocks_that_an_engine_would_not_choose_reach_no_table() -> None:
 
 def test_every_table_has_its_document() -> None:
     assert sorted(name for names in DOCUMENTS.values() for name in names) == sorted(TABLES)
+
+
+def test_capped_positions_are_lm_infinite_among_the_answers() -> None:
+    """Other options than these, and methods that are not measured at all tasks, have no line there."""
+    case = {"bench": "quality", "length": 1024, "score": 50.0, "low": 40.0, "high": 60.0, "model": "m", "dirty": False}
+    case |= {"kv_bytes_moved": 100, "kv_bytes_held": 100}
+    capped = 'streaming 1/2 {"positions": "capped", "budget": 512}'
+    methods = ("dense", capped, 'streaming 1/2 {"budget": 512}', "sparq+int4 1/8")
+    lines = quality_rows([{**case, "task": task, "method": method} for method in methods for task in TASKS])
+    assert [line.split(" | ")[0] for line in lines[2:]] == ["| dense", "| streaming 1/2, capped (LM-Infinite)"]
+    assert quality_rows([{**case, "task": "needle", "method": capped}])[2:] == []
 
 
 def test_the_newest_run_counts_and_another_run_brings_its_own_bound() -> None:

@@ -33,6 +33,11 @@ def test_lossless(engine: Any) -> None:
         engine("sparq", {"lossless": True}, **SMALL).__enter__()
 
 
+def test_infllm(engine: Any) -> None:
+    with pytest.raises(ValueError, match="read='infllm' runs on CPU alone so far: use read 'sparq' or 'spans'"):
+        engine("infllm", **SMALL).__enter__()
+
+
 @pytest.mark.parametrize("block_size", [16, 48, 272])
 def test_blocks_of_any_size_go_through_flash_attention(block_size: int, engine: Any, prompts: Any) -> None:
     """The stand-in refuses blocks that are no multiple of 16, as FlashAttention does; so do we."""

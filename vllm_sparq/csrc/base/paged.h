@@ -12,7 +12,7 @@
 namespace sparq {
 
 enum class DType : int32_t { bf16 = 0, fp16 = 1, fp32 = 2 };
-enum class RankingType : int32_t { none = 0, int4 = 1, int8 = 2, model = 3, bounds = 4 };
+enum class RankingType : int32_t { none = 0, int4 = 1, int8 = 2, model = 3, bounds = 4, representatives = 5 };
 enum class Rank : int32_t { attention = 0, age = 1 };  // of an eviction: what decides who goes first
 
 // Element types of K, V, query and out. The 16-bit ones are storage only; simd.h converts them.

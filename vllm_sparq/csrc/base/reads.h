@@ -6,9 +6,12 @@
 
 namespace sparq {
 
-// Tokens of a span. Ranking `bounds`: [N/16, 2, D] of the model's type, the least K and the largest.
+// Tokens of a span. Ranking `bounds`: [N/16, 2, D] of the model's type, the least K and the largest. `representatives`:
+// twice the mean of REPRESENTATIVES keys, once the WINDOW_SPANS spans after it are full, and until then fp32 [D], the
+// sum of the span's queries.
 constexpr int SPAN_TOKENS = 16;
-constexpr int LEAST_SPANS = 3;  // that a read of spans takes
+constexpr int REPRESENTATIVES = 4;
+constexpr int WINDOW_SPANS = 8;
 inline int spans_of(int n_tokens) { return (n_tokens + SPAN_TOKENS - 1) / SPAN_TOKENS; }
 
 struct SparqRead {
@@ -37,10 +40,18 @@ struct SpansRead {
   int64_t min_k;
   int64_t slope, slope_divisor;
   int64_t dense_below;
+  int64_t least;  // spans, the first and the newest ones among them
+  int64_t n_first, least_newest;
+  int64_t local;  // newest tokens; -1: two thirds of what is read
 
   int n_spans(int len) const {
     const int64_t k = std::max(min_k, len * slope / slope_divisor);
-    return (int)std::min<int64_t>(spans_of(len), std::max<int64_t>(LEAST_SPANS, k / SPAN_TOKENS));
+    return (int)std::min<int64_t>(spans_of(len), std::max(least, k / SPAN_TOKENS));
+  }
+  // Of a context that is not read in full.
+  int n_newest(int len) const {
+    const int64_t n = n_spans(len), wanted = local < 0 ? 2 * n / 3 : spans_of((int)local) + 1;
+    return (int)std::min(std::max(least_newest, wanted), n - n_first - 1);
   }
   bool is_dense(int len) const { return len < dense_below || n_spans(len) == spans_of(len); }
 };

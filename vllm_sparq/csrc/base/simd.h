@@ -49,6 +49,12 @@ SPARQ_INLINE Vec soft_capped(Vec x, float cap) {
   return select(greater(x, set1(-INFINITY)), mul(t, set1(cap)), x);
 }
 
+// 0 where x is infinite or NaN.
+SPARQ_INLINE Vec finite_or_zero(Vec x) {
+  const Vec magnitude = max(x, sub(zero(), x));
+  return select(greater(set1(INFINITY), magnitude), x, zero());
+}
+
 // One element, for the odd places outside a loop.
 inline float to_float(float x) { return x; }
 inline float to_float(bf16 x) {

@@ -11,12 +11,6 @@ namespace {
 
 constexpr float FP16_MAX = 65504.0f;
 
-// 0 where x is infinite or NaN.
-SPARQ_INLINE Vec finite_or_zero(Vec x) {
-  const Vec magnitude = max(x, sub(zero(), x));
-  return select(greater(set1(INFINITY), magnitude), x, zero());
-}
-
 // Saturates at what fp16 holds.
 SPARQ_INLINE Vec within_fp16(Vec x) { return min(max(x, set1(-FP16_MAX)), set1(FP16_MAX)); }
 

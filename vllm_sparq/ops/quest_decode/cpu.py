@@ -36,4 +36,12 @@ def quest_decode(
 @functools.lru_cache(maxsize=256)
 def read_struct(read: SpansRead) -> native.SpansReadStruct:
     """A read as C++ takes it."""
-    return native.SpansReadStruct(read.min_k, *read.k_per_token.as_integer_ratio(), read.dense_below)
+    return native.SpansReadStruct(
+        read.min_k,
+        *read.k_per_token.as_integer_ratio(),
+        read.dense_below,
+        read.least,
+        read.n_first,
+        read.least_newest,
+        -1 if read.local is None else read.local,
+    )

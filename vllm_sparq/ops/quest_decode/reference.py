@@ -7,7 +7,7 @@ import torch
 from vllm_sparq.layout import Pages
 from vllm_sparq.ops.dense_decode.reference import attend, decode_rows
 from vllm_sparq.ops.write.reference import block_tokens, span_bounds
-from vllm_sparq.reads import SPAN_TOKENS, SpansRead
+from vllm_sparq.reads import SPAN_TOKENS, SpansRead, spans_of
 
 
 def quest_decode(
@@ -25,8 +25,12 @@ def quest_decode(
     for row in decode_rows(query, pages, block_table, seq_lens, out, sinks):
         q, keys, values = row.q, row.keys, row.values
         if not read.is_dense(row.context_len):
-            bounds = bounds_of(pages, row.blocks, row.context_len, row.head)
-            tokens = tokens_of(pick_spans(upper_bounds(q, bounds), read.n_spans(row.context_len)), row.context_len)
+            if read.ranked_by == "bounds":
+                bounds = bounds_of(pages, row.blocks, row.context_len, row.head)
+            else:
+                bounds = representatives_of(pages, row.blocks, row.context_len, row.head)
+            spans = pick_spans(upper_bounds(q, bounds), read, row.context_len)
+            tokens = tokens_of(spans, row.context_len)
             keys, values = keys[tokens], values[tokens]
         row.out[:] = attend(q, keys, values, scale, row.sinks, soft_cap)
 
@@ -45,17 +49,26 @@ def bounds_of(pages: Pages, blocks: torch.Tensor, context_len: int, head: int) -
     return torch.cat(bounds).float()
 
 
+def representatives_of(pages: Pages, blocks: torch.Tensor, context_len: int, head: int) -> torch.Tensor:
+    """The same for representatives; garbage for spans that have none yet, which are not ranked."""
+    spans = pages.ranking[blocks[: -(-context_len // pages.layout.block_size)].long(), head].flatten(0, 1)
+    return spans[: spans_of(context_len)].float()
+
+
 def upper_bounds(q: torch.Tensor, bounds: torch.Tensor) -> torch.Tensor:
     """Step 2: fp32 [spans], for the group q [H/G, D] and bounds [spans, 2, D]."""
     low, high = bounds.unbind(1)
     return high @ q.clamp(min=0).sum(0) + low @ q.clamp(max=0).sum(0)
 
 
-def pick_spans(upper: torch.Tensor, n_spans: int) -> torch.Tensor:
+def pick_spans(upper: torch.Tensor, read: SpansRead, context_len: int) -> torch.Tensor:
     """Step 3: int64 [n_spans] ascending, from what no logit of each span exceeds [spans]."""
-    best = upper[:-1].sort(descending=True, stable=True).indices[: n_spans - 1]
-    newest = torch.tensor([len(upper) - 1], device=upper.device)
-    return torch.cat([best.sort().values, newest])
+    n_newest = read.n_newest(context_len)
+    n_best = read.n_spans(context_len) - read.n_first - n_newest
+    ends = [read.n_first, len(upper) - n_newest]
+    first, ranked, newest = torch.arange(len(upper), device=upper.device).tensor_split(ends)
+    best = ranked[upper[ranked].sort(descending=True, stable=True).indices[:n_best]]
+    return torch.cat([first, best.sort().values, newest])
 
 
 def tokens_of(spans: torch.Tensor, context_len: int) -> torch.Tensor:

@@ -36,7 +36,8 @@ def write(
       saturate at fp16's range.
     * when the page gets its last token, ``ranking`` of the kind ``bounds`` becomes, per span of 16 tokens and channel,
       the least and the largest element of the block's K, in the model's type and before anything is quantized.
-      Elements that are not finite count as 0; a zero may have either sign.
+      Elements that are not finite count as 0; a zero may have either sign. ``representatives`` are not its business,
+      but that of `represent`.
 
     A request may go on from full blocks that another one brings in the same call, whichever comes first in the batch
     (with prefix caching, vLLM schedules equal beginnings so).

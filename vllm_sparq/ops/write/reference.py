@@ -79,7 +79,7 @@ def _fill_page(pages: Pages, blocks: torch.Tensor, block: int, head: int) -> Non
     keys, values = block_tokens(pages, blocks, block, head)
     if pages.layout.quantized is not None:
         encode_page(pages, int(blocks[block]), head, keys, values)
-    if pages.layout.ranking is not None:
+    if pages.layout.ranking not in (None, "representatives"):
         close_page(pages, int(blocks[block]), head, keys)
 
 

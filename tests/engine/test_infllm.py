@@ -1,0 +1,60 @@
+"""InfLLM's read in real engines: what is looked up matters, and a request answers the same however it is run."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import pytest
+
+from tests.engine.support import EXACT, MODEL, Prompts
+from tests.engine.test_sameness import RUNS
+
+pytestmark = pytest.mark.engine
+
+SPARSE = EXACT["sparse infllm"]
+
+
+@pytest.fixture(scope="module")
+def alone(prompts: Prompts, engine: Any) -> list[list[int]]:
+    """What each prompt of `prompts.mixed` answers when it is alone in the engine: the yardstick."""
+    with engine("sparq", SPARSE) as llm:
+        return [prompts.answers(llm, [prompt])[0] for prompt in prompts.mixed]
+
+
+def test_what_is_looked_up_matters(engine: Any, prompts: Prompts, alone: list[list[int]]) -> None:
+    """Answers differ from those of the same tokens in the window, and from dense ones, where there is so much."""
+    with engine("CPU_ATTN") as llm:
+        dense = prompts.answers(llm, prompts.mixed)
+    with engine("sparq", {**SPARSE, "local": 4096}) as llm:
+        window = prompts.answers(llm, prompts.mixed)
+    assert dense[:4] == window[:4] == alone[:4]  # everything is read
+    for other in (dense, window):
+        assert sum(a != b for a, b in zip(other, alone, strict=True)) >= 2
+
+
+@pytest.mark.parametrize("run", ["in one batch", "chunks of 64", "blocks of 32"])
+def test_same_answers(run: str, engine: Any, prompts: Prompts, alone: list[list[int]]) -> None:
+    """Spans and their windows are the same tokens in any steps and blocks."""
+    with engine("sparq", SPARSE, **RUNS[run]) as llm:
+        assert prompts.answers(llm, prompts.mixed) == alone
+
+
+def test_preemption(engine: Any) -> None:
+    """Requests thrown out in the middle of an answer come back: all their queries are added up anew."""
+    rng = random.Random(1)
+    batch = [[rng.randrange(3, 1000) for _ in range(n)] for n in (150, 180, 200, 220, 230, 250)]
+    pool = dict(num_gpu_blocks_override=20, max_model_len=640, max_num_batched_tokens=640)
+    with engine("sparq", SPARSE, **pool, disable_log_stats=False) as llm:
+        answers = Prompts.answers(llm, batch, n_tokens=380)
+        metrics = {m.name: m.value for m in llm.get_metrics() if hasattr(m, "value")}
+        assert metrics["vllm:num_preemptions"] > 0
+    with engine("sparq", SPARSE, **{**pool, "num_gpu_blocks_override": None}) as llm:
+        assert Prompts.answers(llm, batch, n_tokens=380) == answers
+
+
+def test_no_block_is_shared() -> None:
+    from vllm.engine.arg_utils import EngineArgs
+
+    asked = dict(attention_backend="infllm", enable_prefix_caching=True, skip_tokenizer_init=True)
+    assert not EngineArgs(model=str(MODEL), **asked).create_engine_config().cache_config.enable_prefix_caching
