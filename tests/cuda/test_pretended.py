@@ -59,6 +59,7 @@ ELSEWHERE = {
 
 
 @pytest.mark.long
+@pytest.mark.timeout(3000)
 def test_engines() -> None:
     """Every test of engines but those that start other processes, which would not be pretended."""
     left_out = []
