@@ -10,6 +10,7 @@ import torch
 from vllm.logger import init_logger
 from vllm.v1.kv_cache_interface import FullAttentionSpec, group_kernel_blocks
 from vllm.v1.sample import rejection_sampler
+from vllm.v1.sample.ops.topk_topp_sampler import apply_top_k_top_p
 from vllm.v1.worker.cpu_worker import CPUWorker
 
 from vllm_sparq.attention_backends.worker import SparqWorkerMixin
@@ -48,7 +49,7 @@ def constrained(constrain: Callable[..., Any]) -> Callable[..., Any]:
 
 def expanding(forward: Callable[..., Any]) -> Callable[..., Any]:
     """``forward`` of a rejection sampler, with `expanded` in place of vLLM's own, and `constrained`."""
-    constrain = constrained(rejection_sampler.apply_top_k_top_p)
+    constrain = constrained(apply_top_k_top_p)
 
     def with_expanded(*args: Any, **kwargs: Any) -> Any:
         with (

@@ -55,13 +55,19 @@ def _ranks_tokens(chosen: Mapping[str, Any]) -> bool:
 
 
 def _has_ranking_copy(chosen: Mapping[str, Any]) -> bool:
+    if not _ranks_tokens(chosen):
+        return False
     stored = FORMATS[chosen["format"]]
-    return _ranks_tokens(chosen) and not (stored and stored.channel_keys)
+    return stored is None or not stored.channel_keys
 
 
 def _tokens(workload: Workload) -> list[int]:
     """Powers of two below the context; from there on everything is read."""
     return [k for k in (32, 64, 128, 256, 512, 1024, 2048) if 2 * k <= workload.context] or [32]
+
+
+def _reads_codes(chosen: Mapping[str, Any]) -> bool:
+    return not READS[chosen["read"]].own_ranking
 
 
 def _can_evict(chosen: Mapping[str, Any]) -> bool:
@@ -76,7 +82,7 @@ SPACE = (
     Dial(name="read", values=lambda w: list(READS)),
     Dial(name="retention", values=lambda w: list(RETENTIONS), when=_can_evict),
     Dial(name="budget", values=lambda w: [0.25, 0.5, 0.75], when=_evicts),
-    Dial(name="format", values=lambda w: list(FORMATS)),
+    Dial(name="format", values=lambda w: list(FORMATS), when=_reads_codes),
     Dial(name="ranking", values=lambda w: ["int4", "int8", "model"], when=_has_ranking_copy),
     Dial(
         name="r",
