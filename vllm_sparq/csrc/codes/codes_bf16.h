@@ -86,7 +86,8 @@ template <int planes>
 struct ScaleLanes {
   const int32_t* scales;
   int n_groups;
-  bool in_order;  // the lanes are as in memory
+  bool in_order;      // the lanes are as in memory
+  __mmask16 few = 0;  // dwords that all lanes come from, where these are a vector's or less
   __m512i lanes;
 
   ScaleLanes(const CodeShape& shape, const int32_t* staged, int unit) : scales(staged), n_groups(shape.n_groups()) {
@@ -98,12 +99,15 @@ struct ScaleLanes {
       at[lane] = lane / planes * n_groups + group[lane % planes];
       in_order &= at[lane] == lane;
     }
+    const int n_dwords = 16 / planes * n_groups;
+    if (n_dwords <= 16) few = (__mmask16)((1u << n_dwords) - 1);
     lanes = _mm512_load_si512(at);
   }
   // From the given row on.
   SPARQ_INLINE __m512i load(int row) const {
     const int32_t* from = scales + row * n_groups;
     if (in_order) return _mm512_loadu_si512(from);
+    if (few) return _mm512_permutexvar_epi32(lanes, _mm512_maskz_loadu_epi32(few, from));
     if (n_groups == 2 * planes)
       return _mm512_permutex2var_epi32(_mm512_loadu_si512(from), lanes, _mm512_loadu_si512(from + 16));
     return _mm512_i32gather_epi32(lanes, from, 4);
