@@ -164,6 +164,20 @@ def lossless_rows(records: Sequence[Record]) -> list[str]:
     return lines
 
 
+def mixed_rows(records: Sequence[Record]) -> list[str]:
+    """Markdown: a line per context, batch and choices of what mixing these in a batch was measured to cost."""
+    found = of_one_machine([r for r in records if r.get("bench") == "mixed"])
+    titles = ["context", "batch", "a step of each choice alone", "mixed", "overhead, by turns"]
+    lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
+    for r in {(r["model"], r["context"], r["batch"], *r["choices"]): r for r in found}.values():
+        times = dict(r["median_step_ms"])
+        mixed = times.pop("mixed")
+        cells = [f"{r['context']:,}", str(r["batch"]), ", ".join(f"`{name}` {ms:.1f} ms" for name, ms in times.items())]
+        cells += [f"{mixed:.1f} ms", f"{r['overhead']:+.1%} ({r['least_overhead']:+.1%} .. {r['most_overhead']:+.1%})"]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
 def pressure_rows(records: Sequence[Record]) -> list[str]:
     """Markdown: a line per engine of the newest run of the trace that overfills the pool."""
     found = [r for r in records if r.get("bench") == "pressure" and r["output_len"] == 700]
@@ -281,6 +295,7 @@ TABLES: dict[str, Callable[[Sequence[Record]], list[str]]] = {
     "prefill": prefill_rows,
     "engine": engine_rows,
     "lossless": lossless_rows,
+    "mixed": mixed_rows,
     "pressure": pressure_rows,
     "memory": memory_rows,
     "quality": quality_rows,
@@ -298,6 +313,7 @@ DOCUMENTS = {
         "prefill",
         "engine",
         "lossless",
+        "mixed",
         "pressure",
         "memory",
         "quality",
