@@ -26,7 +26,6 @@ if not torch.cuda.is_available():
 
 STARTUP = Path(__file__).parent / "startup"
 runpy.run_path(str(STARTUP / "sitecustomize.py"))
-os.environ.setdefault("VLLM_SPARQ_TESTS_FORK", "1")
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(STARTUP), os.environ.get("PYTHONPATH")]))
 
 LONGEST = (
@@ -67,6 +66,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if missing:
         raise pytest.UsageError(f"LONGEST in tests/conftest.py names files that are not there: {missing}")
     items.sort(key=lambda item: rank.get(item.path, len(rank)))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Engines fork (tests/startup), but for the long tests, which see what becomes of killed processes."""
+    os.environ["VLLM_SPARQ_TESTS_FORK"] = "" if item.get_closest_marker("long") else "1"
 
 
 @pytest.fixture(autouse=True)

@@ -81,8 +81,7 @@ def run_in_one_process(folder: Path, prompts: list[list[int]], **engine_args: ob
 @pytest.mark.parametrize("workers", [1, 2], ids=["spawn", "tensor parallel 2"])
 def test_class_in_the_worker(workers: int, prompts: Prompts, sparse_alone: dict[int, list[int]]) -> None:
     chosen = [0, 4, 6, 9]
-    spawned = {"VLLM_SPARQ_TESTS_FORK": ""}
-    result = run_engine([prompts.mixed[i] for i in chosen], spawned, tensor_parallel_size=workers)
+    result = run_engine([prompts.mixed[i] for i in chosen], tensor_parallel_size=workers)
     assert len(result["reports"]) == workers
     for report in result["reports"]:
         assert len(report) == 4
