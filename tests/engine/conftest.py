@@ -107,4 +107,4 @@ def prompts() -> Prompts:
 def sparse_alone(prompts: Prompts) -> dict[int, list[int]]:
     """What each prompt of `prompts.mixed` answers when it is alone in the engine, read sparsely: the yardstick."""
     with running_engine("sparq", EXACT["sparse"]) as llm:
-        return {i: prompts.answers(llm, [prompt])[0] for i, prompt in enumerate(prompts.mixed)}
+        return dict(enumerate(prompts.alone(llm, prompts.mixed)))

@@ -97,3 +97,8 @@ class Prompts:
         params = SamplingParams(temperature=0, max_tokens=n_tokens, ignore_eos=True, detokenize=False)
         requests = [{"prompt_token_ids": prompt} for prompt in prompts]
         return [list(out.outputs[0].token_ids) for out in llm.generate(requests, params, use_tqdm=False)]
+
+    @staticmethod
+    def alone(llm: Any, prompts: list[list[int]]) -> list[list[int]]:
+        """The same of each prompt while nothing else is in the engine: the yardstick of the other runs."""
+        return [Prompts.answers(llm, [prompt])[0] for prompt in prompts]

@@ -47,7 +47,7 @@ def test_same_answers(method: str, engine: Any, some: list[list[int]]) -> None:
     backend, options = METHODS[method]
     with engine(backend, options, block_size=32) as llm:
         n_free = pool_of(llm).get_num_free_blocks()
-        alone = [Prompts.answers(llm, [prompt])[0] for prompt in some]
+        alone = Prompts.alone(llm, some)
         assert pool_of(llm).get_num_free_blocks() == n_free
     runs = {**RUNS, "compiled": COMPILED} if method == "sparq over h2o over int8" else RUNS
     for run, settings in runs.items():

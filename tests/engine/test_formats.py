@@ -45,7 +45,7 @@ def test_same_answers(method: str, engine: Any, some: list[list[int]]) -> None:
     """Alone, in a batch, in chunks of any size, from cached blocks: one answer."""
     backend, options = METHODS[method]
     with engine(backend, options) as llm:
-        alone = [Prompts.answers(llm, [prompt])[0] for prompt in some]
+        alone = Prompts.alone(llm, some)
     for run, settings in RUNS.items():
         with engine(backend, options, **settings) as llm:
             assert Prompts.answers(llm, some) == alone, run

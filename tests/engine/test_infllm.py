@@ -19,7 +19,7 @@ SPARSE = EXACT["sparse infllm"]
 def alone(prompts: Prompts, engine: Any) -> list[list[int]]:
     """What each prompt of `prompts.mixed` answers when it is alone in the engine: the yardstick."""
     with engine("sparq", SPARSE) as llm:
-        return [prompts.answers(llm, [prompt])[0] for prompt in prompts.mixed]
+        return prompts.alone(llm, prompts.mixed)
 
 
 def test_what_is_looked_up_matters(engine: Any, prompts: Prompts, alone: list[list[int]]) -> None:

@@ -77,7 +77,7 @@ def test_codes_of_other_head_sizes(head_size: int, model_of: Any, token_prompts:
         dense = Prompts.answers(llm, token_prompts)
     with engine("kivi", **small(model)) as llm:
         together = Prompts.answers(llm, token_prompts)
-        assert [Prompts.answers(llm, [prompt])[0] for prompt in token_prompts] == together
+        assert Prompts.alone(llm, token_prompts) == together
     assert sum(a[0] == b[0] for a, b in zip(together, dense, strict=True)) > len(dense) / 2
 
 

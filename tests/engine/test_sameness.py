@@ -44,7 +44,7 @@ def test_a_mass_is_the_same_share_however_it_runs(
     """How many tokens a request reads depends on its own scores alone: in a batch, in chunks, from cached blocks."""
     answers = {}
     with engine("sparq", EXACT["mass"]) as llm:
-        alone = [prompts.answers(llm, [prompt])[0] for prompt in prompts.mixed]
+        alone = prompts.alone(llm, prompts.mixed)
         answers["in one batch"] = prompts.answers(llm, prompts.mixed)
     for run in ("chunks of 64", "prefix caching"):
         with engine("sparq", EXACT["mass"], **RUNS[run]) as llm:

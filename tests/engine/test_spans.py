@@ -23,7 +23,7 @@ UNIFORM = {**SPARSE, "dense_layers": 0}
 def alone(prompts: Prompts, engine: Any) -> list[list[int]]:
     """What each prompt of `prompts.mixed` answers when it is alone in the engine: the yardstick."""
     with engine("sparq", SPARSE) as llm:
-        return [prompts.answers(llm, [prompt])[0] for prompt in prompts.mixed]
+        return prompts.alone(llm, prompts.mixed)
 
 
 def test_the_yardstick_is_sparse(engine: Any, prompts: Prompts, alone: list[list[int]]) -> None:

@@ -103,10 +103,10 @@ def test_with_nothing_left_out_it_is_dense(folders: dict[str, Path], token_promp
 def test_same_answers(name: str, folders: dict[str, Path], token_prompts: Any, engine: Any) -> None:
     """Together, in other chunks, and on a pool that is too small for all of them, as alone."""
     with engine(*METHODS[name], **arguments(folders["mamba"])) as llm:
-        alone = [Prompts.answers(llm, [prompt])[0] for prompt in token_prompts]
+        alone = Prompts.alone(llm, token_prompts)
         assert pages_per_block(llm) > 1
         more, small = growing(llm), too_small(llm)
-        alone += [Prompts.answers(llm, [prompt])[0] for prompt in more]
+        alone += Prompts.alone(llm, more)
     with engine(*METHODS[name], **arguments(folders["mamba"], max_num_batched_tokens=256, **small)) as llm:
         assert Prompts.answers(llm, [*token_prompts, *more]) == alone
         assert counted(llm, "num_preemptions") > 0 or name.startswith("h2o")  # which grow no further
