@@ -94,29 +94,26 @@ def fails(record: dict[str, Any]) -> bool:
     return isinstance(record.get("error"), str) or ("check" in record and not record["error"] <= record["limit"])
 
 
-def say(job: Any, records: Sequence[dict[str, Any]]) -> None:
-    """A line a record."""
-    for record in records:
-        if session.LEFT_OUT in record:
-            print(f"{job.name:<26} left out: {record[session.LEFT_OUT]}", flush=True)
-        elif isinstance(record.get("error"), str):
-            print(f"{job.name:<26} FAIL {record['error'][:150]}", flush=True)
-        elif "check" in record:
-            verdict = "FAIL" if fails(record) else "ok  "
-            print(
-                f"{job.name:<26} {verdict} {record['check']:<28} error {record['error']:.2g} limit {record['limit']}",
-                flush=True,
-            )
-        elif "kernels_us" in record:
-            print(f"{job.name:<26} {record['method']:<12} {record['kernels_us']}", flush=True)
-        else:
-            rate = next((f"{record[key]:8.1f} {key}" for key in ("gb_per_s", "tflop_per_s") if key in record), "")
-            ratio = f"{record['speedup_vs_rival']:6.2f} x {record['rival']}" if "rival" in record else ""
-            host = f"host {record['host_us']:.0f} us" if "host_us" in record else ""
-            print(
-                f"{job.name:<26} {record['method']:<12} {record['median_us']:10.1f} us {rate}  {ratio}  {host}",
-                flush=True,
-            )
+def say(job: Any, record: dict[str, Any]) -> None:
+    """A line."""
+    print(f"{job.name:<28} {said_of(record)}", flush=True)
+
+
+def said_of(record: dict[str, Any]) -> str:
+    """A record in words."""
+    if session.LEFT_OUT in record:
+        return f"left out: {record[session.LEFT_OUT]}"
+    if isinstance(record.get("error"), str):
+        return f"FAIL {record['error'][:150]}"
+    if "check" in record:
+        verdict = "FAIL" if fails(record) else "ok  "
+        return f"{verdict} {record['check']:<28} error {record['error']:.2g} limit {record['limit']}"
+    if "kernels_us" in record:
+        return f"{record['method']:<12} {record['kernels_us']}"
+    rate = next((f"{record[key]:8.1f} {key}" for key in ("gb_per_s", "tflop_per_s") if key in record), "")
+    ratio = f"{record['speedup_vs_rival']:6.2f} x {record['rival']}" if "rival" in record else ""
+    host = f"host {record['host_us']:.0f} us" if "host_us" in record else ""
+    return f"{record['method']:<12} {record['median_us']:10.1f} us {rate}  {ratio}  {host}"
 
 
 def progress(text: str) -> None:

@@ -115,10 +115,11 @@ def code_of(commit: str | None) -> Record:
 
 
 def done_before(paths: Sequence[Path], bench: str, about: Record) -> set[str]:
-    """Names of the jobs that these files hold a result of, by this code on this GPU."""
+    """Names of the jobs whose last line in these files is a result, by this code on this GPU."""
     lines = [record for path in paths for record in read_records(path) if record.get("bench") == bench]
     same = [line for line in lines if all(line.get(name) == about.get(name) for name in ("commit", "dirty", "gpu"))]
-    return {str(line["name"]) for line in same if "error" not in line and LEFT_OUT not in line}
+    last = {str(line["name"]): line for line in same}
+    return {name for name, line in last.items() if not isinstance(line.get("error"), str) and LEFT_OUT not in line}
 
 
 class Hand:
@@ -165,30 +166,35 @@ class Hand:
 
 def measure(
     jobs: Iterable[Job],
-    ask: Callable[[Job, float], list[Record]],
+    ask: Callable[[Job, float], Iterable[Record]],
     budget: Budget,
     output: Output,
     bench: str,
-    say: Callable[[Job, list[Record]], None],
+    say: Callable[[Job, Record], None],
     is_hopeless: Callable[[], bool] = lambda: False,
 ) -> None:
     """Each job in turn, as long as there is time.
 
     Args:
         jobs: what is worth most first.
-        ask: gives the records of a job, within so many seconds.
+        ask: gives the records of a job, within so many seconds; each is on the disk before the next is asked for.
         bench: kind of the records.
-        say: called with a job and its records when these are on the disk.
+        say: called with a job and each of its records when that is on the disk.
         is_hopeless: whether to leave out whatever comes.
     """
+
+    def keep(job: Job, record: Record) -> None:
+        for line in output.add([{"bench": bench, "name": job.name, **record}]):
+            say(job, line)
+
     for job in jobs:
         why = "the process that has the GPU does not start" if is_hopeless() else budget.why_not(job)
         if why is not None:
-            records = [{LEFT_OUT: why}]
-        else:
-            with budget.spend(job):
-                try:
-                    records = ask(job, budget.patience(job))
-                except WorkerGoneError as error:
-                    records = [{"error": str(error), "said": error.said}]
-        say(job, output.add({"bench": bench, "name": job.name, **record} for record in records))
+            keep(job, {LEFT_OUT: why})
+            continue
+        with budget.spend(job):
+            try:
+                for record in ask(job, budget.patience(job)):
+                    keep(job, record)
+            except WorkerGoneError as error:
+                keep(job, {"error": str(error), "said": error.said})

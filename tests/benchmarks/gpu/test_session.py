@@ -34,7 +34,7 @@ class Clock:
     """Time that passes where it is told to."""
 
     now: float = 100.0
-    said: list[tuple[str, list[dict[str, Any]]]] = field(default_factory=list)
+    said: list[str] = field(default_factory=list)
 
     def __call__(self) -> float:
         return self.now
@@ -48,7 +48,7 @@ class Clock:
             return [{"value": job.seconds, "on_disk": on_disk}]
 
         budget, output = Budget(seconds, self), Output(path, ABOUT)
-        measure(jobs, ask, budget, output, "x", lambda job, records: self.said.append((job.name, records)))
+        measure(jobs, ask, budget, output, "x", lambda job, record: self.said.append(job.name))
         return read_records(path)
 
 
@@ -67,7 +67,7 @@ def test_what_would_end_too_late_is_left_out_and_said(tmp_path: Path) -> None:
     assert found["c"]["left_out"] == "wants about 40 s, and 20 s are left"
     assert [name for name, record in found.items() if "left_out" not in record] == ["a", "b", "d"]
     assert clock.now <= 200
-    assert [name for name, _ in clock.said] == ["a", "b", "c", "d"]
+    assert clock.said == ["a", "b", "c", "d"]
 
 
 def test_a_job_that_kills_its_process_is_recorded_and_the_next_goes_on(tmp_path: Path) -> None:
@@ -81,7 +81,7 @@ def test_a_job_that_kills_its_process_is_recorded_and_the_next_goes_on(tmp_path:
     path = tmp_path / "x.jsonl"
     try:
         output = Output(path, ABOUT)
-        measure([Job(name, 1.0) for name in orders], ask, Budget(100.0), output, "x", lambda job, records: None)
+        measure([Job(name, 1.0) for name in orders], ask, Budget(100.0), output, "x", lambda job, record: None)
     finally:
         hand.kill()
     found = {record["name"]: record for record in read_records(path)}
@@ -101,7 +101,7 @@ def test_what_does_not_start_is_not_tried_for_ever(tmp_path: Path) -> None:
         raise AssertionError
 
     jobs, path = [Job(str(i), 1.0) for i in range(4)], tmp_path / "x.jsonl"
-    measure(jobs, ask, Budget(1e4), Output(path, ABOUT), "x", lambda job, records: None, lambda: hand.is_hopeless)
+    measure(jobs, ask, Budget(1e4), Output(path, ABOUT), "x", lambda job, record: None, lambda: hand.is_hopeless)
     kinds = ["error" if "error" in record else record["left_out"] for record in read_records(path)]
     assert kinds == ["error", "error", *["the process that has the GPU does not start"] * 2]
 
@@ -109,8 +109,14 @@ def test_what_does_not_start_is_not_tried_for_ever(tmp_path: Path) -> None:
 def test_results_of_the_same_code_and_gpu_are_not_measured_again(tmp_path: Path) -> None:
     path = tmp_path / "x.jsonl"
     lines = [{"name": "a"}, {"name": "b", "error": "x"}, {"name": "c", "left_out": "x"}, {"name": "d", "commit": "old"}]
+    lines += [
+        {"name": "e"},
+        {"name": "e", "error": "died later"},
+        {"name": "f", "error": "x"},
+        {"name": "f", "error": 0.5},
+    ]
     path.write_text("".join(json.dumps({"bench": "x", **ABOUT, **line}) + "\n" for line in lines))
-    assert done_before([path, tmp_path / "absent.jsonl"], "x", ABOUT) == {"a"}
+    assert done_before([path, tmp_path / "absent.jsonl"], "x", ABOUT) == {"a", "f"}
     assert done_before([path], "y", ABOUT) == set()
 
 
@@ -144,10 +150,8 @@ def test_what_ends_with_an_error(capsys: pytest.CaptureFixture[str]) -> None:
     assert "left out, 1 cells: copy" in capsys.readouterr().out
     for bad in ({"error": 1.0}, {"error": float("nan")}, {"error": "RuntimeError: x"}):
         assert gpu_check.summary([{**good, **bad}]) == 1
-    capsys.readouterr()
-    gpu_check.say(Job("a", 1.0), [good, {**good, "error": 2.0}, {"error": "no"}, {"left_out": "late"}])
-    said = capsys.readouterr().out.splitlines()
-    assert ["FAIL" in line for line in said] == [False, True, True, False]
+    lines = [good, {**good, "error": 2.0}, {"error": "no"}, {"left_out": "late"}]
+    assert ["FAIL" in gpu_check.said_of(line) for line in lines] == [False, True, True, False]
 
 
 @pytest.mark.parametrize("words", [["--only", "nothing"], []])
