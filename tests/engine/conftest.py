@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import inspect
-import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -96,15 +95,25 @@ def engine() -> Callable[..., Any]:
 
 
 @pytest.fixture(scope="session")
-def prompts() -> Prompts:
-    """Token prompts that end in a task of the bundled model, so that greedy answers are not all alike."""
+def tokenizer() -> Any:
+    """That of the bundled model."""
     from transformers import AutoTokenizer
 
-    return Prompts(AutoTokenizer.from_pretrained(MODEL), random.Random(7))
+    return AutoTokenizer.from_pretrained(MODEL)
+
+
+@pytest.fixture(scope="module")
+def prompts(tokenizer: Any) -> Prompts:
+    """Token prompts that end in a task of the bundled model, so that greedy answers are not all alike.
+
+    Each file draws its own: what it asks must not depend on the files that ran before it in this process.
+    """
+    return Prompts(tokenizer)
 
 
 @pytest.fixture(scope="session")
-def sparse_alone(prompts: Prompts) -> dict[int, list[int]]:
+def sparse_alone(tokenizer: Any) -> dict[int, list[int]]:
     """What each prompt of `prompts.mixed` answers when it is alone in the engine, read sparsely: the yardstick."""
+    prompts = Prompts(tokenizer)
     with running_engine("sparq", EXACT["sparse"]) as llm:
         return dict(enumerate(prompts.alone(llm, prompts.mixed)))

@@ -64,8 +64,8 @@ def environment() -> None:
 class Prompts:
     """Prompts as token ids, and greedy answers to them."""
 
-    def __init__(self, tokenizer: Any, rng: random.Random) -> None:
-        self.tokenizer, self.rng = tokenizer, rng
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer, self.rng = tokenizer, random.Random(7)
 
     def of_length(self, n_tokens: int) -> list[int]:
         """A task of about n_tokens, cut from the left to exactly that many."""
@@ -87,7 +87,8 @@ class Prompts:
     @cached_property
     def mixed(self) -> list[list[int]]:
         """Lengths around the block size and far after it, for runs that are compared with each other."""
-        return [self.of_length(n) for n in (1, 7, 127, 128, 129, 255, 300, 511, 640, 900, 1300)]
+        own = Prompts(self.tokenizer)  # the same ones, whatever was drawn before
+        return [own.of_length(n) for n in (1, 7, 127, 128, 129, 255, 300, 511, 640, 900, 1300)]
 
     @staticmethod
     def answers(llm: Any, prompts: list[list[int]], n_tokens: int = N_ANSWER) -> list[list[int]]:

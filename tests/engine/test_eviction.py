@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from tests.engine.small_models import llama
 from tests.engine.support import EXACT, Prompts
 
 pytestmark = pytest.mark.engine
@@ -117,24 +118,7 @@ def test_tensor_parallel(engine: Any, some: list[list[int]]) -> None:
 @pytest.fixture(scope="module")
 def long_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One small layer with room for 16k tokens."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    config = LlamaConfig(
-        hidden_size=64,
-        intermediate_size=64,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=64,
-        vocab_size=128,
-        max_position_embeddings=16384,
-        tie_word_embeddings=True,
-    )
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("long")
-    LlamaForCausalLM(config).save_pretrained(folder)
-    return folder
+    return llama(tmp_path_factory.mktemp("long"), seed=0, num_hidden_layers=1, max_position_embeddings=16384)
 
 
 def long(model: Path, n_blocks: int) -> dict[str, Any]:

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
+from tests.engine.small_models import gemma3, llama
 from tests.engine.support import EXACT, Prompts
 
 pytestmark = pytest.mark.engine
@@ -25,26 +25,21 @@ FULL = {"k": 4096, "dense_below": 0}
 @pytest.fixture(scope="module")
 def model_of(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """A two-layer Llama with random weights wide enough that its answers are not all alike."""
-    from transformers import LlamaConfig, LlamaForCausalLM
 
     def build(head_size: int, n_positions: int = 1024) -> Path:
         n_heads, n_kv_heads = SHAPES[head_size]
-        config = LlamaConfig(
+        return llama(
+            tmp_path_factory.mktemp(f"llama{head_size}"),
+            seed=head_size,
             hidden_size=256,
             intermediate_size=256,
-            num_hidden_layers=2,
             num_attention_heads=n_heads,
             num_key_value_heads=n_kv_heads,
             head_dim=head_size,
             vocab_size=512,
             max_position_embeddings=n_positions,
             initializer_range=0.1,
-            tie_word_embeddings=True,
         )
-        torch.manual_seed(head_size)
-        folder = tmp_path_factory.mktemp(f"llama{head_size}")
-        LlamaForCausalLM(config).save_pretrained(folder)
-        return folder
 
     return build
 
@@ -117,24 +112,7 @@ def test_half_types(dtype: str, model_of: Any, token_prompts: list[list[int]], e
 
 def test_hybrid_model(tmp_path: Path, token_prompts: list[list[int]], engine: Any) -> None:
     """Sliding-window layers stay with vLLM's own backend, full-attention layers are ours, and both say so."""
-    from transformers import Gemma3ForCausalLM, Gemma3TextConfig
-
-    config = Gemma3TextConfig(
-        hidden_size=256,
-        intermediate_size=256,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=64,
-        query_pre_attn_scalar=64,
-        vocab_size=512,
-        max_position_embeddings=1024,
-        sliding_window=64,
-        layer_types=["sliding_attention", "sliding_attention", "sliding_attention", "full_attention"],
-        initializer_range=0.1,
-    )
-    torch.manual_seed(5)
-    Gemma3ForCausalLM(config).save_pretrained(tmp_path)
+    gemma3(tmp_path, seed=5, full=[False, False, False, True])
     with engine("CPU_ATTN", **small(tmp_path)) as llm:
         dense = Prompts.answers(llm, token_prompts)
     with engine("sparq", FULL, **small(tmp_path)) as llm:

@@ -11,37 +11,18 @@ import torch
 
 from tests.architectures import seeded
 from tests.architectures.configurations import CHUNKS
+from tests.engine.small_models import gemma3
 from tests.engine.support import Prompts
 from vllm_sparq.attention_backends import worker
 
 pytestmark = pytest.mark.engine
 
 LENGTHS = (1, 60, 96, 97, 130, 200, 300)
-WINDOW = 64
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from transformers import Gemma3ForCausalLM, Gemma3TextConfig
-
-    config = Gemma3TextConfig(
-        hidden_size=256,
-        intermediate_size=256,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=64,
-        query_pre_attn_scalar=64,
-        vocab_size=512,
-        max_position_embeddings=1024,
-        sliding_window=WINDOW,
-        layer_types=["sliding_attention", "full_attention"] * 2,
-        initializer_range=0.1,
-    )
-    torch.manual_seed(5)
-    folder = tmp_path_factory.mktemp("mixed")
-    Gemma3ForCausalLM(config).save_pretrained(folder)
-    return folder
+    return gemma3(tmp_path_factory.mktemp("mixed"), seed=5, full=[False, True] * 2)
 
 
 @pytest.fixture(scope="module")

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from tests.engine.small_models import llama
 from tests.engine.support import MODEL, Prompts
 from tests.engine.test_processes import run_engine
 
@@ -76,24 +77,15 @@ def test_pages_are_the_same_on_any_number_of_workers() -> None:
 @pytest.fixture(scope="module")
 def one_kv_head(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model whose four query heads share one KV head, with weights that tell tokens apart."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    config = LlamaConfig(
-        hidden_size=64,
-        intermediate_size=64,
-        num_hidden_layers=2,
+    folder = tmp_path_factory.mktemp("one_kv_head")
+    return llama(
+        folder,
+        seed=0,
         num_attention_heads=4,
-        num_key_value_heads=1,
-        head_dim=64,
-        vocab_size=128,
         max_position_embeddings=2048,
         initializer_range=0.3,
+        tie_word_embeddings=False,
     )
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("one_kv_head")
-    LlamaForCausalLM(config).save_pretrained(folder)
-    return folder
 
 
 @pytest.mark.long

@@ -6,34 +6,23 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
+from tests.engine.small_models import gemma3
 from tests.engine.support import Prompts
 
 
 @pytest.fixture(scope="module")
 def with_windows(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Gemma 3 with random weights: every third layer sees everything."""
-    from transformers import Gemma3ForCausalLM, Gemma3TextConfig
-
-    config = Gemma3TextConfig(
+    return gemma3(
+        tmp_path_factory.mktemp("gemma3"),
+        seed=3,
+        full=[False, False, True],
         hidden_size=128,
         intermediate_size=128,
-        num_hidden_layers=3,
-        layer_types=["sliding_attention", "sliding_attention", "full_attention"],
         num_attention_heads=2,
         num_key_value_heads=1,
-        head_dim=64,
-        vocab_size=512,
-        sliding_window=64,
-        max_position_embeddings=1024,
-        initializer_range=0.1,
-        query_pre_attn_scalar=64,
     )
-    torch.manual_seed(3)
-    folder = tmp_path_factory.mktemp("gemma3")
-    Gemma3ForCausalLM(config).save_pretrained(folder)
-    return folder
 
 
 @pytest.mark.parametrize("backend", ["sparq", "kivi"])
