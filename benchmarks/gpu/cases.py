@@ -176,8 +176,8 @@ def build(case: Case, device: str, *, far: bool = False) -> World:
     key = key * (spread.abs() + 0.5) + key_offset
     shape_keys(case.keys, key, query, case.lens)
     seq_lens = torch.tensor(case.lens, dtype=torch.int32)
-    tensors = (t.to(case.layout.dtype).to(device) for t in (key, value + value_offset, query))
-    return World(case, pages, table.to(device), seq_lens.to(device), *tensors, n_before)
+    key, value, query = (t.to(case.layout.dtype).to(device) for t in (key, value + value_offset, query))
+    return World(case, pages, table.to(device), seq_lens.to(device), key, value, query, n_before)
 
 
 def shape_keys(kind: str, key: torch.Tensor, query: torch.Tensor, lens: Sequence[int]) -> None:

@@ -134,8 +134,10 @@ def named(pages: str) -> Case:
     """The layer over pages of a name such as `int4`, `model+bounds` or `model+sink`."""
     format, _, more = pages.partition("+")
     case = replace(LAYER, format=format)
-    if more in ("sink", "equal"):
-        return replace(case, keys=more)
+    if more == "sink":
+        return replace(case, keys="sink")
+    if more == "equal":
+        return replace(case, keys="equal")
     if more in ("bounds", "int8", "model"):
         return replace(case, ranking=more)
     return replace(case, tracked=more == "tracked")

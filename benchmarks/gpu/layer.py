@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -119,12 +118,13 @@ def measure_decode(cell: Cell) -> Iterator[dict[str, Any]]:
     rival, runs[rival], absent = with_rival(layer, layer.query, timing.capture)
     samples = timing.samples_us(runs)
     layout, context = case.layout, cell.context
-    moved = {"write": 2 * layout.record_bytes, "write+close": case.block_size * layout.record_bytes}
+    moved: dict[str, float] = {"write": 2 * layout.record_bytes, "write+close": case.block_size * layout.record_bytes}
     moved |= {each.op.removesuffix("_decode"): each.bytes_moved(layout, context) for each in (DenseRead(), case.read)}
     for name, times in samples.items():
         total = int(cell.requests * case.kv_heads * moved.get(name, context * layout.record_bytes))
-        found = {"method": name, **timing.summary(times), "bytes_moved": total}
-        found["gb_per_s"] = round(total / found["median_us"] / 1e3, 1)
+        spread = timing.summary(times)
+        found = {"method": name, **spread, "bytes_moved": total}
+        found["gb_per_s"] = round(total / spread["median_us"] / 1e3, 1)
         if name in steps:
             found["host_us"] = timing.host_us(steps[name])
         yield {**found, **beside(rival, samples, times, absent)}
@@ -142,8 +142,8 @@ def measure_prefill(cell: Cell) -> Iterator[dict[str, Any]]:
     samples = timing.samples_us(runs, PREFILL_SAMPLES)
     operations = 4 * case.heads * case.head_size * (n * cell.context + n * (n + 1) // 2)
     for name, times in samples.items():
-        found = {"method": name, **timing.summary(times)}
-        found["tflop_per_s"] = round(operations / found["median_us"] / 1e6, 1)
+        spread = timing.summary(times)
+        found = {"method": name, **spread, "tflop_per_s": round(operations / spread["median_us"] / 1e6, 1)}
         if name in steps:
             found["host_us"] = timing.host_us(steps[name])
         yield {**found, **beside(rival, samples, times, absent)}
@@ -166,17 +166,11 @@ def ran(step: Step) -> Step:
 def with_rival(layer: Layer, query: torch.Tensor, ready: Any) -> tuple[str, Step, dict[str, str]]:
     """The rival of a layer; over our pages where they hold K and V in the model's type."""
     cell, case, pages = layer.cell, layer.case, layer.pages
-    wanted = partial(
-        Attention,
-        query=query,
-        n_kv_heads=case.kv_heads,
-        requests=cell.requests,
-        context=cell.context + cell.chunk,
-    )
-    if case.format != "model":
-        return first_rival(wanted(), ready)
-    ours = dict(table=layer.table, keys=pages.keys.transpose(1, 2), values=pages.values.transpose(1, 2))
-    return first_rival(wanted(**ours), ready)
+    wanted = Attention(query=query, n_kv_heads=case.kv_heads, requests=cell.requests, context=cell.context + cell.chunk)
+    if case.format == "model":
+        keys, values = pages.keys.transpose(1, 2), pages.values.transpose(1, 2)
+        wanted = replace(wanted, table=layer.table, keys=keys, values=values)
+    return first_rival(wanted, ready)
 
 
 def beside(

@@ -68,10 +68,18 @@ def vllm_flash(wanted: Attention) -> tuple[str, Step]:
         keys, values = (torch.empty(shape, dtype=query.dtype, device=device).normal_() for _ in range(2))
         table = torch.randperm(shape[0], device=device).int().view(wanted.requests, blocks)
     out = torch.empty_like(query)
-    paged = dict(block_table=table, seqused_k=lens, cu_seqlens_q=starts, causal=True, fa_version=version, out=out)
-    sizes = dict(max_seqlen_q=wanted.rows, max_seqlen_k=wanted.context)
     return f"vLLM FlashAttention {version}", lambda: vllm_flash_attn.flash_attn_varlen_func(
-        query, keys, values, **sizes, **paged
+        query,
+        keys,
+        values,
+        max_seqlen_q=wanted.rows,
+        cu_seqlens_q=starts,
+        max_seqlen_k=wanted.context,
+        seqused_k=lens,
+        block_table=table,
+        causal=True,
+        fa_version=version,
+        out=out,
     )
 
 

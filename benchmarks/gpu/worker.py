@@ -32,7 +32,7 @@ class GpuWorker:
         from triton import knobs
 
         self.folder, self.n_compiled = folder, 0
-        knobs.compilation.listener = self._count  # type: ignore[assignment]
+        knobs.compilation.listener = self._count
 
     def _count(self, *, cache_hit: bool, **_: Any) -> None:
         self.n_compiled += not cache_hit
@@ -47,7 +47,7 @@ class GpuWorker:
             "capability": found.major * 10 + found.minor,
             "multiprocessors": found.multi_processor_count,
             "gpu_gib": round(found.total_memory / 2**30, 1),
-            "driver": (smi("driver_version") or [None])[0],
+            "driver": driver[0] if (driver := smi("driver_version")) else None,
             "cuda": torch.version.cuda,
             "torch": torch.__version__,
             "triton": triton.__version__,
