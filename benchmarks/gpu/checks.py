@@ -25,9 +25,28 @@ SPARQ_TOLERANCE = {"float32": 1e-3, "float16": 1e-2, "bfloat16": 3e-2}
 """Wider: alpha comes from scores that are kept in the model's type, and a tie may go the other way."""
 
 
-def wrong_bytes(got: World, want: World) -> float:
+@dataclass(frozen=True)
+class Expected:
+    """What the reference makes of a case, on the CPU: tensors alone, which a file can hold.
+
+    Attributes:
+        table: of its requests.
+        written: the pages' bytes.
+        answers: op -> what it answers.
+        noted: the pages' bytes after that.
+        kept: their bytes after an eviction, where tokens are tracked.
+    """
+
+    table: torch.Tensor
+    written: torch.Tensor
+    answers: dict[str, torch.Tensor]
+    noted: torch.Tensor
+    kept: torch.Tensor | None
+
+
+def wrong_bytes(got: World, want: Expected) -> float:
     """How many bytes differ, value sums aside; infinite if a value sum is off by more than rounding."""
-    ours, theirs = Pages(got.own.data.cpu(), got.case.layout), Pages(want.pages.data.clone(), want.case.layout)
+    ours, theirs = Pages(got.own.data.cpu(), got.case.layout), Pages(want.written.clone(), got.case.layout)
     sums = theirs.value_sum
     error = (ours.value_sum - sums).abs() / (1 + sums.abs())
     if got.case.layout.quantized is not None:
@@ -62,16 +81,6 @@ def differ(ours: Pages, theirs: Pages, blocks: torch.Tensor, context: int, case:
     return float(sum((a != b).sum() for a, b in pairs))
 
 
-@dataclass(frozen=True)
-class Expected:
-    """What the reference makes of a case, on the CPU: its pages, what they answer, and what is left of an eviction."""
-
-    world: World
-    answers: dict[str, torch.Tensor]
-    noted: torch.Tensor
-    kept: torch.Tensor | None
-
-
 def expected(case: Case) -> Expected:
     """Seconds of one core: done beside the compiler, before a check begins."""
     world = written(case, "cpu", "reference")
@@ -82,8 +91,7 @@ def expected(case: Case) -> Expected:
     if case.tracked:
         evicted(world, "reference")
         kept = world.pages.data.clone()
-    world.pages.data.copy_(bytes_written)
-    return Expected(world, answers, noted, kept)
+    return Expected(world.table, bytes_written, answers, noted, kept)
 
 
 def launch_checks(case: Case, device: str) -> None:
@@ -97,9 +105,9 @@ def launch_checks(case: Case, device: str) -> None:
 def run_checks(case: Case, device: str, want: Expected | None = None) -> Iterator[dict[str, Any]]:
     """A record per op: its ``error``, of at most ``limit``."""
     want = want or expected(case)
-    world, right = written(case, device, "triton", far=True), want.world
-    yield dict(check="write", error=wrong_bytes(world, right), limit=0)
-    world.own.data.copy_(right.pages.data)
+    world = written(case, device, "triton", far=True)
+    yield dict(check="write", error=wrong_bytes(world, want), limit=0)
+    world.own.data.copy_(want.written)
     got = world.outputs("triton")
     if case.tracked:
         yield dict(check="attention", error=noted_error(world, want), limit=SCORES_TOLERANCE[case.format == "model"])
@@ -114,7 +122,7 @@ def run_checks(case: Case, device: str, want: Expected | None = None) -> Iterato
         world.own.data.copy_(want.noted)
         kept = evicted(world, "triton")
         ours, theirs = Pages(world.own.data.cpu(), case.layout), Pages(want.kept, case.layout)
-        wrong = sum(kept_differ(ours, theirs, right.table[b], n, case) for b, n in enumerate(kept))
+        wrong = sum(kept_differ(ours, theirs, want.table[b], n, case) for b, n in enumerate(kept))
         yield dict(check="evict", error=float(wrong), limit=0)
 
 
@@ -123,7 +131,7 @@ def noted_error(world: World, want: Expected) -> float:
     case, errors = world.case, []
     ours, theirs = Pages(world.own.data.cpu(), case.layout), Pages(want.noted, case.layout)
     for b, s in enumerate(case.lens):
-        page, place = slots_of(want.world.table[b], s, case.block_size)
+        page, place = slots_of(want.table[b], s, case.block_size)
         right = theirs.attention[page, :, place]
         errors.append((ours.attention[page, :, place] - right).abs() / right.clamp(min=1))
     return float(torch.cat(errors).nan_to_num(math.inf).max())

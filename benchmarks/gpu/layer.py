@@ -22,6 +22,8 @@ MEMORY_SHARE = 0.85
 
 PREFILL_SAMPLES = 10
 
+DEVICE = "cuda"
+
 
 @dataclass
 class Layer:
@@ -112,7 +114,7 @@ def launch(cell: Cell, device: str) -> None:
 
 def measure_decode(cell: Cell) -> Iterator[dict[str, Any]]:
     """A record a step, and one of the rival: time on the device, and the host's share of a call."""
-    layer = filled(cell, "cuda")
+    layer = filled(cell, DEVICE)
     case, steps = layer.case, decode_steps(layer)
     runs = {name: timing.capture(step) for name, step in steps.items()}
     rival, runs[rival], absent = with_rival(layer, layer.query, timing.capture)
@@ -132,12 +134,12 @@ def measure_decode(cell: Cell) -> Iterator[dict[str, Any]]:
 
 def measure_prefill(cell: Cell) -> Iterator[dict[str, Any]]:
     """The same of a chunk, with its arithmetic: multiplications and additions of q K and of P V."""
-    layer = filled(cell, "cuda")
+    layer = filled(cell, DEVICE)
     case, steps = layer.case, prefill_steps(layer)
     for step in steps.values():
         step()
     runs, n = dict(steps), cell.chunk
-    query = torch.randn(n, case.heads, case.head_size, device="cuda").to(case.layout.dtype)
+    query = torch.randn(n, case.heads, case.head_size, device=DEVICE).to(case.layout.dtype)
     rival, runs[rival], absent = with_rival(layer, query, ran)
     samples = timing.samples_us(runs, PREFILL_SAMPLES)
     operations = 4 * case.heads * case.head_size * (n * cell.context + n * (n + 1) // 2)
@@ -151,7 +153,7 @@ def measure_prefill(cell: Cell) -> Iterator[dict[str, Any]]:
 
 def measure_kernels(cell: Cell) -> Iterator[dict[str, Any]]:
     """Each kernel of the sparse read, and of the dense one."""
-    layer = filled(cell, "cuda")
+    layer = filled(cell, DEVICE)
     for name, step in decode_steps(layer).items():
         yield {"method": name, "kernels_us": timing.kernels_us(step)}
 

@@ -75,10 +75,10 @@ class GpuWorker:
     def check(self, cell: Cell) -> Iterator[dict[str, Any]]:
         path = self.folder / file_name(cell)
         want = torch.load(path, weights_only=False) if path.exists() else None  # our own file, of this run
-        yield from run_checks(cell.case, "cuda", want)
+        yield from run_checks(cell.case, layer.DEVICE, want)
 
     def graph(self, cell: Cell) -> Iterator[dict[str, Any]]:
-        yield from check_graph(cell.case, "cuda", timing.capture)
+        yield from check_graph(cell.case, layer.DEVICE, timing.capture)
 
     def copy(self, cell: Cell) -> Iterator[dict[str, Any]]:
         yield timing.copy_record()
