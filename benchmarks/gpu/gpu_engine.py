@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """What does a CUDA engine gain? Start-up, prompts and decode steps of stock vLLM and of each backend, on dummy weights.
 
-    python benchmarks/gpu/gpu_engine.py --out gpu-engine.jsonl
+    python benchmarks/gpu/gpu_engine.py --out engine.jsonl
 
 Needs vLLM with CUDA and a checkout; nothing of ours need be installed. Engines run one after the other, each alone on
 the GPU in a process of its own that may die, with vLLM's default settings first: captured graphs, and all the memory
