@@ -10,7 +10,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures import TimeoutError as FuturesTimeout
 from concurrent.futures.process import BrokenProcessPool
@@ -110,6 +110,14 @@ def keys_of(cell: Cell) -> list[tuple[str, str]]:
     return found
 
 
+def keys_or_why(cell: Cell) -> list[tuple[str, str]] | str:
+    """`keys_of`, or why there are none: then the cell's kernels are compiled where they are launched."""
+    try:
+        return keys_of(cell)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"[:1000]
+
+
 def compile_launch(cell: Cell, index: int) -> dict[str, Any]:
     """Compile the launch of a cell that comes at ``index``; what it took, and what the kernel takes."""
     from triton.runtime import jit
@@ -164,8 +172,10 @@ def prepare(
     begin, found = time.monotonic(), 0
     pool = _pool(target, processes)
     try:
-        jobs = _jobs(pool, [cell for cell in cells if cell.launches_ours], seconds)
-        futures: dict[Future[Any], Cell] = {pool.submit(compile_launch, cell, i): cell for cell, i in jobs}
+        ours = [cell for cell in cells if cell.launches_ours]
+        keys = dict(zip(ours, pool.map(keys_or_why, ours, timeout=seconds), strict=True))
+        yield from ({"cell": cell.name, "error": why} for cell, why in keys.items() if isinstance(why, str))
+        futures: dict[Future[Any], Cell] = {pool.submit(compile_launch, cell, i): cell for cell, i in _jobs(keys)}
         if references:
             futures |= {pool.submit(answer, cell, folder): cell for cell in cells if cell.kind == "check"}
         for future in as_completed(futures, timeout=max(0.1, seconds - (time.monotonic() - begin))):
@@ -187,11 +197,11 @@ def prepare(
     yield total if why is None else {**total, "error": why}
 
 
-def _jobs(pool: ProcessPoolExecutor, cells: Sequence[Cell], seconds: float) -> list[tuple[Cell, int]]:
+def _jobs(keys: Mapping[Cell, list[tuple[str, str]] | str]) -> list[tuple[Cell, int]]:
     """(cell, number of its launch) for every key, once."""
     first: dict[tuple[str, str], tuple[Cell, int]] = {}
-    for cell, keys in zip(cells, pool.map(keys_of, cells, timeout=seconds), strict=True):
-        for i, key in enumerate(keys):
+    for cell, found in keys.items():
+        for i, key in enumerate(found if isinstance(found, list) else ()):
             first.setdefault(key, (cell, i))
     return [place for key, place in sorted(first.items(), key=lambda one: one[0][0] not in HEAVY)]
 

@@ -12,12 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from tests.benchmarks.common.workers import Toy
+from tests.benchmarks.gpu.toys import ToyGpu
 from vllm_sparq.benchmarks.common.engine_process import EngineProcess, WorkerGoneError
 from vllm_sparq.benchmarks.common.records import read_records
-from vllm_sparq.benchmarks.gpu import cells, gpu_check
+from vllm_sparq.benchmarks.gpu import cells, gpu_check, worker
 from vllm_sparq.benchmarks.gpu.session import Budget, Hand, Output, code_of, done_before, measure
+from vllm_sparq.benchmarks.reporting.gpu_table import gpu_check_rows
 
 ROOT = Path(__file__).parents[3]
 ABOUT = {"commit": "abc", "dirty": False, "gpu": "NVIDIA H100"}
@@ -152,6 +155,26 @@ def test_what_ends_with_an_error(capsys: pytest.CaptureFixture[str]) -> None:
         assert gpu_check.summary([{**good, **bad}]) == 1
     lines = [good, {**good, "error": 2.0}, {"error": "no"}, {"left_out": "late"}]
     assert ["FAIL" in gpu_check.said_of(line) for line in lines] == [False, True, True, False]
+
+
+def test_a_whole_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Over a GPU that is a toy: one cell kills it, one check is wrong; the next run measures what is missing."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(worker, "GpuWorker", ToyGpu)
+    path = tmp_path / "x.jsonl"
+    words = ["--no-compile", "--out", str(path), "--only", "check/[hm]*", "--only", "copy", "--only", "decode/int4"]
+    assert gpu_check.main(words) == 1
+    found = {record["name"]: record for record in read_records(path)}
+    assert found["copy"]["error"] == "the process of the GPU ended before it answered, after saying Segmentation fault"
+    after = found["decode/int4/b1s128k"]
+    assert (after["median_us"], after["requests"], after["context"], after["gpu"]) == (1.0, 1, 131072, "NVIDIA H100")
+    assert after["case"]["format"] == "int4"
+    said = capsys.readouterr().out
+    assert "decode/int4/b1s128k" in said
+    assert "failed: 2\n  check/heads\n  copy\n" in said
+    assert gpu_check.main(words) == 1
+    assert "1 cells to measure" in capsys.readouterr().out
+    assert gpu_check_rows(read_records(path))[2].endswith(f"| {len(found) - 4} | 1 |")
 
 
 @pytest.mark.parametrize("words", [["--only", "nothing"], []])

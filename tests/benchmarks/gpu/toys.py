@@ -1,4 +1,4 @@
-"""What looks like an engine on a GPU, in a process of its own, in no time."""
+"""What looks like a GPU, or an engine on one, in a process of its own, in no time."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_sparq.benchmarks.engine.cases import Case
+from vllm_sparq.benchmarks.gpu.cells import Cell
 
 
 class ToyEngine:
@@ -37,3 +38,21 @@ class ToyEngine:
 
     def step_ms(self, n_steps: int) -> list[float]:
         return [10.0 if self.backend == "FLASH_ATTN" else 4.0] * n_steps
+
+
+class ToyGpu:
+    """Takes what `GpuWorker` takes; dies of copies, and one check is wrong."""
+
+    def __init__(self, folder: Path) -> None:
+        assert folder.is_dir()
+
+    def about(self) -> dict[str, Any]:
+        return {"gpu": "NVIDIA H100", "capability": 90, "multiprocessors": 132, "driver": "580.1"}
+
+    def measure(self, cell: Cell) -> list[dict[str, Any]]:
+        if cell.kind == "copy":
+            print("Segmentation fault", flush=True)
+            os._exit(139)
+        if cell.kind == "check":
+            return [{"check": "write", "error": float(cell.name == "check/heads"), "limit": 0}]
+        return [{"method": "dense", "median_us": 1.0, "host_us": 2.0, "rival": "sdpa", "speedup_vs_rival": 1.0}]
