@@ -16,6 +16,7 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "h2o": ("h2o", {"budget": 256}),
     "streaming, bounded, int8": ("streaming", {"budget": 256, "prefill": "bounded", "format": "int8"}),
     "sparq": ("sparq", EXACT["sparse"]),
+    "infllm": ("sparq", EXACT["sparse infllm"]),
     "quest over int4": ("sparq", {**EXACT["sparse spans"], "format": "int4"}),
     "kivi": ("kivi", {}),
 }
@@ -39,7 +40,7 @@ def in_one_prompt(turns: list[list[int]], said: list[list[int]]) -> list[int]:
     return prompt
 
 
-@pytest.mark.parametrize("method", rarely(METHODS, "kivi", "quest over int4"))
+@pytest.mark.parametrize("method", rarely(METHODS, "kivi", "quest over int4", "infllm"))
 def test_sessions(method: str, engine: Any) -> None:
     """Alone, beside another, beside another in a pool that preempts, and in one prompt: one answer."""
     backend, options = METHODS[method]

@@ -20,6 +20,7 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "all read": ("sparq", {"compression": 1, "k": 4096, "dense_below": 0}),
     "sparq": ("sparq", {"compression": 8, "min_k": 16, "dense_below": 0}),
     "quest": ("quest", {"k": 64, "dense_below": 0}),
+    "infllm": ("infllm", {"k": 224, "local": 128, "dense_below": 0}),
     "flexgen": ("flexgen", {}),
     "kivi2": ("kivi", {"format": "kivi2"}),
     "h2o": ("h2o", {"budget": 256}),
@@ -94,6 +95,7 @@ def test_with_nothing_left_out_it_is_dense(folders: dict[str, Path], token_promp
         METHODS["all read"],
         ("h2o", {"budget": 2048}),
         ("quest", {"k": 4096, "dense_below": 0, "dense_layers": 0}),
+        ("infllm", {"k": 4096, "dense_below": 0}),
     ):
         with engine(*method, **arguments(folders["mamba"])) as llm:
             assert Prompts.answers(llm, token_prompts) == dense
