@@ -23,7 +23,7 @@ SHAPES = {"8b": LLAMA_8B, "1b": {**LLAMA_1B, "num_hidden_layers": 16}}
 """Name -> config.json; of 1b, all layers of Llama-3.2-1B."""
 
 METHODS = ("sparq", "kivi", "quest", "h2o", "flexgen", "streaming", "sparq+int4")
-"""Beside dense, what is worth most first."""
+"""Beside dense, the most telling first; `infllm` is refused on CUDA."""
 
 MAX_MODEL_LEN = 131072
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """What does a CUDA engine gain? Start-up, prompts and decode steps of stock vLLM and of each backend, on dummy weights.
 
-    python benchmarks/gpu/gpu_engine.py --out engine.jsonl
+    python benchmarks/gpu/gpu_engine.py --out gpu.jsonl
 
 Needs vLLM with CUDA and a checkout; nothing of ours need be installed. Engines run one after the other, each alone on
 the GPU in a process of its own that may die, with vLLM's default settings first: captured graphs, and all the memory
@@ -46,8 +46,8 @@ no room) of 32k tokens and of one of 126k. An engine that dies leaves its last w
 
 examples:
   python benchmarks/gpu/gpu_engine.py --list
-  python benchmarks/gpu/gpu_engine.py --methods sparq --models 8b --rounds 2 --minutes 9 --out gpu-engine.jsonl
-  python benchmarks/gpu/gpu_engine.py --arguments '{"max_num_seqs": 32}' --commit abc1234 --out gpu-engine.jsonl
+  python benchmarks/gpu/gpu_engine.py --methods sparq --models 8b --rounds 2 --minutes 9 --out gpu.jsonl
+  python benchmarks/gpu/gpu_engine.py --arguments '{"max_num_seqs": 32}' --commit abc1234 --out gpu.jsonl
 
 The same command again measures what is missing. Exit code: 0; 1 if an engine died; 2 without CUDA, or for bad usage.
 """

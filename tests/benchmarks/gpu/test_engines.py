@@ -46,7 +46,7 @@ def test_default_settings_come_first_and_dense_beside_them() -> None:
     assert names[:4] == ["8b/dense/graphs", "8b/sparq/graphs", "1b/dense/graphs", "1b/sparq/graphs"]
     assert len(set(names)) == len(names) == 8 * 5
     eager = [i for i, name in enumerate(names) if name.endswith("eager")]
-    assert min(eager) > names.index("8b/sparq+int4/graphs")
+    assert min(eager) > names.index("8b/streaming/graphs")
     assert "8b/sparq/graphs/2" in names
 
 
