@@ -7,7 +7,7 @@ READY  := $(VENV)/.ready
 TINY   := benchmarks/tiny_model/weights
 SOURCES := $(wildcard vllm_sparq/csrc/*.* vllm_sparq/csrc/*/*)
 
-.PHONY: help setup demo test test-fast test-long models real lint types unit aot arm mutations sanitize bench clean
+.PHONY: help setup demo test test-fast test-long models real lint types unit cuda aot arm mutations sanitize bench clean
 .DEFAULT_GOAL := help
 
 help:  ## what can be made
@@ -50,6 +50,15 @@ unit: $(READY)
 
 test-long: $(READY)  ## the tests that take a minute or more each: killed processes, several servers, toys in a copy of the sources
 	$(BIN)/pytest -n 2 -m long
+
+# 0.33 has no CPU build: its Python files run over the libraries of the one in .venv.
+OVER_VLLM = PYTHONPATH=$(if $(VLLM),$(CURDIR)/build/vllm/$(VLLM))
+cuda: $(READY)  ## what touches vLLM, and its CUDA path over tensors in memory; VLLM=0.33.0 make cuda: by that version's Python files
+ifneq ($(VLLM),)
+	test -d build/vllm/$(VLLM) || $(BIN)/python packaging/vllm_over_cpu.py $(VLLM) build/vllm/$(VLLM)
+endif
+	@$(OVER_VLLM) $(BIN)/python -c "import vllm; print('vLLM', vllm.__version__)"
+	$(OVER_VLLM) $(BIN)/pytest tests/docs/test_seams.py tests/scheduler tests/attention_backends tests/cuda -m "not long"
 
 # Users have the Triton that their vLLM brings: 3.7.1 with 0.32, 3.8.0 with 0.33, 3.6.0 with older torch.
 aot: $(READY)  ## every variant of the Triton kernels, compiled for sm_80 and sm_90 without a GPU; TRITON=3.7.1 make aot: by that version

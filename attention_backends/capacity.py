@@ -8,6 +8,8 @@ numbers are the ones that `vllm serve` logs for the same configuration and the s
 from __future__ import annotations
 
 import contextlib
+import importlib
+import importlib.util
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -109,8 +111,8 @@ def capacity(vllm_config: Any, memory_bytes: int) -> Capacity:
         raise ValueError("capacity is that of a whole model: leave --pipeline-parallel-size out")
     register_specs()
     specs, n_biased_keys = _built(vllm_config)
-    groups = kv_cache_utils.get_kv_cache_groups(vllm_config, dict(specs))
-    config = kv_cache_utils.get_kv_cache_config_from_groups(vllm_config, groups, memory_bytes)
+    groups = planning().get_kv_cache_groups(vllm_config, dict(specs))
+    config = planning().get_kv_cache_config_from_groups(vllm_config, groups, memory_bytes)
     config = kv_cache_utils.generate_scheduler_kv_cache_config([config])
     n_tokens, max_concurrency = kv_cache_utils.get_kv_cache_capacity(vllm_config, config)
     return Capacity(
@@ -123,6 +125,12 @@ def capacity(vllm_config: Any, memory_bytes: int) -> Capacity:
         backends=layers_by_backend(vllm_config),
         n_biased_keys=n_biased_keys,
     )
+
+
+def planning() -> Any:
+    """The module in which vLLM groups layers and plans their blocks: one of its own from 0.33 on."""
+    name = "vllm.v1.core.kv_cache_planning"
+    return importlib.import_module(name) if importlib.util.find_spec(name) else kv_cache_utils
 
 
 def _group(group: Any, vllm_config: Any) -> CacheGroup:

@@ -94,13 +94,16 @@ class PromptCachingMixin(DraftsInPagesMixin):
         """`KVCacheCoordinator.cache_blocks`, for all cache groups: what attends to less changes every layer above."""
         self._cache(request, min(num_computed_tokens, self._n_as_prompt(request)))
 
-    def _computed_blocks(self, request: Request) -> Any:
-        """`KVCacheManager.get_computed_blocks`, as if the request had no more tokens than these."""
+    def _computed_blocks(self, request: Request, *limits: Any) -> Any:
+        """`KVCacheManager.get_computed_blocks`, as if the request had no more tokens than these.
+
+        From 0.33 on vLLM may limit a hit further.
+        """
         manager: Any = self.kv_cache_manager  # type: ignore[attr-defined]
         known = request.block_hashes
         request.block_hashes = known[: self._n_as_prompt(request) // manager.block_pool.hash_block_size]
         try:
-            return self._lookup(request)
+            return self._lookup(request, *limits)
         finally:
             request.block_hashes = known
 

@@ -16,7 +16,8 @@ import signal
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Iterator, Mapping
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 from types import TracebackType
@@ -42,6 +43,21 @@ PR_SET_PDEATHSIG = 1
 PATIENCE_S = 30.0
 """How long a worker may take to end when it is told to."""
 
+LINES_SAID = 12
+"""Of what a worker printed last, kept of one that is gone."""
+
+
+class WorkerGoneError(UsageError):
+    """A worker that ended, failed or did not answer in time.
+
+    Attributes:
+        said: the last lines that it printed, a traceback if there was one.
+    """
+
+    def __init__(self, message: str, said: Sequence[str]) -> None:
+        super().__init__(message)
+        self.said = list(said)
+
 
 class EngineProcess:
     """Our side of the process; a context manager, or `start` and `close`.
@@ -60,11 +76,11 @@ class EngineProcess:
         self.environment = {**DEFAULTS, **os.environ, **ENVIRONMENT, **(environment or {})}
         self.log: Path | None = None
 
-    def start(self) -> None:
-        """Start the process, and wait until its worker is made.
+    def start(self, within: float | None = None) -> None:
+        """Start the process, and wait until its worker is made, so many seconds at most.
 
         Raises:
-            UsageError: it could not be made.
+            WorkerGoneError: it could not be made.
         """
         context = multiprocessing.get_context("spawn")
         descriptor, log = tempfile.mkstemp(prefix="vllm-sparq-engine-", suffix=".log")
@@ -82,20 +98,20 @@ class EngineProcess:
         theirs.close()
         watched.close()
         try:
-            self._receive()
+            self._receive(within)
         except BaseException:
             self.kill()
             raise
 
-    def ask(self, order: str, *arguments: Any) -> Any:
-        """What the worker's method of that name returns.
+    def ask(self, order: str, *arguments: Any, within: float | None = None) -> Any:
+        """What the worker's method of that name returns, in so many seconds at most.
 
         Raises:
-            UsageError: it raised, or the process is gone.
+            WorkerGoneError: it raised, the process is gone, or it has not answered: then it still runs.
         """
         with contextlib.suppress(BrokenPipeError):  # it is gone, which is found out and said below
             self.pipe.send((order, arguments))
-        return self._receive()
+        return self._receive(within)
 
     def close(self) -> None:
         """End it in peace, if it still runs."""
@@ -124,17 +140,22 @@ class EngineProcess:
         else:
             self.kill()
 
-    def _receive(self) -> Any:
+    def _receive(self, within: float | None) -> Any:
+        if within is not None and not self.pipe.poll(max(within, 0.0)):
+            raise WorkerGoneError(f"{self.name} has not answered within {within:.0f} s", self._said())
         try:
             kind, value = self.pipe.recv()
         except (EOFError, ConnectionResetError):
-            assert self.log is not None
-            said = self.log.read_text(errors="replace").strip().splitlines()
+            said = self._said()
             last = said[-1].strip() if said else "nothing"
-            raise UsageError(f"{self.name} ended before it answered, after saying {last}") from None
+            raise WorkerGoneError(f"{self.name} ended before it answered, after saying {last}", said) from None
         if kind == "error":
-            raise UsageError(f"{self.name}: {value}")
+            raise WorkerGoneError(f"{self.name}: {value}", self._said())
         return value
+
+    def _said(self) -> list[str]:
+        assert self.log is not None
+        return self.log.read_text(errors="replace").strip().splitlines()[-LINES_SAID:]
 
 
 def telling_line(error: BaseException) -> str:
@@ -170,6 +191,8 @@ def _serve(
     except (EOFError, BrokenPipeError, KeyboardInterrupt):
         return
     except Exception as error:
+        traceback.print_exc()
+        sys.stderr.flush()
         with contextlib.suppress(BrokenPipeError):
             pipe.send(("error", f"{type(error).__name__}: {telling_line(error)}"))
 

@@ -38,12 +38,17 @@ ORIGIN = ("commit", "dirty", "cpu", "cores", "isa", "gpu", "torch", "vllm")
 def provenance() -> dict[str, Any]:
     """What a reader needs to judge a figure: commit, whether the tree was clean, versions, device."""
     return {
-        "commit": _git("rev-parse", "--short=12", "HEAD"),
-        "dirty": bool(_git("status", "--porcelain", "--untracked-files=no")),
+        **code(),
         **device(),
         "python": platform.python_version(),
         **{package: _version(package) for package in ("torch", "vllm", "vllm-sparq")},
     }
+
+
+def code() -> dict[str, Any]:
+    """Commit, and whether the tree was clean; None for what a copy without its history cannot know."""
+    status = _git("status", "--porcelain", "--untracked-files=no")
+    return {"commit": _git("rev-parse", "--short=12", "HEAD"), "dirty": None if status is None else bool(status)}
 
 
 def device() -> dict[str, Any]:

@@ -85,13 +85,13 @@ class Engine(EngineProcess):
         self.classes: list[str] = []
         self.max_model_len = 0
 
-    def start(self) -> None:
+    def start(self, within: float | None = None) -> None:
         """Start the process.
 
         Raises:
             UsageError: the engine did not start, or what runs in it is not what was asked for.
         """
-        super().start()
+        super().start(within)
         found = self.ask("describe")
         self.classes, self.max_model_len = found["classes"], found["max_model_len"]
 

@@ -18,6 +18,12 @@ from vllm_sparq.benchmarks.common.lines import replace_text
 from vllm_sparq.benchmarks.common.methods import DENSE, Method
 from vllm_sparq.benchmarks.common.records import comparable, dense_beside, read_records
 from vllm_sparq.benchmarks.engine.cases import N_TAIL, SKIPPED
+from vllm_sparq.benchmarks.reporting.gpu_table import (
+    gpu_check_rows,
+    gpu_decode_rows,
+    gpu_engine_rows,
+    gpu_prefill_rows,
+)
 from vllm_sparq.benchmarks.reporting.methods_table import LAYER, methods_rows
 from vllm_sparq.benchmarks.reporting.prefill_table import prefill_rows
 from vllm_sparq.benchmarks.reporting.real_table import real_rows
@@ -303,6 +309,10 @@ TABLES: dict[str, Callable[[Sequence[Record]], list[str]]] = {
     "blocks": blocks_rows,
     "real": partial(real_rows, model="smollm2-135m", lengths=(1024, 4096, 8000)),
     "gemma": partial(real_rows, model="gemma3-270m", lengths=(4096,)),
+    "gpu-checks": gpu_check_rows,
+    "gpu-decode": gpu_decode_rows,
+    "gpu-prefill": gpu_prefill_rows,
+    "gpu-engine": gpu_engine_rows,
 }
 """Name in a document's comments -> how the table is made."""
 
@@ -322,6 +332,7 @@ DOCUMENTS = {
         "real",
         "gemma",
     ),
+    ROOT / "docs" / "gpu.md": ("gpu-checks", "gpu-decode", "gpu-prefill", "gpu-engine"),
 }
 """Document -> its tables."""
 

@@ -14,6 +14,7 @@ METHODS = {
     'sparq 1/8 {"group_reduce": "probs"}': "`sparq`, compression 8, `group_reduce` `probs`",
     'sparq 1/8 {"r": 64}': "`sparq`, compression 8, r = 64",
     "quest 1/8": "`quest`, compression 8",
+    "infllm 1/8": "`infllm`, compression 8",
     "h2o 1/8": "`h2o`, budget 1/8",
     "streaming 1/8": "`streaming`, budget 1/8",
     "int8": "`int8`",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import subprocess
@@ -40,29 +41,47 @@ def test_more_inside() -> None:
 
 
 ELSEWHERE = {
-    "test_processes.py": "other processes, which would not be pretended",
-    "test_serve.py": "the same",
-    "test_serve_data_parallel.py": "the same",
-    "test_serve_eviction.py": "the same",
-    "test_spans.py::test_tensor_parallel": "the same",
-    "test_formats.py::test_tensor_parallel": "the same",
-    "test_eviction.py::test_tensor_parallel": "the same",
-    "test_spans.py::test_speculative_decoding": "the same; inside/test_drafts.py is about it",
-    "test_capacity.py": "layers with a window, which vLLM gives to FlashAttention here",
-    "test_models.py::test_hybrid_model": "the same; inside/test_models.py is about it",
-    "test_found.py": "the same",
-    "test_states.py": "vLLM's own kernels for states, which the interpreter does not run",
-    "test_poison.py::test_poison_is_seen": "logits that are NaN, of which the interpreter makes an error",
-    "test_refusals.py": "what vLLM refuses itself differs by platform",
+    "other processes, which would not be pretended": (
+        "test_processes.py",
+        "test_serve.py",
+        "test_serve_data_parallel.py",
+        "test_serve_eviction.py",
+        "test_spans.py::test_tensor_parallel",
+        "test_spans.py::test_speculative_decoding",  # inside/test_drafts.py is about it
+        "test_formats.py::test_tensor_parallel",
+        "test_eviction.py::test_tensor_parallel",
+        "test_split_groups.py",  # as many workers as GPUs, and there is one
+    ),
+    "previews on CPU, refused here: inside/test_refusals.py": (
+        "test_lossless.py",
+        "test_draft_failures.py",
+        "test_drafts.py",
+        "test_choices.py",
+        "test_infllm.py",
+        "test_positions.py",
+        "test_two_engines.py::test_each_answers_as_alone[lossless and mass]",
+        "test_two_engines.py::test_each_answers_as_alone[other positions, and evicting under pressure]",
+    ),
+    "layers on backends of vLLM's own, whose kernels are not here": (
+        "test_capacity.py",
+        "test_models.py::test_hybrid_model",  # inside/test_models.py is about it
+        "test_models.py::test_head_sizes[48]",
+        "test_models.py::test_codes_of_other_head_sizes[48]",
+        "test_softmax.py",
+        "test_shared_pages.py::test_answers[int4 beside chunks]",
+        "test_found.py",
+        "test_states.py",
+    ),
+    "logits that are NaN, of which the interpreter makes an error": ("test_poison.py::test_poison_is_seen",),
+    "what vLLM chooses and refuses itself differs by platform": ("test_refusals.py", "test_schedulers.py"),
 }
-"""Tests of engines that are not asked here, and what they are about instead."""
+"""Why tests of engines are not asked here -> which."""
 
 
 @pytest.mark.long
 @pytest.mark.timeout(3000)
 def test_engines() -> None:
     """Every test of engines but those that start other processes, which would not be pretended."""
-    left_out = []
-    for name in ELSEWHERE:
-        left_out.append(f"--deselect=tests/engine/{name}" if "::" in name else f"--ignore=tests/engine/{name}")
+    names = itertools.chain.from_iterable(ELSEWHERE.values())
+    left_out = [f"--{'deselect' if '::' in name else 'ignore'}=tests/engine/{name}" for name in names]
     run("tests/engine", *left_out, "-m", "not long")

@@ -46,7 +46,7 @@ def test_enough_is_looked_at() -> None:
         "make no-such-target",
         "python -m vllm_sparq.benchmarks.no_such_module",
         "python examples/no_such_file.py",
-        "python benchmarks/ops/gpu_check.py --no-such-flag",
+        "python benchmarks/gpu/gpu_check.py --no-such-flag",
         "pip install ./no_such_folder",
     ],
 )

@@ -57,8 +57,11 @@ def has_member(cls: ast.ClassDef, name: str) -> bool:
     return any(node.attr == name and isinstance(node.value, ast.Name) and node.value.id == "self" for node in stores)
 
 
+@cache
 def is_module(name: str) -> bool:
     """Whether vLLM has a module of that name, a file or a package."""
+    if not name:
+        return False
     try:
         parsed(name)
     except (ImportError, AssertionError):
@@ -101,6 +104,26 @@ def imported() -> set[str]:
                 if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == "vllm":
                     found |= {f"{node.module}:{alias.name}" for alias in node.names}
     return found
+
+
+def read_of_modules() -> set[str]:
+    """``module:name`` of what the product reads from modules of vLLM that it imports as modules."""
+    found = set()
+    for path in [path for folder in PRODUCT for path in (ROOT / folder).rglob("*.py")]:
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        imports = [n for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and (n.module or "").startswith("vllm.")]
+        names = {a.asname or a.name: f"{n.module}.{a.name}" for n in imports for a in n.names}
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id.islower():
+                found.add(f"{names.get(node.value.id, '')}:{node.attr}")
+    return {name for name in found if is_module(name.partition(":")[0])}
+
+
+def test_what_is_read_of_modules_exists() -> None:
+    names = read_of_modules()
+    assert "vllm.v1.core.kv_cache_utils:get_kv_cache_capacity" in names
+    missing = {name for name in names if not exists(name)}
+    assert not missing, f"the installed vLLM has no {sorted(missing)}"
 
 
 def test_what_is_imported_is_listed() -> None:

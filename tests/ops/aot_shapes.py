@@ -47,7 +47,8 @@ SHAPES = (
     Shape(head_size=256, dtype="bfloat16", ranking="model", heads=4, block_size=32, new_tokens=2),
     Shape(head_size=128, dtype="bfloat16", ranking="int4", format="int4"),
     Shape(head_size=128, dtype="bfloat16", ranking=None, format="kivi2"),
-    Shape(head_size=128, dtype="bfloat16", ranking=None, format="k4v2", ops=("write", "dense_decode")),
+    Shape(head_size=128, dtype="bfloat16", ranking=None, format="k4v2"),
+    Shape(head_size=128, dtype="bfloat16", ranking="int4", format="k8v4"),
     Shape(
         head_size=64,
         dtype="float16",
@@ -124,7 +125,13 @@ SHAPES = (
     Shape(head_size=64, dtype="bfloat16", ranking="int4", heads=16, sinks=True, ops=ATTENDING),
     Shape(head_size=256, dtype="bfloat16", ranking="int4", heads=4, soft_cap=50.0, mass=0.9, ops=ATTENDING),
     Shape(head_size=64, dtype="bfloat16", ranking="int8", format="int4", sinks=True, soft_cap=30.0, ops=ATTENDING),
+    Shape(head_size=64, dtype="bfloat16", ranking=None, format="k4v2", heads=16, sinks=True, ops=ATTENDING),
+    Shape(head_size=256, dtype="bfloat16", ranking="int4", format="k8v4", heads=4, soft_cap=50.0, ops=ATTENDING),
+    Shape(head_size=256, dtype="bfloat16", ranking=None, format="kivi4", heads=4, soft_cap=50.0, ops=ATTENDING),
     Shape(head_size=64, dtype="bfloat16", ranking="int4", sinks=True, mass=0.9, ops=("sparq_decode",)),
+    Shape(head_size=64, dtype="bfloat16", ranking="int4", sinks=True, soft_cap=30.0, tracked=True, ops=DENSE),
+    Shape(head_size=128, dtype="bfloat16", ranking=None, format="k4v2", tracked=True, ops=DENSE),
+    Shape(head_size=128, dtype="bfloat16", ranking="int4", format="k8v4", tracked=True, ops=DENSE),
     Shape(head_size=64, dtype="bfloat16", ranking="bounds", sinks=True, alpha_floor=1.0, ops=("quest_decode",)),
     Shape(head_size=256, dtype="bfloat16", ranking="bounds", soft_cap=50.0, alpha_floor=1.0, ops=("quest_decode",)),
 )

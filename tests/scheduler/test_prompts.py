@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from vllm_sparq.config import Options
 from vllm_sparq.reads import HeadShape
-from vllm_sparq.scheduler.prompts import TokenLoops
+from vllm_sparq.scheduler.prompts import PromptCachingMixin, TokenLoops
 
 HEADS = HeadShape(head_size=64, n_heads=8, n_kv_heads=2)
 LIMIT = 3000
@@ -44,6 +44,20 @@ def test_others_are_not() -> None:
         assert not loops.found_by(request([i] * (100 + i)))  # one token longer, and different from the first on
         assert not loops.found_by(SimpleNamespace(prompt_token_ids=None, max_tokens=1))  # type: ignore[arg-type]
     assert len(loops.steps) <= TokenLoops.REMEMBERED
+
+
+def test_what_vllm_says_of_a_hit_is_passed_on() -> None:
+    """0.33 limits how long a hit may be; 0.32 says nothing of it."""
+    asked: list[tuple[list[int], tuple[int, ...]]] = []
+    scheduler: Any = object.__new__(PromptCachingMixin)
+    scheduler._shares_all = True
+    scheduler.kv_cache_manager = SimpleNamespace(block_pool=SimpleNamespace(hash_block_size=16))
+    scheduler._lookup = lambda request, *limits: asked.append((request.block_hashes, limits))
+    running = SimpleNamespace(block_hashes=[1, 2, 3], num_tokens=40)
+    scheduler._computed_blocks(running)
+    scheduler._computed_blocks(running, 7)
+    assert asked == [([1, 2], ()), ([1, 2], (7,))]
+    assert running.block_hashes == [1, 2, 3]
 
 
 @pytest.mark.parametrize(

@@ -18,13 +18,14 @@ from vllm import SamplingParams
 from vllm.utils.hashing import sha256
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.core.kv_cache_manager import KVCacheManager
-from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash, is_kv_cache_spec_uniform
+from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec, SlidingWindowSpec
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 from vllm.v1.request import Request
 
 from vllm_sparq.attention_backends.backend import PagedBackend
+from vllm_sparq.attention_backends.capacity import planning
 from vllm_sparq.attention_backends.steps.drafts import drafted_rows
 from vllm_sparq.layout import PageLayout, Pages
 from vllm_sparq.ops.codec import decode_page, encode_page
@@ -295,7 +296,7 @@ def test_merged_specs_keep_their_fields() -> None:
     for unlike in (other, SlidingWindowSpec(**KV, sliding_window=32), PLAIN):
         with pytest.raises(AssertionError, match="must"):  # which is how vLLM asks whether layers are alike
             type(spec).merge([spec, unlike])
-    assert not is_kv_cache_spec_uniform({"0": spec, "1": SlidingWindowSpec(**KV, sliding_window=32)})
+    assert not planning().is_kv_cache_spec_uniform({"0": spec, "1": SlidingWindowSpec(**KV, sliding_window=32)})
 
 
 def test_model_format_needs_no_staging() -> None:

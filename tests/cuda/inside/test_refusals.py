@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from tests.engine.support import EXACT, Prompts
+from tests.engine.support import EXACT, NGRAM, Prompts
 
 SMALL: dict[str, Any] = dict(max_model_len=512, kv_cache_memory_bytes=32 << 20)
 
@@ -28,14 +28,35 @@ def test_microbatches(engine: Any) -> None:
         engine("sparq", enable_dbo=True, **SMALL).__enter__()
 
 
-def test_lossless(engine: Any) -> None:
-    with pytest.raises(ValueError, match="lossless=True runs on CPU alone so far"):
-        engine("sparq", {"lossless": True}, **SMALL).__enter__()
+@pytest.mark.parametrize(
+    ("backend", "options", "more", "message"),
+    [
+        ("sparq", {"lossless": True}, {}, "lossless=True runs on CPU alone so far"),
+        ("infllm", {}, {}, "read='infllm' runs on CPU alone so far: use read 'sparq' or 'spans'"),
+        (
+            "streaming",
+            {"positions": "renumbered", "prefill": "bounded"},
+            {},
+            "positions='renumbered' runs on CPU alone so far: set positions 'original'",
+        ),
+        ("kivi", {}, {"speculative_config": NGRAM}, "over format='kivi4' runs on CPU alone so far: start without"),
+    ],
+)
+def test_previews(backend: str, options: dict[str, Any], more: dict[str, Any], message: str, engine: Any) -> None:
+    with pytest.raises(ValueError, match=message):
+        engine(backend, options, **SMALL, **more).__enter__()
 
 
-def test_infllm(engine: Any) -> None:
-    with pytest.raises(ValueError, match="read='infllm' runs on CPU alone so far: use read 'sparq' or 'spans'"):
-        engine("infllm", **SMALL).__enter__()
+def test_a_choice_for_each_request(engine: Any) -> None:
+    """The request is refused, and the next one answered."""
+    from vllm import SamplingParams
+    from vllm.exceptions import VLLMValidationError
+
+    with engine("sparq", EXACT["sparse"], **SMALL) as llm:
+        for extra in ({"sparq": "off"}, {"sparq.k": 64}):
+            with pytest.raises(VLLMValidationError, match="on CPU alone so far: on CUDA start an engine"):
+                llm.generate([{"prompt_token_ids": [5, 6, 7]}], SamplingParams(extra_args=extra), use_tqdm=False)
+        assert len(Prompts.answers(llm, [[5, 6, 7]], 3)[0]) == 3
 
 
 @pytest.mark.parametrize("block_size", [16, 48, 272])
