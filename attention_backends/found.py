@@ -15,6 +15,9 @@ from vllm_sparq.attention_backends.engine import selected_backends
 from vllm_sparq.attention_backends.refusals import DENSE
 from vllm_sparq.backends import BACKENDS
 
+OTHER_WIDTHS = "_DIFFKV"
+"""What the names of vLLM's backends for K and V of different widths end with, which models such as MiMo-V2 pin."""
+
 
 def layers_by_backend(vllm_config: Any) -> dict[str, int]:
     """Name of a backend -> how many layers of the model that was built with this configuration run on it."""
@@ -37,7 +40,10 @@ def silence_refusal(vllm_config: Any, found: dict[str, int]) -> str | None:
         return None
     wanted = " and ".join(f"--attention-backend {name}" for name in selected_backends(vllm_config))
     layers = ", ".join(f"{n} on {name}" for name, n in sorted(found.items())) or "none has a KV cache"
+    why = "its layers have sliding windows, or it pins a backend of its own"
+    if any(name.endswith(OTHER_WIDTHS) for name in found):
+        why = "heads of its V are not as wide as those of its K"
     return (
-        f"{wanted} was selected, but no layer of the model runs on it: {layers} (its layers have sliding windows, "
-        f"or it pins a backend of its own), so that nothing would be read sparsely or stored smaller: {DENSE}"
+        f"{wanted} was selected, but no layer of the model runs on it: {layers} ({why}), so that nothing would be read "
+        f"sparsely or stored smaller: {DENSE}"
     )

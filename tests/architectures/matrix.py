@@ -30,6 +30,7 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     ALL_READ: ("sparq", {"compression": 1, "k": 4096, "ranking": "model", "dense_below": 0}),
     "sparq 1/8": ("sparq", {"compression": 8, "min_k": 16, "dense_below": 0}),
     "quest": ("quest", {"k": 64, "dense_below": 0}),
+    "infllm": ("infllm", {"k": 192, "local": 128, "dense_below": 0}),
     "flexgen": ("flexgen", {}),
     "kivi": ("kivi", {}),
     "h2o": ("h2o", {"budget": 128}),

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.architectures.configurations import STATES, Model
+from tests.architectures.configurations import REFUSED, STATES, Model
 from tests.engine.support import MODEL
 
 pytestmark = pytest.mark.engine
@@ -18,6 +20,15 @@ SMALL: dict[str, Any] = dict(
 )
 WINDOWS = dict(architectures=["MistralForCausalLM"], model_type="mistral", sliding_window=64)
 """Mistral 7B v0.1: a window in every layer, and no list of layers that would say so."""
+
+
+@pytest.fixture(autouse=True)
+def _no_groups_of_others() -> Iterator[None]:
+    """An engine that does not start leaves its process groups, which lack what the next one's model asks for."""
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    yield
+    cleanup_dist_env_and_memory()
 
 
 def folder_of(folder: Path, **changes: Any) -> Path:
@@ -59,6 +70,21 @@ def test_a_pinned_backend(tmp_path: Path, engine: Any, monkeypatch: pytest.Monke
         engine("kivi", model=str(folder_of(tmp_path)), **SMALL),
     ):
         pass
+
+
+def test_values_of_another_width(tmp_path: Path, engine: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    """MiMo-V2: nobody needs to guess why its layers are not ours."""
+    from vllm_sparq.cli import main
+
+    folder = REFUSED["mimo-v2"].write(tmp_path)
+    wrong = r"no layer.* 4 on \w+_DIFFKV \(heads of its V are not as wide as those of its K\).*use vLLM's own backend"
+    with (
+        pytest.raises(ValueError, match=wrong),
+        engine("sparq", model=str(folder), skip_tokenizer_init=True, **SMALL),
+    ):
+        pass
+    assert main(["doctor", "--quick", "--json", "--model", str(folder), "--attention-backend", "sparq"]) == 1
+    assert re.search(wrong, capsys.readouterr().out)
 
 
 @pytest.mark.parametrize("pinned", [False, True], ids=["windows", "pinned"])

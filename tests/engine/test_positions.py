@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from tests.engine.support import MODEL, Prompts
+from tests.engine.test_states import counted
 from vllm_sparq.benchmarks.simulation.model import load, running
 
 pytestmark = pytest.mark.engine
@@ -110,10 +111,10 @@ def simulated(model: Any, prompt: list[int], way: str) -> Answers:
     return found
 
 
-def answered(llm: Any, prompts: list[list[int]]) -> list[Answers]:
+def answered(llm: Any, prompts: list[list[int]], n_tokens: int = N_ANSWER) -> list[Answers]:
     from vllm import SamplingParams
 
-    params = SamplingParams(temperature=0, max_tokens=N_ANSWER, ignore_eos=True, detokenize=False, logprobs=0)
+    params = SamplingParams(temperature=0, max_tokens=n_tokens, ignore_eos=True, detokenize=False, logprobs=0)
     outs = [one.outputs[0] for one in llm.generate([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False)]
     return [
         (list(o.token_ids), [step[t].logprob for step, t in zip(o.logprobs, o.token_ids, strict=True)]) for o in outs
@@ -132,6 +133,37 @@ def test_token_by_token_it_is_a_simulation_from_keys_without_rotation(way: str, 
 def test_in_a_batch_and_in_other_chunks_as_alone(alone: Any, engine: Any, some: Any) -> None:
     with engine("streaming", WAYS["capped"], block_size=32, max_num_batched_tokens=96, max_num_seqs=8) as llm:
         assert [tokens for tokens, _ in answered(llm, some)] == [tokens for tokens, _ in alone["capped"]]
+
+
+@pytest.mark.parametrize(
+    ("way", "n_answer"), [("renumbered", 220), pytest.param("capped", 400, marks=pytest.mark.long)]
+)
+def test_preemption(way: str, n_answer: int, engine: Any) -> None:
+    """Requests that are thrown out in their answers come back, and see their first tokens where these seemed to be."""
+    rng = random.Random(1)
+    batch = [[rng.randrange(3, 1000) for _ in range(n)] for n in (70, 80, 95, 60, 75, 90)]
+    options = {"budget": 192, "prefill": "bounded", "positions": way, "trained": 192 + SEGMENT}
+    pool = dict(num_gpu_blocks_override=22, block_size=32, max_model_len=512, max_num_batched_tokens=512)
+    with engine("streaming", options, **pool, disable_log_stats=False) as llm:
+        together = answered(llm, batch, n_answer)
+        assert counted(llm, "num_preemptions") > 0
+    with engine("streaming", options, **{**pool, "num_gpu_blocks_override": None}) as llm:
+        roomy = answered(llm, batch, n_answer)
+    with engine("streaming", {"budget": 192, "prefill": "bounded"}, **pool) as llm:
+        original = answered(llm, batch, n_answer)
+    assert [tokens for tokens, _ in together] == [tokens for tokens, _ in roomy]
+    found, wanted, other = (torch.tensor([scores for _, scores in one]) for one in (together, roomy, original))
+    torch.testing.assert_close(found, wanted, atol=1e-4, rtol=0)
+    assert float((found - other).abs().max()) > 2e-3  # of their tokens alone nothing would show
+
+
+@pytest.mark.long
+def test_tensor_parallel(alone: Any, engine: Any, some: Any) -> None:
+    """Each worker turns the queries of its heads."""
+    with engine("streaming", WAYS["capped"], block_size=32, tensor_parallel_size=2) as llm:
+        assert [tokens for tokens, _ in answered(llm, some)] == [tokens for tokens, _ in alone["capped"]]
+        reports = llm.collective_rpc("attention_report")
+    assert [{layer["backend"] for layer in report.values()} for report in reports] == [{"STREAMING"}] * 2
 
 
 def test_they_differ_where_tokens_are_far_away(alone: Any) -> None:
