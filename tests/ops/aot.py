@@ -6,6 +6,7 @@ compiled is what would have been launched: the wrapper's tile shapes, types and 
 
     python -m tests.ops.aot 90            a JSON line for a variant or two of each kernel
     python -m tests.ops.aot 90 --all      for every variant
+    python -m tests.ops.aot 90 --start    for all that an engine launches at start, as far as Triton's own checks
 """
 
 from __future__ import annotations
@@ -15,16 +16,17 @@ import json
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import triton
+from triton._C.libtriton import ir
 from triton.backends.compiler import GPUTarget
 
-from tests.ops.aot_shapes import SHAPES, Shape, launch_all
+from tests.ops.aot_shapes import SHAPES, STARTS, Shape, launch_all, launch_start
 
 SM_COUNT = {80: 108, 90: 132}
 """Multiprocessors by compute capability (A100, H100): launch sizes follow from them."""
@@ -60,8 +62,22 @@ class Variant:
         )
         return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=self.options)
 
+    def check(self, arch: int) -> None:
+        """What Triton checks before it optimizes: types and shapes of everything. Hundredths of a second."""
+        source = triton.compiler.ASTSource(
+            fn=self.kernel, signature=self.signature, constexprs=self.constants, attrs=self.attributes
+        )
+        target = GPUTarget("cuda", arch, 32)
+        backend = triton.compiler.make_backend(target)
+        options = backend.parse_options(self.options)
+        context = ir.context()
+        ir.load_dialects(context)
+        backend.load_dialects(context)
+        given = backend.get_codegen_implementation(options), backend.get_module_map()
+        source.make_ir(target, options, *given, context)
 
-def variants(arch: int, shapes: tuple[Shape, ...]) -> Iterator[Variant]:
+
+def variants(arch: int, shapes: Iterable[Shape], launch: Callable[[Shape], None] = launch_all) -> Iterator[Variant]:
     """Every distinct variant that ``shapes`` launch, on a GPU of so many multiprocessors."""
     from vllm_sparq.ops.triton_common import launch as triton_common
 
@@ -73,7 +89,7 @@ def variants(arch: int, shapes: tuple[Shape, ...]) -> Iterator[Variant]:
     seen = set()
     for shape in shapes:
         launches.clear()
-        launch_all(shape)
+        launch(shape)
         for kernel, args, named in launches:
             signature, constants, attributes = specialise(kernel, args, named)
             variant = Variant(
@@ -143,7 +159,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Compile the kernels ahead of time; a JSON line for each.")
     parser.add_argument("arch", type=int, choices=SM_COUNT, help="compute capability")
     parser.add_argument("--all", action="store_true", help="every variant")
+    parser.add_argument("--start", action="store_true", help="check what engines launch at start, and compile nothing")
     arguments = parser.parse_args()
+    if arguments.start:
+        for variant in variants(arguments.arch, SHAPES if arguments.all else STARTS, launch_start):
+            variant.check(arguments.arch)
+            print(json.dumps({"kernel": variant.name, "shape": repr(variant.shape)}), flush=True)
+        return
     found = variants(arguments.arch, SHAPES)
     for variant in found if arguments.all else few(found):
         binary = variant.compile(arguments.arch)

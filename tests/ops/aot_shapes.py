@@ -4,6 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from vllm_sparq.layout import Pages
+    from vllm_sparq.reads import SpansRead, SparqRead
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,46 +142,65 @@ SHAPES = (
 )
 
 
-def launch_all(shape: Shape) -> None:
-    """Call every op once on tensors of this shape."""
+def pages_of(shape: Shape) -> Pages:
     import torch
 
     from vllm_sparq.layout import PageLayout, Pages
-    from vllm_sparq.ops.dense_decode.triton import dense_decode
-    from vllm_sparq.ops.evict.triton import evict
-    from vllm_sparq.ops.prefill.triton import prefill
-    from vllm_sparq.ops.quest_decode.triton import quest_decode
-    from vllm_sparq.ops.sparq_decode.triton import sparq_decode
-    from vllm_sparq.ops.write.triton import write
-    from vllm_sparq.reads import SpansRead, SparqRead
 
-    dtype, d, b = getattr(torch, shape.dtype), shape.head_size, shape.n_requests
     layout = PageLayout(
-        head_size=d,
+        head_size=shape.head_size,
         block_size=shape.block_size,
-        dtype=dtype,
+        dtype=getattr(torch, shape.dtype),
         ranking=shape.ranking,
         value_sum=shape.alpha_floor < 1,
         format=shape.format,
         positions=shape.tracked,
         attention=shape.tracked,
     )
-    pages = Pages.empty(1, shape.kv_heads, layout)
-    query = torch.empty(shape.new_tokens, shape.heads, d, dtype=dtype)
-    key = torch.empty(shape.new_tokens, shape.kv_heads, d, dtype=dtype)
-    table = torch.empty(b, 4096 // shape.block_size, dtype=torch.int32)
-    starts, lens = torch.empty(b + 1, dtype=torch.int32), torch.empty(b, dtype=torch.int32)
-    read = SparqRead(
-        r=max(1, d // 8),
-        min_k=128,
-        k_per_token=Fraction(1, 16),
+    return Pages.empty(1, shape.kv_heads, layout)
+
+
+def reads_of(shape: Shape) -> tuple[SparqRead, SpansRead]:
+    from vllm_sparq.reads import SpansRead, SparqRead
+
+    few: dict[str, Any] = dict(min_k=128, k_per_token=Fraction(1, 16), dense_below=1024)
+    sparq = SparqRead(
+        r=max(1, shape.head_size // 8),
         alpha_floor=shape.alpha_floor,
         group_reduce=shape.group_reduce,
         mass=shape.mass,
         least_k=64,
-        dense_below=1024,
+        **few,
     )
-    spans = SpansRead(min_k=128, k_per_token=Fraction(1, 16), dense_below=1024)
+    return sparq, SpansRead(**few)
+
+
+STARTS = (
+    Shape(head_size=128, dtype="bfloat16", ranking="int4", heads=32, kv_heads=8),
+    Shape(head_size=128, dtype="bfloat16", ranking=None, format="kivi2", heads=32, kv_heads=8, tracked=True),
+    Shape(head_size=256, dtype="bfloat16", ranking="bounds", heads=4, kv_heads=1, ops=("quest_decode",)),
+)
+"""What engines are started with."""
+
+
+def launch_all(shape: Shape) -> None:
+    """Call every op once on tensors of this shape."""
+    import torch
+
+    from vllm_sparq.ops.dense_decode.triton import dense_decode
+    from vllm_sparq.ops.evict.triton import evict
+    from vllm_sparq.ops.prefill.triton import prefill
+    from vllm_sparq.ops.quest_decode.triton import quest_decode
+    from vllm_sparq.ops.sparq_decode.triton import sparq_decode
+    from vllm_sparq.ops.write.triton import write
+
+    dtype, d, b = getattr(torch, shape.dtype), shape.head_size, shape.n_requests
+    pages = pages_of(shape)
+    query = torch.empty(shape.new_tokens, shape.heads, d, dtype=dtype)
+    key = torch.empty(shape.new_tokens, shape.kv_heads, d, dtype=dtype)
+    table = torch.empty(b, 4096 // shape.block_size, dtype=torch.int32)
+    starts, lens = torch.empty(b + 1, dtype=torch.int32), torch.empty(b, dtype=torch.int32)
+    read, spans = reads_of(shape)
     one = query[:b]
     softmax = {"sinks": torch.empty(shape.heads) if shape.sinks else None, "soft_cap": shape.soft_cap}
     calls = {
@@ -191,6 +215,29 @@ def launch_all(shape: Shape) -> None:
     }
     for op in shape.ops:
         calls[op]()
+
+
+def launch_start(shape: Shape) -> None:
+    """What an engine launches before its first request, for block tables of 131,072 tokens."""
+    from functools import partial
+
+    from vllm_sparq.ops import warm_up
+    from vllm_sparq.ops.dense_decode.triton import dense_decode
+    from vllm_sparq.ops.evict.triton import evict
+    from vllm_sparq.ops.prefill.triton import prefill
+    from vllm_sparq.ops.quest_decode.triton import quest_decode
+    from vllm_sparq.ops.sparq_decode.triton import sparq_decode
+    from vllm_sparq.ops.write.triton import write
+
+    pages, width = pages_of(shape), 131072 // shape.block_size
+    sparq, spans = reads_of(shape)
+    ops = {"sparq_decode": partial(sparq_decode, read=sparq), "quest_decode": partial(quest_decode, read=spans)}
+    for decode in (dense_decode, *(op for name, op in ops.items() if name in shape.ops)):
+        warm_up.warm_decodes(decode, pages, shape.heads, width)
+    warm_up.warm_writes(write, pages, width)
+    warm_up.warm_prefills(prefill, pages, shape.heads, width)
+    if shape.tracked:
+        warm_up.warm_evictions(evict, pages, width)
 
 
 KERNELS = {

@@ -78,9 +78,17 @@ def test_every_kernel_compiles_and_fits() -> None:
         assert_fit(rows, arch)
 
 
+def test_what_is_launched_at_start_is_accepted() -> None:
+    """Of every number of splits and every tile; a kernel that Triton refuses would end each start of an engine."""
+    rows = run_ahead_of_time("tests.ops.aot", "90", "--start")
+    assert {row["kernel"] for row in rows} == KERNELS - {"count_kernel", "cut_kernel"}  # of mass
+    assert len(rows) > 100
+
+
 @pytest.mark.long
 @pytest.mark.timeout(2 * ALL_SECONDS + 60)
 def test_every_variant_compiles_and_fits() -> None:
+    assert len(run_ahead_of_time("tests.ops.aot", "90", "--start", "--all")) > 500
     for arch, rows in compiled("--all", seconds=ALL_SECONDS).items():
         assert_fit(rows, arch)
         assert len(rows) > 3 * len(KERNELS)

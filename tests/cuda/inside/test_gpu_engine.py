@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from tests.cuda.pretend.graphs import Graph
 from vllm_sparq.benchmarks.common.methods import Method
 from vllm_sparq.benchmarks.common.proof import check_attention
@@ -13,6 +15,7 @@ from vllm_sparq.benchmarks.gpu.engine_worker import GpuEngineWorker
 GRAPHS = {"mode": 0, "custom_ops": ["none"], "cudagraph_capture_sizes": [1, 4]}
 
 
+@pytest.mark.long
 def test_it_starts_reads_and_decodes(tiny: Path) -> None:
     method = Method.named("sparq")
     more = {

@@ -64,8 +64,7 @@ def merge_splits(
     """fp32 [D_PAD], the softmax average over all splits of one row; zero where all are empty."""
     d = tl.arange(0, D_PAD)
     row = row.to(tl.int64)
-    split = tl.arange(0, N_SPLITS)
-    top = tl.max(tl.load(weight + row * N_SPLITS + split), 0)
+    top = tl.max(tl.load(weight + row * N_SPLITS + tl.arange(0, N_SPLITS)), 0)
     top = tl.where(top == float("-inf"), 0.0, top)
     total = tl.zeros([STEP], tl.float32)
     acc = tl.zeros([STEP, D_PAD], tl.float32)
