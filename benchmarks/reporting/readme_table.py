@@ -24,6 +24,7 @@ from vllm_sparq.benchmarks.reporting.gpu_table import (
     gpu_engine_rows,
     gpu_prefill_rows,
 )
+from vllm_sparq.benchmarks.reporting.isa_table import PAPER, isa_rows
 from vllm_sparq.benchmarks.reporting.methods_table import LAYER, methods_rows
 from vllm_sparq.benchmarks.reporting.prefill_table import prefill_rows
 from vllm_sparq.benchmarks.reporting.real_table import real_rows
@@ -85,9 +86,6 @@ OPS = {
     "SparQ over `kivi2`": "sparq+kivi2",
 }
 """Its name in the table -> method of `bench ops`, with its defaults."""
-
-PAPER = {"r": 32, "k": 128}
-"""SparQ as in its paper's benchmarks: as many tokens of every context."""
 
 
 def ops_rows(records: Sequence[Record]) -> list[str]:
@@ -298,6 +296,7 @@ def _times(speed: float) -> str:
 TABLES: dict[str, Callable[[Sequence[Record]], list[str]]] = {
     "methods": methods_rows,
     "ops": ops_rows,
+    "isa": partial(isa_rows, names=OPS),
     "prefill": prefill_rows,
     "engine": engine_rows,
     "lossless": lossless_rows,
@@ -320,6 +319,7 @@ DOCUMENTS = {
     ROOT / "README.md": ("methods",),
     ROOT / "docs" / "results.md": (
         "ops",
+        "isa",
         "prefill",
         "engine",
         "lossless",

@@ -8,6 +8,7 @@ import pytest
 
 from vllm_sparq.benchmarks.common.records import read_records
 from vllm_sparq.benchmarks.reporting.gpu_table import NOTHING
+from vllm_sparq.benchmarks.reporting.isa_table import isa_rows
 from vllm_sparq.benchmarks.reporting.methods_table import LAYER
 from vllm_sparq.benchmarks.reporting.prefill_table import prefill_rows
 from vllm_sparq.benchmarks.reporting.readme_table import (
@@ -93,6 +94,21 @@ def test_a_chunk_has_columns_for_what_was_measured_with_vllms_op() -> None:
     without = dense | {"isa": "avx512", "speedup_vs_vllm": 9.0}
     lines = prefill_rows([vllm, dense | {"speedup_vs_vllm": 1.0}, dense, other, without, dense | {"heads": 8}])
     assert lines == ["| | AVX2: 0 |", "|---|---|", "| vLLM (CPU_ATTN) | 300 ms |", "| our op | 2.00x, 80% |"]
+
+
+def test_lesser_instruction_sets_have_columns_of_their_own() -> None:
+    """SparQ as in its paper; the newest line of each, and what was not measured stays empty."""
+    one = {"bench": "ops", "isa": "avx2", "context": 1024, **LAYER, "r": 32, "k": 128}
+    vllm, int8 = one | {"method": "vllm", "median_us": 500.0}, one | {"method": "int8", "speedup_vs_vllm": 1.7}
+    later = [record | {"context": 4096} for record in (vllm, vllm | {"isa": "avx512"})]
+    others = [int8 | {"isa": "avx512_bf16"}, int8 | {"k": None}, int8 | {"heads": 8}]
+    lines = isa_rows([vllm, int8 | {"speedup_vs_vllm": 9.0}, int8, *later, *others], {"`int8`": "int8", "x": "y"})
+    assert lines == [
+        "| | AVX2: 1,024 | 4,096 | AVX-512: 4,096 |",
+        "|---|---|---|---|",
+        "| vLLM (CPU_ATTN) | 0.50 ms | 0.50 ms | 0.50 ms |",
+        "| `int8` | 1.7x |  |  |",
+    ]
 
 
 def test_blocks_that_an_engine_would_not_choose_reach_no_table() -> None:
