@@ -1,7 +1,7 @@
 """The plugin of a checkout that is not installed, as vLLM finds plugins: a folder for PYTHONPATH.
 
 vLLM looks plugins up by the entry points of installed packages, and `pip install .` wants a compiler and an index,
-which a machine that is lent for half an hour may not have.
+which a machine that is rented for half an hour may not have.
 """
 
 from __future__ import annotations
