@@ -162,9 +162,11 @@ def prefill(
     n_requests, group, block_size = query_start_loc.shape[0] - 1, n_heads // n_kv_heads, pages.layout.block_size
     if n_requests == 0 or n_tokens == 0:
         return
+    quantized = pages.layout.quantized
     n_rows, tile, n_warps = tile_sizes(
         *(head_size, query.dtype, group, n_tokens * group // n_requests),
-        quantized=pages.layout.quantized is not None,
+        quantized=quantized is not None,
+        channel_keys=quantized is not None and quantized.channel_keys,
     )
     n_tiles = n_tokens // (n_rows // group) + n_requests
     max_tokens = block_table.shape[1] * block_size + key.shape[0]
@@ -194,7 +196,7 @@ def prefill(
         SINKS=sinks is not None,
         CAP=cap,
         num_warps=n_warps,
-        num_stages=3 if pages.layout.quantized is None else 2 if head_size <= 256 else 1,
+        num_stages=3 if quantized is None else 2 if head_size <= 256 else 1,
     )
     if n_splits > 1:
         merge(partial, weight, out)
@@ -204,19 +206,21 @@ def prefill(
 
 
 def tile_sizes(
-    head_size: int, dtype: torch.dtype, group: int, rows_per_request: int, *, quantized: bool
+    head_size: int, dtype: torch.dtype, group: int, rows_per_request: int, *, quantized: bool, channel_keys: bool
 ) -> tuple[int, int, int]:
     """(query rows, keys, warps) of a tile: q, and two or three stages of K and V, stay within 160 KiB of shared memory.
 
     ``rows_per_request`` are the (token, head) pairs of a mean request: short steps get the smallest tile, others the
     largest, so that there are two to compile. fp32 has no tensor cores of its own precision, and keeps its operands in
-    registers. Heads of more than 256 elements get the smallest tile, whose sums and codes stay in registers.
+    registers. Heads of more than 256 elements get the smallest tile, whose sums and codes stay in registers, and those
+    of more than 128 half the rows where codes of K are channel-major: 64 spill a kilobyte a thread on sm_80.
     """
     width = triton.next_power_of_2(head_size)
     if dtype == torch.float32:
         most, tile = 16, 16
     else:
         most, tile = (128, 64) if width <= 128 else (64, 32) if width <= 256 else (16 if quantized else 32, 16)
+        most = min(most, 32) if channel_keys and width > 128 else most
     least = max(16, triton.next_power_of_2(group))
     n_rows = least if rows_per_request <= least else max(least, most)
     if quantized:  # elements on their way from codes live in registers
