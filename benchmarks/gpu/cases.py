@@ -68,38 +68,6 @@ class Case:
         return replace(SparqRead.resolve(options, heads), alpha_floor=self.alpha_floor, least_k=16)
 
 
-CASES = (
-    Case(),
-    Case(heads=8, kv_heads=8, alpha_floor=0.0),
-    Case(heads=16, kv_heads=2, head_size=64, ranking="int8", group_reduce="probs", dtype="float16", block_size=64),
-    Case(heads=6, kv_heads=2, head_size=80, alpha_floor=1.0, dtype="float32", block_size=48),
-    Case(heads=5, kv_heads=1, head_size=96, ranking="model", block_size=16, local=0),
-    Case(heads=4, kv_heads=2, head_size=256, block_size=256, dtype="float16"),
-    Case(local=8, mass=0.5),
-    Case(
-        heads=16,
-        kv_heads=2,
-        head_size=64,
-        group_reduce="probs",
-        alpha_floor=1.0,
-        mass=0.1,
-        format="kivi4",
-        tracked=True,
-    ),
-    *(Case(format=name) for name in ("int8", "int4", "kivi4", "kivi2", "k8v4", "k4v2")),
-    Case(heads=6, kv_heads=2, head_size=80, alpha_floor=1.0, dtype="float32", block_size=48, format="int4"),
-    Case(heads=5, kv_heads=1, head_size=96, block_size=64, local=0, dtype="float16", format="kivi2"),
-    Case(heads=4, kv_heads=2, head_size=256, block_size=256, dtype="float16", format="kivi4"),
-    Case(heads=16, kv_heads=2, head_size=64, ranking="int8", group_reduce="probs", block_size=64, format="int8"),
-    *(Case(format=name, tracked=True) for name in ("model", "int8", "int4", "kivi4", "kivi2", "k8v4", "k4v2")),
-    Case(heads=8, kv_heads=8, alpha_floor=0.0, dtype="float16", block_size=48, ranking="int8", tracked=True),
-    Case(heads=16, kv_heads=2, head_size=64, group_reduce="probs", dtype="float16", block_size=64, tracked=True),
-    *(Case(format=name, ranking="bounds") for name in ("model", "int8", "int4", "kivi4", "kivi2", "k8v4", "k4v2")),
-    Case(heads=6, kv_heads=2, head_size=80, dtype="float32", block_size=48, ranking="bounds"),
-    Case(heads=16, kv_heads=2, head_size=64, dtype="float16", block_size=16, ranking="bounds"),
-    Case(heads=5, kv_heads=1, head_size=96, dtype="float16", block_size=64, format="kivi2", ranking="bounds"),
-)
-
 SINK = 30.0
 """How many times the mean query of its group the K of an attention sink is."""
 

@@ -28,11 +28,11 @@ if (ROOT / "vllm_sparq" / "layout.py").is_file():  # a checkout, which need not 
 
     vllm_sparq.__path__.append(str(ROOT))
 
-from vllm_sparq.benchmarks.common.engine_process import EngineProcess, WorkerGoneError  # noqa: E402
-from vllm_sparq.benchmarks.common.lines import check_out  # noqa: E402
-from vllm_sparq.benchmarks.gpu import cells, compiling, session  # noqa: E402
-from vllm_sparq.benchmarks.gpu.cells import Cell  # noqa: E402
-from vllm_sparq.console import UsageError  # noqa: E402
+from vllm_sparq.benchmarks.common.engine_process import EngineProcess, WorkerGoneError
+from vllm_sparq.benchmarks.common.lines import check_out
+from vllm_sparq.benchmarks.gpu import cells, compiling, session
+from vllm_sparq.benchmarks.gpu.cells import Cell
+from vllm_sparq.console import UsageError
 
 BENCH = "gpu_ops"
 
@@ -169,6 +169,10 @@ def check(args: argparse.Namespace, wanted: Sequence[Cell], budget: session.Budg
         raise UsageError("torch sees no CUDA device here (torch.cuda.is_available() is False)")
     with tempfile.TemporaryDirectory() as temporary:
         hand = session.Hand(partial(EngineProcess, "the process of the GPU", GpuWorker, Path(temporary)))
+
+        def ask(cell: Any, within: float) -> list[dict[str, Any]]:
+            return [{**describe(cell), **record} for record in hand.ask("measure", cell, within=within)]
+
         try:
             machine = hand.ask("about", within=START_SECONDS)
             print(machine)
@@ -180,15 +184,7 @@ def check(args: argparse.Namespace, wanted: Sequence[Cell], budget: session.Budg
             if not args.no_compile:
                 seconds = SHARE_OF_COMPILING * budget.left
                 compile_all(todo, machine, Path(temporary), output, seconds, args.processes)
-            session.measure(
-                todo,
-                lambda cell, within: [{**describe(cell), **r} for r in hand.ask("measure", cell, within=within)],  # type: ignore[arg-type]
-                budget,
-                output,
-                BENCH,
-                say,
-                lambda: hand.is_hopeless,
-            )
+            session.measure(todo, ask, budget, output, BENCH, say, lambda: hand.is_hopeless)
         except WorkerGoneError as error:
             print(f"gpu_check.py: {error}", *error.said, sep="\n", file=sys.stderr)
             return 1

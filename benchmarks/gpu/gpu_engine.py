@@ -29,13 +29,13 @@ if (ROOT / "vllm_sparq" / "layout.py").is_file():  # a checkout, which need not 
 
     vllm_sparq.__path__.append(str(ROOT))
 
-from vllm_sparq.benchmarks.common.engine_process import EngineProcess, WorkerGoneError  # noqa: E402
-from vllm_sparq.benchmarks.common.lines import check_out  # noqa: E402
-from vllm_sparq.benchmarks.common.proof import WrongAttentionError, check_attention  # noqa: E402
-from vllm_sparq.benchmarks.gpu import engines, session, site, worker  # noqa: E402
-from vllm_sparq.benchmarks.gpu.engine_worker import GpuEngineWorker  # noqa: E402
-from vllm_sparq.benchmarks.gpu.engines import EngineJob  # noqa: E402
-from vllm_sparq.console import UsageError, comma_names, json_object  # noqa: E402
+from vllm_sparq.benchmarks.common.engine_process import EngineProcess, WorkerGoneError
+from vllm_sparq.benchmarks.common.lines import check_out
+from vllm_sparq.benchmarks.common.proof import WrongAttentionError, check_attention
+from vllm_sparq.benchmarks.gpu import engines, session, site, worker
+from vllm_sparq.benchmarks.gpu.engine_worker import GpuEngineWorker
+from vllm_sparq.benchmarks.gpu.engines import EngineJob
+from vllm_sparq.console import UsageError, comma_names, json_object
 
 BENCH = "gpu_engine"
 
