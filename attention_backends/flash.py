@@ -1,11 +1,13 @@
-"""Prompts on CUDA through vLLM's own copy of FlashAttention, over our pages as they are.
+"""Prompts on CUDA through vLLM's own copy of FlashAttention, over our pages as they are or restored from their codes.
 
 A page in the model's type holds ``[N, 2, D]`` of a KV head, K and V of a token side by side. Seen as ``[P, N, G, D]``
 that is a cache as FlashAttention takes it, with strides of its own: nothing is copied. The new tokens must be in their
-pages already, unlike what `vllm_sparq.ops.prefill` asks for.
+pages already, unlike what `vllm_sparq.ops.prefill` asks for. Quantized blocks are restored, a layer at a time, to such
+a cache (`vllm_sparq.attention_backends.steps.restored`).
 
-Our Triton kernel stays for what FlashAttention cannot do: codes, float32, GPUs before Ampere, prompts whose attention
-is added up (H2O), and sinks where it does not take them: versions before 3, sinks of another type than bfloat16.
+Our Triton kernel stays for what FlashAttention cannot do: float32, GPUs before Ampere, prompts whose attention is added
+up (H2O), and sinks where it does not take them: versions before 3, sinks of another type than bfloat16. And for steps
+of few rows over quantized blocks, where restoring would not pay.
 """
 
 from __future__ import annotations
@@ -17,8 +19,10 @@ from typing import Any
 import torch
 from vllm.platforms import current_platform
 
+from vllm_sparq.attention_backends.steps.restored import RestoredRows
 from vllm_sparq.attention_backends.steps.rows import PrefillRows
 from vllm_sparq.layout import Pages
+from vllm_sparq.ops import restore
 from vllm_sparq.ops.dispatch import Choice
 
 TAKE_SINKS = (3, 4)
@@ -43,14 +47,15 @@ def flash_choice(
         sinks: [H] of the layer, or None.
         soft_cap: of its logits, or None.
     """
-    if forced or tracked or format != "model" or dtype not in (torch.bfloat16, torch.float16):
+    if forced or tracked or dtype not in (torch.bfloat16, torch.float16):
         return None
     if not current_platform.is_cuda() or not current_platform.has_device_capability(80):
         return None
     version = _version(head_size, sinks is not None, bool(soft_cap))
     if sinks is not None and not (version in TAKE_SINKS and sinks.dtype == torch.bfloat16 and _has_sinks_argument()):
         return None
-    return None if version is None else Choice("prefill", "flash", f"FlashAttention {version} of vLLM")
+    over = "" if format == "model" else ", over blocks restored from codes where a prompt is long"
+    return None if version is None else Choice("prefill", "flash", f"FlashAttention {version} of vLLM{over}")
 
 
 def _has_sinks_argument() -> bool:
@@ -71,18 +76,20 @@ def _version(head_size: int, has_sinks: bool, capped: bool) -> int | None:
 
 def flash_prefill(
     query: torch.Tensor,
-    pages: Pages,
-    rows: PrefillRows,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    rows: PrefillRows | RestoredRows,
     *,
     scale: float,
     out: torch.Tensor,
     sinks: torch.Tensor | None,
     soft_cap: float | None = None,
 ) -> None:
-    """`vllm_sparq.ops.prefill.prefill` for pages in the model's type that hold the new tokens too.
+    """`vllm_sparq.ops.prefill.prefill` over a cache in the model's type that holds the new tokens too.
 
     Args:
         query: [T, H, D], of the whole step.
+        keys, values: [P, N, G, D], dense in the last dimension.
         rows: which of its rows are attended to, over which blocks.
         out: [T, H, D], written in those rows.
         sinks: [H] in bfloat16, or None.
@@ -93,8 +100,8 @@ def flash_prefill(
     run: Any = vars(fa_utils)["flash_attn_varlen_func"]  # defined on CUDA alone
     run(
         q=query,
-        k=pages.keys.transpose(1, 2),
-        v=pages.values.transpose(1, 2),
+        k=keys,
+        v=values,
         out=out,
         cu_seqlens_q=rows.query_start_loc,
         max_seqlen_q=rows.max_query_len,
@@ -107,3 +114,37 @@ def flash_prefill(
         softcap=soft_cap or 0.0,
         **({} if sinks is None else {"s_aux": sinks}),
     )
+
+
+class RestoredCache:
+    """Room for what one layer's call restores: as much at every call, so that PyTorch finds the same memory again.
+
+    Attributes:
+        n_tokens: it holds, of K and V in all KV heads.
+    """
+
+    def __init__(
+        self, n_tokens: int, n_kv_heads: int, head_size: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self.n_tokens = n_tokens
+        self._shape, self._dtype, self._device = (2, n_tokens * n_kv_heads * head_size), dtype, device
+        self._restore = restore.implementation(device.type)
+
+    def empty(self) -> torch.Tensor:
+        """[2, n], taken for as long as it is kept; vLLM measures what a step takes by a run without a cache."""
+        return torch.empty(self._shape, dtype=self._dtype, device=self._device)
+
+    def of(
+        self, rows: RestoredRows, pages: Pages, key: torch.Tensor, value: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """K and V [P', N, G, D] that these rows see, from the pages and the step's own tokens [T', G, D]."""
+        n, d, n_kv_heads = pages.layout.block_size, pages.layout.head_size, pages.data.shape[1]
+        shape = rows.n_pages, n_kv_heads, n, d
+        whole = self.empty()[:, : rows.n_pages * n_kv_heads * n * d]
+        keys, values = (part.view(shape).transpose(1, 2) for part in whole)
+        tables = rows.requests, rows.n_blocks, rows.first_pages
+        self._restore(pages, *tables, most_blocks=rows.most_blocks, keys=keys, values=values)
+        values[rows.n_restored :] = 0  # a kernel may multiply what follows the last token by nothing
+        keys[rows.pages, rows.places] = key[rows.keys]
+        values[rows.pages, rows.places] = value[rows.keys]
+        return keys, values

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import os
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -15,9 +14,9 @@ from vllm.logger import init_logger
 from vllm.v1.attention.backend import AttentionImpl, AttentionType
 
 from vllm_sparq.attention_backends.engine import PagedEngine, on_platform, page_layout, rebind_refusal
-from vllm_sparq.attention_backends.flash import flash_choice, flash_prefill
 from vllm_sparq.attention_backends.keys import LEAST_TOKENS, MOST_MOVED, attention_moved, is_fragile, moved_warning
 from vllm_sparq.attention_backends.positions import Turning
+from vllm_sparq.attention_backends.prompts import PromptAttention
 from vllm_sparq.attention_backends.refusals import ALIBI, CANNOT_START, DENSE
 from vllm_sparq.attention_backends.shared_pages import pages_of
 from vllm_sparq.attention_backends.steps.evicting import EvictingMetadata
@@ -28,9 +27,8 @@ from vllm_sparq.config import Options
 from vllm_sparq.formats import FORMATS
 from vllm_sparq.layout import Pages
 from vllm_sparq.ops import represent, turned_attention
-from vllm_sparq.ops.dispatch import OVERRIDE, Choice, choose
+from vllm_sparq.ops.dispatch import Choice, choose
 from vllm_sparq.reads import READS, HeadShape, Read
-from vllm_sparq.retention import RETENTIONS
 from vllm_sparq.rotation import prepare_rotation, rotated, turned_back
 
 logger = init_logger("vllm.sparq")
@@ -76,26 +74,17 @@ class PagedImpl(AttentionImpl[PagedMetadata | EvictingMetadata]):
         if self._rotates:
             prepare_rotation(head_size, vllm_config.model_config.dtype, vllm_config.device_config.device)
         self._choices = _choose_ops(vllm_config.device_config.device_type, READS[self._options.read])
-        policy = RETENTIONS[self._options.retention]
-        flash = flash_choice(
-            dtype=vllm_config.model_config.dtype,
-            head_size=head_size,
-            format=self._options.format,
-            tracked=policy is not None and policy.rank == "attention",
-            forced=os.environ.get(OVERRIDE),
-            sinks=sinks,
-            soft_cap=logits_soft_cap,
+        own = self._choices["prefill"]
+        self.prompts = PromptAttention(
+            vllm_config, self._options, self._heads, own, sinks=sinks, soft_cap=logits_soft_cap
         )
-        if flash is not None:
-            self._choices["prefill"] = flash
+        self._choices["prefill"] = self.prompts.choice
         warning = slow_ops(self._choices)
         if warning:
             logger.warning_once(warning)
         self._write = self._choices["write"].load()
         self._evict = self._choices["evict"].load()
         self._represent = represent.implementation() if READS[self._options.read].own_ranking else None
-        prefill = self._choices["prefill"]
-        self._prefill = None if prefill is flash else prefill.load()
         self._dense = self._choices["dense_decode"].load()
         self._index = 0  # this, and what reads decodes, is known with the layer's name, at its first step
         self._decode: Callable[..., None] | None = None
@@ -145,6 +134,7 @@ class PagedImpl(AttentionImpl[PagedMetadata | EvictingMetadata]):
         Key and value are None, or mean nothing, in a layer that reads the cache of another.
         """
         if attn_metadata is None:  # a profiling run, without a cache
+            self.prompts.profile()
             return output.fill_(0)
         pages = self._bind(layer, kv_cache, query.dtype)
         if not self._rotates:
@@ -203,7 +193,7 @@ class PagedImpl(AttentionImpl[PagedMetadata | EvictingMetadata]):
         if self._represent is not None and self._source is None:
             self._represent(query, pages, step.block_table, step.query_start_loc, step.seq_lens)
         if step.prefill is not None:
-            self._attend_densely(step.prefill, query, new, pages, output)
+            self.prompts.run(step.prefill, query, new, pages, output, scale=self.scale, **self._softmax)
         n = step.n_decodes
         if n:
             self._read(query[:n], pages, step.groups, output[:n], dense=step.dense)
@@ -261,23 +251,6 @@ class PagedImpl(AttentionImpl[PagedMetadata | EvictingMetadata]):
         if attention_moved(query[start:stop], key[start:stop], pages.layout, self.scale) > MOST_MOVED:
             logger.warning_once(moved_warning(self._options.format))
 
-    def _attend_densely(
-        self,
-        rows: PrefillRows,
-        query: torch.Tensor,
-        new: tuple[torch.Tensor, torch.Tensor],
-        pages: Pages,
-        output: torch.Tensor,
-    ) -> None:
-        """The rows of prompts, whose new tokens are in the pages by now, unless they are staged."""
-        if self._prefill is None:
-            softmax = {**self._softmax, "sinks": self._sinks}  # in the type of the model
-            flash_prefill(query, pages, rows, scale=self.scale, out=output, **softmax)
-            return
-        tables = rows.block_table, rows.query_start_loc, rows.context_lens
-        more = {"key_start_loc": rows.key_start_loc, **self._softmax}
-        self._prefill(query, *new, pages, *tables, scale=self.scale, out=output, **more)
-
     def warm_up(self, layer: Any, widths: list[int]) -> None:
         """Launch, over requests without tokens, every variant of our Triton kernels that a step may need.
 
@@ -295,9 +268,7 @@ class PagedImpl(AttentionImpl[PagedMetadata | EvictingMetadata]):
             for decode in {self._dense, self._decode}:
                 warm_up.warm_decodes(partial(decode, **self._softmax), pages, self.num_heads, width)
         warm_up.warm_writes(self._write, pages, widths[0])
-        if self._prefill is not None:
-            prefill = partial(self._prefill, **self._softmax)
-            warm_up.warm_prefills(prefill, pages, self.num_heads, widths[0])
+        self.prompts.warm_up(pages, self.num_heads, widths[0], **self._softmax)
         if pages.layout.positions:
             warm_up.warm_evictions(self._evict, pages, widths[0])
 

@@ -52,6 +52,8 @@ class PagedMetadataBuilder(AttentionMetadataBuilder[PagedMetadata | EvictingMeta
         self.requests = requests_of(vllm_config, layer_names)
         self.max_model_len = vllm_config.model_config.max_model_len
         self.phases = Phases(device)
+        layers = vllm_config.compilation_config.static_forward_context
+        self.restored_pages = layers[layer_names[0]].impl.prompts.restored_tokens // kv_cache_spec.block_size
         # Where a captured graph looks for the lengths of the step that replays it.
         self.arrivals = torch.zeros(len(Arrivals._fields), n_requests, dtype=torch.int32, device=device)
 
@@ -68,8 +70,8 @@ class PagedMetadataBuilder(AttentionMetadataBuilder[PagedMetadata | EvictingMeta
                 replayed = find_replayed(step, n_decoding, self.requests.prompt_lens(step))
             if isinstance(self.kv_cache_spec, StagedSpec):
                 starts, seq_lens = step.query_start_loc_cpu.tolist(), _seq_lens_on_cpu(step).tolist()
-                table, spec = step.block_table_tensor, self.kv_cache_spec
-                prefill, replayed = staged_rows(starts, seq_lens, table, n_decoding, replayed, spec, self.options)
+                table, how = step.block_table_tensor, (self.kv_cache_spec, self.options, self.restored_pages)
+                prefill, replayed = staged_rows(starts, seq_lens, table, n_decoding, replayed, *how)
             else:
                 prefill = prefill_rows(step, n_decoding)
         n_rows = n_decoding
@@ -152,7 +154,8 @@ class PagedMetadataBuilder(AttentionMetadataBuilder[PagedMetadata | EvictingMeta
         starts, seq_lens = step.query_start_loc_cpu.tolist(), _seq_lens_on_cpu(step).tolist()
         prompt_lens = self.requests.prompt_lens_of(step)
         turns = plan_turns(starts, seq_lens, prompt_lens.tolist(), phases, spec.retention)
-        return take_turns(turns, step.block_table_tensor, spec, self.options, self.requests.policies_of(step))
+        how = spec, self.options, self.requests.policies_of(step), self.restored_pages
+        return take_turns(turns, step.block_table_tensor, *how)
 
 
 def most_requests(vllm_config: VllmConfig) -> int:

@@ -160,10 +160,15 @@ def take_turns(
     spec: RetainedSpec,
     options: Options,
     policies: Sequence[Options | None],
+    restored_pages: int,
 ) -> EvictingMetadata:
-    """The turns as tensors, for the layers of a step with this block table (int32 [B, M]) and requests' choices [B]."""
+    """The turns as tensors, for the layers of a step with this block table (int32 [B, M]) and requests' choices [B].
+
+    ``restored_pages``: see `staged_rows`.
+    """
     in_order = len(turns) == 1 and all(a.stop == b.start for a, b in zip(turns[0], turns[0][1:], strict=False))
-    return EvictingMetadata(tuple(_turn(shares, block_table, spec, options, policies, in_order) for shares in turns))
+    how = policies, in_order, restored_pages
+    return EvictingMetadata(tuple(_turn(shares, block_table, spec, options, *how) for shares in turns))
 
 
 def _turn(
@@ -173,6 +178,7 @@ def _turn(
     options: Options,
     policies: Sequence[Options | None],
     in_order: bool,
+    restored_pages: int,
 ) -> Turn:
     device = block_table.device
 
@@ -195,7 +201,7 @@ def _turn(
     prefill = None
     if n_decodes < len(shares):
         if spec.n_staging_pages:
-            prefill, _ = staged_rows(starts, seq_lens, table, n_decodes, None, spec, options)
+            prefill, _ = staged_rows(starts, seq_lens, table, n_decodes, None, spec, options, restored_pages)
         else:
             prefill = PrefillRows(
                 block_table=table[n_decodes:],

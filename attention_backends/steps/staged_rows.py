@@ -7,6 +7,7 @@ from dataclasses import replace
 import torch
 
 from vllm_sparq.attention_backends.steps.arrivals import on_device
+from vllm_sparq.attention_backends.steps.restored import SeenTokens, restored_rows
 from vllm_sparq.attention_backends.steps.rows import PrefillRows, ReplayedRows
 from vllm_sparq.attention_backends.steps.staged import begun_blocks, cut_pieces, int64, staged_replay
 from vllm_sparq.config import Options
@@ -21,10 +22,12 @@ def staged_rows(
     replayed: ReplayedRows | None,
     spec: StagedSpec,
     options: Options,
+    restored_pages: int,
 ) -> tuple[PrefillRows, ReplayedRows | None]:
     """Rows of the requests after the first ``n_decodes``, which own rows ``starts[b] : starts[b + 1]`` of the step.
 
-    ``seq_lens`` are their contexts, new tokens included, and ``table`` the block table of the step.
+    ``seq_lens`` are their contexts, new tokens included, and ``table`` the block table of the step. ``restored_pages``
+    may be restored from codes for a layer's call; 0 where the layers read codes.
     """
     pieces = cut_pieces(starts, seq_lens, n_decodes, spec.block_size)
     per_page = spec.staged_per_page
@@ -43,6 +46,10 @@ def staged_rows(
 
     ends = [*seen[1:], len(pieces)]  # of the pieces that are seen as one
     lens = [pieces[end - 1].block * spec.block_size + pieces[end - 1].n_keys for end in ends]
+    tokens = [
+        SeenTokens(pieces[i].request, pieces[i].block, cuts[i], cuts[end], key_starts[i], key_starts[end])
+        for i, end in zip(seen, ends, strict=True)
+    ]
     prefill = PrefillRows(
         block_table=table[int64([pieces[i].request for i in seen], table.device)],
         query_start_loc=int32([cuts[i] for i in (*seen, -1)]),
@@ -52,5 +59,6 @@ def staged_rows(
         max_seq_len=max(lens),
         key_start_loc=None if begun is None else int32([key_starts[i] for i in (*seen, -1)]),
         begun=None if begun is None else begun[0],
+        restored=restored_rows(tokens, table, spec.block_size, restored_pages) if restored_pages else None,
     )
     return prefill, replayed

@@ -51,11 +51,12 @@ class Layer:
 
 
 def n_bytes(cell: Cell) -> int:
-    """What the pages of a cell take, and its rival's where those are not in the model's type."""
+    """What the pages of a cell take, its rival's where those are not in the model's type, and what is restored."""
     case, context = cell.case, cell.context + cell.chunk
     of_rival = case.layout.record_bytes if case.format != "model" or case.tracked else 0
+    restored = cell.context * case.layout.record_bytes if case.format != "model" and cell.kind == "prefill" else 0
     blocks = case.n_blocks(context) * case.block_size
-    return cell.requests * case.kv_heads * (blocks * case.layout.bytes_per_token + context * of_rival)
+    return cell.requests * case.kv_heads * (blocks * case.layout.bytes_per_token + context * of_rival + restored)
 
 
 def filled(cell: Cell, device: str) -> Layer:
@@ -102,7 +103,24 @@ def prefill_steps(layer: Layer) -> dict[str, Step]:
     starts = torch.tensor([0, n], dtype=torch.int32, device=device)
     before, out, run = layer.lens - n, torch.empty_like(query), load("prefill", "triton")
     options = dict(scale=layer.scale, out=out)
-    return {"prefill": lambda: run(query, key, value, layer.pages, layer.table, starts, before, **options)}
+    steps: dict[str, Step] = {
+        "prefill": lambda: run(query, key, value, layer.pages, layer.table, starts, before, **options)
+    }
+    return steps if case.layout.quantized is None else {**steps, "restore": restoring(layer)}
+
+
+def restoring(layer: Layer) -> Step:
+    """Blocks before the chunk as a cache in the model's type: what FlashAttention over codes costs beside itself."""
+    from vllm_sparq.ops.restore.triton import restore
+
+    case, pages, b, device = layer.case, layer.pages, layer.cell.requests, layer.lens.device
+    n = layer.cell.context // case.block_size
+    shape = 2, b * n, case.block_size, case.kv_heads, case.head_size
+    keys, values = torch.empty(shape, dtype=case.layout.dtype, device=device)
+    n_blocks = torch.full((b,), n, dtype=torch.int32, device=device)
+    first_pages = torch.arange(b, dtype=torch.int32, device=device) * n
+    given = pages, layer.table, n_blocks, first_pages
+    return lambda: restore(*given, most_blocks=n, keys=keys, values=values)
 
 
 def launch(cell: Cell, device: str) -> None:
@@ -143,9 +161,15 @@ def measure_prefill(cell: Cell) -> Iterator[dict[str, Any]]:
     rival, runs[rival], absent = with_rival(layer, query, ran)
     samples = timing.samples_us(runs, PREFILL_SAMPLES)
     operations = 4 * case.heads * case.head_size * (n * cell.context + n * (n + 1) // 2)
+    n_tokens = cell.requests * case.kv_heads * cell.context
+    restored = int(n_tokens * (case.layout.token_bytes + case.layout.record_bytes))
     for name, times in samples.items():
         spread = timing.summary(times)
-        found = {"method": name, **spread, "tflop_per_s": round(operations / spread["median_us"] / 1e6, 1)}
+        found: dict[str, Any] = {"method": name, **spread}
+        if name == "restore":
+            found |= {"bytes_moved": restored, "gb_per_s": round(restored / spread["median_us"] / 1e3, 1)}
+        else:
+            found["tflop_per_s"] = round(operations / spread["median_us"] / 1e6, 1)
         if name in steps:
             found["host_us"] = timing.host_us(steps[name])
         yield {**found, **beside(rival, samples, times, absent)}

@@ -10,7 +10,10 @@ import torch
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
 from tests.attention_backends.test_builder import Known, step
+from vllm_sparq.attention_backends.flash import RestoredCache
+from vllm_sparq.attention_backends.steps import restored
 from vllm_sparq.attention_backends.steps.builder import PagedMetadataBuilder
+from vllm_sparq.attention_backends.steps.restored import RestoredRows, restored_rows
 from vllm_sparq.attention_backends.steps.rows import PagedMetadata
 from vllm_sparq.attention_backends.steps.staged import Piece, cut_pieces
 from vllm_sparq.config import Options
@@ -86,10 +89,26 @@ def alone(batch: Batch) -> torch.Tensor:
     return torch.cat(rows)
 
 
-def run(batch: Batch, **options: Any) -> tuple[torch.Tensor, PagedMetadata]:
-    """[T, H, D] of the step, as `PagedImpl.forward` computes it."""
+def paged_attention(
+    query: torch.Tensor, cache: tuple[torch.Tensor, ...], rows: RestoredRows, out: torch.Tensor
+) -> None:
+    """What FlashAttention computes over pages [P', N, G, D]: the rows of a request are the last of its tokens."""
+    starts = rows.query_start_loc.tolist()
+    for q, length in enumerate(rows.seq_lens.tolist()):
+        mine = slice(starts[q], starts[q + 1])
+        key, value = (
+            part[rows.block_table[q].long()].flatten(0, 1)[:length].repeat_interleave(H // G, 1) for part in cache
+        )
+        logits = 0.25 * torch.einsum("thd,shd->hts", query[mine], key)
+        ahead = torch.ones_like(logits, dtype=torch.bool).triu(length - (mine.stop - mine.start) + 1)
+        weights = logits.masked_fill(ahead, -torch.inf).softmax(-1)
+        out[mine] = torch.einsum("hts,shd->thd", weights, value)
+
+
+def run(batch: Batch, restored_pages: int = 0, **options: Any) -> tuple[torch.Tensor, PagedMetadata]:
+    """[T, H, D] of the step, as `PagedImpl.forward` computes it; with so many pages at a time restored from codes."""
     builder = object.__new__(PagedMetadataBuilder)
-    builder.options, builder.requests = Options(**options), Known()
+    builder.options, builder.requests, builder.restored_pages = Options(**options), Known(), restored_pages
     plain = FullAttentionSpec(block_size=N, num_kv_heads=G, head_size=D, dtype=torch.float32)
     builder.kv_cache_spec = page_spec(plain, LAYOUT)
     step, pages = builder.build(0, batch.step()), batch.pages()
@@ -99,7 +118,11 @@ def run(batch: Batch, **options: Any) -> tuple[torch.Tensor, PagedMetadata]:
     if rows is not None and rows.begun is not None:
         new = rows.begun.with_new(pages, key, value)
     write(key, value, pages, step.block_table, step.query_start_loc, step.seq_lens)
-    if rows is not None:
+    if rows is not None and rows.restored is not None:
+        cache = RestoredCache(restored_pages * N, G, D, torch.float32, torch.device("cpu"))
+        for part in rows.restored:
+            paged_attention(query, cache.of(part, pages, *new), part, out)
+    elif rows is not None:
         tables = rows.block_table, rows.query_start_loc, rows.context_lens
         prefill(query, *new, pages, *tables, scale=0.25, out=out, key_start_loc=rows.key_start_loc)
     n = step.n_decodes
@@ -114,21 +137,59 @@ def run(batch: Batch, **options: Any) -> tuple[torch.Tensor, PagedMetadata]:
     return out, step
 
 
-@pytest.mark.parametrize(
-    "requests",
-    [
-        [(20, 20, 40)],
-        [(1, 17, 16), (1, 16, 15), (1, 33, 5)],
-        [(1, 40, 20), (5, 5, 5), (50, 50, 60), (16, 16, 16)],
-        [(30, 40, 64), (3, 13, 20), (16, 32, 33), (1, 20, 20), (40, 100, 100)],
-        [(1, 9, 8), (33, 40, 10), (20, 50, 45), (7, 7, 4)],
-    ],
-    ids=["fresh", "decodes", "mixed", "begun blocks", "replayed"],
-)
+STEPS = {
+    "fresh": [(20, 20, 40)],
+    "decodes": [(1, 17, 16), (1, 16, 15), (1, 33, 5)],
+    "mixed": [(1, 40, 20), (5, 5, 5), (50, 50, 60), (16, 16, 16)],
+    "begun blocks": [(30, 40, 64), (3, 13, 20), (16, 32, 33), (1, 20, 20), (40, 100, 100)],
+    "replayed": [(1, 9, 8), (33, 40, 10), (20, 50, 45), (7, 7, 4)],
+}
+
+
+@pytest.mark.parametrize("requests", STEPS.values(), ids=STEPS)
 def test_rows_read_what_they_would_read_alone(requests: list[tuple[int, int, int]]) -> None:
     batch = Batch.of(*requests)
     found, _ = run(batch)
     torch.testing.assert_close(found, alone(batch))
+
+
+@pytest.mark.parametrize("chunk", ["codes", "exact"])
+@pytest.mark.parametrize("n_pages", [100, 10], ids=["one call", "several calls"])
+@pytest.mark.parametrize("name", [name for name in STEPS if name != "decodes"])
+def test_restored_blocks_are_seen_as_codes_are(
+    name: str, n_pages: int, chunk: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The largest request needs ten pages: six that are restored, and four for its own tokens."""
+    monkeypatch.setattr(restored, "FEWEST_ROWS", 0)
+    batch = Batch.of(*STEPS[name])
+    found, step = run(batch, n_pages, chunk=chunk)
+    assert step.prefill is not None
+    assert step.prefill.restored is not None
+    several = {("begun blocks", "codes"), ("begun blocks", "exact"), ("replayed", "codes")}
+    assert len(step.prefill.restored) == 1 + (n_pages == 10 and (name, chunk) in several)
+    torch.testing.assert_close(found, run(batch, chunk=chunk)[0])
+
+
+def test_codes_are_read_where_restoring_does_not_pay() -> None:
+    """Few rows for all that would be restored; or more pages than there is room for."""
+
+    def seen(*rows_after_blocks: tuple[int, int]) -> list[restored.SeenTokens]:
+        found, row = [], 0
+        for request, (n, blocks) in enumerate(rows_after_blocks):
+            found.append(restored.SeenTokens(request, blocks, row, row + n, row, row + n))
+            row += n
+        return found
+
+    table = torch.zeros(3, 200, dtype=torch.int32)
+    assert restored_rows(seen((256, 100)), table, N, 200) is not None
+    assert restored_rows(seen((255, 100)), table, N, 200) is None
+    assert restored_rows(seen((300, 100), (100, 20)), table, N, 200) is not None
+    assert restored_rows(seen((300, 100), (100, 90)), table, N, 200) is None
+    assert restored_rows(seen((256, 185)), table, N, 200) is None
+    assert restored_rows(seen((5, 0)), table, N, 200) is not None
+    three = restored_rows(seen((5, 0), (2000, 60), (2000, 60)), table, N, 200)
+    assert three is not None
+    assert [(call.n_restored, call.n_pages, len(call.seq_lens)) for call in three] == [(60, 186, 2), (60, 185, 1)]
 
 
 def test_an_exact_chunk_is_seen_as_it_is() -> None:

@@ -191,6 +191,7 @@ def launch_all(shape: Shape) -> None:
     from vllm_sparq.ops.evict.triton import evict
     from vllm_sparq.ops.prefill.triton import prefill
     from vllm_sparq.ops.quest_decode.triton import quest_decode
+    from vllm_sparq.ops.restore.triton import restore
     from vllm_sparq.ops.sparq_decode.triton import sparq_decode
     from vllm_sparq.ops.write.triton import write
 
@@ -202,6 +203,7 @@ def launch_all(shape: Shape) -> None:
     starts, lens = torch.empty(b + 1, dtype=torch.int32), torch.empty(b, dtype=torch.int32)
     read, spans = reads_of(shape)
     one = query[:b]
+    cache = torch.empty(2, 1, shape.kv_heads, shape.block_size, d, dtype=dtype).transpose(2, 3)
     softmax = {"sinks": torch.empty(shape.heads) if shape.sinks else None, "soft_cap": shape.soft_cap}
     calls = {
         "write": lambda: write(key, key, pages, table, starts, lens, lens if shape.tracked else None),
@@ -209,12 +211,15 @@ def launch_all(shape: Shape) -> None:
         "dense_decode": lambda: dense_decode(one, pages, table, lens, scale=1.0, out=one, **softmax),
         "sparq_decode": lambda: sparq_decode(one, pages, table, lens, read=read, scale=1.0, out=one, **softmax),
         "quest_decode": lambda: quest_decode(one, pages, table, lens, read=spans, scale=1.0, out=one, **softmax),
+        "restore": lambda: restore(pages, table, lens, lens, most_blocks=1, keys=cache[0], values=cache[1]),
         "evict": lambda: evict(
             pages, table, lens, lens, lens, sinks=4, rank="attention" if pages.layout.attention else "age"
         ),
     }
     for op in shape.ops:
         calls[op]()
+    if pages.layout.quantized is not None and "prefill" in shape.ops:
+        calls["restore"]()
 
 
 def launch_start(shape: Shape) -> None:
@@ -236,6 +241,8 @@ def launch_start(shape: Shape) -> None:
         warm_up.warm_decodes(decode, pages, shape.heads, width)
     warm_up.warm_writes(write, pages, width)
     warm_up.warm_prefills(prefill, pages, shape.heads, width)
+    if pages.layout.quantized is not None:
+        warm_up.warm_restores(pages, width)
     if shape.tracked:
         warm_up.warm_evictions(evict, pages, width)
 
@@ -257,5 +264,6 @@ KERNELS = {
     "partition_kernel",
     "cut_kernel",
     "prefill_kernel",
+    "restore_kernel",
 }
 """What `SHAPES` launch, by name."""

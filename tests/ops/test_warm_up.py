@@ -18,8 +18,9 @@ from vllm_sparq.ops.dense_decode.triton import dense_decode
 from vllm_sparq.ops.evict.triton import evict
 from vllm_sparq.ops.prefill.triton import prefill
 from vllm_sparq.ops.quest_decode.triton import quest_decode
+from vllm_sparq.ops.restore.triton import restore
 from vllm_sparq.ops.sparq_decode.triton import sparq_decode
-from vllm_sparq.ops.warm_up import warm_decodes, warm_evictions, warm_prefills, warm_writes
+from vllm_sparq.ops.warm_up import warm_decodes, warm_evictions, warm_prefills, warm_restores, warm_writes
 from vllm_sparq.ops.write.triton import write
 from vllm_sparq.reads import SpansRead, SparqRead
 
@@ -47,6 +48,8 @@ def test_steps_launch_what_was_launched_at_start(name: str) -> None:
         warm_decodes(decode, pages, heads, width)
         warm_writes(write, pages, width)
         warm_prefills(prefill, pages, heads, width)
+        if layout.quantized is not None:
+            warm_restores(pages, width)
         if layout.positions:
             warm_evictions(evict, pages, width)
     warm = set(found)
@@ -72,5 +75,11 @@ def step(rng: random.Random, decode: Any, pages: Pages, heads: int, width: int) 
     write(key, value, pages, table, starts, lens, lens if layout.positions and rng.random() < 0.5 else None)
     ahead = starts if layout.quantized is not None and rng.random() < 0.5 else None
     prefill(query, key, value, pages, table, starts, lens, scale=0.1, out=out, key_start_loc=ahead)
+    if layout.quantized is not None:
+        n = rng.choice([1, 3, 40])
+        room = torch.empty(2, 50 * kv_heads * layout.block_size * layout.head_size, dtype=layout.dtype)
+        shape = n, kv_heads, layout.block_size, layout.head_size
+        keys, values = (part[: n * room.shape[1] // 50].view(shape).transpose(1, 2) for part in room)
+        restore(pages, table, lens, lens, most_blocks=min(n, width), keys=keys, values=values)
     if layout.positions:
         evict(pages, table, lens, lens, lens, sinks=rng.randrange(20), rank="attention" if layout.attention else "age")

@@ -13,6 +13,7 @@ import torch
 import triton
 
 from vllm_sparq.layout import Pages
+from vllm_sparq.ops.restore.triton import restore
 from vllm_sparq.ops.triton_common.launch import INTERPRETED, PROGRAMS_PER_SM, n_multiprocessors
 from vllm_sparq.ops.triton_common.merge import merge
 
@@ -69,6 +70,15 @@ def warm_prefills(prefill: Callable[..., None], pages: Pages, n_heads: int, widt
         weight = torch.zeros(n_heads, n_splits, device=out.device)
         merge(torch.zeros(*weight.shape, out.shape[2], device=out.device), weight, out)
         n_splits *= 2
+
+
+def warm_restores(pages: Pages, width: int) -> None:
+    """Of quantized pages."""
+    layout = pages.layout
+    shape = 1, layout.block_size, pages.data.shape[1], layout.head_size
+    keys, values = torch.empty(2, *shape, dtype=layout.dtype, device=pages.data.device)
+    table, none = _nothing(1, width, pages)
+    restore(pages, table, none, none, most_blocks=1, keys=keys, values=values)
 
 
 def warm_evictions(evict: Callable[..., None], pages: Pages, width: int) -> None:

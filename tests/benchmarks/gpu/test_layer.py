@@ -61,6 +61,14 @@ def test_a_chunk_is_timed_with_its_arithmetic(gpu: worker.GpuWorker) -> None:
     assert found["prefill"]["speedup_vs_rival"] == 0.25
 
 
+def test_restoring_the_codes_before_a_chunk_is_timed_too(gpu: worker.GpuWorker) -> None:
+    coded = replace(cell("prefill", context=32, chunk=16), case=replace(LAYER, format="int8"))
+    found = {record["method"]: record for record in gpu.measure(coded)}
+    assert list(found) == ["prefill", "restore", "sdpa"]
+    assert found["restore"]["bytes_moved"] == 32 * (2 * (16 + 4) + 2 * 16 * 4)
+    assert "tflop_per_s" not in found["restore"]
+
+
 def test_tables_are_as_wide_as_an_engines() -> None:
     made = layer.filled(cell("decode", requests=2, context=96), "cpu")
     assert made.table.shape == (2, 10)

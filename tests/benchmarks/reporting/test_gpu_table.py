@@ -49,8 +49,11 @@ def test_a_chunk_stands_beside_its_rival() -> None:
     cell = {**ABOUT, "name": "prefill/int4/c32kt8k", "kind": "prefill", "rival": RIVAL}
     ours = {**cell, "method": "prefill", "median_us": 12_345.0, "tflop_per_s": 311.2, "speedup_vs_rival": 0.52}
     rival = {**cell, "method": RIVAL, "median_us": 6_400.0, "tflop_per_s": 600.4, "speedup_vs_rival": 1.0}
-    line = f"| `prefill/int4/c32kt8k` | 12.35 ms, 311 TFLOP/s | 6.40 ms, 600 TFLOP/s, {RIVAL} | 0.52x |"
-    assert gpu_prefill_rows([ours, rival])[-1].replace("12.34 ms", "12.35 ms") == line
+    line = f"| `prefill/int4/c32kt8k` | 12.35 ms, 311 TFLOP/s | 6.40 ms, 600 TFLOP/s, {RIVAL} | 0.52x | {{}} |"
+    assert gpu_prefill_rows([ours, rival])[-1].replace("12.34 ms", "12.35 ms") == line.format("")
+    restored = {**cell, "method": "restore", "median_us": 1_600.0, "gb_per_s": 2100.0}
+    both = gpu_prefill_rows([ours, rival, restored])[-1].replace("12.34 ms", "12.35 ms")
+    assert both == line.format("8.00 ms, 0.80x")
 
 
 def test_failed_checks_are_named() -> None:

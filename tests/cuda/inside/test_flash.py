@@ -1,4 +1,4 @@
-"""Prompts go through FlashAttention where blocks are in the model's type: a stand-in sees what it is called with."""
+"""Prompts go through FlashAttention, over pages as they are or restored: a stand-in sees what it is called with."""
 
 from __future__ import annotations
 
@@ -43,14 +43,40 @@ def llm_layers(worker: Any) -> Any:
     return [layer.impl for layer in worker.vllm_config.compilation_config.static_forward_context.values()]
 
 
-@pytest.mark.parametrize(("backend", "options"), [("sparq", EXACT["full"]), ("streaming", {"budget": 512})])
+def test_codes_are_restored_where_a_prompt_is_long(engine: Any, prompts: Any) -> None:
+    """A piece of a prompt sees the restored blocks before it, and a page of its own; short prompts read codes."""
+    long, short = prompts.of_length(700), prompts.of_length(200)
+    with engine("flexgen", {}, enable_prefix_caching=True, max_num_batched_tokens=1024, **HALF) as llm:
+        worker = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
+        report = worker.attention_report().values()
+        assert {layer["ops"]["prefill"].split(" (")[0] for layer in report} == {"flash"}
+        FLASH_CALLS.clear()
+        Prompts.answers(llm, [short], 1)
+        assert not FLASH_CALLS
+        Prompts.answers(llm, [long], 1)
+        (call,) = FLASH_CALLS[:: len(report)]
+        assert call["starts"] == [0, 128, 256, 384, 512, 640, 700]
+        assert call["lens"] == [128, 256, 384, 512, 640, 700]
+        assert call["table"] == (6, 6)
+        prompt = [*long, *prompts.of_length(1020)[700:]]
+        FLASH_CALLS.clear()
+        Prompts.answers(llm, [prompt], 1)  # five blocks of it are cached by now
+        (call,) = FLASH_CALLS[:: len(report)]
+        assert (call["starts"], call["lens"]) == ([0, 128, 256, 380], [768, 896, 1020])
+
+
+@pytest.mark.parametrize(
+    ("backend", "options"),
+    [("sparq", EXACT["full"]), ("streaming", {"budget": 512}), ("kivi", {}), ("flexgen", {"chunk": "exact"})],
+    ids=["as it is", "as it is, evicting", "restored", "restored, exact chunks"],
+)
 def test_answers_are_those_of_our_own_kernel(
     backend: str, options: dict[str, Any], engine: Any, prompts: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Log-probabilities of the first token, which follow from the prompt alone."""
     from vllm import SamplingParams
 
-    prompt = prompts.of_length(300)
+    prompt = prompts.of_length(900)
     params = SamplingParams(temperature=0, max_tokens=1, logprobs=5, detokenize=False)
     found = []
     for forced in (None, "cpu"):
@@ -68,15 +94,15 @@ def test_answers_are_those_of_our_own_kernel(
 
 @pytest.mark.parametrize(
     ("backend", "options", "more"),
-    [("h2o", {}, {}), ("flexgen", {}, {}), ("sparq", {}, {"dtype": "float32"})],
-    ids=["adds attention up", "codes", "float32"],
+    [("h2o", {}, {}), ("h2o", {"format": "kivi4"}, {}), ("flexgen", {}, {"dtype": "float32"})],
+    ids=["adds attention up", "over codes too", "float32"],
 )
 def test_what_it_cannot_do_runs_on_our_own_kernel(
     backend: str, options: dict[str, Any], more: dict[str, Any], engine: Any, prompts: Any
 ) -> None:
     FLASH_CALLS.clear()
     with engine(backend, options, **{**HALF, **more}) as llm:
-        Prompts.answers(llm, [prompts.of_length(200)], 2)
+        Prompts.answers(llm, [prompts.of_length(700)], 2)
     assert not FLASH_CALLS
 
 
@@ -91,9 +117,9 @@ def test_what_the_softmax_is_of_is_handed_over(changes: dict[str, Any]) -> None:
     rows = PrefillRows(world.block_table[:2], world.query_start_loc, context, lens, 70, 70)
     sinks, out = case.sink_logits(), world.empty_out(79)
     given = sinks if sinks is None else sinks.bfloat16()
-    flash.flash_prefill(
-        world.query[:79], world.pages, rows, scale=case.scale, out=out, sinks=given, soft_cap=case.soft_cap
-    )
+    cache, softmax = (world.pages.keys, world.pages.values), dict(sinks=given, soft_cap=case.soft_cap)
+    keys, values = (part.transpose(1, 2) for part in cache)
+    flash.flash_prefill(world.query[:79], keys, values, rows, scale=case.scale, out=out, **softmax)
     torch.testing.assert_close(out, build(case, written="context").prefill(prefill), **tolerances.OUT[case.dtype])
 
 

@@ -31,6 +31,7 @@ FIND_REQUESTS = tl.constexpr(128)
 STEP_TENSORS = (
     *("block_table", "query_start_loc", "key_start_loc", "seq_lens", "context_lens", "first_positions"),
     *("kept_lens", "recent_from", "tokens", "n_listed", "arrivals"),
+    *("n_blocks", "first_pages"),
 )
 STEP_SIZES = ("n_requests", "n_splits", "table_stride", "tokens_stride", "capacity", "sinks")
 
