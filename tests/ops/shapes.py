@@ -93,6 +93,9 @@ FORMATS: tuple[Case, ...] = (
     replace(_QUANTIZED, format="k4v2", lens=(1, 31, 32, 33, 65, 0, 96)),
     replace(_QUANTIZED, format="k4v2", heads=8, head_size=128, block_size=128, dtype=torch.bfloat16, lens=(129, 400)),
     replace(_QUANTIZED, format="k4v2", heads=3, kv_heads=1, head_size=80, dtype=torch.float16, lens=(64, 47, 65)),
+    replace(_QUANTIZED, format="k4v2", heads=5, kv_heads=1, dtype=torch.bfloat16, block_size=64, lens=(65, 150, 203)),
+    replace(_QUANTIZED, format="kivi2", heads=6, dtype=torch.bfloat16, block_size=48, group_size=16, lens=(49, 150)),
+    replace(_QUANTIZED, format="int4", heads=8, head_size=32, dtype=torch.bfloat16, lens=(33, 130)),
     replace(_QUANTIZED, format="k4v2", heads=4, head_size=96, group_size=16, block_size=48, value_sum=True, lens=(97,)),
     replace(
         _QUANTIZED,
