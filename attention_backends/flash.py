@@ -5,28 +5,31 @@ that is a cache as FlashAttention takes it, with strides of its own: nothing is 
 pages already, unlike what `vllm_sparq.ops.prefill` asks for. Quantized blocks are restored, a layer at a time, to such
 a cache (`vllm_sparq.attention_backends.steps.restored`).
 
-Our Triton kernel stays for what FlashAttention cannot do: float32, GPUs before Ampere, prompts whose attention is added
-up (H2O), and sinks where it does not take them: versions before 3, sinks of another type than bfloat16. And for steps
-of few rows over quantized blocks, where restoring would not pay.
+Our Triton kernel stays for what FlashAttention cannot do: float32, prompts whose attention is added up (H2O), heads
+that its version has no kernel for, and sinks where it does not take them: versions before 3, sinks of another type than
+bfloat16. And for steps of few rows over quantized blocks, where restoring would not pay.
 """
 
 from __future__ import annotations
 
 import functools
 import inspect
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from vllm.platforms import current_platform
 
-from vllm_sparq.attention_backends.steps.restored import RestoredRows
+from vllm_sparq.attention_backends.steps.restored import RestorePlan
 from vllm_sparq.attention_backends.steps.rows import PrefillRows
 from vllm_sparq.layout import Pages
-from vllm_sparq.ops import restore
 from vllm_sparq.ops.dispatch import Choice
 
 TAKE_SINKS = (3, 4)
 """Versions of FlashAttention whose softmax may begin at a sink."""
+
+LARGEST_OF_2 = 256
+"""Head size that version 2 takes."""
 
 
 def flash_choice(
@@ -54,7 +57,7 @@ def flash_choice(
     version = _version(head_size, sinks is not None, bool(soft_cap))
     if sinks is not None and not (version in TAKE_SINKS and sinks.dtype == torch.bfloat16 and _has_sinks_argument()):
         return None
-    over = "" if format == "model" else ", over blocks restored from codes where a prompt is long"
+    over = "" if format == "model" else ", over blocks restored from codes where that pays"
     return None if version is None else Choice("prefill", "flash", f"FlashAttention {version} of vLLM{over}")
 
 
@@ -71,14 +74,15 @@ def _version(head_size: int, has_sinks: bool, capped: bool) -> int | None:
 
     if not FlashAttentionBackend.supports_head_size(head_size):
         return None
-    return get_flash_attn_version(head_size=head_size, has_sinks=has_sinks, requires_softcap=capped)
+    version = get_flash_attn_version(head_size=head_size, has_sinks=has_sinks, requires_softcap=capped)
+    return None if version == 2 and head_size > LARGEST_OF_2 else version
 
 
 def flash_prefill(
     query: torch.Tensor,
     keys: torch.Tensor,
     values: torch.Tensor,
-    rows: PrefillRows | RestoredRows,
+    rows: PrefillRows | RestorePlan,
     *,
     scale: float,
     out: torch.Tensor,
@@ -104,7 +108,7 @@ def flash_prefill(
         v=values,
         out=out,
         cu_seqlens_q=rows.query_start_loc,
-        max_seqlen_q=rows.max_query_len,
+        max_seqlen_q=max(2, rows.max_query_len),  # of one row each, version 2 wants as many rows as requests
         seqused_k=rows.seq_lens,
         max_seqlen_k=rows.max_seq_len,
         softmax_scale=scale,
@@ -112,39 +116,34 @@ def flash_prefill(
         block_table=rows.block_table,
         fa_version=_version(query.shape[2], sinks is not None, bool(soft_cap)),
         softcap=soft_cap or 0.0,
+        # Version 3 takes a batch of many short pieces for one, and would split their keys, with scratch for each split.
+        num_splits=1 if isinstance(rows, RestorePlan) else 0,
         **({} if sinks is None else {"s_aux": sinks}),
     )
 
 
-class RestoredCache:
-    """Room for what one layer's call restores: as much at every call, so that PyTorch finds the same memory again.
+def restored_cache(
+    plan: RestorePlan,
+    pages: Pages,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    room: Sequence[torch.Tensor],
+    run: Callable[..., None],
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """K and V [P', N, G, D] that the rows of a plan see.
 
-    Attributes:
-        n_tokens: it holds, of K and V in all KV heads.
+    Args:
+        pages: the cache, in which all full blocks have codes by now.
+        key, value: [T', G, D], the step's own tokens.
+        room: two vectors of the model's type, for K and for V.
+        run: an implementation of `vllm_sparq.ops.restore.restore`.
     """
-
-    def __init__(
-        self, n_tokens: int, n_kv_heads: int, head_size: int, dtype: torch.dtype, device: torch.device
-    ) -> None:
-        self.n_tokens = n_tokens
-        self._shape, self._dtype, self._device = (2, n_tokens * n_kv_heads * head_size), dtype, device
-        self._restore = restore.implementation(device.type)
-
-    def empty(self) -> torch.Tensor:
-        """[2, n], taken for as long as it is kept; vLLM measures what a step takes by a run without a cache."""
-        return torch.empty(self._shape, dtype=self._dtype, device=self._device)
-
-    def of(
-        self, rows: RestoredRows, pages: Pages, key: torch.Tensor, value: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """K and V [P', N, G, D] that these rows see, from the pages and the step's own tokens [T', G, D]."""
-        n, d, n_kv_heads = pages.layout.block_size, pages.layout.head_size, pages.data.shape[1]
-        shape = rows.n_pages, n_kv_heads, n, d
-        whole = self.empty()[:, : rows.n_pages * n_kv_heads * n * d]
-        keys, values = (part.view(shape).transpose(1, 2) for part in whole)
-        tables = rows.requests, rows.n_blocks, rows.first_pages
-        self._restore(pages, *tables, most_blocks=rows.most_blocks, keys=keys, values=values)
-        values[rows.n_restored :] = 0  # a kernel may multiply what follows the last token by nothing
-        keys[rows.pages, rows.places] = key[rows.keys]
-        values[rows.pages, rows.places] = value[rows.keys]
-        return keys, values
+    n, d, n_kv_heads = pages.layout.block_size, pages.layout.head_size, pages.data.shape[1]
+    shape = plan.n_pages, n_kv_heads, n, d
+    keys, values = (part[: plan.n_pages * n_kv_heads * n * d].view(shape).transpose(1, 2) for part in room)
+    tables = plan.requests, plan.n_blocks, plan.first_pages
+    run(pages, *tables, most_blocks=plan.most_blocks, keys=keys, values=values)
+    values[plan.n_restored :] = 0  # a kernel may multiply what follows the last token by nothing
+    keys[plan.pages, plan.places] = key[plan.keys]
+    values[plan.pages, plan.places] = value[plan.keys]
+    return keys, values

@@ -75,9 +75,7 @@ class PagedImpl(AttentionImpl[PagedMetadata | EvictingMetadata]):
             prepare_rotation(head_size, vllm_config.model_config.dtype, vllm_config.device_config.device)
         self._choices = _choose_ops(vllm_config.device_config.device_type, READS[self._options.read])
         own = self._choices["prefill"]
-        self.prompts = PromptAttention(
-            vllm_config, self._options, self._heads, own, sinks=sinks, soft_cap=logits_soft_cap
-        )
+        self.prompts = PromptAttention(vllm_config, engine, self._heads, own, sinks=sinks, soft_cap=logits_soft_cap)
         self._choices["prefill"] = self.prompts.choice
         warning = slow_ops(self._choices)
         if warning:
@@ -134,7 +132,7 @@ class PagedImpl(AttentionImpl[PagedMetadata | EvictingMetadata]):
         Key and value are None, or mean nothing, in a layer that reads the cache of another.
         """
         if attn_metadata is None:  # a profiling run, without a cache
-            self.prompts.profile()
+            self.prompts.take_room()
             return output.fill_(0)
         pages = self._bind(layer, kv_cache, query.dtype)
         if not self._rotates:

@@ -8,12 +8,14 @@ from functools import partial
 from typing import Any
 
 import torch
+from vllm.v1.worker.workspace import current_workspace_manager
 
-from vllm_sparq.attention_backends.flash import RestoredCache, flash_choice, flash_prefill
-from vllm_sparq.attention_backends.steps.restored import restored_tokens
+from vllm_sparq.attention_backends.engine import PagedEngine
+from vllm_sparq.attention_backends.flash import flash_choice, flash_prefill, restored_cache
+from vllm_sparq.attention_backends.steps.restored import room_to_restore
 from vllm_sparq.attention_backends.steps.rows import PrefillRows
-from vllm_sparq.config import Options
 from vllm_sparq.layout import Pages
+from vllm_sparq.ops import restore
 from vllm_sparq.ops.dispatch import OVERRIDE, Choice
 from vllm_sparq.reads import HeadShape
 from vllm_sparq.retention import RETENTIONS
@@ -25,49 +27,44 @@ class PromptAttention:
     Attributes:
         choice: the implementation, for reports.
         own: our kernel; None where FlashAttention does it all.
-        restored: room for blocks that are restored for FlashAttention; None where there are no codes, or it reads none.
+        room: tokens that a call may restore from codes for FlashAttention; 0 where it is not asked to read any.
     """
 
     def __init__(
         self,
         vllm_config: Any,
-        options: Options,
+        engine: PagedEngine,
         heads: HeadShape,
         own: Choice,
         *,
         sinks: torch.Tensor | None,
         soft_cap: float | None,
     ) -> None:
-        dtype, policy = vllm_config.model_config.dtype, RETENTIONS[options.retention]
+        dtype, policy = vllm_config.model_config.dtype, RETENTIONS[engine.options.retention]
         flash = flash_choice(
             dtype=dtype,
             head_size=heads.head_size,
-            format=options.format,
+            format=engine.options.format,
             tracked=policy is not None and policy.rank == "attention",
             forced=os.environ.get(OVERRIDE),
             sinks=sinks,
             soft_cap=soft_cap,
         )
         self.choice = own if flash is None else flash
-        self.own: Callable[..., None] | None = None
-        self.restored: RestoredCache | None = None
-        if flash is None or options.format != "model":
-            self.own = own.load()
-        if flash is not None and options.format != "model":
-            shape = heads.n_kv_heads, heads.head_size
-            n_tokens = restored_tokens(vllm_config, 2 * shape[0] * shape[1] * dtype.itemsize)
-            self.restored = RestoredCache(n_tokens, *shape, dtype, vllm_config.device_config.device)
+        self.own: Callable[..., None] | None = own.load() if flash is None or engine.quantized else None
+        self.room = 0
+        if flash is not None and engine.quantized:
+            token_bytes = 2 * heads.n_kv_heads * heads.head_size * dtype.itemsize
+            self.room = room_to_restore(vllm_config, engine.block_size, token_bytes)
+        numbers = self.room * heads.n_kv_heads * heads.head_size
+        self._taken = ((numbers,), dtype), ((numbers,), dtype)
+        self._restore = restore.implementation(vllm_config.device_config.device_type)
         self._sinks = sinks  # in the type of the model, as FlashAttention takes them
 
-    @property
-    def restored_tokens(self) -> int:
-        """That a call may restore from codes; 0 where prompts do not go that way."""
-        return 0 if self.restored is None else self.restored.n_tokens
-
-    def profile(self) -> None:
-        """Take, for a moment, the memory that a step may: vLLM measures what runs without a cache need."""
-        if self.restored is not None:
-            self.restored.empty()
+    def take_room(self) -> list[torch.Tensor]:
+        """For K and for V, until another layer takes it: vLLM keeps one such workspace for all, and lets nobody ask for
+        more than the run in which it measures memory, which has no cache, has asked for."""
+        return current_workspace_manager().get_simultaneous(*self._taken) if self.room else []
 
     def run(
         self,
@@ -90,9 +87,10 @@ class PromptAttention:
         how = {"scale": scale, "out": output, **softmax, "sinks": self._sinks}
         if self.own is None:
             flash_prefill(query, pages.keys.transpose(1, 2), pages.values.transpose(1, 2), rows, **how)
-        elif rows.restored is not None and self.restored is not None:
-            for part in rows.restored:
-                flash_prefill(query, *self.restored.of(part, pages, *new), part, **how)
+        elif rows.restores is not None:
+            for plan in rows.restores:
+                cache = restored_cache(plan, pages, *new, self.take_room(), self._restore)
+                flash_prefill(query, *cache, plan, **how)
         else:
             tables = rows.block_table, rows.query_start_loc, rows.context_lens
             self.own(query, *new, pages, *tables, scale=scale, out=output, key_start_loc=rows.key_start_loc, **softmax)
@@ -103,5 +101,5 @@ class PromptAttention:
 
         if self.own is not None:
             warm_up.warm_prefills(partial(self.own, **softmax), pages, n_heads, width)
-        if self.restored is not None:
+        if self.room:
             warm_up.warm_restores(pages, width)

@@ -114,6 +114,14 @@ class Phases:
         return self._sent
 
 
+def int32(numbers: list[int], device: torch.device) -> torch.Tensor:
+    return on_device(numbers, torch.int32, device)
+
+
+def int64(numbers: list[int], device: torch.device) -> torch.Tensor:
+    return on_device(numbers, torch.int64, device)
+
+
 def on_device(numbers: object, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """A tensor of numbers of the host, without waiting for the device."""
     from vllm.utils.torch_utils import async_tensor_h2d

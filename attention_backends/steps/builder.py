@@ -53,7 +53,7 @@ class PagedMetadataBuilder(AttentionMetadataBuilder[PagedMetadata | EvictingMeta
         self.max_model_len = vllm_config.model_config.max_model_len
         self.phases = Phases(device)
         layers = vllm_config.compilation_config.static_forward_context
-        self.restored_pages = layers[layer_names[0]].impl.prompts.restored_tokens // kv_cache_spec.block_size
+        self.restored_pages = layers[layer_names[0]].impl.prompts.room // kv_cache_spec.block_size
         # Where a captured graph looks for the lengths of the step that replays it.
         self.arrivals = torch.zeros(len(Arrivals._fields), n_requests, dtype=torch.int32, device=device)
 

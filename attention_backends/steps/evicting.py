@@ -17,10 +17,9 @@ from dataclasses import dataclass
 import torch
 from vllm.v1.attention.backend import AttentionMetadata, CommonAttentionMetadata
 
-from vllm_sparq.attention_backends.steps.arrivals import Arrivals, on_device
+from vllm_sparq.attention_backends.steps.arrivals import Arrivals, int32, int64, on_device
 from vllm_sparq.attention_backends.steps.policies import by_policy
 from vllm_sparq.attention_backends.steps.rows import PagedMetadata, PrefillRows
-from vllm_sparq.attention_backends.steps.staged import int64
 from vllm_sparq.attention_backends.steps.staged_rows import staged_rows
 from vllm_sparq.config import Options
 from vllm_sparq.retention import Arrival, Phase, Rank, Retention
@@ -181,10 +180,6 @@ def _turn(
     restored_pages: int,
 ) -> Turn:
     device = block_table.device
-
-    def int32(numbers: list[int]) -> torch.Tensor:
-        return on_device(numbers, torch.int32, device)
-
     requests = [share.request for share in shares]
     every = in_order and requests == list(range(len(block_table)))
     table = block_table if every else block_table[int64(requests, device)]
@@ -197,7 +192,7 @@ def _turn(
     for share in shares:
         starts.append(starts[-1] + share.stop - share.start)
     n_decodes = sum(share.decodes for share in shares)
-    seq_lens, query_start_loc = [share.seq_len for share in shares], int32(starts)
+    seq_lens, query_start_loc = [share.seq_len for share in shares], int32(starts, device)
     prefill = None
     if n_decodes < len(shares):
         if spec.n_staging_pages:
@@ -206,28 +201,28 @@ def _turn(
             prefill = PrefillRows(
                 block_table=table[n_decodes:],
                 query_start_loc=query_start_loc[n_decodes:],
-                context_lens=int32([share.arrival.kept for share in shares[n_decodes:]]),
-                seq_lens=int32(seq_lens[n_decodes:]),
+                context_lens=int32([share.arrival.kept for share in shares[n_decodes:]], device),
+                seq_lens=int32(seq_lens[n_decodes:], device),
                 max_query_len=max(share.stop - share.start for share in shares[n_decodes:]),
                 max_seq_len=max(seq_lens[n_decodes:]),
             )
-    lens = int32(seq_lens)
+    lens = int32(seq_lens, device)
     step = PagedMetadata(
         n_decodes=n_decodes,
         block_table=table,
         query_start_loc=query_start_loc,
         seq_lens=lens,
         prefill=prefill,
-        first_positions=int32([share.position for share in shares]),
+        first_positions=int32([share.position for share in shares], device),
         by_policy=by_policy([policies[request] for request in requests[:n_decodes]], table, lens),
     )
     eviction = None
     if any(share.arrival.n_evicted for share in shares):
         eviction = Eviction(
             block_table=table,
-            seq_lens=int32([share.arrival.held for share in shares]),
-            kept_lens=int32([share.arrival.kept for share in shares]),
-            recent_from=int32([share.recent_from for share in shares]),
+            seq_lens=int32([share.arrival.held for share in shares], device),
+            kept_lens=int32([share.arrival.kept for share in shares], device),
+            recent_from=int32([share.recent_from for share in shares], device),
             sinks=spec.retention.sinks,
             rank=spec.retention.rank,
             most_kept=max(share.arrival.kept for share in shares),

@@ -14,12 +14,12 @@ from typing import Any
 
 import torch
 
-from vllm_sparq.attention_backends.steps.arrivals import on_device
+from vllm_sparq.attention_backends.steps.arrivals import int32, int64, on_device
 
 FEWEST_ROWS = 256
-"""Rows of a prompt, for each token before them, from which restoring pays. Not measured: a restored token is written
-and read once, nine times the bytes of an int4 one, which takes an H100 about as long as 110 rows of attention to it;
-our own kernel, which reads codes, was predicted to need half as long again as FlashAttention."""
+"""Rows of a prompt, for each token before them, from which restoring pays. Not measured: a token is read from its
+codes, written and read again, eight times the bytes of an int4 one, in which time FlashAttention gets through about 110
+rows with it on an H100; our own kernel, which reads codes, was predicted to need half as long again."""
 
 MOST_BYTES = 1 << 30
 """Of the restored pages of a layer's call; a step that needs more is cut, and a longer request reads codes."""
@@ -45,7 +45,7 @@ class SeenTokens:
 
 
 @dataclass(frozen=True)
-class RestoredRows:
+class RestorePlan:
     """One call: some of a step's prompts.
 
     Attributes:
@@ -73,20 +73,21 @@ class RestoredRows:
     max_seq_len: int
 
 
-def restored_tokens(vllm_config: Any, token_bytes: int) -> int:
+def room_to_restore(vllm_config: Any, block_size: int, token_bytes: int) -> int:
     """Tokens that a layer's call may restore: those of a request as long as the model takes, within `MOST_BYTES`.
 
     Args:
+        block_size: N, of our pages.
         token_bytes: of K and V of a token, in all KV heads.
     """
     longest = vllm_config.model_config.max_model_len + vllm_config.scheduler_config.max_num_batched_tokens
-    blocks = 2 * vllm_config.cache_config.block_size  # a page that was begun, and one that is not full
-    return int(min(longest + blocks, MOST_BYTES // token_bytes))
+    partial = 2 * block_size  # a page that was begun, and one that is not full
+    return int(min(longest + partial, MOST_BYTES // token_bytes))
 
 
-def restored_rows(
+def plan_restores(
     seen: list[SeenTokens], block_table: torch.Tensor, block_size: int, most_pages: int
-) -> tuple[RestoredRows, ...] | None:
+) -> tuple[RestorePlan, ...] | None:
     """The calls for a step's prompts; None where our own kernel reads codes: few rows, or a request of too many pages.
 
     Args:
@@ -124,12 +125,8 @@ def _n_pages(of_one: list[SeenTokens], block_size: int) -> int:
     return of_one[-1].n_blocks + sum(piece.own_pages(block_size) for piece in of_one)
 
 
-def _call(requests: list[list[SeenTokens]], block_table: torch.Tensor, block_size: int) -> RestoredRows:
+def _call(requests: list[list[SeenTokens]], block_table: torch.Tensor, block_size: int) -> RestorePlan:
     device = block_table.device
-
-    def int32(numbers: list[int]) -> torch.Tensor:
-        return on_device(numbers, torch.int32, device)
-
     n_blocks = [of_one[-1].n_blocks for of_one in requests]
     first_pages = [sum(n_blocks[:i]) for i in range(len(requests))]
     pieces = [(piece, first) for of_one, first in zip(requests, first_pages, strict=True) for piece in of_one]
@@ -140,14 +137,15 @@ def _call(requests: list[list[SeenTokens]], block_table: torch.Tensor, block_siz
         slots.append(own_page * block_size + torch.arange(piece.key_stop - piece.key_start))
         own_page += piece.own_pages(block_size)
     lens = [piece.n_blocks * block_size + piece.key_stop - piece.key_start for piece, _ in pieces]
-    before = int32([piece.n_blocks for piece, _ in pieces])[:, None]
-    restored, own = int32([first for _, first in pieces])[:, None], int32(own_pages)[:, None]
-    column = torch.arange(-(-max(lens) // block_size), dtype=torch.int32, device=device)
+    before = int32([piece.n_blocks for piece, _ in pieces], device)[:, None]
+    restored, own = (int32(pages, device)[:, None] for pages in ([first for _, first in pieces], own_pages))
+    n_columns = -(-max(lens) // block_size) + 1  # FlashAttention 2 may look at one more than it needs
+    column = torch.arange(n_columns, dtype=torch.int32, device=device)
     slot = torch.cat(slots)
-    return RestoredRows(
-        requests=block_table[on_device([of_one[0].request for of_one in requests], torch.int64, device)],
-        n_blocks=int32(n_blocks),
-        first_pages=int32(first_pages),
+    return RestorePlan(
+        requests=block_table[int64([of_one[0].request for of_one in requests], device)],
+        n_blocks=int32(n_blocks, device),
+        first_pages=int32(first_pages, device),
         most_blocks=max(n_blocks),
         n_restored=n_restored,
         n_pages=own_page,
@@ -155,8 +153,8 @@ def _call(requests: list[list[SeenTokens]], block_table: torch.Tensor, block_siz
         pages=on_device(slot // block_size, torch.int64, device),
         places=on_device(slot % block_size, torch.int64, device),
         block_table=torch.where(column < before, restored + column, own + column - before).clamp(max=own_page - 1),
-        query_start_loc=int32([piece.start for piece, _ in pieces] + [pieces[-1][0].stop]),
-        seq_lens=int32(lens),
+        query_start_loc=int32([piece.start for piece, _ in pieces] + [pieces[-1][0].stop], device),
+        seq_lens=int32(lens, device),
         max_query_len=max(piece.stop - piece.start for piece, _ in pieces),
         max_seq_len=max(lens),
     )

@@ -8,7 +8,7 @@ import torch
 from vllm.v1.attention.backend import AttentionMetadata
 
 from vllm_sparq.attention_backends.steps.policies import PolicyRows
-from vllm_sparq.attention_backends.steps.restored import RestoredRows
+from vllm_sparq.attention_backends.steps.restored import RestorePlan
 from vllm_sparq.attention_backends.steps.staged import BegunBlocks, StagedReplay
 from vllm_sparq.layout import Pages
 
@@ -22,7 +22,7 @@ class PrefillRows:
     Attributes:
         seq_lens: int32 [B], slots taken with the new tokens.
         max_query_len: most rows of one request; max_seq_len: most slots. Bounds, known without asking the device.
-        restored: the same rows over a cache that is restored from codes, or None where codes are read.
+        restores: calls for the same rows over caches restored from codes, or None where codes are read.
     """
 
     block_table: torch.Tensor
@@ -33,7 +33,7 @@ class PrefillRows:
     max_seq_len: int
     key_start_loc: torch.Tensor | None = None
     begun: BegunBlocks | None = None
-    restored: tuple[RestoredRows, ...] | None = None
+    restores: tuple[RestorePlan, ...] | None = None
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,8 @@
 
 A row of a prompt sees the tokens of its own block as the model made them, and all earlier blocks as their codes: what
 the same row would see if it were decoded alone. So what a request answers depends neither on how its prompt was cut
-into chunks, nor on what the prefix cache held, nor on preemption (unless `Options.chunk` asks for it). Two things
-follow:
+into chunks, nor on what the prefix cache held, nor on preemption (unless `Options.chunk` asks for it; on CUDA but for
+rounding, since how many rows come together decides which kernel reads them). Two things follow:
 
 * A chunk is attended to in *pieces* that end at block boundaries. The tokens that a begun block already has are staged
   where the chunk's own codes will go: they are copied out before the write (`BegunBlocks`).
@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 import torch
 
-from vllm_sparq.attention_backends.steps.arrivals import on_device
+from vllm_sparq.attention_backends.steps.arrivals import int64, on_device
 from vllm_sparq.layout import Pages
 
 
@@ -175,7 +175,3 @@ def staged_replay(
         rows=int64([row for _, _, row in slots], device),
     )
     return replay, on_device(table, torch.int32, device)
-
-
-def int64(numbers: list[int], device: torch.device) -> torch.Tensor:
-    return on_device(numbers, torch.int64, device)

@@ -6,10 +6,10 @@ from dataclasses import replace
 
 import torch
 
-from vllm_sparq.attention_backends.steps.arrivals import on_device
-from vllm_sparq.attention_backends.steps.restored import SeenTokens, restored_rows
+from vllm_sparq.attention_backends.steps.arrivals import int32, int64
+from vllm_sparq.attention_backends.steps.restored import SeenTokens, plan_restores
 from vllm_sparq.attention_backends.steps.rows import PrefillRows, ReplayedRows
-from vllm_sparq.attention_backends.steps.staged import begun_blocks, cut_pieces, int64, staged_replay
+from vllm_sparq.attention_backends.steps.staged import begun_blocks, cut_pieces, staged_replay
 from vllm_sparq.config import Options
 from vllm_sparq.scheduler.spec import StagedSpec
 
@@ -41,9 +41,7 @@ def staged_rows(
     firsts = [i for i, piece in enumerate(pieces) if i == 0 or piece.request != pieces[i - 1].request]
     seen = list(range(len(pieces))) if options.chunk == "codes" else firsts
 
-    def int32(numbers: list[int]) -> torch.Tensor:
-        return on_device(numbers, torch.int32, table.device)
-
+    device = table.device
     ends = [*seen[1:], len(pieces)]  # of the pieces that are seen as one
     lens = [pieces[end - 1].block * spec.block_size + pieces[end - 1].n_keys for end in ends]
     tokens = [
@@ -51,14 +49,14 @@ def staged_rows(
         for i, end in zip(seen, ends, strict=True)
     ]
     prefill = PrefillRows(
-        block_table=table[int64([pieces[i].request for i in seen], table.device)],
-        query_start_loc=int32([cuts[i] for i in (*seen, -1)]),
-        context_lens=int32([pieces[i].block * spec.block_size for i in seen]),
-        seq_lens=int32(lens),
+        block_table=table[int64([pieces[i].request for i in seen], device)],
+        query_start_loc=int32([cuts[i] for i in (*seen, -1)], device),
+        context_lens=int32([pieces[i].block * spec.block_size for i in seen], device),
+        seq_lens=int32(lens, device),
         max_query_len=max(cuts[end] - cuts[i] for i, end in zip(seen, ends, strict=True)),
         max_seq_len=max(lens),
-        key_start_loc=None if begun is None else int32([key_starts[i] for i in (*seen, -1)]),
+        key_start_loc=None if begun is None else int32([key_starts[i] for i in (*seen, -1)], device),
         begun=None if begun is None else begun[0],
-        restored=restored_rows(tokens, table, spec.block_size, restored_pages) if restored_pages else None,
+        restores=plan_restores(tokens, table, spec.block_size, restored_pages) if restored_pages else None,
     )
     return prefill, replayed

@@ -10,16 +10,17 @@ import torch
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
 from tests.attention_backends.test_builder import Known, step
-from vllm_sparq.attention_backends.flash import RestoredCache
+from vllm_sparq.attention_backends.flash import restored_cache
 from vllm_sparq.attention_backends.steps import restored
 from vllm_sparq.attention_backends.steps.builder import PagedMetadataBuilder
-from vllm_sparq.attention_backends.steps.restored import RestoredRows, restored_rows
+from vllm_sparq.attention_backends.steps.restored import RestorePlan, plan_restores
 from vllm_sparq.attention_backends.steps.rows import PagedMetadata
 from vllm_sparq.attention_backends.steps.staged import Piece, cut_pieces
 from vllm_sparq.config import Options
 from vllm_sparq.layout import PageLayout, Pages
 from vllm_sparq.ops.dense_decode.reference import dense_decode
 from vllm_sparq.ops.prefill.reference import context_tokens, prefill
+from vllm_sparq.ops.restore.reference import restore
 from vllm_sparq.ops.write.reference import write
 from vllm_sparq.scheduler.spec import page_spec
 
@@ -89,9 +90,7 @@ def alone(batch: Batch) -> torch.Tensor:
     return torch.cat(rows)
 
 
-def paged_attention(
-    query: torch.Tensor, cache: tuple[torch.Tensor, ...], rows: RestoredRows, out: torch.Tensor
-) -> None:
+def paged_attention(query: torch.Tensor, cache: tuple[torch.Tensor, ...], rows: RestorePlan, out: torch.Tensor) -> None:
     """What FlashAttention computes over pages [P', N, G, D]: the rows of a request are the last of its tokens."""
     starts = rows.query_start_loc.tolist()
     for q, length in enumerate(rows.seq_lens.tolist()):
@@ -118,10 +117,10 @@ def run(batch: Batch, restored_pages: int = 0, **options: Any) -> tuple[torch.Te
     if rows is not None and rows.begun is not None:
         new = rows.begun.with_new(pages, key, value)
     write(key, value, pages, step.block_table, step.query_start_loc, step.seq_lens)
-    if rows is not None and rows.restored is not None:
-        cache = RestoredCache(restored_pages * N, G, D, torch.float32, torch.device("cpu"))
-        for part in rows.restored:
-            paged_attention(query, cache.of(part, pages, *new), part, out)
+    if rows is not None and rows.restores is not None:
+        room = torch.full((2, restored_pages * N * G * D), torch.nan)
+        for plan in rows.restores:
+            paged_attention(query, restored_cache(plan, pages, *new, list(room), restore), plan, out)
     elif rows is not None:
         tables = rows.block_table, rows.query_start_loc, rows.context_lens
         prefill(query, *new, pages, *tables, scale=0.25, out=out, key_start_loc=rows.key_start_loc)
@@ -164,9 +163,9 @@ def test_restored_blocks_are_seen_as_codes_are(
     batch = Batch.of(*STEPS[name])
     found, step = run(batch, n_pages, chunk=chunk)
     assert step.prefill is not None
-    assert step.prefill.restored is not None
+    assert step.prefill.restores is not None
     several = {("begun blocks", "codes"), ("begun blocks", "exact"), ("replayed", "codes")}
-    assert len(step.prefill.restored) == 1 + (n_pages == 10 and (name, chunk) in several)
+    assert len(step.prefill.restores) == 1 + (n_pages == 10 and (name, chunk) in several)
     torch.testing.assert_close(found, run(batch, chunk=chunk)[0])
 
 
@@ -181,13 +180,13 @@ def test_codes_are_read_where_restoring_does_not_pay() -> None:
         return found
 
     table = torch.zeros(3, 200, dtype=torch.int32)
-    assert restored_rows(seen((256, 100)), table, N, 200) is not None
-    assert restored_rows(seen((255, 100)), table, N, 200) is None
-    assert restored_rows(seen((300, 100), (100, 20)), table, N, 200) is not None
-    assert restored_rows(seen((300, 100), (100, 90)), table, N, 200) is None
-    assert restored_rows(seen((256, 185)), table, N, 200) is None
-    assert restored_rows(seen((5, 0)), table, N, 200) is not None
-    three = restored_rows(seen((5, 0), (2000, 60), (2000, 60)), table, N, 200)
+    assert plan_restores(seen((256, 100)), table, N, 200) is not None
+    assert plan_restores(seen((255, 100)), table, N, 200) is None
+    assert plan_restores(seen((300, 100), (100, 20)), table, N, 200) is not None
+    assert plan_restores(seen((300, 100), (100, 90)), table, N, 200) is None
+    assert plan_restores(seen((256, 185)), table, N, 200) is None
+    assert plan_restores(seen((5, 0)), table, N, 200) is not None
+    three = plan_restores(seen((5, 0), (2000, 60), (2000, 60)), table, N, 200)
     assert three is not None
     assert [(call.n_restored, call.n_pages, len(call.seq_lens)) for call in three] == [(60, 186, 2), (60, 185, 1)]
 

@@ -57,7 +57,7 @@ def test_codes_are_restored_where_a_prompt_is_long(engine: Any, prompts: Any) ->
         (call,) = FLASH_CALLS[:: len(report)]
         assert call["starts"] == [0, 128, 256, 384, 512, 640, 700]
         assert call["lens"] == [128, 256, 384, 512, 640, 700]
-        assert call["table"] == (6, 6)
+        assert call["splits"] == 1
         prompt = [*long, *prompts.of_length(1020)[700:]]
         FLASH_CALLS.clear()
         Prompts.answers(llm, [prompt], 1)  # five blocks of it are cached by now
@@ -121,6 +121,30 @@ def test_what_the_softmax_is_of_is_handed_over(changes: dict[str, Any]) -> None:
     keys, values = (part.transpose(1, 2) for part in cache)
     flash.flash_prefill(world.query[:79], keys, values, rows, scale=case.scale, out=out, **softmax)
     torch.testing.assert_close(out, build(case, written="context").prefill(prefill), **tolerances.OUT[case.dtype])
+
+
+def test_one_row_beside_those_of_others() -> None:
+    """The last token of a prompt, the rest of it cached, behind a request that decodes."""
+    world = build(replace(CASE, lens=(40, 70), new=(1, 1)))
+    tables = world.block_table[1:2], world.query_start_loc[1:], world.context_lens[1:2], world.seq_lens[1:2]
+    out, (keys, values) = world.empty_out(2), (part.transpose(1, 2) for part in (world.pages.keys, world.pages.values))
+    rows = PrefillRows(*tables, max_query_len=1, max_seq_len=70)
+    flash.flash_prefill(world.query[:2], keys, values, rows, scale=CASE.scale, out=out, sinks=None)
+    want = build(world.case, written="context").prefill(prefill)
+    torch.testing.assert_close(out[1], want[1], **tolerances.OUT[CASE.dtype])
+    assert out[0].isnan().all()
+
+
+def test_heads_that_version_2_has_no_kernel_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm.v1.attention.backends import fa_utils
+    from vllm.v1.attention.backends.flash_attn import FlashAttentionBackend
+
+    flash._version.cache_clear()
+    monkeypatch.setattr(fa_utils, "get_flash_attn_version", lambda **layer: 2)
+    monkeypatch.setattr(FlashAttentionBackend, "supports_head_size", lambda size: True)
+    found = {size: flash._version(size, False, False) for size in (64, 256, 512)}
+    flash._version.cache_clear()
+    assert found == {64: 2, 256: 2, 512: None}
 
 
 def test_sinks_are_for_versions_that_take_them(monkeypatch: pytest.MonkeyPatch) -> None:

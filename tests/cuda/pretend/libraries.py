@@ -89,6 +89,7 @@ def flash_attn_varlen_func(
     block_table: torch.Tensor,
     fa_version: int,
     softcap: float = 0.0,
+    num_splits: int = 0,
     s_aux: torch.Tensor | None = None,
 ) -> None:
     """Stands for FlashAttention over a paged cache, with its signature, and refuses what it would refuse."""
@@ -97,6 +98,8 @@ def flash_attn_varlen_func(
     no_sinks = torch.full((q.shape[1],), float("-inf"))
     sinks = (no_sinks if s_aux is None else s_aux.float())[:, None, None]
     assert causal
+    assert num_splits in (0, 1)
+    assert max_seqlen_q > 1 or len(q) == len(seqused_k)  # version 2 puts the rows of a query group in place of one
     assert fa_version in (2, 3)
     assert q.dtype == k.dtype == v.dtype in (torch.bfloat16, torch.float16)
     assert q.stride(-1) == k.stride(-1) == v.stride(-1) == out.stride(-1) == 1
@@ -121,4 +124,4 @@ def flash_attn_varlen_func(
         logits = torch.cat([sinks.expand(-1, n_rows, 1), logits], -1)
         out[rows] = torch.einsum("hts,shd->thd", logits.softmax(-1)[..., 1:], values).to(out.dtype)
     FLASH_CALLS.append({"starts": starts, "lens": lens, "k_stride": k.stride(), "table": tuple(block_table.shape)})
-    FLASH_CALLS[-1]["sinks"] = s_aux is not None
+    FLASH_CALLS[-1] |= {"sinks": s_aux is not None, "splits": num_splits}

@@ -217,7 +217,7 @@ struct FourRows {
   }
 };
 
-// Sums of PP planes from plane p0 on of U units;
+// Sums of PP planes from plane p0 on of U units.
 template <class C, class Side, int HH, int PP, int p0, int U>
 struct PlaneSums {
   static constexpr int BITS = 8 / C::planes;
@@ -351,9 +351,11 @@ void mix_sides_bf16(const CodeShape& shape, const CodeRows& rows, const float* x
   }
 }
 
+// Of as many heads as a tile has: it mixes V alone, never a ranking's rows, of which there may be one more.
 template <class C>
 void mix_bf16(const CodeShape& shape, const CodeRows& rows, const float* x, int x_stride, int n_heads, float* out,
               int out_stride, Ahead& ahead) {
+  static_assert(MAX_TILE_HEADS == 4);
   const auto mix = shape.row_bytes() == SHORT_ROW ? mix_sides_bf16<C, FourRows> : mix_sides_bf16<C, TwoRows>;
   mix(shape, rows, x, x_stride, n_heads, out, out_stride, ahead);
 }

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 
 import torch
 
 from vllm_sparq.layout import Pages
 from vllm_sparq.ops.checks import check_table, require
-from vllm_sparq.ops.dispatch import OVERRIDE
 
 
 def restore(
@@ -56,7 +54,7 @@ def implementation(device_type: str) -> Callable[..., None]:
     """The function that runs; resolved once, when a layer is built. Of use on CUDA alone."""
     from vllm_sparq.ops.restore import reference
 
-    if device_type == "cuda" and os.environ.get(OVERRIDE) != "reference":
+    if device_type == "cuda":
         from vllm_sparq.ops.restore import triton
 
         return triton.restore
