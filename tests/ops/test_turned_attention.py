@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from tests.ops import tolerances
+from tests.ops.cases import THREADS, threaded
 from vllm_sparq.layout import PageLayout, Pages
 from vllm_sparq.ops.dense_decode.reference import dense_decode
 from vllm_sparq.ops.dispatch import OVERRIDE
@@ -17,25 +18,30 @@ from vllm_sparq.ops.write.reference import write
 
 LENS, NEW = (3, 0, 40, 33, 16), (3, 0, 1, 20, 16)
 """Slots of each request, and how many of them are rows."""
+DECODES = (3, 1, 48, 17, 33, 300, 16), (1, 1, 1, 1, 20, 1, 16)
+"""The same where four requests decode before the first that does not."""
 SINKS = torch.tensor([0.5, -3.0, 4.0, 20.0])
 
 
-def world(dtype: torch.dtype = torch.float32, n_turned: int = 4) -> dict[str, Any]:
+def world(dtype: torch.dtype = torch.float32, n_turned: int = 4, *, step: Any = (LENS, NEW)) -> dict[str, Any]:
+    lens_of, new = step
+    blocks = -(-max(lens_of) // 16)
     generator = torch.Generator().manual_seed(3)
 
     def randn(*shape: int) -> torch.Tensor:
         return torch.randn(shape, generator=generator)
 
     layout = PageLayout(head_size=64, block_size=16, dtype=dtype, positions=True)
-    pages = Pages.empty(20, 2, layout)
+    pages = Pages.empty(len(lens_of) * blocks + 5, 2, layout)
     pages.data.fill_(0xFF)  # NaN
-    table = torch.randperm(20, generator=generator)[:15].view(5, 3).int()
-    starts = torch.tensor([0, *NEW]).cumsum(0).int()
-    lens = torch.tensor(LENS).int()
-    all_starts = torch.tensor([0, *LENS]).cumsum(0).int()
-    key, value = (randn(sum(LENS), 2, 64).to(dtype) for _ in range(2))
+    ids = torch.randperm(len(pages.data), generator=generator)
+    table = ids[: len(lens_of) * blocks].view(len(lens_of), blocks).int()
+    starts = torch.tensor([0, *new]).cumsum(0).int()
+    lens = torch.tensor(lens_of).int()
+    all_starts = torch.tensor([0, *lens_of]).cumsum(0).int()
+    key, value = (randn(sum(lens_of), 2, 64).to(dtype) for _ in range(2))
     write(key, value, pages, table, all_starts, lens)
-    query, turned = randn(sum(NEW), 4, 64).to(dtype), randn(sum(NEW), n_turned, 4, 64)
+    query, turned = randn(sum(new), 4, 64).to(dtype), randn(sum(new), n_turned, 4, 64)
     return dict(query=query, turned=turned, pages=pages, block_table=table, query_start_loc=starts, seq_lens=lens)
 
 
@@ -50,11 +56,21 @@ def run(function: Any, given: dict[str, Any], **softmax: Any) -> torch.Tensor:
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("n_turned", [1, 4, 20])
-def test_it_is_the_reference(n_turned: int, dtype: torch.dtype, softmax: dict[str, Any]) -> None:
-    given = world(dtype, n_turned)
+@pytest.mark.parametrize("step", [(LENS, NEW), DECODES], ids=["prompts first", "decodes first"])
+def test_it_is_the_reference(step: Any, n_turned: int, dtype: torch.dtype, softmax: dict[str, Any]) -> None:
+    given = world(dtype, n_turned, step=step)
     want = run(reference.turned_attention, given, **softmax)
-    torch.testing.assert_close(run(cpu.turned_attention, given, **softmax), want, **tolerances.OUT[dtype])
+    found = run(threaded(cpu.turned_attention, THREADS), given, **softmax)
+    torch.testing.assert_close(found, want, **tolerances.OUT[dtype])
     assert bool(want.isfinite().all())
+
+
+def test_one_long_context_is_cut_among_threads() -> None:
+    """Parts whose first slots are not those of the request, and one that begins among them."""
+    given = world(torch.bfloat16, 20, step=((900,), (1,)))
+    want = run(reference.turned_attention, given)
+    found = run(threaded(cpu.turned_attention, THREADS), given)
+    torch.testing.assert_close(found, want, **tolerances.OUT[torch.bfloat16])
 
 
 @pytest.mark.parametrize("softmax", [{}, {"sinks": SINKS, "soft_cap": 2.0}], ids=["plain", "sinks and cap"])

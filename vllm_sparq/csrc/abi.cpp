@@ -93,6 +93,7 @@ constexpr uint64_t digest() {
   }
   digest.add_arguments(sparq_write);
   digest.add_arguments(sparq_dense_decode);
+  digest.add_arguments(sparq_turned_decode);
   digest.add_arguments(sparq_sparq_decode);
   digest.add_arguments(sparq_quest_decode);
   digest.add_arguments(sparq_represent);

@@ -17,6 +17,11 @@ SPARQ_API void sparq_write(const sparq::Pages& pages, const sparq::Tensor& key, 
 SPARQ_API void sparq_dense_decode(const sparq::Pages& pages, const sparq::Tensor& query, const sparq::Tensor& out,
                                   const sparq::Requests& requests, const sparq::Logits& logits);
 
+// turned: fp32 [B, n H, D], dense.
+SPARQ_API void sparq_turned_decode(const sparq::Pages& pages, const sparq::Tensor& query, const sparq::Tensor& turned,
+                                   const sparq::Tensor& out, const sparq::Requests& requests,
+                                   const sparq::Logits& logits);
+
 SPARQ_API void sparq_sparq_decode(const sparq::Pages& pages, const sparq::Tensor& query, const sparq::Tensor& out,
                                   const sparq::Requests& requests, const sparq::Logits& logits,
                                   const sparq::SparqRead& read);

@@ -215,7 +215,8 @@ C_TYPES: dict[str, Any] = dict(
 FUNCTIONS: dict[str, str] = {
     "sparq_write": "PTTRpp",  # pages, key, value, requests, query_start_loc, first_positions
     "sparq_dense_decode": "PTTRL",  # pages, query, out, requests, logits
-    "sparq_sparq_decode": "PTTRLS",  # the same, read
+    "sparq_turned_decode": "PTTTRL",  # pages, query, turned, out, requests, logits
+    "sparq_sparq_decode": "PTTRLS",  # pages, query, out, requests, logits, read
     "sparq_quest_decode": "PTTRLN",
     "sparq_represent": "PTRp",  # pages, query, requests, query_start_loc
     "sparq_prefill": "PTTTTRppL",  # pages, query, key, value, out, requests, query_start_loc, key_start_loc, logits

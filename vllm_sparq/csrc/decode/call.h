@@ -8,6 +8,17 @@
 
 namespace sparq {
 
+// Queries of their own for the first n slots of every request, fp32 [B, n, H, D] and dense.
+struct Turned {
+  const float* data = nullptr;
+  int n = 0, n_heads = 0, head_size = 0;
+
+  // Of a slot, from a head on.
+  const float* at(int request, int slot, int head) const {
+    return data + (((size_t)request * n + slot) * n_heads + head) * head_size;
+  }
+};
+
 // The tensors of a decode call; byte addresses, so that only the kernels know the element type.
 struct Decode {
   const Pages& pages;
@@ -18,6 +29,7 @@ struct Decode {
   Logits logits;
   AttendKernels kernels;
   CodeKernels codes;  // quantized formats only
+  Turned turned{};    // dense reads of pages in the model's type only
 
   int group_size() const { return n_heads / pages.n_kv_heads; }
   // Of the query group of a KV head [H/G], or null.

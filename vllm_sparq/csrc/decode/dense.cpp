@@ -4,6 +4,7 @@
 #include <cmath>
 
 #include "attend/attention.h"
+#include "base/softmax_tile.h"
 #include "base/tile.h"
 
 namespace sparq {
@@ -112,6 +113,41 @@ void add_attention(const Decode& call, const Task& task, float* first) {
                 n_heads, factors);
 }
 
+// Attention over slots first .. last, few, each by a query of its own; adds to the state.
+void attend_turned(const Decode& call, const Group& group, const State& state, const Sequence& sequence, int request,
+                   int first, int last, Arena arena) {
+  constexpr int LANES = 16;  // of a dot product, though only the first is wanted
+  const int n = last - first, d = group.head_size, n_padded = (int)round_up((size_t)n, LANES);
+  const auto record = [&](int slot) {
+    return sequence.record(slot / sequence.pages->block_size, slot % sequence.pages->block_size);
+  };
+  float* const weights = arena.take<float>((size_t)group.n_heads * n_padded);
+  float* const logits = arena.take<float>((size_t)group.n_heads * LANES);
+  float* const value = arena.take<float>(round_up((size_t)d, LANES));
+  const uint8_t* rows[LANES];
+  for (int i = 0; i < n; ++i) {
+    std::fill_n(rows, LANES, record(first + i));
+    const float* query = call.turned.at(request, first + i, sequence.head * group.n_heads);
+    call.kernels.dot(query, group.n_heads, d, rows, 1, logits, LANES);
+    for (int h = 0; h < group.n_heads; ++h) weights[h * n_padded + i] = logits[h * LANES];
+  }
+  for (int h = 0; h < group.n_heads; ++h) {
+    float rescale, *row = weights + (size_t)h * n_padded;
+    const float scale = cap_logits(group, row, n) * LOG2_E;
+    const float sum = softmax_tile(row, n, n_padded, scale, &state.peak[h], &rescale, row);
+    state.total[h] = state.total[h] * rescale + sum;
+    scale_row(state.acc + (size_t)h * d, d, rescale);
+  }
+  for (int i = 0; i < n; ++i) {
+    call.kernels.widen(record(first + i) + d * sequence.pages->element_bytes(), d, value);
+    for (int h = 0; h < group.n_heads; ++h) {
+      float* const acc = state.acc + (size_t)h * d;
+      const Vec weight = set1(weights[h * n_padded + i]);
+      for (int c = 0; c < d; c += W) store(acc + c, fma(load(value + c), weight, load(acc + c)));
+    }
+  }
+}
+
 void merge_states(const Decode& call, const Task& first, float* memory) {
   const int n_heads = call.group_size(), d = call.pages.head_size;
   const size_t apart = part_floats(call, first);
@@ -140,7 +176,9 @@ void attend_part(const Decode& call, const Task& task, float* memory) {
   State state = call.new_state(memory);
   const Sequence sequence = call.sequence(task.request, task.head);
   if (!call.pages.adds_attention()) {
-    attend_range(call, group, state, sequence, task.first, task.last);
+    const int stop = std::min(task.last, std::max(task.first, call.turned.n));
+    if (task.first < stop) attend_turned(call, group, state, sequence, task.request, task.first, stop, arena);
+    if (stop < task.last) attend_range(call, group, state, sequence, stop, task.last);
   } else {
     const Noted noted = noted_in(call, task, memory);
     state.logits = noted.logits, state.stride = noted.stride;
@@ -154,6 +192,29 @@ void attend_part(const Decode& call, const Task& task, float* memory) {
 void finish_part(const Decode& call, const Task& task, float* memory) {
   if (call.pages.adds_attention()) add_attention(call, task, memory - task.part * part_floats(call, task));
   if (task.part == 0) merge_states(call, task, memory);
+}
+
+void attend_all(const Decode& call) {
+  thread_local std::vector<Task> tasks;
+  thread_local std::vector<size_t> ends;  // of the memory of each task, in floats
+  thread_local Scratch scratch;
+  plan_tasks(call.requests, call.pages.n_kv_heads, call.pages.block_size, omp_get_max_threads(), tasks);
+  ends.assign(1, 0);
+  for (const Task& task : tasks) ends.push_back(ends.back() + (task.n_parts > 1 ? part_floats(call, task) : 0));
+  float* const memory = scratch.arena().take<float>(ends.back());
+  const size_t* const at = ends.data();
+  const Task* const task = tasks.data();
+  const int n_tasks = (int)tasks.size();
+#pragma omp parallel num_threads(team_size(tasks.size()))
+  {
+#pragma omp for schedule(dynamic, 1)
+    for (int i = 0; i < n_tasks; ++i) attend_part(call, task[i], memory + at[i]);
+#pragma omp for schedule(dynamic, 1)
+    for (int i = 0; i < n_tasks; ++i)
+      if (task[i].n_parts > 1) finish_part(call, task[i], memory + at[i]);
+  }
+  for (int b = 0; b < call.requests.n; ++b)
+    if (call.requests.lens[b] == 0) call.zero_out(b);
 }
 
 void attend_tokens(const Decode& call, const Group& group, const State& state, const Sequence& sequence,

@@ -24,6 +24,9 @@ void attend_part(const Decode& call, const Task& task, float* memory);
 // the attention of its tokens. `memory` is that of the part; those of the others lie part_floats() apart.
 void finish_part(const Decode& call, const Task& task, float* memory);
 
+// Dense attention of every request over all its tokens.
+void attend_all(const Decode& call);
+
 // Attention over the tokens listed, in ascending order.
 void attend_tokens(const Decode& call, const Group& group, const State& state, const Sequence& sequence,
                    const int32_t* tokens, int n);

@@ -29,7 +29,8 @@ def turned_attention(
 
     Keys are cached rotated to their positions. Rotations compose: a query that is turned by the difference sees a key
     at any distance, and there are few first tokens (StreamingLLM, arXiv 2309.17453; LM-Infinite, arXiv 2308.16137).
-    For requests that keep few tokens: scores of all rows of a request are there at once. CPU alone, in torch.
+    For requests that keep few tokens: scores of all rows of a request are there at once, unless it brings one. CPU
+    alone: requests that bring a row each, the first of a step, in C++, others in torch.
 
     Args:
         query: [T, H, D]; K and V of all rows are in the pages already.

@@ -1,10 +1,15 @@
-"""`vllm_sparq.ops.turned_attention.turned_attention` in torch: all rows and heads of a request at a time."""
+"""`vllm_sparq.ops.turned_attention.turned_attention` on CPU.
+
+Requests of a row each, which decode and come first, in C++: csrc/turned_decode.cpp. Those that bring several in torch,
+all rows and heads of a request at a time.
+"""
 
 from __future__ import annotations
 
 import torch
 
 from vllm_sparq.layout import Pages
+from vllm_sparq.ops import native
 
 
 def turned_attention(
@@ -22,7 +27,17 @@ def turned_attention(
 ) -> None:
     n_kv_heads, block_size = pages.data.shape[1], pages.layout.block_size
     starts = query_start_loc.tolist()
-    for b, n_slots in enumerate(seq_lens[: len(starts) - 1].tolist()):
+    n_single = _leading_single_rows(starts) if native.find().library is not None else 0
+    if n_single:
+        native.function("sparq_turned_decode")(
+            native.pages_struct(pages),
+            native.tensor(query),
+            native.tensor(turned.contiguous().flatten(1, 2)),
+            native.tensor(out),
+            native.requests(block_table, seq_lens, n_single),
+            native.logits(scale, sinks, soft_cap),
+        )
+    for b, n_slots in enumerate(seq_lens[n_single : len(starts) - 1].tolist(), start=n_single):
         rows = slice(starts[b], starts[b + 1])
         n_rows = rows.stop - rows.start
         if n_slots == 0 or n_rows == 0:
@@ -44,6 +59,14 @@ def turned_attention(
             logits[..., n_slots - n_rows :].masked_fill_(unseen, -torch.inf)
         found = _weights(logits, sinks) @ values[:, None]
         out[rows] = found.permute(2, 0, 1, 3).flatten(1, 2).to(out.dtype)
+
+
+def _leading_single_rows(starts: list[int]) -> int:
+    """Requests before the first that brings no row, or several; ``starts`` [B + 1]."""
+    n = 0
+    while n + 1 < len(starts) and starts[n] == n and starts[n + 1] == n + 1:
+        n += 1
+    return n
 
 
 def _weights(logits: torch.Tensor, sinks: torch.Tensor | None) -> torch.Tensor:
