@@ -33,6 +33,7 @@ class Model:
         dtype: what it runs in; bfloat16 where stock vLLM has nothing else on CPU.
         arguments: of its engines.
         without: methods that the model's engines refuse.
+        imports: a package that vLLM imports for it and the lock leaves out.
     """
 
     architecture: str
@@ -40,6 +41,7 @@ class Model:
     dtype: str = "float32"
     arguments: dict[str, Any] = field(default_factory=dict)
     without: tuple[str, ...] = ()
+    imports: str | None = None
 
     def write(self, folder: Path) -> Path:
         """Its folder, without weights."""
@@ -246,7 +248,10 @@ CHUNKS: dict[str, Model] = {
 """Layers that attend within chunks of the context, beside ones of full attention without positions."""
 
 STATES: dict[str, Model] = {
-    "qwen3.5": in_bfloat16(model("Qwen3_5ForCausalLM", "qwen3_5_text", **DELTA)),
+    "qwen3.5": replace(
+        in_bfloat16(model("Qwen3_5ForCausalLM", "qwen3_5_text", **DELTA)),
+        imports="torchvision",  # built for the CPU's torch
+    ),
     "qwen3-next": in_bfloat16(
         model(
             "Qwen3NextForCausalLM",
