@@ -115,10 +115,12 @@ class Phases:
 
 
 def int32(numbers: list[int], device: torch.device) -> torch.Tensor:
+    """`on_device`."""
     return on_device(numbers, torch.int32, device)
 
 
 def int64(numbers: list[int], device: torch.device) -> torch.Tensor:
+    """`on_device`."""
     return on_device(numbers, torch.int64, device)
 
 

@@ -4,7 +4,7 @@ A script, since it needs a process of its own: the process of the tests interpre
 a matter of the path. It calls the ops on CPU tensors with the launch replaced by a note of its arguments, so what is
 compiled is what would have been launched: the wrapper's tile shapes, types and alignments.
 
-    python -m tests.ops.aot 90            a JSON line for a variant or two of each kernel
+    python -m tests.ops.aot 90            a JSON line for one variant of each kernel
     python -m tests.ops.aot 90 --all      for every variant
     python -m tests.ops.aot 90 --start    for all that an engine launches at start, as far as Triton's own checks
 """
@@ -129,14 +129,17 @@ def specialise(
 
 
 def few(found: Iterator[Variant]) -> Iterator[Variant]:
-    """Of each kernel the first variant for pages of the model's type, and the first for quantized ones."""
-    seen = set()
+    """Of each kernel the first variant for quantized pages, which needs the most; the first of all where none is."""
+    of_kernel: dict[str, Variant] = {}
+    coded = set()
     for variant in found:
         place = next((i for i, p in enumerate(variant.kernel.params) if p.name == "FORMAT"), None)
-        key = variant.name, place is not None and variant.constants[(place,)] is not None
-        if key not in seen:
-            seen.add(key)
-            yield variant
+        takes_codes = place is not None and variant.constants[(place,)] is not None
+        if variant.name not in of_kernel or (takes_codes and variant.name not in coded):
+            of_kernel[variant.name] = variant
+        if takes_codes:
+            coded.add(variant.name)
+    yield from of_kernel.values()
 
 
 def tool(name: str) -> Path:

@@ -113,8 +113,12 @@ def test_contracts_run_what_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
         assert asked == [(op, "cpu")]
 
 
-OTHERS = RUNNABLE[1:] if not os.environ.get(native.OVERRIDE) else []
-"""Instruction sets that the rest of the suite does not run with."""
+OTHERS = [
+    pytest.param(isa, marks=pytest.mark.long) if isa == "avx512" else isa
+    for isa in (RUNNABLE[1:] if not os.environ.get(native.OVERRIDE) else [])
+]
+"""Instruction sets that the rest of the suite does not run with; the one in between, all of whose parts another set has
+too, in `make test-long`."""
 
 
 @pytest.mark.slow

@@ -73,7 +73,7 @@ def assert_fit(rows: list[dict[str, Any]], arch: int) -> None:
 
 
 def test_every_kernel_compiles_and_fits() -> None:
-    """A variant or two of each, on the larger of the two."""
+    """One variant of each, on the larger of the two."""
     for arch, rows in compiled(archs=[90]).items():
         assert_fit(rows, arch)
 
