@@ -44,10 +44,9 @@ types: $(READY)  ## mypy, over the packages as they install
 	ln -s $(CURDIR)/vllm_sparq/* $(CURDIR)/attention_backends $(CURDIR)/scheduler $(CURDIR)/benchmarks build/types/vllm_sparq/
 	cd build/types && $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml -p vllm_sparq
 
-# In the order of tests/conftest.py, the longest files first: xdist would begin with those of the most tests. Three workers
-# for two cores, since tests of servers and of Ray wait for processes that start.
+# In the order of tests/conftest.py, the longest files first: xdist would begin with those of the most tests.
 unit: $(READY)
-	$(BIN)/pytest -n 3 --dist loadfile --no-loadscope-reorder -m "not long and not real"
+	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not long and not real"
 
 test-long: $(READY)  ## the tests that take a minute or more each: killed processes, several servers, toys in a copy of the sources
 	$(BIN)/pytest -n 2 -m long

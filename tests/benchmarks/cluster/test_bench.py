@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from tests.benchmarks.cluster import two_replicas
+from tests.benchmarks.cluster import replicas_of_a_cluster
 from tests.benchmarks.commands import exit_code
 from vllm_sparq.benchmarks.cluster import bench as ray_bench
 from vllm_sparq.benchmarks.cluster import prompts
@@ -223,9 +223,12 @@ def alone_in_one_engine(rows: list[dict[str, Any]]) -> dict[str, list[int]]:
 
 
 @pytest.mark.engine
-@pytest.mark.parametrize("processes", ["1", pytest.param("3", marks=pytest.mark.long)], ids="{} in each replica".format)
-def test_two_replicas_answer_as_one_engine_even_when_one_is_killed(processes: str, tmp_path: Path) -> None:
-    """Sampled answers, too, since every row has its seed. The replica that answers first is killed without warning.
+@pytest.mark.parametrize(
+    ("n_replicas", "processes"),
+    [(1, "1"), pytest.param(2, "1", marks=pytest.mark.long), pytest.param(2, "3", marks=pytest.mark.long)],
+)
+def test_replicas_answer_as_one_engine_even_when_one_is_killed(n_replicas: int, processes: str, tmp_path: Path) -> None:
+    """Sampled answers, too, since every row has its seed. Of two, the replica that answers first is killed.
 
     An engine is three processes if nobody says otherwise, each of which takes eight seconds to load vLLM.
     """
@@ -238,8 +241,8 @@ def test_two_replicas_answer_as_one_engine_even_when_one_is_killed(processes: st
     environment["VLLM_ENABLE_V1_MULTIPROCESSING"] = str(int(processes != "1"))
     environment.pop("VLLM_SPARQ_TESTS_FORK")  # vLLM never forks in Ray's processes
     out, log = tmp_path / "out.json", tmp_path / "log"
-    given = data, out, log, environment
-    process = multiprocessing.get_context("spawn").Process(target=two_replicas.answer, args=given)
+    given = data, out, log, environment, n_replicas
+    process = multiprocessing.get_context("spawn").Process(target=replicas_of_a_cluster.answer, args=given)
     process.start()
     process.join(500)
     process.kill()
@@ -251,5 +254,5 @@ def test_two_replicas_answer_as_one_engine_even_when_one_is_killed(processes: st
     assert not any(one["error"] for one in pool["rows"])
     assert {one["attention"] for one in pool["rows"]} == {"4 × PagedImpl (SPARQ)"}
     replicas = {one["replica"] for one in pool["rows"]}
-    assert len(replicas) >= 2
-    assert pool["killed"] in replicas
+    assert len(replicas) >= n_replicas
+    assert (pool["killed"] in replicas) == (n_replicas == 2)
