@@ -147,6 +147,7 @@ def test_small_commands_reach_their_engines(command: str, made: dict[str, str]) 
 CASES = [(command, option) for command in cli.COMMANDS for option in options_of(command)]
 
 
+@pytest.mark.slow
 @settings(max_examples=100, deadline=None, database=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(
     case=st.sampled_from(CASES),

@@ -94,6 +94,7 @@ CASES = [tracked(case, attention=i % 3 > 0) for i, case in enumerate((*SHAPES, *
 FEW = [tracked(case, attention=i % 3 > 0) for i, case in enumerate((*TINY[:4], *TINY_FORMATS))]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("implementation", "case"), each(CASES, tiny=FEW, implementations=KERNELS))
 @pytest.mark.parametrize("keep", [0.3, 0.9])
 def test_kernels_are_the_reference(implementation: str, case: Case, keep: float) -> None:

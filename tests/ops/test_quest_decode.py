@@ -42,6 +42,7 @@ def test_quest_decode_is_right(implementation: str, case: Case, turn: int) -> No
     assert_right(run, case, case.tokens(), reads(case, turn), device(implementation))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("implementation", "case"), each(SPAN_FORMATS, tiny=TINY_SPAN_FORMATS, implementations=IMPLEMENTATIONS)
 )

@@ -27,6 +27,7 @@ MASS_CASES = (*SHAPES[:6], *LONG, replace(ranked(FORMATS[-1]), lens=(97, 300)), 
 MASS_TINY = (TINY[0], replace(TINY[1], lens=(0, 40)), replace(TINY_FORMATS[0], lens=(16, 0, 33)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("implementation", "case"), each(MASS_CASES, tiny=MASS_TINY))
 @pytest.mark.parametrize("turn", range(len(MASSES)))
 def test_as_few_as_hold_the_mass(implementation: str, case: Case, turn: int) -> None:

@@ -35,6 +35,7 @@ print(json.dumps({"keys": keys, "checked": checked, "one": one, "two": two, "hit
 """
 
 
+@pytest.mark.slow
 def test_launches_are_compiled_for_a_device_that_is_not_here(tmp_path: Path) -> None:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(tmp_path)

@@ -233,6 +233,7 @@ FACTS = {
 """Task -> what its facts look like, and how many there are: one who picks any of them is right once in as many."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", GENERATED)
 def test_answers_at_random_score_at_chance(task: str, engine: type[FakeEngine], tmp_path: Path) -> None:
     """Values of other prompts score nothing; picking among a prompt's own facts scores one in as many."""
