@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -39,9 +40,21 @@ class SeenTokens:
     key_start: int
     key_stop: int
 
+    @property
+    def n_rows(self) -> int:
+        return self.stop - self.start
+
+    @property
+    def n_keys(self) -> int:
+        return self.key_stop - self.key_start
+
+    def seq_len(self, block_size: int) -> int:
+        """Tokens up to the last of its rows."""
+        return self.n_blocks * block_size + self.n_keys
+
     def own_pages(self, block_size: int) -> int:
         """Pages that its own tokens take."""
-        return -(-(self.key_stop - self.key_start) // block_size)
+        return -(-self.n_keys // block_size)
 
 
 @dataclass(frozen=True)
@@ -97,7 +110,7 @@ def plan_restores(
     """
     requests = list(_by_request(seen))
     n_codes = sum(of_one[-1].n_blocks for of_one in requests)
-    n_looked_at = sum((piece.stop - piece.start) * piece.n_blocks for piece in seen)
+    n_looked_at = sum(piece.n_rows * piece.n_blocks for piece in seen)
     if n_looked_at < FEWEST_ROWS * n_codes or any(_n_pages(of_one, block_size) > most_pages for of_one in requests):
         return None
     calls: list[list[list[SeenTokens]]] = []
@@ -128,15 +141,14 @@ def _n_pages(of_one: list[SeenTokens], block_size: int) -> int:
 def _call(requests: list[list[SeenTokens]], block_table: torch.Tensor, block_size: int) -> RestorePlan:
     device = block_table.device
     n_blocks = [of_one[-1].n_blocks for of_one in requests]
-    first_pages = [sum(n_blocks[:i]) for i in range(len(requests))]
+    *first_pages, n_restored = accumulate(n_blocks, initial=0)
     pieces = [(piece, first) for of_one, first in zip(requests, first_pages, strict=True) for piece in of_one]
-    n_restored = own_page = sum(n_blocks)
-    own_pages, slots = [], []
+    own_page, own_pages, slots = n_restored, [], []
     for piece, _ in pieces:
         own_pages.append(own_page)
-        slots.append(own_page * block_size + torch.arange(piece.key_stop - piece.key_start))
+        slots.append(own_page * block_size + torch.arange(piece.n_keys))
         own_page += piece.own_pages(block_size)
-    lens = [piece.n_blocks * block_size + piece.key_stop - piece.key_start for piece, _ in pieces]
+    lens = [piece.seq_len(block_size) for piece, _ in pieces]
     before = int32([piece.n_blocks for piece, _ in pieces], device)[:, None]
     restored, own = (int32(pages, device)[:, None] for pages in ([first for _, first in pieces], own_pages))
     n_columns = -(-max(lens) // block_size) + 1  # FlashAttention 2 may look at one more than it needs
@@ -155,6 +167,6 @@ def _call(requests: list[list[SeenTokens]], block_table: torch.Tensor, block_siz
         block_table=torch.where(column < before, restored + column, own + column - before).clamp(max=own_page - 1),
         query_start_loc=int32([piece.start for piece, _ in pieces] + [pieces[-1][0].stop], device),
         seq_lens=int32(lens, device),
-        max_query_len=max(piece.stop - piece.start for piece, _ in pieces),
+        max_query_len=max(piece.n_rows for piece, _ in pieces),
         max_seq_len=max(lens),
     )

@@ -39,24 +39,21 @@ def staged_rows(
         replayed = replace(replayed, staged=staged, block_table=its_table)
     # Rows that may see their whole chunk as it is need no cut: a request is one piece, from its first block on.
     firsts = [i for i, piece in enumerate(pieces) if i == 0 or piece.request != pieces[i - 1].request]
-    seen = list(range(len(pieces))) if options.chunk == "codes" else firsts
-
-    device = table.device
-    ends = [*seen[1:], len(pieces)]  # of the pieces that are seen as one
-    lens = [pieces[end - 1].block * spec.block_size + pieces[end - 1].n_keys for end in ends]
-    tokens = [
+    begins = list(range(len(pieces))) if options.chunk == "codes" else firsts
+    seen = [
         SeenTokens(pieces[i].request, pieces[i].block, cuts[i], cuts[end], key_starts[i], key_starts[end])
-        for i, end in zip(seen, ends, strict=True)
+        for i, end in zip(begins, [*begins[1:], len(pieces)], strict=True)
     ]
+    device, lens = table.device, [one.seq_len(spec.block_size) for one in seen]
     prefill = PrefillRows(
-        block_table=table[int64([pieces[i].request for i in seen], device)],
-        query_start_loc=int32([cuts[i] for i in (*seen, -1)], device),
-        context_lens=int32([pieces[i].block * spec.block_size for i in seen], device),
+        block_table=table[int64([one.request for one in seen], device)],
+        query_start_loc=int32([*(one.start for one in seen), seen[-1].stop], device),
+        context_lens=int32([one.n_blocks * spec.block_size for one in seen], device),
         seq_lens=int32(lens, device),
-        max_query_len=max(cuts[end] - cuts[i] for i, end in zip(seen, ends, strict=True)),
+        max_query_len=max(one.n_rows for one in seen),
         max_seq_len=max(lens),
-        key_start_loc=None if begun is None else int32([key_starts[i] for i in (*seen, -1)], device),
+        key_start_loc=None if begun is None else int32([*(one.key_start for one in seen), seen[-1].key_stop], device),
         begun=None if begun is None else begun[0],
-        restores=plan_restores(tokens, table, spec.block_size, restored_pages) if restored_pages else None,
+        restores=plan_restores(seen, table, spec.block_size, restored_pages) if restored_pages else None,
     )
     return prefill, replayed
