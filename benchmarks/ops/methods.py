@@ -234,8 +234,15 @@ def write_calls(t: Tensors, *, fills: bool) -> Iterator[Call]:
     yield Call(our_impl("write"), lambda: op(*args))
 
 
-VLLM_SEES = {"avx2": (False, False), "avx512": (True, False)}
-"""What vLLM must be told of AVX-512 and its bf16 to load its library for one of our instruction sets."""
+VLLM_ASKS = ("_is_avx512_supported", "_is_avx512_bf16_supported", "_is_amx_tile_supported")
+"""The questions about the CPU, of ``torch.cpu``, by which vLLM chooses its library and its attention's kernel."""
+
+VLLM_SEES = {
+    "avx2": (False, False, False),
+    "avx512": (True, False, False),
+    "avx512_bf16": (True, True, False),
+}
+"""The answers by which vLLM takes its kernels for one of our instruction sets."""
 
 
 @contextmanager
@@ -244,9 +251,8 @@ def same_instruction_set() -> Iterator[None]:
 
     It asks torch what the CPU has, once, and would take the best.
     """
-    has_avx512, has_bf16 = VLLM_SEES.get(os.environ.get(native.OVERRIDE, ""), (True, True))
     with ExitStack() as stack:
-        for name, has in (("_is_avx512_supported", has_avx512), ("_is_avx512_bf16_supported", has_bf16)):
+        for name, has in zip(VLLM_ASKS, VLLM_SEES.get(os.environ.get(native.OVERRIDE, ""), ()), strict=False):
             if not has:
                 stack.enter_context(mock.patch.object(torch.cpu, name, return_value=False))
         yield
@@ -258,6 +264,20 @@ def vllm_library() -> str:
     return found[1] if found else "none"
 
 
+def vllm_kernel(cell: Cell, block_size: int) -> str:
+    """The kernel that vLLM's attention takes for such a layer, ready to be called.
+
+    Linux lets a process use AMX's registers once it has asked for them. In an engine the linear layers have.
+    """
+    with same_instruction_set():
+        from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
+
+        isa = str(_get_attn_isa(cell.dtype, block_size, cell.head_dim))
+    if isa == "amx" and not torch.cpu._init_amx():
+        raise RuntimeError("vLLM's attention would use AMX here, which Linux does not grant: take --dtype fp16 or fp32")
+    return isa
+
+
 def vllm_calls(t: Tensors, splits: Sequence[bool] = (False, True)) -> Iterator[Call]:
     """vLLM's own op at every setting worth trying: block sizes, and splitting a context over threads or not.
 
@@ -266,7 +286,7 @@ def vllm_calls(t: Tensors, splits: Sequence[bool] = (False, True)) -> Iterator[C
     with same_instruction_set():
         from vllm import _custom_ops as ops
         from vllm.platforms import current_platform
-        from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend, _get_attn_isa
+        from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 
         current_platform.import_kernels()
     cell = t.cell
@@ -280,7 +300,7 @@ def vllm_calls(t: Tensors, splits: Sequence[bool] = (False, True)) -> Iterator[C
         cache[:] = torch.randn(cache.shape[1:], dtype=cell.dtype)
         keys, values = cache.chunk(2, dim=2)
         table = torch.randperm(len(cache), dtype=torch.int32).view(cell.batch, n_blocks)
-        isa = _get_attn_isa(cell.dtype, block_size, cell.head_dim)
+        isa = vllm_kernel(cell, block_size)
         for split in splits:
             schedule = ops.cpu_attn_get_scheduler_metadata(
                 num_reqs=cell.batch,

@@ -45,10 +45,21 @@ def test_the_best_comes_first(monkeypatch: pytest.MonkeyPatch) -> None:
     assert instruction_sets.runnable() == ["neon"]
 
 
+@pytest.mark.parametrize("granted", [True, False])
+def test_tiles_are_for_processes_that_linux_grants_them(granted: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Using AMX's registers without that would end in SIGILL."""
+    flags = instruction_sets.INSTRUCTION_SETS["amx"].flags
+    monkeypatch.setattr(instruction_sets, "_cpuinfo", lambda name: " ".join(flags) if name == "flags" else "")
+    monkeypatch.setattr(platform, "machine", lambda: "x86_64")
+    monkeypatch.setattr(instruction_sets, "_grants_tiles", lambda: granted)
+    assert instruction_sets.runnable() == ["amx", "avx512_bf16", "avx512", "avx2"][not granted :]
+    assert instruction_sets.lacking("amx") == (None if granted else "it lacks amx_tile")
+
+
 @pytest.mark.parametrize(
     ("machine", "flags", "asked", "said"),
     [
-        ("x86_64", AVX2, "sse2", r"is not an instruction set: use one of \['avx512_bf16', 'avx512', 'avx2', 'neon'\]"),
+        ("x86_64", AVX2, "sse2", r"is not an instruction set: use one of \['amx', 'avx512_bf16', 'avx512', .*"),
         (
             "x86_64",
             AVX2,

@@ -10,8 +10,14 @@ namespace {
 
 constexpr int SUMS = 12;  // independent: above latency times instructions a cycle, and there are registers for them
 
+// Multiply-adds of a round.
 template <class M>
-float multiply(int64_t rounds) {
+constexpr int64_t per_round(M) {
+  return SUMS * W * M::per_cell;
+}
+
+template <class M>
+float multiply(M, int64_t rounds) {
   Vec sums[SUMS];
 #pragma GCC unroll 16
   for (int i = 0; i < SUMS; ++i) sums[i] = set1((float)i);  // equal ones would be computed once
@@ -25,6 +31,21 @@ float multiply(int64_t rounds) {
   return reduce_add(total);
 }
 
+#ifdef __AMX_BF16__
+constexpr int64_t per_round(prefill::Bf16Tiles) { return 4 * 16 * 16 * 32; }
+
+float multiply(prefill::Bf16Tiles, int64_t rounds) {
+  const prefill::TileRegisters registers;
+  for (int64_t i = 0; i < rounds; ++i) {
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_dpbf16ps(1, 4, 7);
+    _tile_dpbf16ps(2, 5, 6);
+    _tile_dpbf16ps(3, 5, 7);
+  }
+  return 0;
+}
+#endif
+
 }  // namespace
 }  // namespace sparq
 
@@ -36,9 +57,9 @@ SPARQ_API int64_t sparq_multiply_adds(sparq::DType dtype, int64_t rounds) {
     using M = typename prefill::Model<decltype(type)>::M;
     float kept = 0;
 #pragma omp parallel reduction(+ : kept)
-    kept += multiply<M>(rounds);
+    kept += multiply(M{}, rounds);
     asm volatile("" : : "m"(kept));
-    n = omp_get_max_threads() * rounds * SUMS * W * M::per_cell;
+    n = omp_get_max_threads() * rounds * per_round(M{});
   });
   return n;
 }

@@ -9,17 +9,20 @@
 #include <vector>
 
 #include "api.h"
-#include "prefill/tokens.h"
 #include "base/scratch.h"
+#include "prefill/tokens.h"
 
 namespace sparq::prefill {
 namespace {
 
-constexpr int PANEL_VECS = 3;
-constexpr int MAX_VECS = 10 * PANEL_VECS;  // rows of a task, in vectors
+constexpr int MAX_VECS = 30;  // rows of a task, in vectors
 
 // The same for a head size: query and output, 6 or 8 bytes an element, stay in half of L2.
-int max_vecs(int head_size) { return std::clamp(10 * 128 / head_size, 1, 10) * PANEL_VECS; }
+template <class T>
+int max_vecs(int head_size) {
+  constexpr int PANELS = MAX_VECS / Model<T>::panel_vecs;
+  return std::clamp(PANELS * 128 / head_size, 1, PANELS) * Model<T>::panel_vecs;
+}
 
 template <class T>
 struct Call {
@@ -97,9 +100,10 @@ int n_tiles(const Call<T>& call, int request, int n) {
 }
 
 // f(panel index, first vector, vectors): as few panels as possible, of even widths.
-template <class F>
+template <class T, class F>
 void each_panel(int n_vecs, F&& f) {
-  const int n_panels = (n_vecs + PANEL_VECS - 1) / PANEL_VECS;
+  constexpr int MOST = Model<T>::panel_vecs;
+  const int n_panels = (n_vecs + MOST - 1) / MOST;
   for (int i = 0, first = 0; i < n_panels; ++i) {
     const int nv = n_vecs / n_panels + (i < n_vecs % n_panels);
     f(i, first, nv);
@@ -113,8 +117,9 @@ void whole_tasks(const Call<T>& call, int threads, std::vector<Task>& tasks) {
   int64_t total_rows = 0;
   const int group = call.group(), n_kv_heads = call.pages->n_kv_heads;
   for (int b = 0; b < call.requests.n; ++b) total_rows += (int64_t)call.n_new(b) * call.n_heads;
-  const int64_t wanted = total_rows / (4 * threads) / (W * PANEL_VECS) * PANEL_VECS;
-  const int rows = W * (int)std::clamp<int64_t>(wanted, PANEL_VECS, max_vecs(call.head_size()));
+  constexpr int PANEL = Model<T>::panel_vecs;
+  const int64_t wanted = total_rows / (4 * threads) / (W * PANEL) * PANEL;
+  const int rows = W * (int)std::clamp<int64_t>(wanted, PANEL, max_vecs<T>(call.head_size()));
   tasks.clear();
   for (int b = 0; b < call.requests.n; ++b) {
     const int n_rows = call.n_new(b) * group;
@@ -165,9 +170,10 @@ class Buffers {
   TileLoader<T> loader;
 
  private:
-  static size_t n_query(int d) { return (size_t)MAX_VECS * W * d; }
-  static size_t n_staging(int d) { return (size_t)PANEL_VECS * W * d; }
-  static constexpr size_t N_SCORES = (size_t)Model<T>::tile * PANEL_VECS * W;
+  static constexpr int PANEL = Model<T>::panel_vecs;
+  static size_t n_query(int d) { return (size_t)MAX_VECS * W * Model<T>::key_size(d); }
+  static size_t n_staging(int d) { return (size_t)PANEL * W * Model<T>::key_size(d); }
+  static constexpr size_t N_SCORES = (size_t)Model<T>::tile * PANEL * W;
   static size_t n_partial(int d) { return Partial::floats(MAX_VECS * W, d); }
 
   static Scratch& scratch() {
@@ -196,12 +202,12 @@ int open_panels(const Call<T>& call, const Task& task, const Buffers<T>& buffers
   std::fill_n(partial.tops, rows, NOTHING_SEEN);
   std::fill_n(partial.sums, rows, 0.0f);
   int n = 0;
-  each_panel(task.n_vecs(), [&](int i, int first_vec, int nv) {
+  each_panel<T>(task.n_vecs(), [&](int i, int first_vec, int nv) {
     const int first = first_vec * W;
-    float* const query = buffers.query + (ptrdiff_t)first * d;
+    float* const query = buffers.query + (ptrdiff_t)first * Model<T>::key_size(d);
     pack_query<T>(range, call.query, d, first, nv * W, buffers.staging, query);
-    panels[i] = {nv, query, limits + first, partial.output + (ptrdiff_t)first * d, partial.tops + first,
-                 partial.sums + first};
+    panels[i] = {
+        nv, query, limits + first, partial.output + (ptrdiff_t)first * d, partial.tops + first, partial.sums + first};
     n = i + 1;
   });
   return n;
@@ -213,10 +219,10 @@ void close_panels(const Call<T>& call, const Task& task, const Buffers<T>& buffe
   const int d = call.head_size(), group = call.group();
   for (int r = 0; call.logits.sinks != nullptr && r < task.n_rows; ++r)
     partial.sums[r] += call.logits.sink_weight(task.kv_head * group + (task.first_row + r) % group, partial.tops[r]);
-  each_panel(task.n_vecs(), [&](int, int first_vec, int nv) {
+  each_panel<T>(task.n_vecs(), [&](int, int first_vec, int nv) {
     const int first = first_vec * W;
-    const Panel panel{nv, nullptr, nullptr, partial.output + (ptrdiff_t)first * d, partial.tops + first,
-                      partial.sums + first};
+    const Panel panel{
+        nv, nullptr, nullptr, partial.output + (ptrdiff_t)first * d, partial.tops + first, partial.sums + first};
     emit<T>(range, call.out, d, first, panel, buffers.staging);
   });
   if (call.lses == nullptr) return;
@@ -237,6 +243,7 @@ Tile load_tile(const Call<T>& call, TileLoader<T>& loader, const Sequence& seque
 
 template <class T>
 void run_task(const Call<T>& call, const Task& task, float* parts) {
+  using M = typename Model<T>::M;
   constexpr int TILE = Model<T>::tile;
   const int d = call.head_size(), rows = task.n_vecs() * W;
   Buffers<T> buffers(*call.pages);
@@ -258,10 +265,10 @@ void run_task(const Call<T>& call, const Task& task, float* parts) {
     const Ahead ahead = t + 1 < std::min(task.end_tile, context_tiles)
                             ? loader.ahead(sequence, next, std::min(TILE, context - next))
                             : Ahead{};
-    for (int p = 0; p < n_panels; ++p) {
-      attend<typename Model<T>::M, Model<T>::degree>(panels[p], tile, d, logits, p == 0 ? ahead : Ahead{},
-                                                     buffers.scores);
-    }
+    for (int p = 0; p < n_panels; ++p)
+      with_width<Model<T>::panel_vecs>(panels[p].nv, [&](auto nv) {
+        attend<nv, Model<T>::degree>(M{}, panels[p], tile, d, logits, M::share(ahead, p, n_panels), buffers.scores);
+      });
   }
   if (task.part < 0) close_panels(call, task, buffers, partial);
 }
@@ -275,7 +282,7 @@ void run_merge(const Call<T>& call, const Merge& merge, float* parts) {
   const Partial sum(parts, rows, d);
   for (int i = 1; i < merge.n_parts; ++i) {
     const Partial part(parts + i * slot, rows, d);
-    each_panel(merge.rows.n_vecs(), [&](int, int first_vec, int nv) {
+    each_panel<T>(merge.rows.n_vecs(), [&](int, int first_vec, int nv) {
       for (int v = 0; v < nv; ++v) {
         const int r = (first_vec + v) * W;
         const Vec a = load(sum.tops + r), b = load(part.tops + r), top = max(a, b);
@@ -304,19 +311,20 @@ void plan_attention(const Call<T>& call, std::vector<AttentionTask>& tasks) {
 // The second pass: adds what all rows give to the tokens of a tile to their attention, as the mean over the group.
 template <class T>
 void note_attention(const Call<T>& call, const AttentionTask& task) {
-  constexpr int TILE = Model<T>::tile, ROWS = PANEL_VECS * W;
+  constexpr int TILE = Model<T>::tile, ROWS = Model<T>::panel_vecs * W;
   static thread_local Scratch scratch;
   const Pages& pages = *call.pages;
   const int d = call.head_size(), group = call.group(), n_new = call.n_new(task.request);
   Arena arena = scratch.arena();
-  float *const query = arena.take<float>(ROWS * d), *const staging = arena.take<float>(ROWS * d);
+  const size_t n_query = (size_t)ROWS * Model<T>::key_size(d);
+  float *const query = arena.take<float>(n_query), *const staging = arena.take<float>(n_query);
   float* const shares = arena.take<float>(TILE * W);
   TileLoader<T> loader(pages, arena, true);
   const Sequence sequence{call.pages, call.requests.blocks(task.request), task.kv_head};
   const Tile tile = load_tile(call, loader, sequence, task.request, task.tile, call.n_begun(task.request) + n_new);
   std::fill_n(shares, TILE * W, 0.0f);
   const int n_before = call.n_before(task.request), n_rows = n_new * group;
-  const float *const all_lses = call.lses_of(task.request, task.kv_head);
+  const float* const all_lses = call.lses_of(task.request, task.kv_head);
   const ScaleAndCap logits = call.scale_and_cap();
   for (int first = std::max(0, tile.first - n_before) * group; first < n_rows; first += ROWS) {
     const int n = std::min(ROWS, n_rows - first), nv = (n + W - 1) / W;
@@ -329,7 +337,9 @@ void note_attention(const Call<T>& call, const AttentionTask& task) {
     const RowRange range{call.query_start_loc[task.request], task.kv_head * group, group, first, n};
     pack_query<T>(range, call.query, d, 0, nv * W, staging, query);
     const Panel panel{nv, query, limits, nullptr, nullptr, nullptr};
-    add_shares<typename Model<T>::M, Model<T>::degree>(panel, tile, d, logits, lses, shares);
+    with_width<Model<T>::panel_vecs>(nv, [&](auto width) {
+      add_shares<width, Model<T>::degree>(typename Model<T>::M{}, panel, tile, d, logits, lses, shares);
+    });
   }
   for (int i = 0; i < tile.n; ++i) {
     const int block = (tile.first + i) / pages.block_size, slot = (tile.first + i) % pages.block_size;
@@ -357,6 +367,7 @@ void run(Call<T> call) {
   const int n_attention = (int)plan.attention.size();
 #pragma omp parallel if (n_tasks > 1)
   {
+    [[maybe_unused]] typename Model<T>::M::Scope scope;
 #pragma omp for schedule(dynamic, 1)
     for (int i = 0; i < n_tasks; ++i) run_task(call, plan.tasks[i], parts);
 #pragma omp for schedule(dynamic, 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import platform
 import sys
 from dataclasses import dataclass
@@ -10,8 +11,11 @@ from pathlib import Path
 
 _AVX2 = frozenset({"avx2", "fma", "f16c", "bmi2"})
 _AVX512 = _AVX2 | {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512cd"}
+_AVX512_BF16 = _AVX512 | {"avx512_bf16", "avx512_vnni", "avx512vbmi"}
 
 _CPUINFO = Path("/proc/cpuinfo")
+
+_ARCH_PRCTL, _ASK_FOR_REGISTERS, _TILES = 158, 0x1023, 18  # Linux's system call, ARCH_REQ_XCOMP_PERM, XTILEDATA
 
 _AT_HWCAP = 16  # of getauxval: bits of <asm/hwcap.h>
 _HWCAP_ASIMD = 1 << 1
@@ -44,9 +48,8 @@ class InstructionSet:
 
 
 INSTRUCTION_SETS = {
-    "avx512_bf16": InstructionSet(
-        "AVX-512 with BF16", "x86_64", _AVX512 | {"avx512_bf16", "avx512_vnni", "avx512vbmi"}
-    ),
+    "amx": InstructionSet("AVX-512 with AMX", "x86_64", _AVX512_BF16 | {"amx_tile", "amx_bf16"}),
+    "avx512_bf16": InstructionSet("AVX-512 with BF16", "x86_64", _AVX512_BF16),
     "avx512": InstructionSet("AVX-512", "x86_64", _AVX512),
     "avx2": InstructionSet("AVX2", "x86_64", _AVX2),
     "neon": InstructionSet("NEON", "aarch64", frozenset({"asimd"})),
@@ -66,7 +69,7 @@ def runnable() -> list[str]:
 
 
 def cpu_flags() -> set[str]:
-    """What the first CPU has, as Linux names it; empty on other systems and architectures."""
+    """What the first CPU has, as Linux names it, and grants; empty on other systems and architectures."""
     machine = platform.machine()
     if sys.platform != "linux":
         return set()
@@ -74,7 +77,14 @@ def cpu_flags() -> set[str]:
         getauxval = ctypes.CDLL(None).getauxval
         getauxval.restype, getauxval.argtypes = ctypes.c_ulong, [ctypes.c_ulong]
         return {"asimd"} if getauxval(_AT_HWCAP) & _HWCAP_ASIMD else set()
-    return set(_cpuinfo("flags").split()) if machine == "x86_64" else set()
+    flags = set(_cpuinfo("flags").split()) if machine == "x86_64" else set()
+    return flags if "amx_tile" not in flags or _grants_tiles() else flags - {"amx_tile"}
+
+
+@functools.cache
+def _grants_tiles() -> bool:
+    """Whether Linux lets this process use AMX's registers, which a process has to ask for."""
+    return ctypes.CDLL(None).syscall(_ARCH_PRCTL, _ASK_FOR_REGISTERS, _TILES) == 0
 
 
 def cpu_name() -> str:

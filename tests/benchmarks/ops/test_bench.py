@@ -5,15 +5,18 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
+from platform import machine
 
 import pytest
 import torch
 
 from vllm_sparq.benchmarks.ops import bench as ops_bench
-from vllm_sparq.benchmarks.ops.methods import METHODS, Tensors
+from vllm_sparq.benchmarks.ops.methods import METHODS, Cell, Tensors, vllm_kernel
+from vllm_sparq.config import Options
 from vllm_sparq.console import UsageError
 from vllm_sparq.formats import FORMATS
 from vllm_sparq.ops.dense_decode.reference import cached_tokens
+from vllm_sparq.ops.native import OVERRIDE
 
 
 def parse(*words: str) -> argparse.Namespace:
@@ -233,3 +236,25 @@ def test_chunks_are_attention() -> None:
     call.run()
     assert torch.equal(t.out[:1], first)
     assert not torch.equal(t.out[1:2], first)
+
+
+@pytest.mark.skipif(machine() != "x86_64", reason="AMX is of x86")
+@pytest.mark.parametrize(("isa", "kernel"), [(None, "amx"), ("avx512_bf16", "vec"), ("avx2", "vec")])
+def test_vllm_takes_its_kernel_of_the_same_instruction_set(
+    isa: str | None, kernel: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a CPU with AMX, which a process must ask Linux for: no linear layer has done so before `bench ops`."""
+    cell = Cell(
+        context=64, batch=1, heads=4, kv_heads=2, head_dim=64, dtype=torch.bfloat16, options=Options(), block_size=64
+    )
+    grants = [False, True]
+    monkeypatch.delenv(OVERRIDE, raising=False)
+    if isa:
+        monkeypatch.setenv(OVERRIDE, isa)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+    monkeypatch.setattr(torch.cpu, "_init_amx", grants.pop)
+    assert vllm_kernel(cell, 64) == kernel
+    assert (grants == [False]) == (kernel == "amx")
+    if kernel == "amx":
+        with pytest.raises(RuntimeError, match="which Linux does not grant: take --dtype fp16 or fp32"):
+            vllm_kernel(cell, 64)

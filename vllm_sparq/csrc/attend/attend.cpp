@@ -47,7 +47,7 @@ void absorb(const Group& group, const State& state, const uint8_t* const* rows, 
   }
 }
 
-#ifdef __AVX512BF16__
+#ifdef SPARQ_BF16_VECTORS
 void copy_query(const bf16* from, int d, bf16* to) { memcpy(to, from, d * sizeof(bf16)); }
 #endif
 template <class T>

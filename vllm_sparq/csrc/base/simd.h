@@ -6,6 +6,13 @@
 
 #include "base/paged.h"
 
+// Whether vectors of bf16 are multiplied as such. CPUs with AMX do it in tiles of them, and in vectors at half the rate
+// of fp32 and a quarter of that of 16-bit whole numbers (Emerald Rapids: one vdpbf16ps in two cycles, two vpdpwssd in
+// one).
+#if defined(__AVX512BF16__) && !defined(__AMX_BF16__)
+#define SPARQ_BF16_VECTORS
+#endif
+
 #if defined(__AVX512F__)
 #include "base/isa/avx512.h"
 #elif defined(__AVX2__)

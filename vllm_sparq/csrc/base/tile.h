@@ -25,7 +25,7 @@ struct FloatMac {
 template <class T>
 struct Mac : FloatMac<T> {};
 
-#ifdef __AVX512BF16__
+#ifdef SPARQ_BF16_VECTORS
 // bf16 in its own type: 32 products per instruction, summed in fp32.
 template <>
 struct Mac<bf16> {
@@ -116,7 +116,7 @@ struct Mix {
   }
 };
 
-#ifdef __AVX512BF16__
+#ifdef SPARQ_BF16_VECTORS
 // bf16 weights, two tokens per instruction. Rows come in pairs: an odd last token is paired with a row of weight 0.
 template <>
 struct Mix<bf16> {

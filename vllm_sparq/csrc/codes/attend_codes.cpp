@@ -134,7 +134,7 @@ void use_int16(const Pages& pages, CodeKernels& kernels) {
 // Kernels of the bf16 instructions where there are some for these codes: as fast as whole numbers in the inner loop,
 // and weights need no unit.
 void use_bf16(const Pages& pages, CodeKernels& kernels) {
-#ifdef __AVX512BF16__
+#ifdef SPARQ_BF16_VECTORS
   const auto with_codes = [](const CodeShape& shape, auto&& f) {
     if (shape.bits == 4 && shape.has_zero) f(FourBits{});
     if (shape.bits == 2 && shape.has_zero) f(TwoBits{});

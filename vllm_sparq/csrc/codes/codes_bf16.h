@@ -7,7 +7,7 @@
 #include "codes/attend_codes.h"
 #include "base/tile.h"
 
-#ifdef __AVX512BF16__
+#ifdef SPARQ_BF16_VECTORS
 
 namespace sparq {
 

@@ -7,7 +7,7 @@
 #include "codes/codes_bf16.h"
 #include "codes/turned.h"
 
-#ifdef __AVX512BF16__
+#ifdef SPARQ_BF16_VECTORS
 
 namespace sparq {
 

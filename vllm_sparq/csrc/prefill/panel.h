@@ -9,6 +9,7 @@
 #pragma once
 
 #include <algorithm>
+#include <type_traits>
 
 #include "base/simd.h"
 
@@ -18,24 +19,13 @@ constexpr int GROUP = 16;  // tokens that are loaded together; a block is a mult
 constexpr float LOG2_E = 1.44269504088896341f;
 constexpr float NOTHING_SEEN = -1e30f;  // below any logit, and finite: differences of it are not NaN
 
-// How two cells are multiplied, and how many tokens (or channels) a cell holds.
-struct Floats {
-  static constexpr int per_cell = 1;
-  static SPARQ_INLINE Vec dot(Vec sum, Vec a, Vec b) { return fma(a, b, sum); }
-};
-#ifdef __AVX512BF16__
-struct Bf16Pairs {
-  static constexpr int per_cell = 2;
-  static SPARQ_INLINE Vec dot(Vec sum, Vec a, Vec b) { return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b); }
-};
-#endif
-
 // Rows of A per register block for a panel of NV vectors: enough sums to hide the latency, few enough for registers.
 constexpr int block_rows(int nv) { return nv == 1 ? W : W / 2; }
 
-struct Group {
-  const char* keys;       // K row of the first token
-  ptrdiff_t token_bytes;  // to the next
+// Rows of cells, anywhere in memory.
+struct CellRows {
+  const char* first;
+  ptrdiff_t row_bytes;  // to the next
 };
 
 // Memory that the next tile will read, one piece per group of this tile; fetched while this one is multiplied.
@@ -44,6 +34,21 @@ struct Ahead {
   int n;      // 0: nothing
   int bytes;  // of a piece
 };
+
+// How two cells are multiplied, how many tokens (or channels) a cell holds, what a thread needs for it, and which panel
+// of a task fetches what of the next tile.
+struct Floats {
+  static constexpr int per_cell = 1;
+  struct Scope {};
+  static SPARQ_INLINE Vec dot(Vec sum, Vec a, Vec b) { return fma(a, b, sum); }
+  static Ahead share(Ahead all, int panel, int) { return panel == 0 ? all : Ahead{}; }
+};
+#ifdef __AVX512BF16__
+struct Bf16Pairs : Floats {
+  static constexpr int per_cell = 2;
+  static SPARQ_INLINE Vec dot(Vec sum, Vec a, Vec b) { return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b); }
+};
+#endif
 
 // Fetches `bytes`, at most N lines, with every cell of a product. (Not a lambda: gcc 12 takes one that only prefetches
 // for a function without effect, and drops it.)
@@ -61,19 +66,19 @@ struct Fetch {
 // Tokens `first` to `first + n` of one request and KV head.
 struct Tile {
   int first, n;
-  const Group* groups;   // ceil(n / 16), K rows past n are zero
-  const float* values;   // cells [D/16][value_stride/16][16], rows past n are zero
-  int value_stride;      // cells between the slices of 16 channels
+  const CellRows* groups;  // ceil(n / 16) of K, rows past n are zero
+  const float* values;     // cells [D/16][value_stride/16][16], or of tiles [D][value_stride]; tokens past n are zero
+  int value_stride;        // cells between the slices of 16 channels, or between channels
 };
 
 // Up to 3 W query rows of one task. Row r sees the tokens before limits[r]; limits ascend.
 struct Panel {
-  int nv;               // vectors of rows
-  const float* query;   // cells [D / per_cell][rows]
+  int nv;              // vectors of rows
+  const float* query;  // cells [D / per_cell][rows]
   const int32_t* limits;
-  float* output;        // [D][rows], not yet divided by `sums`
-  float* tops;          // [rows] greatest logit so far, times log2(e)
-  float* sums;          // [rows] of the weights
+  float* output;  // [D][rows], not yet divided by `sums`
+  float* tops;    // [rows] greatest logit so far, times log2(e)
+  float* sums;    // [rows] of the weights
 };
 
 // sums[i][v] = A[i][:] . B[:][v] over `cells`; A by bytes between rows and between cells, B dense; `each(c)` besides.
@@ -129,12 +134,12 @@ void score(const Panel& panel, const Tile& tile, int n, int dim_cells, const flo
   constexpr int MR = block_rows(NV);
   const int per_cell = ahead.bytes * MR / GROUP / dim_cells;
   for (int j = 0; j < n; j += MR) {
-    const Group& group = tile.groups[j / GROUP];
+    const CellRows& group = tile.groups[j / GROUP];
     const char* const piece = AHEAD && j / GROUP < ahead.n ? ahead.pieces[j / GROUP] + j % GROUP * (ahead.bytes / GROUP)
                                                            : (const char*)scores;
     Vec sums[MR][NV];
-    multiply<M>(sums, group.keys + (j % GROUP) * group.token_bytes, group.token_bytes, 4, panel.query, dim_cells,
-                Fetch<AHEAD ? MR / 8 : 0>{piece, per_cell});
+    multiply<M>(sums, group.first + (j % GROUP) * group.row_bytes, group.row_bytes, 4, panel.query, dim_cells,
+                Fetch < AHEAD ? MR / 8 : 0 > {piece, per_cell});
     const Vec factor = set1(*scale);
 #pragma GCC unroll 4
     for (int v = 0; v < NV; ++v) {
@@ -151,55 +156,57 @@ void score(const Panel& panel, const Tile& tile, int n, int dim_cells, const flo
   }
 }
 
-// shares[token][lane] += the weight of the token in the rows of the lane: the second pass, when lses[rows] are known,
-// the logarithms (base 2) of the sums over all tokens, infinite for rows that do not count.
 // A step of attention's factor and cap of the logits, both with log2(e); a cap of 0 is none.
 struct ScaleAndCap {
   float scale, cap;
 };
 
-template <class M, int NV, int DEGREE>
-void add_shares(const Panel& panel, const Tile& tile, int head_size, const ScaleAndCap& logits, const float* lses,
+// shares[token][lane] += the weight of the token in the rows of the lane, for `count` tokens from j on, whose products
+// sum(token - j, vector) gives.
+template <int NV, int DEGREE, class F>
+SPARQ_INLINE void add_block_shares(int j, int count, const int32_t* limits, const ScaleAndCap& logits,
+                                   const float* lses, float* shares, F&& sum) {
+  const Vec factor = set1(logits.scale);
+  const bool masked = limits[0] < j + count;
+#pragma GCC unroll 16
+  for (int i = 0; i < count; ++i) {
+    Vec share = load(shares + (j + i) * W);
+#pragma GCC unroll 4
+    for (int v = 0; v < NV; ++v) {
+      Vec s = mul(sum(i, v), factor);
+      if (logits.cap != 0.0f) s = soft_capped(s, logits.cap);
+      if (masked) s = where_visible(j + i, limits + v * W, s);
+      share = add(share, exp2_negative<DEGREE>(sub(s, load(lses + v * W))));
+    }
+    store(shares + (j + i) * W, share);
+  }
+}
+
+// The second pass, when lses[rows] are known, the logarithms (base 2) of the sums over all tokens, infinite for rows
+// that do not count.
+template <int NV, int DEGREE, class M>
+void add_shares(M, const Panel& panel, const Tile& tile, int head_size, const ScaleAndCap& logits, const float* lses,
                 float* shares) {
   constexpr int MR = block_rows(NV), ROWS = NV * W;
   const int seen = std::min(tile.n, panel.limits[ROWS - 1] - tile.first);
   int32_t limits[ROWS];
   for (int r = 0; r < ROWS; ++r) limits[r] = panel.limits[r] - tile.first;
   for (int j = 0; j < seen; j += MR) {
-    const Group& group = tile.groups[j / GROUP];
+    const CellRows& group = tile.groups[j / GROUP];
     Vec sums[MR][NV];
-    multiply<M>(sums, group.keys + (j % GROUP) * group.token_bytes, group.token_bytes, 4, panel.query,
+    multiply<M>(sums, group.first + (j % GROUP) * group.row_bytes, group.row_bytes, 4, panel.query,
                 head_size / M::per_cell, Fetch<0>{});
-    const Vec factor = set1(logits.scale);
-    const bool masked = limits[0] < j + MR;
-#pragma GCC unroll 16
-    for (int i = 0; i < MR; ++i) {
-      Vec share = load(shares + (j + i) * W);
-#pragma GCC unroll 4
-      for (int v = 0; v < NV; ++v) {
-        Vec s = mul(sums[i][v], factor);
-        if (logits.cap != 0.0f) s = soft_capped(s, logits.cap);
-        if (masked) s = where_visible(j + i, limits + v * W, s);
-        share = add(share, exp2_negative<DEGREE>(sub(s, load(lses + v * W))));
-      }
-      store(shares + (j + i) * W, share);
-    }
+    add_block_shares<NV, DEGREE>(j, MR, limits, logits, lses, shares, [&](int i, int v) { return sums[i][v]; });
   }
 }
 
-template <class M, int DEGREE>
-void add_shares(const Panel& panel, const Tile& tile, int head_size, const ScaleAndCap& logits, const float* lses,
-                float* shares) {
-  if (panel.nv == 3) return add_shares<M, 3, DEGREE>(panel, tile, head_size, logits, lses, shares);
-  if (panel.nv == 2) return add_shares<M, 2, DEGREE>(panel, tile, head_size, logits, lses, shares);
-  add_shares<M, 1, DEGREE>(panel, tile, head_size, logits, lses, shares);
-}
-
-// Turns scores [n][rows] into weights, cells [n / per_cell][rows], in place; returns their sums in `sums`.
+// Turns scores [n][rows], times `factor`, into weights, cells [n / per_cell][rows], in place; returns their sums in
+// `sums`.
 template <class M, int NV, int DEGREE>
-void weigh(float* scores, int n, const Vec (&tops)[NV], Vec (&sums)[NV]) {
+void weigh(float* scores, int n, float factor, const Vec (&tops)[NV], Vec (&sums)[NV]) {
+  Vec below[NV];
 #pragma GCC unroll 4
-  for (int v = 0; v < NV; ++v) sums[v] = zero();
+  for (int v = 0; v < NV; ++v) sums[v] = zero(), below[v] = sub(zero(), tops[v]);
 #ifdef __AVX512BF16__
   const __m512i interleave = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8,  //
                                               23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
@@ -208,8 +215,8 @@ void weigh(float* scores, int n, const Vec (&tops)[NV], Vec (&sums)[NV]) {
 #pragma GCC unroll 4
     for (int v = 0; v < NV; ++v) {
       float* const at = scores + (j * NV + v) * W;
-      const Vec p0 = exp2_negative<DEGREE>(sub(load(at), tops[v]));
-      const Vec p1 = exp2_negative<DEGREE>(sub(load(at + NV * W), tops[v]));
+      const Vec p0 = exp2_negative<DEGREE>(fma(load(at), set1(factor), below[v]));
+      const Vec p1 = exp2_negative<DEGREE>(fma(load(at + NV * W), set1(factor), below[v]));
       sums[v] = add(sums[v], add(p0, p1));
       if constexpr (M::per_cell == 1) {
         store(at, p0);
@@ -255,8 +262,8 @@ void cap_scores(const Panel& panel, float cap, int n, const Vec (&old)[NV], floa
 }
 
 // One step of the online softmax: all tokens of the tile that some row of the panel sees.
-template <class M, int NV, int DEGREE>
-void attend(const Panel& panel, const Tile& tile, int head_size, const ScaleAndCap& logits, Ahead ahead,
+template <int NV, int DEGREE, class M>
+void attend(M, const Panel& panel, const Tile& tile, int head_size, const ScaleAndCap& logits, Ahead ahead,
             float* scores) {
   constexpr int ROWS = NV * W;
   const int seen = std::min(tile.n, panel.limits[ROWS - 1] - tile.first);
@@ -278,7 +285,7 @@ void attend(const Panel& panel, const Tile& tile, int head_size, const ScaleAndC
   }
   if (logits.cap != 0.0f) cap_scores<NV>(panel, logits.cap, n, old, scores);
   for (int v = 0; v < NV; ++v) tops[v] = load(panel.tops + v * W);
-  weigh<M, NV, DEGREE>(scores, n, tops, sums);
+  weigh<M, NV, DEGREE>(scores, n, 1.0f, tops, sums);
   for (int v = 0; v < NV; ++v) {
     decay[v] = exp2_negative<6>(sub(old[v], tops[v]));  // accurate: its errors multiply over the tiles
     store(panel.sums + v * W, fma(load(panel.sums + v * W), decay[v], sums[v]));
@@ -286,12 +293,12 @@ void attend(const Panel& panel, const Tile& tile, int head_size, const ScaleAndC
   accumulate<M, NV>(panel, tile, n, head_size, scores, decay);
 }
 
-template <class M, int DEGREE>
-void attend(const Panel& panel, const Tile& tile, int head_size, const ScaleAndCap& logits, Ahead ahead,
-            float* scores) {
-  if (panel.nv == 3) return attend<M, 3, DEGREE>(panel, tile, head_size, logits, ahead, scores);
-  if (panel.nv == 2) return attend<M, 2, DEGREE>(panel, tile, head_size, logits, ahead, scores);
-  attend<M, 1, DEGREE>(panel, tile, head_size, logits, ahead, scores);
+// Calls f with how many vectors a panel has as a constant.
+template <int MOST, class F>
+void with_width(int nv, F&& f) {
+  if (nv == 1) return f(std::integral_constant<int, 1>{});
+  if (nv == 2) return f(std::integral_constant<int, 2>{});
+  if constexpr (MOST == 3) f(std::integral_constant<int, 3>{});
 }
 
 }  // namespace sparq::prefill

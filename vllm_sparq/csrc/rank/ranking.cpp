@@ -117,7 +117,7 @@ void scan_page(const Ranking& ranking, const uint8_t* copy, Scan scan, const flo
 
 // Where the CPU multiplies bf16 and the model is bf16, so are the weights of the scan.
 bool scan_int4_in_bf16(const Ranking& ranking, const uint8_t* page, Scan scan, float* scores, int stride) {
-#ifdef __AVX512BF16__
+#ifdef SPARQ_BF16_VECTORS
   if (ranking.pages->dtype != DType::bf16 || scan.n % PAIR_TOKENS != 0) return false;
   apply_scales(ranking, page);
   stage_pairs(page + ranking.pages->ranking, ranking.row_offsets, ranking.r, scan.row_bytes, ranking.rows);

@@ -4,7 +4,7 @@
 
 #include "base/simd.h"
 
-#ifdef __AVX512BF16__
+#ifdef SPARQ_BF16_VECTORS
 
 namespace sparq {
 
