@@ -4,7 +4,8 @@ Which tokens an implementation reads shows in its output once V is replaced by u
 not loosen the tolerance of the output: any set is right that scores within their error bound may lead to, and the
 output must be that of the set.
 
-A kernel may sum in another order and round ``scale * q * step`` to the model's type, or to whole numbers of 16 bits.
+A kernel may sum in another order and round ``scale * q * step`` to the model's type, or to whole numbers of 16 bits;
+in the sum over a group that ranks tokens, where nothing else needs it, to bytes (`tolerances.bytes_of`).
 Its scores of query head g differ from ours by at most
 ``e_g = tolerances.SCORE * max_t sum_c |scale_g q_c| (|zero_c| + step_c code_c) + tolerances.whole_numbers``. Hence:
 
@@ -183,7 +184,7 @@ def assert_right(
         least = given["n_selected"] if read.mass is None else given["n_least"]
         assert least <= len(chosen) <= given["n_selected"], f"{where}: {len(chosen)} tokens read"
         assert set(range(s - given["n_local"], s)) <= set(chosen.tolist()), f"{where}: the newest are not all read"
-        margin = np.full(s, error.sum())
+        margin = np.full(s, error.sum() + ranking_error(case, query, want.channels, size))
         if read.group_reduce == "probs":
             margin = (shares * np.expm1(2 * error)[:, None]).sum(0) + 2.0**-120
         left = np.setdiff1d(np.arange(s), chosen)
@@ -205,10 +206,24 @@ def assert_right(
         assert miss <= 1, f"{where} (S={s}): off by {miss:.3g} tolerances"
 
 
+def scaled_query(case: Case, query: Array, channels: Array) -> Array:
+    """Those channels of every head [H', r], with scale and temperature."""
+    total, held = np.abs(query).sum(1), np.abs(query[:, channels]).sum(1)
+    scaled: Array = case.scale * np.sqrt(total / held)[:, None] * query[:, channels]
+    return scaled
+
+
+def ranking_error(case: Case, query: Array, channels: Array, size: Array) -> float:
+    """What tokens are ranked by moves by no more where the weights of the summed query are bytes."""
+    if case.dtype == torch.float32 or case.layout.ranking != "int4":
+        return 0.0
+    summed = np.abs(scaled_query(case, query, channels).sum(0))
+    return tolerances.bytes_of(len(channels), float((summed * size[:, channels].max(0)).max()))
+
+
 def score_error(case: Case, query: Array, channels: Array, size: Array) -> Array:
     """The bound e_g [H'] of this file's head; ``size`` [S, D] is ``|zero| + step code``."""
-    total, held = np.abs(query).sum(1), np.abs(query[:, channels]).sum(1)
-    scaled = case.scale * np.sqrt(total / held)[:, None] * np.abs(query[:, channels])
+    scaled = np.abs(scaled_query(case, query, channels))
     error: Array = tolerances.SCORE[case.dtype] * (scaled @ size[:, channels].T).max(1)
     if case.dtype != torch.float32:
         error += tolerances.whole_numbers(len(channels), 1.0) * scaled.max(1) * size[:, channels].max()

@@ -57,6 +57,15 @@ def whole_numbers(n: int, largest: float) -> float:
     return n * 2**-17 * largest
 
 
+def bytes_of(n: int, largest: float) -> float:
+    """Bound on what the score that ranks a token moves by where weights are bytes (int4 copies, 16-bit models, CPUs).
+
+    Each of ``n`` weights ``q * step`` is off by half of the largest / 127, times a code at most 7.5 away from the
+    middle: a 508th of ``largest``, the greatest of ``|q|`` times that of a range of K; a hundredth more for fp32.
+    """
+    return n * largest * 1.01 / 508
+
+
 MASS = 2**-18
 """Of a share of the probability, beside what follows from its scores.
 

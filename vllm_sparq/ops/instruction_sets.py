@@ -84,7 +84,7 @@ def cpu_flags() -> set[str]:
 @functools.cache
 def _grants_tiles() -> bool:
     """Whether Linux lets this process use AMX's registers, which a process has to ask for."""
-    return ctypes.CDLL(None).syscall(_ARCH_PRCTL, _ASK_FOR_REGISTERS, _TILES) == 0
+    return bool(ctypes.CDLL(None).syscall(_ARCH_PRCTL, _ASK_FOR_REGISTERS, _TILES) == 0)
 
 
 def cpu_name() -> str:

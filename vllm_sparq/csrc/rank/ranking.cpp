@@ -3,11 +3,12 @@
 #include <algorithm>
 #include <cmath>
 
+#include "base/tile.h"
 #include "rank/scan.h"
 #include "rank/scan_bf16.h"
+#include "rank/scan_bytes.h"
 #include "rank/scan_int16.h"
 #include "rank/select.h"
-#include "base/tile.h"
 
 namespace sparq {
 namespace {
@@ -86,8 +87,8 @@ void apply_scales_int16(const Ranking& ranking, const uint8_t* page, float middl
   }
   const GroupScales scales = GroupScales::of(steps, mids, n_padded);
   for (int row = 0; row < ranking.n_rows; ++row)
-    ranking.by_row[row] = GroupWeights::of(ranking.numbers[row], scales, ranking.r, middle,
-                                           ranking.words + (size_t)row * 2 * SCAN_PAIRS);
+    ranking.by_row[row] =
+        GroupWeights::of(ranking.numbers[row], scales, ranking.r, middle, ranking.words + (size_t)row * 2 * SCAN_PAIRS);
 }
 
 // Calls f with the number of rows as a constant, at most five at a time: four heads and their sum. Only the first ones
@@ -164,25 +165,54 @@ void score_key_codes(const Ranking& ranking, const uint8_t* page, const uint8_t*
       Ahead nothing;
       const int n_rows = std::min(ranking.n_rows - row, MAX_MIX_ROWS);
       kernels.mix_keys(kernels.key, {codes, scales, n}, ranking.query + row * ranking.stride + first, ranking.stride,
-                         n_rows, scores + (size_t)row * stride, stride, nothing);
+                       n_rows, scores + (size_t)row * stride, stride, nothing);
     }
   }
 }
 
+// The same of rows that are scored in the model's type, in bf16 or in 16 bits, or in fp32.
+void score_rows(const Ranking& ranking, const uint8_t* page, Scan scan, float* scores, int stride) {
+  const Pages& pages = *ranking.pages;
+  const uint8_t* const copy = page + pages.ranking;
+  const bool int8 = pages.ranking_type == RankingType::int8;
+  if (!int8 && scan_int4_in_bf16(ranking, page, scan, scores, stride)) return;
+  if (ranking.numbers != nullptr)
+    return int8 ? scan_words<WordCodes<8, false>>(ranking, page, scan, scores, stride)
+                : scan_words<WordCodes<4, false>>(ranking, page, scan, scores, stride);
+  apply_scales(ranking, page);
+  if (int8) scan_page<Int8Codes>(ranking, copy, scan, ranking.weights, scores, stride);
+  else scan_page<Int4Codes>(ranking, copy, scan, ranking.weights, scores, stride);
+}
+
 }  // namespace
 
-Ranking Ranking::in(Arena& arena, const Decode& call, int r, int n_rows) {
+Ranking Ranking::in(Arena& arena, const Decode& call, int r, ScoreRows rows) {
   const Pages& pages = call.pages;
+  const int n_rows = rows.n();
   const size_t d = pages.head_size, stride = round_up(d, 2 * W);
-  Ranking ranking{&pages, &call.codes, r, n_rows, arena.take<int32_t>(stride), arena.take<int32_t>(stride),
-                        arena.take<float>(n_rows * stride), arena.take<float>(n_rows * d),
-                        arena.take<float>(n_rows * stride), arena.take<bf16>(n_rows * stride),
-                        arena.take<float>(n_rows), nullptr, nullptr, nullptr,
-                        arena.take<uint8_t>((size_t)(r + 1) * row_bytes(pages) + 64), (int)stride};
+  Ranking ranking{&pages,
+                  &call.codes,
+                  r,
+                  n_rows,
+                  arena.take<int32_t>(stride),
+                  arena.take<int32_t>(stride),
+                  arena.take<float>(n_rows * stride),
+                  arena.take<float>(n_rows * d),
+                  arena.take<float>(n_rows * stride),
+                  arena.take<bf16>(n_rows * stride),
+                  arena.take<float>(n_rows),
+                  nullptr,
+                  nullptr,
+                  nullptr,
+                  nullptr,
+                  arena.take<uint8_t>((size_t)(r + 1) * row_bytes(pages) + 64),
+                  (int)stride};
   if (has_words(pages, r)) {
     ranking.numbers = arena.take<HeadNumbers>(n_rows), ranking.by_row = arena.take<GroupWeights>(n_rows);
     ranking.words = arena.take<int16_t>((size_t)n_rows * 2 * SCAN_PAIRS);
   }
+  if (rows.has_sum() && pages.ranking_type == RankingType::int4 && can_scan_bytes(pages.dtype, row_bytes(pages)))
+    ranking.bytes = arena.take<int8_t>(stride);
   std::fill_n(ranking.channels, stride, 0);
   std::fill_n(ranking.query, n_rows * stride, 0.0f);
   std::fill_n(ranking.whole_query, n_rows * d, 0.0f);
@@ -192,7 +222,7 @@ Ranking Ranking::in(Arena& arena, const Decode& call, int r, int n_rows) {
 
 Ranking make_ranking(const Decode& call, int request, int head, int r, ScoreRows rows, Arena& arena) {
   const int d = call.pages.head_size, n_heads = call.group_size();
-  const Ranking ranking = Ranking::in(arena, call, r, rows.n());
+  const Ranking ranking = Ranking::in(arena, call, r, rows);
   const int stride = ranking.stride, bytes = row_bytes(call.pages);
   thread_local Scratch heads;
   float* importance = heads.arena().take<float>(((size_t)n_heads + 1) * d);
@@ -200,7 +230,8 @@ Ranking make_ranking(const Decode& call, int request, int head, int r, ScoreRows
   for (int h = 0; h < n_heads; ++h)
     call.kernels.widen(call.query.at(request, head * n_heads + h), d, q + (size_t)h * d);
   pick_channels(q, n_heads, d, r, ranking.channels, importance);
-  for (int i = 0; i < r; ++i) ranking.row_offsets[i] = ranking.channels[i] * bytes;
+  for (int i = 0; i < (int)round_up(r, QUAD); ++i)
+    ranking.row_offsets[i] = ranking.channels[std::min(i, r - 1)] * bytes;
   for (int h = 0; h < n_heads; ++h) {
     const float* from = q + (size_t)h * d;
     const float factor = temperature(from, d, ranking.channels, r, call.logits.scale);
@@ -221,9 +252,9 @@ Ranking make_ranking(const Decode& call, int request, int head, int r, ScoreRows
 
 void touch_page(const Pages& pages, const uint8_t* page) {
   const int64_t first = pages.channel_keys ? pages.key.codes : pages.ranking;
-  const int64_t end = pages.channel_keys ? pages.value.codes
-                      : pages.scales  >= 0 ? pages.scales + 4 * pages.head_size
-                                           : pages.ranking + (int64_t)pages.head_size * row_bytes(pages);
+  const int64_t end = pages.channel_keys  ? pages.value.codes
+                      : pages.scales >= 0 ? pages.scales + 4 * pages.head_size
+                                          : pages.ranking + (int64_t)pages.head_size * row_bytes(pages);
   for (int64_t byte = first; byte < end; byte += 4096) prefetch_l2(page + byte);
   prefetch_l2(page + end - 1);
 }
@@ -241,16 +272,18 @@ void score_page(const Ranking& ranking, const uint8_t* page, const uint8_t* ahea
   }
   if (ahead != nullptr)
     for (int byte = 0; byte < 4 * pages.head_size; byte += 64) prefetch_l2(ahead + pages.scales + byte);
-  const bool int8 = pages.ranking_type == RankingType::int8;
-  if (!int8 && scan_int4_in_bf16(ranking, page, scan, scores, stride)) return;
-  if (ranking.numbers != nullptr)
-    return int8 ? scan_words<WordCodes<8, false>>(ranking, page, scan, scores, stride)
-                : scan_words<WordCodes<4, false>>(ranking, page, scan, scores, stride);
-  apply_scales(ranking, page);
-  if (int8)
-    scan_page<Int8Codes>(ranking, copy, scan, ranking.weights, scores, stride);
-  else
-    scan_page<Int4Codes>(ranking, copy, scan, ranking.weights, scores, stride);
+  if (ranking.bytes != nullptr) {
+    const int row = ranking.n_rows - 1;
+    ByteWeights weights{ranking.bytes, 0, 0};
+    weigh_bytes(ranking.query + (size_t)row * ranking.stride, page + pages.scales, ranking.channels, ranking.r,
+                weights);
+    Scan in_place = scan;
+    in_place.rows = copy;
+    scan_bytes(in_place, weights, scores + (size_t)row * stride);
+    if (row == 0) return;
+    return score_rows(ranking.but_bytes(), page, scan, scores, stride);
+  }
+  score_rows(ranking, page, scan, scores, stride);
 }
 
 }  // namespace sparq

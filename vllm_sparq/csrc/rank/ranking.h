@@ -1,12 +1,21 @@
 // Steps 1 and 2 of a SparQ read: which channels rank the tokens, and the approximate scores of all tokens.
 #pragma once
 
-#include "codes/int16_weights.h"
-#include "decode/dense.h"
 #include "base/paged.h"
 #include "base/scratch.h"
+#include "codes/int16_weights.h"
+#include "decode/dense.h"
 
 namespace sparq {
+
+// Which rows: those of single heads, the sum, or both. A single head is its own sum.
+struct ScoreRows {
+  int n_heads;  // H/G
+  bool heads, sum;
+
+  int n() const { return (heads ? n_heads : 0) + (has_sum() ? 1 : 0); }
+  bool has_sum() const { return sum && !(heads && n_heads == 1); }
+};
 
 // The scaled query of a group on its channels: one row per query head where their scores are needed, and a last row for
 // the sum of the heads, which ranks the tokens: the sum of scores is the score of the summed query. (Ranking by a row
@@ -26,19 +35,17 @@ struct Ranking {
   HeadNumbers* numbers;  // [n_rows] the query where weights are whole numbers, else null
   int16_t* words;        // [n_rows, 2 SCAN_PAIRS] their weights of that page
   GroupWeights* by_row;  // [n_rows] and what the sums are worth
+  int8_t* bytes;         // [r] and zeros: weights of the sum where it is scored with such, else null
   uint8_t* rows;         // its chosen rows, side by side
   int stride;
 
-  static Ranking in(Arena& arena, const Decode& call, int r, int n_rows);
-};
-
-// Which rows: those of single heads, the sum, or both. A single head is its own sum.
-struct ScoreRows {
-  int n_heads;  // H/G
-  bool heads, sum;
-
-  int n() const { return (heads ? n_heads : 0) + (has_sum() ? 1 : 0); }
-  bool has_sum() const { return sum && !(heads && n_heads == 1); }
+  static Ranking in(Arena& arena, const Decode& call, int r, ScoreRows rows);
+  // The rows that are not scored with weights of 8 bits.
+  Ranking but_bytes() const {
+    Ranking rest = *this;
+    rest.n_rows -= bytes != nullptr;
+    return rest;
+  }
 };
 
 // Chooses the channels of a query group and scales its heads; takes its memory from `arena`.

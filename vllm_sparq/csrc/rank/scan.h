@@ -13,18 +13,14 @@ struct Int4Codes {
   static constexpr int vectors = 2;  // the low nibbles are slots u W .., the high ones N/2 later
   static SPARQ_INLINE int n_units(int n) { return (n / 2 + W - 1) / W; }
   static SPARQ_INLINE int slot(int u, int v, int n) { return u * W + v * (n / 2); }
-  static SPARQ_INLINE void expand(const uint8_t* row, int u, Vec* x) {
-    load_nibbles(row + u * W, &x[0], &x[1]);
-  }
+  static SPARQ_INLINE void expand(const uint8_t* row, int u, Vec* x) { load_nibbles(row + u * W, &x[0], &x[1]); }
 };
 
 struct Int8Codes {
   static constexpr int vectors = 1;
   static SPARQ_INLINE int n_units(int n) { return n / W; }
   static SPARQ_INLINE int slot(int u, int, int) { return u * W; }
-  static SPARQ_INLINE void expand(const uint8_t* row, int u, Vec* x) {
-    x[0] = load_bytes<false>(row + u * W);
-  }
+  static SPARQ_INLINE void expand(const uint8_t* row, int u, Vec* x) { x[0] = load_bytes<false>(row + u * W); }
 };
 
 template <class T>
