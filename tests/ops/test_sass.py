@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from tests.ops.test_triton_aot import run_ahead_of_time
+from tests.ops.test_triton_aot import run_ahead_of_time, triton_version
 
 pytestmark = [pytest.mark.slow, pytest.mark.long]
 
@@ -24,6 +24,8 @@ MOST_PER_TOKEN = {
 
 @pytest.fixture(scope="module")
 def rows() -> dict[tuple[str, str], dict[str, Any]]:
+    if triton_version() < (3, 7):
+        pytest.skip("the bars are of Triton 3.7.1 and newer")
     return {(row["format"], row["kernel"]): row for row in run_ahead_of_time("tests.ops.sass", "--json")}
 
 
