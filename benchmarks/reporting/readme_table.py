@@ -24,7 +24,7 @@ from vllm_sparq.benchmarks.reporting.gpu_table import (
     gpu_engine_rows,
     gpu_prefill_rows,
 )
-from vllm_sparq.benchmarks.reporting.isa_table import PAPER, isa_rows
+from vllm_sparq.benchmarks.reporting.isa_table import AMX, PAPER, isa_rows
 from vllm_sparq.benchmarks.reporting.methods_table import LAYER, methods_rows
 from vllm_sparq.benchmarks.reporting.prefill_table import prefill_rows
 from vllm_sparq.benchmarks.reporting.real_table import real_rows
@@ -297,6 +297,7 @@ TABLES: dict[str, Callable[[Sequence[Record]], list[str]]] = {
     "methods": methods_rows,
     "ops": ops_rows,
     "isa": partial(isa_rows, names=OPS),
+    "amx": partial(isa_rows, names=OPS, sets=AMX),
     "prefill": prefill_rows,
     "engine": engine_rows,
     "lossless": lossless_rows,
