@@ -51,7 +51,10 @@ def test_simulated_cache_is_exact_where_kivi_is() -> None:
     ("words", "methods"),
     [
         (["kivi", "--bits", "4"], ["dense", "KIVI-4"]),
-        (["retention", "--budget", "0.9"], ["dense", "h2o 0.9", "streaming 0.9"]),
+        (
+            ["retention", "--budget", "0.9", "--scores", "sum,decayed"],
+            ["dense", "h2o 0.9", "h2o 0.9, decayed", "streaming 0.9"],
+        ),
     ],
 )
 def test_commands_write_a_line_per_method(words: list[str], methods: list[str], tmp_path: Path) -> None:
