@@ -24,7 +24,8 @@ from vllm_sparq.benchmarks.common.lines import check_out
 from vllm_sparq.benchmarks.common.records import append_records, case_key, provenance, recorded, skipped_note
 from vllm_sparq.benchmarks.ops import prefill
 from vllm_sparq.benchmarks.ops.arguments import layer_shape, numbers_from
-from vllm_sparq.benchmarks.ops.methods import METHODS, Cell, Tensors, format_of
+from vllm_sparq.benchmarks.ops.cell import Cell, Tensors
+from vllm_sparq.benchmarks.ops.methods import METHODS, format_of
 from vllm_sparq.benchmarks.ops.stopwatch import CLOCKS, Stopwatch
 from vllm_sparq.config import Options
 from vllm_sparq.console import UsageError, place, positive, real_number

@@ -14,8 +14,10 @@ from rich import box
 from rich.table import Table
 
 from vllm_sparq.benchmarks.common.records import case_key
-from vllm_sparq.benchmarks.ops.methods import QUANTIZED, Cache, Call, Cell, Tensors, our_impl, vllm_calls
+from vllm_sparq.benchmarks.ops.cell import Cache, Call, Cell, Tensors
+from vllm_sparq.benchmarks.ops.methods import QUANTIZED, our_impl
 from vllm_sparq.benchmarks.ops.stopwatch import Stopwatch
+from vllm_sparq.benchmarks.ops.vllm_op import vllm_calls
 from vllm_sparq.console import UsageError
 from vllm_sparq.ops import native
 from vllm_sparq.ops.dispatch import choose

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from vllm_sparq.benchmarks.ops.methods import Call
+from vllm_sparq.benchmarks.ops.cell import Call
 
 FLUSH_BYTES = 128 << 20
 """Read before each sample, so that no cache still holds what the op wants: several times a big L3."""

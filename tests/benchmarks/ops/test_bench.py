@@ -11,7 +11,9 @@ import pytest
 import torch
 
 from vllm_sparq.benchmarks.ops import bench as ops_bench
-from vllm_sparq.benchmarks.ops.methods import METHODS, Cell, Tensors, vllm_kernel
+from vllm_sparq.benchmarks.ops.cell import Cell, Tensors
+from vllm_sparq.benchmarks.ops.methods import METHODS
+from vllm_sparq.benchmarks.ops.vllm_op import vllm_kernel
 from vllm_sparq.config import Options
 from vllm_sparq.console import UsageError
 from vllm_sparq.formats import FORMATS
