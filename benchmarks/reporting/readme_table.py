@@ -321,6 +321,7 @@ DOCUMENTS = {
     ROOT / "docs" / "results.md": (
         "ops",
         "isa",
+        "amx",
         "prefill",
         "engine",
         "lossless",
