@@ -19,7 +19,8 @@ struct ScoreRows {
 
 // The scaled query of a group on its channels: one row per query head where their scores are needed, and a last row for
 // the sum of the heads, which ranks the tokens: the sum of scores is the score of the summed query. (Ranking by a row
-// of its own costs little, and which tokens are read does not depend on what else is wanted.)
+// of its own costs little, and which tokens are read does not depend on what else is wanted, but for rounding where a
+// group is one head, whose row then is both.)
 struct Ranking {
   const Pages* pages;
   const CodeKernels* codes;  // of pages whose K ranks tokens as it is

@@ -6,7 +6,7 @@
 
 #include <algorithm>
 
-#include "base/simd.h"
+#include "codes/int16_weights.h"
 #include "rank/scan.h"
 
 namespace sparq {
@@ -37,10 +37,10 @@ inline void weigh_bytes(const float* query, const uint8_t* scales, const int32_t
     gather_pairs(scales, channels + i, &step, &low);
     const Vec q = load(query + i), w = mul(q, step);
     store(weights + i, w);
-    most = max(max(w, sub(zero(), w)), most);
+    most = max(magnitude(w), most);
     base = fma(q, low, base);
   }
-  const float largest = reduce_max(most), per_unit = largest > 1e-30f ? 127.0f / largest : 0.0f;
+  const float largest = reduce_max(most), per_unit = largest > LEAST ? 127.0f / largest : 0.0f;
   to.unit = largest / 127.0f;
   Vec lack = zero();
   for (int i = 0; i < r; i += W) {
