@@ -216,7 +216,7 @@ def alone_in_one_engine(rows: list[dict[str, Any]]) -> dict[str, list[int]]:
     from tests.engine.conftest import running_engine
 
     chosen = [SamplingParams(temperature=0.8, seed=row["seed"], max_tokens=row["max_tokens"]) for row in rows]
-    as_replicas = dict(dtype="auto", max_model_len=None, max_num_batched_tokens=None, enable_prefix_caching=None)
+    as_replicas = dict(max_model_len=None, max_num_batched_tokens=None, enable_prefix_caching=None)
     with running_engine("sparq", kv_cache_memory_bytes=64 << 20, **as_replicas) as llm:
         outputs = llm.generate([row["prompt"] for row in rows], chosen, use_tqdm=False)
     return {row["id"]: list(output.outputs[0].token_ids) for row, output in zip(rows, outputs, strict=True)}
