@@ -34,13 +34,6 @@ struct CodeShape {
 
 constexpr int MIX_GROUPS = 16;  // groups of a row at most, where rows are mixed by anything but fp32
 
-// Channels whose codes share a dword of a row, in the order in which its nibbles are taken: nibble i of both words of
-// the dword at byte `byte` belongs to codes code_at(..) and code_at(..) + 2. (Int8: two nibbles to a code.)
-inline int code_at(const CodeShape& shape, int byte, int i) {
-  const int plane = shape.bits == 4 ? i % 2 : 0;
-  return plane * shape.row_bytes() + byte + i / 2;
-}
-
 // n rows, anywhere in memory. Codes are read in pairs of rows: if n is odd there is one more pointer, to any row.
 struct CodeRows {
   const uint8_t* const* codes;

@@ -15,17 +15,20 @@ inline bool can_dot_bf16(const CodeShape& shape) {
   return shape.dtype == DType::bf16 && shape.has_zero && can_turn(shape);
 }
 
+inline float sum_of(const float* x, int n) {
+  Vec sum = zero();
+  int i = 0;
+  for (; i + W <= n; i += W) sum = add(sum, load(x + i));
+  return std::accumulate(x + i, x + n, reduce_add(sum));
+}
+
 inline void pair_query_bf16(const CodeShape& key, const CodesQuery& query, int n_heads) {
+  bf16 words[2 * DOT_BYTES];
   for (int h = 0; h < n_heads; ++h) {
     const float* q = query.whole + (size_t)h * query.stride;
-    const auto bits = [&](int code) {  // the upper half of the fp32, which came from bf16
-      uint32_t word;
-      memcpy(&word, q + code, 4);
-      return word >> 16;
-    };
-    write_pairs(key, bits, query.pairs + (size_t)h * query.n_pairs);
-    for (int g = 0; g < query.n_groups; ++g)
-      query.sums[h * query.n_groups + g] = std::accumulate(q + g * key.group, q + (g + 1) * key.group, 0.0f);
+    for (int c = 0; c < key.n; c += W) store_upper(words + c, load(q + c));  // it came from bf16
+    write_pairs(key, (const uint16_t*)words, query.pairs + (size_t)h * query.n_pairs);
+    for (int g = 0; g < query.n_groups; ++g) query.sums[h * query.n_groups + g] = sum_of(q + g * key.group, key.group);
   }
 }
 
@@ -38,12 +41,12 @@ SPARQ_INLINE void dot_segment(const __m512i* turned, const Segment& segment, con
   Vec sum[CHAINS][HH][4];
 #pragma GCC unroll 16
   for (int i = 0; i < CHAINS * HH * 4; ++i) (&sum[0][0][0])[i] = zero();
-  const auto add_dword = [&](int k, Vec (&to)[HH][4]) __attribute__((always_inline)) {
+  const auto add_dword = [&](int k, Vec(&to)[HH][4]) __attribute__((always_inline)) {
     const __m512i words = turned[k];
-    const __m512i codes[4] = {
-        _mm512_permutexvar_epi16(words, even), _mm512_permutexvar_epi16(_mm512_srli_epi16(words, 4), odd),
-        _mm512_permutexvar_epi16(_mm512_srli_epi16(words, 8), even),
-        _mm512_permutexvar_epi16(_mm512_srli_epi16(words, 12), odd)};
+    const __m512i codes[4] = {_mm512_permutexvar_epi16(words, even),
+                              _mm512_permutexvar_epi16(_mm512_srli_epi16(words, 4), odd),
+                              _mm512_permutexvar_epi16(_mm512_srli_epi16(words, 8), even),
+                              _mm512_permutexvar_epi16(_mm512_srli_epi16(words, 12), odd)};
 #pragma GCC unroll 4
     for (int h = 0; h < HH; ++h)
 #pragma GCC unroll 4
@@ -105,8 +108,8 @@ void dot_heads_bf16(const CodeShape& shape, const CodesQuery& query, int h0, con
 }
 
 template <class C>
-void dot_bf16(const CodeShape& shape, const CodesQuery& query, int h0, int n_heads, const CodeRows& rows,
-              float* logits, int stride, Ahead& ahead) {
+void dot_bf16(const CodeShape& shape, const CodesQuery& query, int h0, int n_heads, const CodeRows& rows, float* logits,
+              int stride, Ahead& ahead) {
   switch (n_heads) {
     case 1: return dot_heads_bf16<C, 1>(shape, query, h0, rows, logits, stride, ahead);
     case 2: return dot_heads_bf16<C, 2>(shape, query, h0, rows, logits, stride, ahead);

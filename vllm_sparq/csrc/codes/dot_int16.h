@@ -3,10 +3,9 @@
 // by at most 2^-16 of the largest of its group.
 #pragma once
 
-#include <cmath>
-
 #include "base/tile.h"
 #include "codes/attend_codes.h"
+#include "codes/int16_weights.h"
 #include "codes/turned.h"
 
 namespace sparq {
@@ -17,28 +16,41 @@ inline bool can_dot_int16(const CodeShape& shape) {
   return shape.dtype != DType::fp32 && shape.n <= MOST_DOT_CHANNELS && can_turn(shape);
 }
 
-// The words of one group of a head; returns their unit, NaN where an element is not finite.
-inline float round_query(const float* q, int n, int16_t* words) {
-  float top = 0, spoilt = 0;
-  for (int c = 0; c < n; ++c) top = std::max(top, std::fabs(q[c])), spoilt += q[c] * 0.0f;
-  const float per_unit = top > LEAST ? 32767.0f / top : 0.0f;
-  for (int c = 0; c < n; ++c) words[c] = (int16_t)std::lrint(q[c] * per_unit);
-  return top / 32767.0f + spoilt;
-}
+// One group of a head as words: multiples of `unit`, which is NaN where an element is not finite.
+struct QueryGroup {
+  float unit, sum, lack;  // of the elements; of what the words lack of them
+
+  // Of n elements; `words` has room for 2 W more.
+  static QueryGroup of(const float* q, int n, uint16_t* words) {
+    alignas(64) float x[MOST_DOT_CHANNELS + 2 * W];
+    const int n_padded = (int)round_up((size_t)n, 2 * W);
+    std::copy_n(q, n, x), std::fill(x + n, x + n_padded, 0.0f);
+    Vec most = zero(), sum = zero(), spoilt = zero(), lack = zero();
+    for (int i = 0; i < n_padded; i += W) {
+      most = max(magnitude(load(x + i)), most);
+      sum = add(load(x + i), sum), spoilt = fma(load(x + i), zero(), spoilt);
+    }
+    const float top = reduce_max(most), unit = top / 32767.0f + reduce_add(spoilt);
+    const Vec per_unit = set1(top > LEAST ? 32767.0f / top : 0.0f), less = set1(-unit);
+    for (int i = 0; i < n_padded; i += 2 * W) {
+      const Vec low = round_even(mul(load(x + i), per_unit)), high = round_even(mul(load(x + i + W), per_unit));
+      store_words(words + i, to_words(low, high));
+      lack = add(lack, add(fma(low, less, load(x + i)), fma(high, less, load(x + i + W))));
+    }
+    return {unit, reduce_add(sum), reduce_add(lack)};
+  }
+};
 
 inline void pair_query_int16(const CodeShape& key, const CodesQuery& query, int n_heads) {
   const float middle = key.has_zero ? (float)((1 << key.bits) - 1) * 0.5f : 0.0f;
-  int16_t words[MOST_DOT_CHANNELS];
+  uint16_t words[MOST_DOT_CHANNELS + 2 * W];
   for (int h = 0; h < n_heads; ++h) {
-    const float* q = query.whole + (size_t)h * query.stride;
     for (int g = 0; g < query.n_groups; ++g) {
       const int first = g * key.group, at = h * query.n_groups + g;
-      const float unit = round_query(q + first, key.group, words + first);
-      float sum = 0, lack = 0;
-      for (int c = first; c < first + key.group; ++c) sum += q[c], lack += q[c] - unit * (float)words[c];
-      query.units[at] = unit, query.sums[at] = sum, query.rests[at] = middle * lack;
+      const auto group = QueryGroup::of(query.whole + (size_t)h * query.stride + first, key.group, words + first);
+      query.units[at] = group.unit, query.sums[at] = group.sum, query.rests[at] = middle * group.lack;
     }
-    write_pairs(key, [&](int code) { return (uint16_t)words[code]; }, query.pairs + (size_t)h * query.n_pairs);
+    write_pairs(key, words, query.pairs + (size_t)h * query.n_pairs);
   }
 }
 

@@ -51,21 +51,29 @@ SPARQ_INLINE void turn_scales_over(const CodeShape& shape, const uint8_t* const*
     to[g] = load_words(only);
   };
   for (int g = 0; g < n_groups; ++g) {
-    if (shape.has_zero)
-      copy(uint32_t{}, g);
-    else
-      copy(uint16_t{}, g);
+    if (shape.has_zero) copy(uint32_t{}, g);
+    else copy(uint16_t{}, g);
   }
 }
 
-// The pairs of CodesQuery::pairs of one head: word(code) of those codes that share a dword of a row.
-template <class F>
-void write_pairs(const CodeShape& key, F&& word, int32_t* to) {
-  for (int byte = 0; byte < key.row_bytes(); byte += 4)
-    for (int i = 0; i < 4; ++i) {
-      const int code = code_at(key, byte, i);
-      *to++ = (int32_t)((uint32_t)word(code) | (uint32_t)word(code + 2) << 16);
-    }
+// Words 0 2 1 3 of four.
+inline uint64_t middle_swapped(const uint16_t* words) {
+  uint64_t x;
+  memcpy(&x, words, 8);
+  return (x & 0xffff00000000ffff) | (x >> 16 & 0xffff0000) | (x & 0xffff0000) << 16;
+}
+
+// The pairs of CodesQuery::pairs of one head, whose channels are `words`: beside each other are those whose codes share
+// a dword of a row, in the order in which its nibbles are taken. Nibble i of both words of the dword at byte `byte`
+// belongs to channels c and c + 2, where c = byte + i / 2, in the plane of odd nibbles if i is odd. (Int8: two nibbles
+// to a code.)
+inline void write_pairs(const CodeShape& key, const uint16_t* words, int32_t* to) {
+  const uint16_t* const odd = words + (key.bits == 4 ? key.row_bytes() : 0);
+  for (int byte = 0; byte < key.row_bytes(); byte += 4) {
+    const uint64_t a = middle_swapped(words + byte), b = middle_swapped(odd + byte);
+    const uint64_t pairs[2] = {(a & 0xffffffff) | b << 32, a >> 32 | b >> 32 << 32};
+    memcpy(to + byte, pairs, sizeof(pairs));
+  }
 }
 
 // Codes and scales of W rows, the last one repeated.
