@@ -5,7 +5,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 TINY   := benchmarks/tiny_model/weights
-SOURCES := $(wildcard vllm_sparq/csrc/*.* vllm_sparq/csrc/*/*)
+SOURCES := $(wildcard vllm_sparq/csrc/*.* vllm_sparq/csrc/*/*.* vllm_sparq/csrc/*/*/*.*)
 
 .PHONY: help setup demo test test-fast test-long models real lint types unit cuda aot arm mutations sanitize bench clean
 .DEFAULT_GOAL := help
@@ -38,6 +38,7 @@ test-fast: lint  ## the inner loop, under two minutes: lint, and the tests witho
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	@$(BIN)/clang-format --dry-run --Werror $(filter %.h %.cpp,$(SOURCES))
 
 types: $(READY)  ## mypy, over the packages as they install
 	rm -rf build/types && mkdir -p build/types/vllm_sparq

@@ -88,8 +88,8 @@ constexpr uint64_t digest() {
   }
   {
     using Type = SpansRead;
-    digest.add_all({sizeof(Type), AT(min_k), AT(slope), AT(slope_divisor), AT(dense_below), AT(least),
-                    AT(n_first), AT(least_newest), AT(local)});
+    digest.add_all({sizeof(Type), AT(min_k), AT(slope), AT(slope_divisor), AT(dense_below), AT(least), AT(n_first),
+                    AT(least_newest), AT(local)});
   }
   digest.add_arguments(sparq_write);
   digest.add_arguments(sparq_dense_decode);

@@ -36,8 +36,7 @@ SPARQ_API void sparq_represent(const sparq::Pages& pages, const sparq::Tensor& q
 // requests.lens: the tokens that pages hold; query_start_loc, key_start_loc: [B + 1].
 SPARQ_API void sparq_prefill(const sparq::Pages& pages, const sparq::Tensor& query, const sparq::Tensor& key,
                              const sparq::Tensor& value, const sparq::Tensor& out, const sparq::Requests& requests,
-                             const int32_t* query_start_loc, const int32_t* key_start_loc,
-                             const sparq::Logits& logits);
+                             const int32_t* query_start_loc, const int32_t* key_start_loc, const sparq::Logits& logits);
 
 // requests.lens: slots taken.
 SPARQ_API void sparq_evict(const sparq::Pages& pages, const sparq::Requests& requests, const int32_t* kept_lens,

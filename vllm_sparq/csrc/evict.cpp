@@ -6,14 +6,14 @@
 #include <cmath>
 
 #include "api.h"
+#include "base/paged.h"
+#include "base/scratch.h"
+#include "base/simd.h"
 #include "codes/coded_tokens.h"
 #include "codes/encode.h"
-#include "base/paged.h"
-#include "rank/ranking_copy.h"
-#include "base/scratch.h"
-#include "rank/select.h"
-#include "base/simd.h"
 #include "codes/value_sum.h"
+#include "rank/ranking_copy.h"
+#include "rank/select.h"
 
 namespace sparq {
 namespace {
@@ -339,8 +339,8 @@ void remake(const Held& held, const Move* moves, int n_moves) {
 void evict_head(const Evict& call, int request, int head) {
   thread_local Scratch scratch;
   const int n_held = call.requests.lens[request], n_kept = call.kept_lens[request];
-  const Held held{call.pages, {&call.pages, call.requests.blocks(request), head, n_held}, n_kept,
-                  call.rank == Rank::attention};
+  const Held held{
+      call.pages, {&call.pages, call.requests.blocks(request), head, n_held}, n_kept, call.rank == Rank::attention};
   Move* const moves = scratch.arena().take<Move>(n_held - n_kept);
   const int n_moves = plan_moves(held, call.sinks, call.recent_from[request], moves);
   if (n_moves == 0) return;

@@ -2,11 +2,11 @@
 #include <algorithm>
 
 #include "api.h"
+#include "base/simd.h"
+#include "base/tile.h"
+#include "decode/sparse_tasks.h"
 #include "rank/ranking_copy.h"
 #include "rank/select.h"
-#include "base/simd.h"
-#include "decode/sparse_tasks.h"
-#include "base/tile.h"
 
 namespace sparq {
 namespace {

@@ -102,7 +102,6 @@ void represent(const Pages& pages, const Tensor& query, const Requests& requests
 
 SPARQ_API void sparq_represent(const sparq::Pages& pages, const sparq::Tensor& query, const sparq::Requests& requests,
                                const int32_t* query_start_loc) {
-  sparq::with_dtype(pages.dtype, [&](auto type) {
-    sparq::represent<decltype(type)>(pages, query, requests, query_start_loc);
-  });
+  sparq::with_dtype(pages.dtype,
+                    [&](auto type) { sparq::represent<decltype(type)>(pages, query, requests, query_start_loc); });
 }

@@ -5,12 +5,12 @@
 #include <vector>
 
 #include "api.h"
-#include "codes/encode.h"
 #include "base/paged.h"
-#include "rank/ranking_copy.h"
 #include "base/scratch.h"
 #include "base/simd.h"
+#include "codes/encode.h"
 #include "codes/value_sum.h"
+#include "rank/ranking_copy.h"
 
 namespace sparq {
 namespace {
@@ -187,8 +187,7 @@ void write(const Pages& pages, const NewTokens& tokens, const Requests& requests
         sum_block({pages, tokens, block, {&pages, requests.blocks(block.request), (int)(i % n_heads)}});
       }
 #pragma omp for schedule(static)
-      for (int64_t head = 0; head < n_heads; ++head)
-        chain_sums(pages, requests, blocks, (size_t)n_blocks, (int)head);
+      for (int64_t head = 0; head < n_heads; ++head) chain_sums(pages, requests, blocks, (size_t)n_blocks, (int)head);
     }
   }
 }

@@ -26,8 +26,7 @@ void absorb_heads(const Group& group, const State& state, int h0, const uint8_t*
     float rescale;
     float* const row = logits + (size_t)h * stride;
     const float scale = cap_logits(group, row, n);
-    const float sum =
-        softmax_tile(row, n, n_padded, scale * LOG2_E, &state.peak[h0 + h], &rescale, weights + h * TILE);
+    const float sum = softmax_tile(row, n, n_padded, scale * LOG2_E, &state.peak[h0 + h], &rescale, weights + h * TILE);
     state.total[h0 + h] = state.total[h0 + h] * rescale + sum;
     if (rescale != 1.0f) scale_row(state.acc + (size_t)(h0 + h) * d, d, rescale);
   }
@@ -106,8 +105,7 @@ void merge(const State& into, const State& from, int n_heads, int head_size) {
     const float a = std::exp2(into.peak[h] - peak), b = std::exp2(from.peak[h] - peak);
     float* acc = into.acc + (size_t)h * head_size;
     const float* other = from.acc + (size_t)h * head_size;
-    for (int c = 0; c < head_size; c += W)
-      store(acc + c, fma(load(acc + c), set1(a), mul(load(other + c), set1(b))));
+    for (int c = 0; c < head_size; c += W) store(acc + c, fma(load(acc + c), set1(a), mul(load(other + c), set1(b))));
     into.total[h] = into.total[h] * a + from.total[h] * b;
     into.peak[h] = peak;
   }

@@ -26,14 +26,15 @@ struct Group {
   CodesQuery codes;  // quantized formats only
 };
 
-// Caps n logits, readable to n rounded up to 16, where the model does; returns what they are still to be multiplied with.
+// Caps n logits, readable to n rounded up to 16, where the model does; returns what they are still to be multiplied
+// with.
 float cap_logits(const Group& group, float* logits, int n);
 
 // What attention has seen so far: out[h] = acc[h] / total[h], base 2 logits relative to peak[h].
 struct State {
-  float* acc;    // [n_heads, D]
-  float* peak;   // [n_heads]
-  float* total;  // [n_heads]
+  float* acc;               // [n_heads, D]
+  float* peak;              // [n_heads]
+  float* total;             // [n_heads]
   float* logits = nullptr;  // [n_heads, stride], where those of the next tokens are to be kept, base 2; or null
   size_t stride = 0;
 

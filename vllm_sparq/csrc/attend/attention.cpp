@@ -29,7 +29,7 @@ void fetch_attention(const Sequence& sequence, int first, int n) {
 }
 
 void add_attention(const Sequence& sequence, int first, int n, const float* weights, size_t stride, int n_heads,
-                const float* factors) {
+                   const float* factors) {
   const Pages& pages = *sequence.pages;
   for (int done = 0, run; done < n; done += run) {
     const int block = (first + done) / pages.block_size, slot = (first + done) % pages.block_size;

@@ -35,6 +35,6 @@ void fetch_attention(const Sequence& sequence, int first, int n);
 
 // Adds to the attention of tokens first .. first + n the mean over the heads of factors[h] weights[h][token].
 void add_attention(const Sequence& sequence, int first, int n, const float* weights, size_t stride, int n_heads,
-                const float* factors);
+                   const float* factors);
 
 }  // namespace sparq

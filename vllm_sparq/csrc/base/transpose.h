@@ -15,7 +15,7 @@ inline void transpose_square(const uint8_t* from, int64_t from_stride, uint8_t* 
   Bytes x[n], y[n];
 #pragma GCC unroll 16
   for (int i = 0; i < n; ++i) x[i] = load_16_bytes(from + i * from_stride);
-  // Rows i and i + n/2 are interleaved: log2(n) such steps turn the square over.
+    // Rows i and i + n/2 are interleaved: log2(n) such steps turn the square over.
 #pragma GCC unroll 4
   for (int step = 1; step < n; step *= 2) {
 #pragma GCC unroll 8

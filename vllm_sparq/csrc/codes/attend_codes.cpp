@@ -1,14 +1,14 @@
 #include "codes/attend_codes.h"
 
+#include "attend/attention.h"
+#include "base/softmax_tile.h"
+#include "base/tile.h"
 #include "codes/codes_float.h"
 #include "codes/dot_codes_bf16.h"
 #include "codes/dot_int16.h"
 #include "codes/key_columns.h"
 #include "codes/listed.h"
 #include "codes/mix_int16.h"
-#include "attend/attention.h"
-#include "base/softmax_tile.h"
-#include "base/tile.h"
 
 namespace sparq {
 namespace {
@@ -63,7 +63,7 @@ void few_heads_at_a_time(const CodeKernels& kernels, const Group& group, const S
 // Where the codes of a page end, which begin with those of K.
 int64_t codes_end(const Pages& pages) {
   return pages.channel_keys ? pages.value.scales + pages.block_size * pages.value.scale_stride
-                              : pages.key.codes + pages.block_size * pages.key.code_stride;
+                            : pages.key.codes + pages.block_size * pages.key.code_stride;
 }
 
 // What a page's codes of K and of V span, in the two halves in which it is read.
@@ -225,8 +225,8 @@ CodeKernels CodeKernels::of(const Pages& pages) {
 
 CodesQuery CodeKernels::new_query(int n_heads, Arena& arena) const {
   const size_t n = n_heads, n_pairs = key.row_bytes(), n_groups = key.n_groups();  // four pairs a dword
-  CodesQuery query{arena.take<float>(n * value.n + 16), nullptr, nullptr, nullptr, nullptr, value.n, (int)n_pairs,
-                   (int)n_groups};
+  CodesQuery query{
+      arena.take<float>(n * value.n + 16), nullptr, nullptr, nullptr, nullptr, value.n, (int)n_pairs, (int)n_groups};
   if (pair_query == nullptr) return query;
   query.pairs = arena.take<int32_t>(n * n_pairs);
   query.sums = arena.take<float>(n * n_groups), query.rests = arena.take<float>(n * n_groups);

@@ -20,8 +20,8 @@ using MixCodes = void (*)(const CodeShape&, const CodeRows&, const float* x, int
 // The kernels for the pages of a layer.
 struct CodeKernels {
   CodeShape key, value;
-  DotCodes dot;          // K, where its rows are tokens
-  MixCodes mix_keys;     // K, where its rows are channels
+  DotCodes dot;       // K, where its rows are tokens
+  MixCodes mix_keys;  // K, where its rows are channels
   MixCodes mix_values;
   void (*decode_column)(const Pages&, const uint8_t* page, int slot, float* to);  // one token of channel-major K
   // From rows of fp32 in query.whole, what else `dot` wants of the query; null where that is all.
@@ -38,7 +38,7 @@ void attend_blocks(const CodeKernels& kernels, const Group& group, const State& 
                    int first_block, int last_block);
 
 // Adds tokens of full blocks, ascending.
-void attend_coded_tokens(const CodeKernels& kernels, const Group& group, const State& state,
-                         const Sequence& sequence, const int32_t* tokens, int n);
+void attend_coded_tokens(const CodeKernels& kernels, const Group& group, const State& state, const Sequence& sequence,
+                         const int32_t* tokens, int n);
 
 }  // namespace sparq

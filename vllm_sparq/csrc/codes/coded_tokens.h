@@ -1,9 +1,9 @@
 // Tokens of quantized pages as rows of numbers.
 #pragma once
 
-#include "codes/code_rows.h"
 #include "base/scratch.h"
 #include "base/transpose.h"
+#include "codes/code_rows.h"
 
 namespace sparq {
 

@@ -4,8 +4,8 @@
 // added in fp32.
 #pragma once
 
-#include "codes/attend_codes.h"
 #include "base/tile.h"
+#include "codes/attend_codes.h"
 
 #ifdef SPARQ_BF16_VECTORS
 
@@ -49,11 +49,11 @@ SPARQ_INLINE __m512i words_right(__m512i words) {
   return _mm512_srli_epi16(words, shift);
 }
 
-constexpr int MIX_ROWS = 128;    // rows whose weights are made at once
-constexpr int MIX_UNIT = 32;     // bytes of a row that fill a vector, beside those of the next row
-constexpr int SHORT_ROW = 16;    // bytes of a whole row that fill one beside those of the next three
+constexpr int MIX_ROWS = 128;  // rows whose weights are made at once
+constexpr int MIX_UNIT = 32;   // bytes of a row that fill a vector, beside those of the next row
+constexpr int SHORT_ROW = 16;  // bytes of a whole row that fill one beside those of the next three
 
-constexpr int AHEAD_ROWS = 8;    // between requests for memory that is wanted next
+constexpr int AHEAD_ROWS = 8;  // between requests for memory that is wanted next
 
 // Whether the codes of each plane in each unit of a row belong to one group.
 inline bool can_mix_bf16(const CodeShape& shape) {
@@ -68,8 +68,7 @@ inline bool can_mix_bf16(const CodeShape& shape) {
 // Step and zero of up to MIX_ROWS rows as the dwords they are, [n rounded up, n_groups]; zeros past the end.
 inline const int32_t* stage_scales(const CodeShape& shape, const CodeRows& rows, int first, int n, int32_t* to) {
   const int groups = shape.n_groups();
-  if (rows.all_scales != nullptr && n % 32 == 0)
-    return (const int32_t*)rows.all_scales + (size_t)first * groups;
+  if (rows.all_scales != nullptr && n % 32 == 0) return (const int32_t*)rows.all_scales + (size_t)first * groups;
   const uint8_t* const* from = rows.scales + first;
   if (groups == 2) {
     for (int i = 0; i < n; ++i) memcpy(to + 2 * i, from[i], 8);
@@ -158,13 +157,13 @@ void fold(const ScaleLanes<n_weights>& scales, const float* x, int n, int32_t* w
 // A few neighbouring units of all rows.
 struct MixUnits {
   const uint8_t* const* codes;
-  int n;                      // rows
-  int byte, row_bytes;        // where the first begins, and a row ends
-  int n_weights;              // of a row, each of planes_of_weight neighbouring planes
+  int n;                // rows
+  int byte, row_bytes;  // where the first begins, and a row ends
+  int n_weights;        // of a row, each of planes_of_weight neighbouring planes
   int planes_of_weight;
   const int32_t* weights[2];  // of each unit: [heads, weight_stride]
   int weight_stride;
-  const float* sums[2];       // [heads, n_weights]
+  const float* sums[2];  // [heads, n_weights]
 
   int weight_of(int plane) const { return plane / planes_of_weight; }
 };
@@ -330,12 +329,17 @@ void mix_heads_bf16(const CodeShape& shape, const CodeRows& rows, const float* x
       if (byte == 0 || !by_plane)
         for (int u = 0; u < (by_plane ? 1 : n_units); ++u) prepare(byte / MIX_UNIT + u, u);
       const int second = by_plane ? 0 : U - 1;
-      const MixUnits units{rows.codes + first, n, byte, row_bytes, n_weights, P / n_weights,
-                           {weights[0], weights[second]}, weight_stride, {sums[0], sums[second]}};
-      if (n_units == 2)
-        mix_units<C, Side, HH, U>(units, out, out_stride, ahead, byte == 0 ? share : 0);
-      else
-        mix_units<C, Side, HH, 1>(units, out, out_stride, ahead, byte == 0 ? share : 0);
+      const MixUnits units{rows.codes + first,
+                           n,
+                           byte,
+                           row_bytes,
+                           n_weights,
+                           P / n_weights,
+                           {weights[0], weights[second]},
+                           weight_stride,
+                           {sums[0], sums[second]}};
+      if (n_units == 2) mix_units<C, Side, HH, U>(units, out, out_stride, ahead, byte == 0 ? share : 0);
+      else mix_units<C, Side, HH, 1>(units, out, out_stride, ahead, byte == 0 ? share : 0);
     }
   }
 }

@@ -2,8 +2,8 @@
 // used as rows of fp32.
 #pragma once
 
-#include "codes/attend_codes.h"
 #include "base/tile.h"
+#include "codes/attend_codes.h"
 
 namespace sparq {
 

@@ -4,9 +4,9 @@
 
 #include <cmath>
 
-#include "codes/code_rows.h"
 #include "base/scratch.h"
 #include "base/transpose.h"
+#include "codes/code_rows.h"
 
 namespace sparq {
 namespace {

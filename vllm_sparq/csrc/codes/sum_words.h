@@ -9,9 +9,9 @@
 
 namespace sparq {
 
-constexpr int SUM_ROWS = 128;    // at most: sums of 128 products of 7 and 15 bits fit into 32
-constexpr int UNIT = 2 * W;      // bytes of a row that fill a vector, beside those of the next row
-constexpr int AHEAD_PAIRS = 4;   // between requests for memory that is wanted next
+constexpr int SUM_ROWS = 128;   // at most: sums of 128 products of 7 and 15 bits fit into 32
+constexpr int UNIT = 2 * W;     // bytes of a row that fill a vector, beside those of the next row
+constexpr int AHEAD_PAIRS = 4;  // between requests for memory that is wanted next
 
 // Pairs of rows anywhere in memory.
 struct PointedRows {

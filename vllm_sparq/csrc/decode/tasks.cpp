@@ -5,8 +5,8 @@
 namespace sparq {
 namespace {
 
-constexpr int MIN_PART = 512;          // tokens; less is not worth a merge
-constexpr int PARTS_PER_THREAD = 4;    // so that no thread waits long for the last part
+constexpr int MIN_PART = 512;        // tokens; less is not worth a merge
+constexpr int PARTS_PER_THREAD = 4;  // so that no thread waits long for the last part
 
 }  // namespace
 

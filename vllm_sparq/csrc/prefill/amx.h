@@ -14,8 +14,8 @@ namespace sparq::prefill {
 constexpr int TILE_ROWS = 16;   // of A and of a result
 constexpr int TILE_CELLS = 16;  // of 32 bits, two bf16 each: columns of A, rows of B
 
-// The tile registers of this thread, all of full size. What they were configured as before, by another library that may believe
-// they still are, is put back in the end; what they held is lost.
+// The tile registers of this thread, all of full size. What they were configured as before, by another library that may
+// believe they still are, is put back in the end; what they held is lost.
 class TileRegisters {
  public:
   TileRegisters() {

@@ -93,8 +93,7 @@ void rank_part(const Sparq& op, const Task& task, int len, Ranked& ranked, const
     if (op.keeps_scores())
       for (int row = 0; row < op.n_head_rows(); ++row)
         std::copy_n(scores + (size_t)row * stride, count, all.data + row * all.stride + first);
-    if (!op.read.probs)
-      ranked.candidates.push(ranked_by, scores, stride, first, count);
+    if (!op.read.probs) ranked.candidates.push(ranked_by, scores, stride, first, count);
   }
   ranked.candidates.keep_best();
 }

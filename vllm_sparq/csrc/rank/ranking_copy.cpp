@@ -116,7 +116,7 @@ void make_ranking_copy(const Pages& pages, const void* keys, int64_t stride, uin
   with_dtype(pages.dtype, [&](auto type) {
     using T = decltype(type);
     pages.ranking_type == RankingType::model ? copy(pages, (const T*)keys, stride, page)
-                                         : quantize(pages, (const T*)keys, stride, page);
+                                             : quantize(pages, (const T*)keys, stride, page);
   });
 }
 

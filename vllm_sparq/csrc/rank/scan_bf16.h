@@ -26,9 +26,9 @@ inline void stage_pairs(const uint8_t* copy, const int32_t* row_offsets, int r, 
 // The four codes of each word as bf16: nibble s of every word, by table look-up, which ignores the bits above.
 SPARQ_INLINE void expand_words(__m512i words, __m512i* codes) {
   // bf16 bits of 0 .. 15, twice: the look-up reads five bits.
-  const __m512i table = _mm512_broadcast_i64x4(
-      _mm256_setr_epi16(0, 0x3f80, 0x4000, 0x4040, 0x4080, 0x40a0, 0x40c0, 0x40e0, 0x4100, 0x4110, 0x4120, 0x4130,
-                        0x4140, 0x4150, 0x4160, 0x4170));
+  const __m512i table =
+      _mm512_broadcast_i64x4(_mm256_setr_epi16(0, 0x3f80, 0x4000, 0x4040, 0x4080, 0x40a0, 0x40c0, 0x40e0, 0x4100,
+                                               0x4110, 0x4120, 0x4130, 0x4140, 0x4150, 0x4160, 0x4170));
   codes[0] = _mm512_permutexvar_epi16(words, table);
   codes[1] = _mm512_permutexvar_epi16(_mm512_srli_epi16(words, 4), table);
   codes[2] = _mm512_permutexvar_epi16(_mm512_srli_epi16(words, 8), table);
@@ -50,8 +50,8 @@ SPARQ_INLINE void store_in_order(const Vec* low, const Vec* high, int s, float* 
 
 // Scores of 128 tokens (the z-th 64 bytes of each row) for HH heads; weights are pairs of bf16.
 template <int HH>
-void scan_pairs(const Scan& scan, int z, const int32_t* weights, int weights_stride, const float* bias,
-                             float* scores, int stride) {
+void scan_pairs(const Scan& scan, int z, const int32_t* weights, int weights_stride, const float* bias, float* scores,
+                int stride) {
   constexpr int V = HH <= 2 ? 2 : 1;  // halves at once: at most 20 sums
   alignas(64) Vec sums[HH][2][4];
   for (int half = 0; half < 2; half += V) {

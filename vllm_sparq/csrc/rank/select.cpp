@@ -52,10 +52,8 @@ float kth_largest(const float* values, int n, int k, int* n_ties) {
   int64_t low = ordered(-INFINITY), high = ordered(INFINITY);  // the answer is in low .. high
   while (low < high) {
     const int64_t middle = low + (high - low) / 2;
-    if (count_greater(values, n, unordered((int32_t)middle)) >= k)
-      low = middle + 1;
-    else
-      high = middle;
+    if (count_greater(values, n, unordered((int32_t)middle)) >= k) low = middle + 1;
+    else high = middle;
   }
   const float answer = unordered((int32_t)low);
   *n_ties = k - count_greater(values, n, answer);
@@ -68,8 +66,14 @@ int Candidates::capacity_for(int wanted, int block_size) {
 
 Candidates Candidates::in(Arena& arena, int wanted, int capacity, int n_rows) {
   const size_t room = capacity + 16;  // whole vectors are stored
-  return {arena.take<float>(room), arena.take<int32_t>(room),
-          n_rows > 0 ? arena.take<float>(room * n_rows) : nullptr, n_rows, capacity, wanted, 0, -INFINITY};
+  return {arena.take<float>(room),
+          arena.take<int32_t>(room),
+          n_rows > 0 ? arena.take<float>(room * n_rows) : nullptr,
+          n_rows,
+          capacity,
+          wanted,
+          0,
+          -INFINITY};
 }
 
 void Candidates::push(const float* scores, const float* heads, int stride, int first, int count) {
@@ -137,10 +141,8 @@ int Candidates::n_holding(const float* shares, float mass) const {
   int64_t low = ordered(-INFINITY), high = ordered(INFINITY);
   while (low < high) {
     const int64_t middle = low + (high - low) / 2;
-    if (share_greater(score, shares, n, unordered((int32_t)middle)) >= mass)
-      low = middle + 1;
-    else
-      high = middle;
+    if (share_greater(score, shares, n, unordered((int32_t)middle)) >= mass) low = middle + 1;
+    else high = middle;
   }
   const float last = unordered((int32_t)low);
   int holding = count_greater(score, n, last);

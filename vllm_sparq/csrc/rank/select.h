@@ -36,7 +36,8 @@ struct Candidates {
   void push(const Candidates& other);
   // Drops all but the best; ties go to the oldest.
   void keep_best();
-  // How many of the best hold `mass`, none if that is not positive; all if all hold less. shares [n, readable to n rounded up to 16].
+  // How many of the best hold `mass`, none if that is not positive; all if all hold less. shares [n, readable to n
+  // rounded up to 16].
   int n_holding(const float* shares, float mass) const;
 };
 

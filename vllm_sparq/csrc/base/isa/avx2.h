@@ -155,7 +155,9 @@ SPARQ_INLINE Words set_word(int x) { return _mm256_set1_epi16((short)x); }
 SPARQ_INLINE Words and_words(Words a, Words b) { return _mm256_and_si256(a, b); }
 SPARQ_INLINE Words add_pairs(Words a, Words b) { return _mm256_add_epi32(a, b); }
 template <int n>
-SPARQ_INLINE Words shift_right(Words x) { return _mm256_srli_epi16(x, n); }
+SPARQ_INLINE Words shift_right(Words x) {
+  return _mm256_srli_epi16(x, n);
+}
 SPARQ_INLINE Words signed_low(Words x) { return _mm256_srai_epi16(_mm256_slli_epi16(x, 8), 8); }
 SPARQ_INLINE Words signed_high(Words x) { return _mm256_srai_epi16(x, 8); }
 SPARQ_INLINE Words add_products(Words sum, Words a, Words b) { return _mm256_add_epi32(sum, _mm256_madd_epi16(a, b)); }

@@ -1,5 +1,5 @@
-// Vectors of AVX-512: 16 floats, or 16 pairs of 16-bit numbers. What each function means is said here; avx2.h and neon.h
-// have the same ones.
+// Vectors of AVX-512: 16 floats, or 16 pairs of 16-bit numbers. What each function means is said here; avx2.h and
+// neon.h have the same ones.
 #pragma once
 
 #include "base/isa/x86.h"
@@ -147,7 +147,9 @@ SPARQ_INLINE Words set_word(int x) { return _mm512_set1_epi16((short)x); }
 SPARQ_INLINE Words and_words(Words a, Words b) { return _mm512_and_si512(a, b); }
 SPARQ_INLINE Words add_pairs(Words a, Words b) { return _mm512_add_epi32(a, b); }
 template <int n>
-SPARQ_INLINE Words shift_right(Words x) { return _mm512_srli_epi16(x, n); }
+SPARQ_INLINE Words shift_right(Words x) {
+  return _mm512_srli_epi16(x, n);
+}
 // The low or the high byte of each word, with its sign.
 SPARQ_INLINE Words signed_low(Words x) { return _mm512_srai_epi16(_mm512_slli_epi16(x, 8), 8); }
 SPARQ_INLINE Words signed_high(Words x) { return _mm512_srai_epi16(x, 8); }

@@ -105,13 +105,12 @@ SPARQ_INLINE Vec widen_fp16(uint16x8_t x) {
   const float16x8_t half = vreinterpretq_f16_u16(x);
   return {vcvt_f32_f16(vget_low_f16(half)), vcvt_high_f32_f16(half)};
 }
-SPARQ_INLINE uint16x8_t to_fp16(Vec v) {
-  return vreinterpretq_u16_f16(vcvt_high_f16_f32(vcvt_f16_f32(v.low), v.high));
-}
+SPARQ_INLINE uint16x8_t to_fp16(Vec v) { return vreinterpretq_u16_f16(vcvt_high_f16_f32(vcvt_f16_f32(v.low), v.high)); }
 SPARQ_INLINE Vec load(const fp16* p) { return widen_fp16(vld1q_u16(&p->bits)); }
 SPARQ_INLINE Vec load(const bf16* p) { return widen_bf16(vld1q_u16(&p->bits)); }
 SPARQ_INLINE void store(fp16* p, Vec v) { vst1q_u16(&p->bits, to_fp16(v)); }
-// The nearest number of fp16 may be on the wrong side; then its neighbour is wanted. Bits of a number grow away from zero.
+// The nearest number of fp16 may be on the wrong side; then its neighbour is wanted. Bits of a number grow away from
+// zero.
 SPARQ_INLINE uint16x8_t narrow(Lanes x) { return vcombine_u16(vmovn_u32(x.low), vmovn_u32(x.high)); }
 SPARQ_INLINE void store_up(fp16* p, Vec v) {
   const uint16x8_t nearest = to_fp16(v), below = narrow(lanes_greater(v, widen_fp16(nearest)));
