@@ -71,7 +71,9 @@ def chosen(engine: PagedEngine, heads: HeadShape, asked: str | None) -> Options 
     if given == OFF and (not engine.reads_sparsely or engine.options.lossless):
         return None  # it is answered so already
     if engine.options.lossless:
-        raise OptionsError(f"{_named(given)}: with lossless every request gets the answers of dense attention")
+        raise OptionsError(
+            f"{_named(given)}: with lossless every request gets the answers of dense attention: leave it out"
+        )
     if not engine.reads_sparsely:
         raise OptionsError(
             f"{_named(given)}: this engine reads densely (read={engine.options.read!r}), and its pages hold nothing "

@@ -73,11 +73,14 @@ def lossless_refusals(vllm_config: Any, engine: PagedEngine) -> list[str]:
         return []
     model, reasons = vllm_config.model_config, []
     if current_platform.is_cuda():
-        reasons.append("runs on CPU alone so far")
+        reasons.append("runs on CPU alone so far: leave lossless out")
     if not engine.reads_sparsely:
         reasons.append(f"drafts by a sparse read, and read={options.read!r} is none: use read 'sparq' or 'spans'")
     if options.format != "model" or options.retention != "all":
-        reasons.append("takes drafts back, which blocks of codes and evicted tokens do not allow: use format 'model'")
+        reasons.append(
+            "takes drafts back, which blocks of codes and evicted tokens do not allow, got "
+            f"format={options.format!r} and retention={options.retention!r}: use format 'model' and retention 'all'"
+        )
     if speculative is not None and speculative.model != DRAFTER:
         reasons.append("is speculative decoding itself: leave --speculative-config out")
     if parallel.pipeline_parallel_size > 1:
@@ -93,5 +96,5 @@ def lossless_refusals(vllm_config: Any, engine: PagedEngine) -> list[str]:
         reasons.append("does not know adapters, M-RoPE and layers with a state: use another model, or leave LoRA out")
     kinds = set(getattr(model.hf_text_config, "layer_types", None) or ())
     if len(kinds) > 1:
-        reasons.append(f"needs layers of one kind, and this model's are {', '.join(sorted(kinds))}")
+        reasons.append(f"needs layers of one kind, and this model's are {', '.join(sorted(kinds))}: leave lossless out")
     return [f"sparq option lossless=True {reason}" for reason in reasons]

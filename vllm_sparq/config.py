@@ -83,8 +83,8 @@ class Options(BaseModel):
     compression: float = Field(default=8.0, ge=1.0, allow_inf_nan=False)
     """Bytes of a dense read per byte of a sparse one: sets r = D / compression, and k, which gets the bytes left.
 
-    k = 7/8 S / compression beside a ranking copy of 4 bits, 3/4 beside one of 8, 1/2 beside one in the model's type or
-    none (kivi).
+    D is the head size, S the context in tokens: k = 7/8 S / compression beside a ranking copy of 4 bits, 3/4 beside one
+    of 8, 1/2 beside one in the model's type or none (kivi).
     With read spans or infllm, k = S / compression - S / 16, and compression must be below 16, since what ranks spans is
     1/16.
     """
@@ -98,7 +98,7 @@ class Options(BaseModel):
     With read infllm they are 128 at least.
     """
     min_k: int = Field(default=256, ge=1)
-    """Floor of the k that compression sets: 128 lose three times what 256 do of a real model's 1,024 tokens.
+    """Floor of the k that compression sets: at 1,024 tokens a real model loses three times as much by 128 as by 256.
 
     With mass it is the least that may be read, whatever sets k.
     """
@@ -109,7 +109,7 @@ class Options(BaseModel):
     takes the scores of every query head, as the mean value does. Measure it: heads that look sure may be wrong.
     """
     ranking: Literal["int4", "int8", "model"] = "int4"
-    """Type of the channel-major copy of K that ranks the tokens: +14%, +27% or +50% memory."""
+    """Type of the channel-major copy of K that ranks tokens: +13%, +26% or +50% memory, and 1% for the mean value."""
     mean_value: Literal["auto", "on", "off"] = "auto"
     """Give the probability of unread tokens to the mean of V. auto: off with grouped queries and summed logits."""
     group_reduce: Literal["logits", "probs"] = "logits"
@@ -128,7 +128,9 @@ class Options(BaseModel):
     lossless: bool = False
     """The model drafts tokens with this read and verifies them with dense attention, whose answers it gives.
 
-    A preview, on CPU: for contexts so long that attention takes most of a step. Short ones are not drafted for.
+    A preview, on CPU: for contexts so long that attention takes most of a step. Short ones are not drafted for. It
+    needs blocks in the model's type, all tokens to stay, layers of one kind (no sliding windows, no states), and no
+    LoRA, M-RoPE, pipeline stages or speculative decoding beside it.
     """
     drafts: int = Field(default=3, ge=1, le=16)
     """Tokens that lossless drafts for each verification."""
@@ -205,6 +207,11 @@ def _check_read(options: Options) -> None:
         raise OptionsError(problem)
     if not options.lossless:
         _refuse(options, ("drafts",), "without lossless: set lossless true")
+    stored = FORMATS[options.format]
+    if stored is None:
+        _refuse(options, ("chunk",), "with format 'model', whose blocks are exact: set a format of codes")
+    elif stored.channel_keys:
+        _refuse(options, ("ranking",), f"with format {options.format!r}, whose K ranks tokens: set format 'int4'")
 
 
 def _refuse(options: Options, names: Iterable[str], where: str) -> None:

@@ -13,6 +13,11 @@ class DenseRead(Read):
     """Every token, every step."""
 
     op: ClassVar[str] = "dense_decode"
+    meaningless: ClassVar[tuple[str, ...]] = (
+        *("compression", "r", "k", "local", "min_k", "mass"),
+        *("ranking", "mean_value", "group_reduce"),
+    )
+    instead: ClassVar[str] = "set read 'sparq'"
 
     @property
     def arguments(self) -> dict[str, Any]:
