@@ -153,7 +153,7 @@ def cluster(pool: Pool, address: str | None) -> Iterator[None]:
     """
     if importlib.util.find_spec("ray") is None:
         raise UsageError(
-            "Ray is not installed: pip install '.[bench]' in a checkout of vllm-sparq (ray[data,serve], not ray[llm])"
+            "Ray is not installed: pip install 'ray[data,serve]' pyarrow matplotlib; not ray[llm], it pins another vLLM"
         )
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")

@@ -17,4 +17,4 @@ def optional(module: str, purpose: str) -> Any:
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
-        raise UsageError(f"{purpose} needs {error.name}: pip install '.[eval]' in a checkout of vllm-sparq") from None
+        raise UsageError(f"{purpose} needs {error.name}: pip install optuna rouge-score") from None

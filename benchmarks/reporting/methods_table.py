@@ -74,7 +74,7 @@ ROWS = (
     ),
     Row(
         title="`infllm`",
-        idea="look up spans, 1/8",
+        idea="look up spans, 1/8 (CPU preview)",
         paper="2402.04617",
         where=("vllm_sparq/ops/represent",),
         engine="infllm",

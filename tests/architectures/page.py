@@ -97,12 +97,13 @@ def beside_states() -> str:
     """What blocks come to for models of real size."""
     lines = f"""{STATES}
 
-vLLM makes blocks as large as a state; ours hold several pages of 128 tokens, in which tokens are quantized, ranked and
-evicted ([decision 9](decisions/0009-pages-within-blocks.md)). *Quantized* is the number of tokens after which they are,
-however many a block holds. Counted by vLLM's own functions (`python -m tests.architectures.matrix --counted`), for
-requests of {LENGTH:,} tokens in bfloat16, without prefix caching. *Gain* is how many times dense's tokens fit into the
-same bytes, of the attention layers and the model; *kept* is the gain of the attention layers over that of the same
-layers in a model that has no others. Configurations of the models' sizes, no weights.
+vLLM makes blocks as large as a state; ours hold several pages of 128 tokens (`sparq`: 256), in which tokens are
+quantized, ranked and evicted ([decision 9](decisions/0009-pages-within-blocks.md)). *Quantized* is the number of
+tokens after which they are, however many a block holds. Counted by vLLM's own functions
+(`python -m tests.architectures.matrix --counted`), for requests of {LENGTH:,} tokens in bfloat16, without prefix
+caching. *Gain* is how many times dense's tokens fit into the same bytes, of the attention layers and the model;
+*kept* is the gain of the attention layers over that of the same layers in a model that has no others. Configurations
+of the models' sizes, no weights.
 
 | model | format | tokens a block | pages | quantized | tokens a GiB | gain, attention | kept | gain, model |
 |---|---|---|---|---|---|---|---|---|

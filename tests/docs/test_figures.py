@@ -10,7 +10,7 @@ from tests.docs.markdown import ROOT
 from vllm_sparq.benchmarks.common.records import read_records
 from vllm_sparq.benchmarks.reporting import figures
 
-pytest.importorskip("matplotlib", reason="pictures need matplotlib (pip install '.[bench]')")
+pytest.importorskip("matplotlib", reason="pictures need matplotlib (pip install matplotlib)")
 
 
 @pytest.mark.parametrize("name", figures.FIGURES)

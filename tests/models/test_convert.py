@@ -11,7 +11,7 @@ import torch
 
 from vllm_sparq.console import UsageError
 
-pytest.importorskip("gguf", reason="the extra [models] is not installed")
+pytest.importorskip("gguf", reason="the package gguf is not installed")
 
 from tests.models import files
 from vllm_sparq.models.convert import convert

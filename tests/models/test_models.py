@@ -19,7 +19,7 @@ from vllm_sparq.console import UsageError, check_model
 from vllm_sparq.models import catalogue, command, folders, wheels
 from vllm_sparq.models.catalogue import MODELS, NamedModel, Wheel
 
-pytest.importorskip("gguf", reason="the extra [models] is not installed")
+pytest.importorskip("gguf", reason="the package gguf is not installed")
 
 from tests.models import files
 

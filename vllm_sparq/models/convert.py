@@ -145,8 +145,7 @@ def _open(file: Path) -> Any:
         from gguf import GGUFReader
     except ModuleNotFoundError:
         raise UsageError(
-            "a model by name is converted by the package gguf, which is not here: "
-            "pip install '.[models]' in a checkout of vllm-sparq, or pip install gguf"
+            "a model by name is converted by the package gguf, which is not here: pip install gguf"
         ) from None
     try:
         return GGUFReader(file)

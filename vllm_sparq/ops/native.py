@@ -40,7 +40,7 @@ PARTS = ("records", "ranking", "scales", "value_sum", "positions", "attention")
 
 COMPILE_AGAIN = (
     "Compile the kernels again: `make setup` in a checkout, "
-    "`pip install --force-reinstall --no-deps vllm-sparq` elsewhere."
+    "`pip install --force-reinstall --no-deps .` in one that is installed otherwise."
 )
 REFERENCE_INSTEAD = "the pure-torch reference runs instead, hundreds of times slower"
 
