@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from vllm_sparq.backends import BACKENDS, PRESETS
-from vllm_sparq.config import Options, OptionsError, parse_options
+from vllm_sparq.config import MOST_TOKENS, Options, OptionsError, parse_options
 from vllm_sparq.formats import FORMATS
 from vllm_sparq.reads import MEASURED_BREAK_EVEN, HeadShape, SparqRead
 
@@ -289,9 +289,9 @@ REFUSED = [
     ({"mean_value": True}, "mean_value=True", "'auto', 'on' or 'off'", "probability of unread tokens"),
     ({"group_reduce": "max"}, "group_reduce='max'", "'logits' or 'probs'", "query group"),
     ({"dense_layers": -1}, "dense_layers=-1", "greater than or equal to 0", "First layers"),
-    ({"dense_below": -1}, "dense_below=-1", "'auto' or a number of tokens >= 0", "read densely"),
-    ({"dense_below": "never"}, "dense_below='never'", "'auto' or a number of tokens >= 0", "read densely"),
-    ({"dense_below": 1.5}, "dense_below=1.5", "'auto' or a number of tokens >= 0", "read densely"),
+    ({"dense_below": -1}, "dense_below=-1", "'auto' or a number of tokens from 0", "read densely"),
+    ({"dense_below": "never"}, "dense_below='never'", "'auto' or a number of tokens from 0", "read densely"),
+    ({"dense_below": 1.5}, "dense_below=1.5", "'auto' or a number of tokens from 0", "read densely"),
     ({"sharing": True}, "sharing=True", "'prompts' or 'all'", "Which blocks prefix caching shares"),
     ({"lossless": 3}, "lossless=3", "boolean", "drafts tokens with this read"),
     ({"lossless": True, "drafts": 0}, "drafts=0", "greater than or equal to 1", "for each verification"),
@@ -390,3 +390,18 @@ def test_options_that_a_format_has_no_use_for_are_refused() -> None:
         parse(format="kivi4", ranking="int8")
     assert parse(format="kivi2", chunk="exact").chunk == "exact"
     assert parse(format="int4", ranking="int8").ranking == "int8"
+
+
+@pytest.mark.parametrize("name", ["k", "min_k", "local", "dense_below", "r"])
+def test_a_number_beyond_what_kernels_count_is_refused(name: str) -> None:
+    for n in (MOST_TOKENS + 1, 2**31, 2**63, 2**200):
+        with pytest.raises(OptionsError, match=rf"{name}={n} is not usable.*{MOST_TOKENS}"):
+            parse_options({"sparq": {name: n}})
+    assert getattr(parse_options({"sparq": {name: MOST_TOKENS}}), name) == MOST_TOKENS
+
+
+@pytest.mark.parametrize("name", ["budget", "recent", "sinks"])
+def test_a_budget_beyond_what_kernels_count_is_refused(name: str) -> None:
+    for n in (MOST_TOKENS + 1, 2**31, 2**63, 2**200):
+        with pytest.raises(OptionsError, match=rf"{name}={n} is not usable.*{MOST_TOKENS}"):
+            parse_options({"sparq": {name: n}}, "h2o")

@@ -83,7 +83,7 @@ def test_by_hand() -> None:
     [
         ({"budget": 10}, "budget=10 means nothing while all tokens stay"),
         ({"retention": "window", "recent": 5}, "recent=5 means nothing with retention 'window'"),
-        ({"retention": "heavy_hitter", "budget": 0}, "budget=0 is not usable: a whole number of tokens >= 1"),
+        ({"retention": "heavy_hitter", "budget": 0}, "budget=0 is not usable: a whole number of tokens from 1"),
         ({"retention": "heavy_hitter", "budget": -3}, "budget=-3 is not usable"),
         ({"retention": "heavy_hitter", "budget": 1.5}, "budget=1.5 is not usable"),
         ({"retention": "heavy_hitter", "budget": 64, "recent": 60, "sinks": 4, "read": "dense"}, "budget >= 65"),

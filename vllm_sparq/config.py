@@ -25,6 +25,8 @@ DEFAULT_BUDGET = 1024
 NAMESPACE = "sparq"
 """Our key in vLLM's ``additional_config``."""
 
+MOST_TOKENS = 2**30
+"""Of any number of tokens that a user may set: longer than any context, and kernels add two of them in 32 bits."""
 
 if TYPE_CHECKING:  # the tables say at run time which names there are
     FormatName: TypeAlias = str
@@ -54,11 +56,11 @@ class Options(BaseModel):
     """
     retention: RetentionName = "all"
     """Which tokens stay: all, those with the most attention and the newest (H2O), or the first and the newest."""
-    budget: Annotated[int, Field(ge=1)] | Annotated[float, Field(gt=0, le=1)] | None = None
+    budget: Annotated[int, Field(ge=1, le=MOST_TOKENS)] | Annotated[float, Field(gt=0, le=1)] | None = None
     """Tokens that a request keeps per KV head, or their share of its prompt. Default: 1024."""
-    recent: int | None = Field(default=None, ge=1)
+    recent: int | None = Field(default=None, ge=1, le=MOST_TOKENS)
     """heavy_hitter: newest tokens that always stay. Default: half of the budget."""
-    sinks: int | None = Field(default=None, ge=0)
+    sinks: int | None = Field(default=None, ge=0, le=MOST_TOKENS)
     """First tokens of a request that always stay. Default: 4 for window, 0 for heavy_hitter."""
     prefill: Literal["full", "bounded"] = "full"
     """When a prompt is cut to the budget: full, once it has been read; bounded, every 256 tokens while it is read.
@@ -71,7 +73,7 @@ class Options(BaseModel):
     original: where they were, ever farther away. renumbered: right before the newest (StreamingLLM). capped: no farther
     away than the model was trained for (LM-Infinite). Prompts must be bounded, so that their tokens see no more either.
     """
-    trained: int | None = Field(default=None, ge=1)
+    trained: int | None = Field(default=None, ge=1, le=MOST_TOKENS)
     """Tokens of context that the model was trained for, for positions. Default: its max_position_embeddings."""
     pressure: Literal["preempt", "evict"] = "preempt"
     """When the pool is full: preempt a request, as vLLM does, or evict more tokens of those that run."""
@@ -88,16 +90,16 @@ class Options(BaseModel):
     With read spans or infllm, k = S / compression - S / 16, and compression must be below 16, since what ranks spans is
     1/16.
     """
-    r: int | None = Field(default=None, ge=1)
+    r: int | None = Field(default=None, ge=1, le=MOST_TOKENS)
     """Query components that rank the tokens; at most the head size. Overrides compression."""
-    k: int | None = Field(default=None, ge=1)
+    k: int | None = Field(default=None, ge=1, le=MOST_TOKENS)
     """Cached tokens attended to exactly, beside the current one. Overrides compression and min_k."""
-    local: int | None = Field(default=None, ge=0)
+    local: int | None = Field(default=None, ge=0, le=MOST_TOKENS)
     """How many of the k are the newest tokens, whatever their rank. Default: a quarter of k, infllm: two thirds.
 
     With read infllm they are 128 at least.
     """
-    min_k: int = Field(default=256, ge=1)
+    min_k: int = Field(default=256, ge=1, le=MOST_TOKENS)
     """Floor of the k that compression sets: at 1,024 tokens a real model loses three times as much by 128 as by 256.
 
     With mass it is the least that may be read, whatever sets k.
@@ -119,7 +121,7 @@ class Options(BaseModel):
     """
     dense_layers: int = Field(default=0, ge=0)
     """First layers of the model that always read densely. quest: 2."""
-    dense_below: Literal["auto"] | Annotated[int, Field(ge=0)] = "auto"
+    dense_below: Literal["auto"] | Annotated[int, Field(ge=0, le=MOST_TOKENS)] = "auto"
     """Contexts shorter than this many tokens are read densely.
 
     auto: below the break-even, 1,024 on CPU (measured) and 16,384 on CUDA (an estimate: not yet measured on a GPU).
@@ -168,8 +170,8 @@ class Options(BaseModel):
 
 
 ALLOWED = {
-    "dense_below": "'auto' or a number of tokens >= 0",
-    "budget": "a whole number of tokens >= 1, or a fraction of the prompt above 0 and at most 1",
+    "dense_below": f"'auto' or a number of tokens from 0 to {MOST_TOKENS}",
+    "budget": f"a whole number of tokens from 1 to {MOST_TOKENS}, or a fraction of the prompt above 0 and at most 1",
 }
 """Option -> its values in words, where its type is a union that pydantic explains branch by branch."""
 

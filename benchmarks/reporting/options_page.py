@@ -13,7 +13,7 @@ from typing import Any
 from vllm_sparq.attention_backends.choices import TURNED
 from vllm_sparq.backends import PRESETS
 from vllm_sparq.benchmarks.common.lines import replace_text
-from vllm_sparq.config import Options
+from vllm_sparq.config import MOST_TOKENS, Options
 from vllm_sparq.reads import READS
 
 PAGE = Path(__file__).parents[2] / "docs" / "options.md"
@@ -168,7 +168,8 @@ def values(schema: Mapping[str, Any]) -> str:
         return f"`{json.dumps(schema['const'])}`"
     kind = {"integer": "a whole number", "number": "a number", "boolean": "true or false"}[schema["type"]]
     bounds = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
-    limits = [f"{sign} {schema[key]:g}" for key, sign in bounds.items() if key in schema]
+    given = {key: bound for key, bound in schema.items() if bound != MOST_TOKENS}  # which is as good as none
+    limits = [f"{sign} {given[key]:g}" for key, sign in bounds.items() if key in given]
     return f"{kind} {' and '.join(limits)}".rstrip()
 
 

@@ -11,7 +11,7 @@ from vllm_sparq.attention_backends import choices
 from vllm_sparq.attention_backends.admission import check_request
 from vllm_sparq.attention_backends.choices import asked_for, chosen
 from vllm_sparq.attention_backends.engine import PagedEngine
-from vllm_sparq.config import Options, OptionsError, parse_options
+from vllm_sparq.config import MOST_TOKENS, Options, OptionsError, parse_options
 from vllm_sparq.reads import HeadShape
 
 HEADS = HeadShape(head_size=64, n_heads=8, n_kv_heads=2)
@@ -80,6 +80,11 @@ def test_where_the_engine_s_own_options_do(extra_args: dict[str, Any] | None, of
         ({"sparq.compression": 0.5}, {}, ["compression=0.5", "greater than or equal to 1"]),
         ({"sparq.k": "12"}, {}, ["k='12'", "valid integer"]),
         ({"sparq.mass": 1.5}, {}, ["mass=1.5", "less than 1"]),
+        *(  # what vLLM lets through; kernels count in 64 bits, and would wrap around
+            ({f"sparq.{name}": n}, {}, [f"{name}={n}", f"less than or equal to {MOST_TOKENS}"])
+            for name in ("k", "min_k", "r")
+            for n in (MOST_TOKENS + 1, 2**31, 2**63 - 1, 2**63, 2**64 - 1)
+        ),
         ({"sparq.mass": 0.5, "sparq.k": 64}, {}, ["min_k=256", "set min_k below k"]),
         ({"sparq.format": "int4"}, {}, ['"sparq.format": "int4"', "compression, sparq.r", "--additional-config"]),
         ({"sparq.topk": 5}, {}, ['"sparq.topk": 5', "a request may set"]),

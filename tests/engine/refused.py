@@ -68,7 +68,7 @@ CASES: dict[str, Case] = {
         r"group_size=48 does not fit head size 64: .*multiple of 8.*leave it out",
     ),
     "group of nothing": options({"format": "int8", "group_size": 64}, r"'int8' has no groups, but group_size=64"),
-    "dense below zero": options({"dense_below": -1}, r"dense_below=-1 .*'auto' or a number of tokens >= 0"),
+    "dense below zero": options({"dense_below": -1}, r"dense_below=-1 .*'auto' or a number of tokens from 0"),
     "a budget while all stay": options(
         {"budget": 512}, r"budget=512 means nothing while all tokens stay: add retention"
     ),
