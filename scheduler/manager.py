@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from vllm.v1.core.kv_cache_utils import resolve_block_hashes
 from vllm.v1.core.single_type_kv_cache_manager import ChunkedLocalAttentionManager, FullAttentionManager
@@ -11,6 +11,10 @@ from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
 from vllm_sparq.retention import Phase, Retention
 from vllm_sparq.scheduler.spec import ChunksSpec, PagedSpec, RetainedSpec, StagedSpec
+
+if TYPE_CHECKING:
+    from vllm.v1.core.kv_cache_manager import KVCacheManager
+    from vllm.v1.request import Request
 
 
 class StagingManager(FullAttentionManager):
@@ -105,7 +109,7 @@ class RetainingManager(StagingManager):
         return self.shrunk.get(request_id) or self.retention.answer(self.prompt_lens[request_id])
 
     def _slots(self, request_id: str, num_tokens: int) -> int:
-        # A request that was never seen asks whether all of its tokens would fit: they are its prompt.
+        # Of a request that nobody has told of (`knowing_prompts`), all tokens are its prompt.
         prompt_len = self.prompt_lens.get(request_id, num_tokens)
         answering = request_id in self.answering
         return self.retention.most_slots(num_tokens, prompt_len, answering=answering, phase=self.shrunk.get(request_id))
@@ -126,6 +130,26 @@ class RetainingManager(StagingManager):
     ) -> Any:
         """Nothing is found."""
         return tuple([] for _ in kv_cache_group_ids), 0
+
+
+def knowing_prompts(manager: KVCacheManager) -> None:
+    """Let ``manager.allocate_slots`` tell managers that evict how long a prompt is before it asks them for anything.
+
+    vLLM asks first whether all of a request would fit, and says later where its prompt ends. For one that comes back
+    after a preemption that is its answer too, of which it will keep no more than its budget: it would wait, and all
+    others behind it, for many times the blocks that it takes, or forever.
+    """
+    retaining = [one for one in manager.coordinator.single_type_managers if isinstance(one, RetainingManager)]
+    if not retaining:
+        return
+    allocate = manager.allocate_slots
+
+    def told(request: Request, *args: Any, **kwargs: Any) -> Any:
+        for one in retaining:
+            one.prompt_lens.setdefault(request.request_id, request.num_prompt_tokens)
+        return allocate(request, *args, **kwargs)
+
+    manager.allocate_slots = told  # type: ignore[method-assign]
 
 
 class ChunksManager(ChunkedLocalAttentionManager):

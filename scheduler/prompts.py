@@ -29,6 +29,7 @@ from vllm_sparq.attention_backends.engine import PagedEngine, heads_of
 from vllm_sparq.counters import Counters
 from vllm_sparq.reads import HeadShape
 from vllm_sparq.scheduler.drafting import DraftsInPagesMixin
+from vllm_sparq.scheduler.manager import knowing_prompts
 
 if TYPE_CHECKING:
     from vllm.v1.request import Request
@@ -53,6 +54,7 @@ class PromptCachingMixin(DraftsInPagesMixin):
         self._counting = contextlib.ExitStack()
         manager: Any = self.kv_cache_manager  # type: ignore[attr-defined]
         self._lookup, manager.get_computed_blocks = manager.get_computed_blocks, self._computed_blocks
+        knowing_prompts(manager)
         coordinator = manager.coordinator
         self._cache, coordinator.cache_blocks = coordinator.cache_blocks, self._cache_blocks
 

@@ -24,6 +24,7 @@ from vllm_sparq.ops.dense_decode.reference import cached_tokens
 from vllm_sparq.ops.evict.reference import evict
 from vllm_sparq.ops.write.reference import write
 from vllm_sparq.retention import PHASES, Retention
+from vllm_sparq.scheduler.manager import knowing_prompts
 from vllm_sparq.scheduler.scheduler import EvictingMixin
 from vllm_sparq.scheduler.spec import page_spec
 
@@ -56,6 +57,7 @@ class Loop:
     """vLLM's scheduling loop in small: running requests first, the last one is preempted, then who waits."""
 
     def __init__(self, manager: KVCacheManager) -> None:
+        knowing_prompts(manager)
         self.kv_cache_manager = manager
         self.counts: dict[str, int] = {}
         self.running: list[Request] = []
@@ -344,6 +346,33 @@ def test_all_cache_groups_give_alike() -> None:
             name: len(blocks) for name, blocks in other.req_to_blocks.items()
         }
     assert one.shrunk
+
+
+@pytest.mark.parametrize(("fmt", "room"), [("model", 5 + 2), ("int8", 8 + 5)])
+def test_a_preempted_answer_comes_back_into_what_it_keeps(fmt: str, room: int) -> None:
+    """Its prompt is short, and of what it has answered no more stays than its budget: nothing else must fit.
+
+    In blocks: a budget of 80 tokens takes 5, another's prompt of 20 takes 2, all 185 tokens would take 12; and each 3
+    more for staging where blocks are quantized.
+    """
+    manager = new_manager(spec_of(WINDOW, fmt), n_blocks=N_BLOCKS)
+    knowing_prompts(manager)
+    sampling = SamplingParams(max_tokens=170, ignore_eos=True)
+    sampling.update_from_generation_config({}, 2)
+    request, other = (Request(name, [1] * 20, sampling, None) for name in ("r", "other"))
+    request.append_output_token_ids([1] * 165)
+    free = manager.block_pool.get_num_free_blocks()
+    assert manager.allocate_slots(request, 20, full_sequence_must_fit=True) is not None
+    manager.free(request)  # a preemption
+    assert manager.block_pool.get_num_free_blocks() == free
+    held = manager.block_pool.get_new_blocks(free - room)
+    assert manager.allocate_slots(request, 20, full_sequence_must_fit=True) is not None
+    assert manager.allocate_slots(other, 20, full_sequence_must_fit=True) is not None
+    for one in (request, other):
+        manager.free(one)
+    manager.block_pool.free_blocks(held)
+    (retaining,) = manager.coordinator.single_type_managers
+    assert not retaining.prompt_lens
 
 
 TestOneAtATime = machine("OneAtATime")
