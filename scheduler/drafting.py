@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vllm.v1.core.sched.scheduler import Scheduler
 
 from vllm_sparq.scheduler.spec import StagedSpec
+
+if TYPE_CHECKING:
+    from vllm.v1.request import Request
 
 
 class DraftingScheduler(Scheduler):
@@ -41,8 +44,20 @@ class DraftsInPagesMixin:
         for request_id in draft_token_ids.req_ids if self._page_tokens else ():
             request = requests.get(request_id)
             if request is not None and request.spec_token_ids:
-                n_most = min(most_drafts(request.num_tokens, size) for size in self._page_tokens)
-                request.spec_token_ids = request.spec_token_ids[:n_most]
+                request.spec_token_ids = request.spec_token_ids[: self._most_drafts(request)]
+
+    def _update_request_as_session(self, session: Request, update: Any) -> None:
+        """As vLLM does; but a turn of one token, which it fills up with drafts, starts again where these do not fit."""
+        super()._update_request_as_session(session, update)  # type: ignore[misc]
+        n_filled_up: int = self.num_spec_tokens  # type: ignore[attr-defined]
+        one_token = session.num_tokens - session.num_computed_tokens == 1
+        if self._page_tokens and one_token and self._most_drafts(session) < n_filled_up:
+            self._free_request_blocks(session)  # type: ignore[attr-defined]
+            session.num_computed_tokens = 0
+
+    def _most_drafts(self, request: Request) -> int:
+        """How many drafts a request may bring, of all cache groups."""
+        return min(most_drafts(request.num_tokens, size) for size in self._page_tokens)
 
 
 def most_drafts(n_tokens: int, page_tokens: int) -> int:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from tests.engine.drafters import drafting
 from tests.engine.sessions import Sessions
 from tests.engine.support import EXACT, Prompts, rarely
 
@@ -91,6 +92,17 @@ def test_a_turn_without_tokens(engine: Any) -> None:
     with engine("h2o", {"budget": 256}, async_scheduling=False) as llm:
         said = Sessions(llm).talk({"a": [FIRST[0], []]})["a"]
         assert Prompts.answers(llm, [in_one_prompt([FIRST[0], []], said)], N_TOKENS) == [said[1]]
+
+
+def test_a_turn_of_one_token_before_the_end_of_a_block(engine: Any) -> None:
+    """vLLM fills such a turn up with drafts that nobody has made: none of them may become a code."""
+    drafts = dict(speculative_config=drafting("Echo", 5), disable_log_stats=False)
+    with engine("flexgen", {}, async_scheduling=False, block_size=32, **drafts) as llm:
+        sessions = Sessions(llm)
+        for n in range(16, 28):  # the next turn's token comes at slot n + 7
+            turns = [*conversation(n, n), [7]]
+            (said,) = sessions.talk({f"s{n}": turns}, n_tokens=8).values()
+            assert Prompts.answers(llm, [in_one_prompt(turns, said)], 8) == [said[1]], n
 
 
 def test_a_scheduler_that_does_not_know_is_stopped(engine: Any) -> None:
