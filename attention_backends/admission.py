@@ -2,6 +2,9 @@
 
 vLLM has a hook for it, `Platform.validate_request`, which is not told of which engine the request is for; and one
 process may hold several. So the method that calls the hook is extended instead, which knows.
+
+A program may hand a request to an engine without it (`LLMEngine.add_request` takes an `EngineCoreRequest`). There the
+method is extended that an engine core makes a request of its own with: what it raises ends that request alone.
 """
 
 from __future__ import annotations
@@ -35,7 +38,8 @@ def check_request(vllm_config: Any, params: Any) -> None:
 
 
 def check_all_requests() -> None:
-    """Let vLLM's front ends ask `check_request`; safe to call twice."""
+    """Let vLLM's front ends ask `check_request`, and its engine cores; safe to call twice."""
+    from vllm.v1.engine.core import EngineCore
     from vllm.v1.engine.input_processor import InputProcessor
 
     process = InputProcessor.process_inputs
@@ -49,3 +53,12 @@ def check_all_requests() -> None:
 
     process_inputs.checks_sparq = True  # type: ignore[attr-defined]
     InputProcessor.process_inputs = process_inputs  # type: ignore[method-assign]
+
+    preprocess = EngineCore.preprocess_add_request
+
+    @functools.wraps(preprocess)
+    def preprocess_add_request(self: Any, request: Any) -> Any:
+        check_request(self.vllm_config, request.sampling_params)
+        return preprocess(self, request)
+
+    EngineCore.preprocess_add_request = preprocess_add_request  # type: ignore[method-assign]

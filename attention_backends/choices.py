@@ -101,7 +101,7 @@ def _turned(engine: PagedEngine, heads: HeadShape, given: dict[str, Any]) -> Opt
         found = parse_options({NAMESPACE: options | given}, engine.backend)
         found.read_of(heads)
     except ValueError as error:
-        raise OptionsError(f"{_named(given)}: {error}. Here {REMEDY}") from None
+        raise OptionsError(f"{_named(given)}: {str(error).rstrip('.')}. Here {REMEDY}") from None
     return None if found == engine.options else found
 
 

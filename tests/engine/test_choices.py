@@ -113,6 +113,30 @@ def test_what_cannot_be_is_refused_when_it_arrives(llm: Any, choice: dict[str, A
     assert ask(llm, [[5, 6, 7]], [{"sparq": "off"}], n_tokens=2)
 
 
+def test_who_goes_past_the_front_end_is_refused_alone(llm: Any, batch: list[tuple[str, list[int]]]) -> None:
+    """A program may hand the engine a request of its own making: in a core's process what is raised ends it alone."""
+    from vllm import SamplingParams
+    from vllm.exceptions import VLLMValidationError
+    from vllm.v1.engine import EngineCoreRequest
+
+    request = EngineCoreRequest(
+        request_id="own",
+        prompt_token_ids=[5, 6, 7],
+        mm_features=None,
+        sampling_params=SamplingParams(extra_args={"sparq.k": 0}),
+        pooling_params=None,
+        arrival_time=0.0,
+        lora_request=None,
+        cache_salt=None,
+        data_parallel_rank=None,
+    )
+    core = llm.llm_engine.engine_core.engine_core
+    with pytest.raises(VLLMValidationError, match="k=0 is not usable"):
+        core.preprocess_add_request(request)  # which vLLM calls within an `except` of its own
+    assert not core.scheduler.requests
+    assert len(ask(llm, [batch[0][1]], [None])[0]) == N_TOKENS
+
+
 OTHERS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "over codes": ("sparq", ENGINE_OPTIONS | {"format": "int4"}, {}),
     "where tokens are evicted": ("h2o", ENGINE_OPTIONS | {"read": "sparq", "budget": 160, "recent": 32}, {}),
