@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from vllm_sparq.attention_backends.engine import rebind_refusal
+from vllm_sparq.attention_backends.engine import on_platform, rebind_refusal
 from vllm_sparq.benchmarks.common.engine_process import IN_TURNS, EngineProcess
 from vllm_sparq.benchmarks.common.methods import DENSE, Method
 from vllm_sparq.benchmarks.quality.divergence import distribution_file, read_divergence
@@ -153,7 +153,7 @@ class Worker:
         if backend is None and ours:
             raise RuntimeError(f"dense attention was asked for and {names} run")
         if backend is not None:
-            wanted = self.method.parsed
+            wanted = on_platform(self.method.parsed)
             if not ours or any(impl.options != wanted for impl in ours):
                 raise RuntimeError(f"{backend} with {wanted} was asked for and {names} run")
 

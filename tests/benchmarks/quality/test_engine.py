@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 from statistics import fmean
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -17,6 +18,7 @@ import pytest
 import torch
 from rich.console import Console
 
+from vllm_sparq.attention_backends import engine as paged_engine
 from vllm_sparq.benchmarks.common.methods import Method
 from vllm_sparq.benchmarks.quality import evaluate as quality
 from vllm_sparq.benchmarks.quality.engine import Engine, Run, Worker
@@ -27,7 +29,7 @@ from vllm_sparq.benchmarks.tiny_model import WEIGHTS
 from vllm_sparq.cli import main
 from vllm_sparq.config import parse_options
 from vllm_sparq.console import UsageError
-from vllm_sparq.reads import READS
+from vllm_sparq.reads import CUDA_BREAK_EVEN, READS
 
 
 def test_what_a_prompt_measures() -> None:
@@ -70,6 +72,19 @@ def test_what_runs_must_be_what_was_asked_for() -> None:
     for method, impls in ((sparq, [theirs]), (sparq, [right, wrong]), (Method.named("dense"), [theirs, right])):
         with pytest.raises(RuntimeError, match="was asked for and"):
             worker(method, *impls)._check()
+
+
+def test_what_is_left_to_the_platform_is_what_the_platform_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On CUDA a layer has a number where its method says "auto"; another number is not what was asked for."""
+    monkeypatch.setattr(paged_engine, "current_platform", SimpleNamespace(is_cuda=lambda: True))
+    sparq = Method.named("sparq", {"k": 64})
+    right = type("PagedImpl", (), {"__module__": "vllm_sparq.attention_backends.impl"})()
+    right.options = paged_engine.on_platform(sparq.parsed)
+    assert right.options.dense_below == CUDA_BREAK_EVEN
+    worker(sparq, right)._check()
+    for below in (0, CUDA_BREAK_EVEN + 1):
+        with pytest.raises(RuntimeError, match="was asked for and"):
+            worker(Method.named("sparq", {"k": 64, "dense_below": below}), right)._check()
 
 
 @pytest.mark.engine
