@@ -27,7 +27,7 @@ LEAST = 1e-12
 
 
 def distribution_file(example: Example) -> str:
-    """Name of the file with dense's distributions at the tokens of an answer."""
+    """Name of the file with dense's distributions at the tokens of an answer, in a folder of one model and dtype."""
     tokens = json.dumps([example.prompt_ids, example.prompt, example.answer_ids])
     return hashlib.sha256(tokens.encode()).hexdigest()[:24] + ".npz"
 

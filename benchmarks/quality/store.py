@@ -55,14 +55,15 @@ class Store:
 
     def __init__(self, folder: Path, run: Run) -> None:
         make_folder(folder)
-        self.distributions = folder / "distributions"
-        make_folder(self.distributions)
         self.examples_path, self.cells_path = folder / "examples.jsonl", folder / "cells.jsonl"
         for path in (self.examples_path, self.cells_path):
             check_out(path)
         self.origin = provenance()
         code = {name: self.origin[name] for name in CODE}
         self.identity = [fingerprint(run.model), run.dtype, run.engine_args, code]
+        # Files there go by their tokens alone, which another model or dtype may share.
+        self.distributions = folder / "distributions" / digest(self.identity)
+        make_folder(self.distributions)
         self.lines = {line["key"]: line for line in read_records(self.examples_path) if "key" in line}
 
     def key(self, method: Method, example: Example) -> str:

@@ -19,9 +19,10 @@ from vllm_sparq.benchmarks.common.records import read_records
 from vllm_sparq.benchmarks.quality import engine as quality_engine
 from vllm_sparq.benchmarks.quality import evaluate as quality
 from vllm_sparq.benchmarks.quality.cells import cells, interval, table
+from vllm_sparq.benchmarks.quality.divergence import distribution_file
 from vllm_sparq.benchmarks.quality.engine import Output, Run
 from vllm_sparq.benchmarks.quality.prompts import GENERATED, Wanted, read_haystack, read_text, text_windows
-from vllm_sparq.benchmarks.quality.store import Store, fingerprint
+from vllm_sparq.benchmarks.quality.store import Store
 from vllm_sparq.benchmarks.tasks.generated import Example
 from vllm_sparq.benchmarks.tiny_model import WEIGHTS
 from vllm_sparq.cli import main
@@ -160,34 +161,38 @@ def test_a_killed_run_goes_on(engine: type[FakeEngine], tmp_path: Path) -> None:
     assert path.read_bytes() == (tmp_path / "whole/examples.jsonl").read_bytes()
 
 
-def test_what_decides_an_answer_is_in_its_key(tmp_path: Path) -> None:
-    (example,) = wanted("needle", n=1)
-    (other_seed,) = wanted("needle", n=1, seed=1)
-    store = Store(tmp_path, RUN)
-    keys = [
-        store.key(DENSE, example),
-        store.key(SPARQ, example),
-        store.key(Method.named("sparq", {"k": 64}), example),
-        store.key(DENSE, other_seed),
-        Store(tmp_path, Run(model=WEIGHTS, dtype="float32")).key(DENSE, example),
-        Store(tmp_path, Run(model=WEIGHTS, engine_args={"max_model_len": 512})).key(DENSE, example),
-    ]
-    assert len(set(keys)) == len(keys)
+class ForcedEngine(FakeEngine):
+    """Leaves word of its model where dense leaves its distributions, and of what it finds there as another method."""
+
+    def __init__(self, method: Method, run: Run) -> None:
+        super().__init__(method, run)
+        self.run = run
+
+    def answer(self, examples: Sequence[Example], distributions: Path | None = None) -> list[Output]:
+        assert distributions is not None
+        self.asked.append((self.method.name, len(examples)))
+        files = [distributions / distribution_file(example) for example in examples]
+        if self.method == DENSE:
+            for file in files:
+                file.write_text(self.run.dtype)
+            return [Output(text="", n_tokens=1, nats=1.0) for _ in files]
+        return [Output(text=file.read_text(), n_tokens=1, nats=1.0) for file in files]
 
 
-def test_a_fingerprint_is_of_the_weights_and_not_of_the_folder(tmp_path: Path) -> None:
-    for name, content in (("a", b"x"), ("b", b"x"), ("c", b"y")):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "model.safetensors").write_bytes(content)
-    a, b, c = (fingerprint(tmp_path / name) for name in "abc")
-    assert a == b != c
-
-
-def test_a_broken_line_is_named(tmp_path: Path) -> None:
-    path = tmp_path / "examples.jsonl"
-    path.write_text('{"key": "a"}\nbroken\n{"key": "b"}\n')
-    with pytest.raises(UsageError, match=r"examples.jsonl:2 is not a JSON object"):
-        read_records(path)
+def test_a_method_is_compared_with_dense_of_its_own_model(
+    engine: type[FakeEngine], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """One folder for two runs over the same tokens: a method that joins the first one later finds the first's dense."""
+    monkeypatch.setattr(quality, "Engine", ForcedEngine)
+    examples = wanted("text", n=2)
+    one, other = Run(model=WEIGHTS), Run(model=WEIGHTS, dtype="float32")
+    for run in (one, other):
+        assert {line["output"] for line in evaluated(examples, tmp_path, run=run)[2:]} == {run.dtype}
+    engine.asked.clear()
+    joined = evaluated(examples, tmp_path, DENSE, Method.named("int4"), run=one)
+    assert {line["output"] for line in joined[2:]} == {"bfloat16"}
+    assert engine.asked == [("int4", 0), ("int4", 2)]  # dense is known, and so is what it left
+    assert len(list(tmp_path.rglob(distribution_file(examples[0])))) == 2
 
 
 def test_cells_of_other_evaluations_stay(engine: type[FakeEngine], tmp_path: Path) -> None:
