@@ -31,8 +31,8 @@ READABLE = (1, SCHEMA)
 """Versions whose lines mean the same to a reader; a key of version 1 is that of no case of today."""
 
 
-ORIGIN = ("commit", "dirty", "cpu", "cores", "isa", "gpu", "torch", "vllm")
-"""What of its provenance two lines must share to be set beside each other."""
+ORIGIN = ("commit", "dirty", "cpu", "cores", "isa", "gpu", "torch", "vllm", "vllm-sparq")
+"""What of their provenance two results must share to be set beside each other, or in each other's place."""
 
 
 def provenance() -> dict[str, Any]:
@@ -115,9 +115,14 @@ def recorded(path: Path | None, keys: Iterable[str], *, again: bool = False) -> 
     return {record["key"]: record for record in read_records(path) if record.get("key") in wanted}
 
 
+def origin_of(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Code and machine of a line, or of `provenance`: what is measured is another result where these differ."""
+    return {name: record.get(name) for name in ORIGIN}
+
+
 def comparable(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
     """Whether a ratio of two lines says something: the same code on the same machine with the same instructions."""
-    return all(a.get(name) == b.get(name) for name in ORIGIN)
+    return origin_of(a) == origin_of(b)
 
 
 def dense_beside(

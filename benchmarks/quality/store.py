@@ -11,15 +11,12 @@ from typing import Any
 
 from vllm_sparq.benchmarks.common.lines import check_out, make_folder, replace_lines
 from vllm_sparq.benchmarks.common.methods import Method
-from vllm_sparq.benchmarks.common.records import SCHEMA, append_records, provenance, read_records
+from vllm_sparq.benchmarks.common.records import SCHEMA, append_records, origin_of, provenance, read_records
 from vllm_sparq.benchmarks.quality.engine import Run
 from vllm_sparq.benchmarks.tasks.generated import Example
 
 N_EDGE_BYTES = 1 << 20
 """Bytes at either end of a weight file that stand for it: hashing tens of gigabytes takes longer than answering."""
-
-CODE = ("commit", "dirty", "vllm", "vllm-sparq", "torch")
-"""What of the provenance decides whether an answer of an earlier run may be used again."""
 
 
 def digest(*parts: Any) -> str:
@@ -59,8 +56,7 @@ class Store:
         for path in (self.examples_path, self.cells_path):
             check_out(path)
         self.origin = provenance()
-        code = {name: self.origin[name] for name in CODE}
-        self.identity = [fingerprint(run.model), run.dtype, run.engine_args, code]
+        self.identity = [fingerprint(run.model), run.dtype, run.engine_args, origin_of(self.origin)]
         # Files there go by their tokens alone, which another model or dtype may share.
         self.distributions = folder / "distributions" / digest(self.identity)
         make_folder(self.distributions)

@@ -20,6 +20,7 @@ from typing import Any
 from vllm_sparq.benchmarks.common.lines import make_folder, mend, replace_text
 from vllm_sparq.benchmarks.common.methods import DENSE
 from vllm_sparq.benchmarks.common.optional import optional
+from vllm_sparq.benchmarks.common.records import origin_of, provenance
 from vllm_sparq.benchmarks.quality import evaluate as quality
 from vllm_sparq.benchmarks.quality.cache_bytes import CacheShape
 from vllm_sparq.benchmarks.quality.engine import Run
@@ -69,7 +70,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--out", type=place, default=default, metavar="FOLDER", help=f"the search, kept (default: {default})"
     )
     parser.epilog = """\
-A run that was stopped goes on where it was, for the same model, text, context, batch and seed.
+A run that was stopped goes on where it was, for the same model, text, context, batch and seed, on the same machine and
+with the same versions.
 
 examples:
   vllm-sparq tune                                              the bundled model, in under ten minutes
@@ -139,7 +141,7 @@ def prepare(args: argparse.Namespace) -> tuple[Workload, Run, list[Example]]:
 
 
 def open_study(args: argparse.Namespace, run: Run, workload: Workload, examples: Sequence[Example]) -> Any:
-    """A new search, or the one that was begun for the same model, examples and workload."""
+    """A new search, or the one that was begun for the same model, examples and workload, here and with this code."""
     from vllm_sparq.benchmarks.quality.store import digest, fingerprint
 
     optuna, journal = (optional(name, "the search") for name in ("optuna", "optuna.storages.journal"))
@@ -148,7 +150,8 @@ def open_study(args: argparse.Namespace, run: Run, workload: Workload, examples:
     make_folder(args.out)
     mend(args.out / JOURNAL)  # of a run that was killed while it wrote
     prompts = [(example.prompt, example.prompt_ids) for example in examples]
-    identity = fingerprint(run.model), run.dtype, run.engine_args, workload.context, workload.batch, args.seed, prompts
+    where = workload.context, workload.batch, origin_of(provenance())  # half of what is measured is time
+    identity = fingerprint(run.model), run.dtype, run.engine_args, *where, args.seed, prompts
     study = optuna.create_study(
         storage=optuna.storages.JournalStorage(journal.JournalFileBackend(str(args.out / JOURNAL))),
         study_name=digest(*identity),

@@ -69,7 +69,8 @@ def test_dense_of_another_code_machine_or_instruction_set_stands_beside_nothing(
     mine = {"bench": "x", "method": "kivi", "task": "t", **origin}
     dense = {**mine, "method": "dense", "v": 1}
     assert records.dense_beside(mine, [dense, mine, {**dense, "v": 2}]) == {**dense, "v": 2}
-    for change in ({"commit": "b"}, {"cpu": "d"}, {"cores": 4}, {"isa": "avx512"}, {"gpu": "H100"}, {"task": "u"}):
+    others = ({"commit": "b"}, {"cpu": "d"}, {"cores": 4}, {"isa": "avx512"}, {"gpu": "H100"}, {"vllm-sparq": "0.2.0"})
+    for change in (*others, {"task": "u"}):
         assert records.dense_beside(mine, [dense | change]) is None
 
 

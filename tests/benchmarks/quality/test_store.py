@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from vllm_sparq.benchmarks.common import records
 from vllm_sparq.benchmarks.common.methods import Method
-from vllm_sparq.benchmarks.common.records import read_records
 from vllm_sparq.benchmarks.quality.engine import Run
 from vllm_sparq.benchmarks.quality.prompts import Wanted
 from vllm_sparq.benchmarks.quality.store import Store, fingerprint
@@ -24,7 +24,7 @@ def needle(seed: int = 0) -> Example:
     return found
 
 
-def test_what_decides_an_answer_is_in_its_key(tmp_path: Path) -> None:
+def test_what_decides_an_answer_is_in_its_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     example, other_seed = needle(), needle(seed=1)
     store = Store(tmp_path, RUN)
     keys = [
@@ -35,6 +35,11 @@ def test_what_decides_an_answer_is_in_its_key(tmp_path: Path) -> None:
         Store(tmp_path, Run(model=WEIGHTS, dtype="float32")).key(DENSE, example),
         Store(tmp_path, Run(model=WEIGHTS, engine_args={"max_model_len": 512})).key(DENSE, example),
     ]
+    code, device = records.code(), records.device()
+    for change in ({"commit": "another"}, {"cpu": "another"}, {"gpu": "H100"}):
+        monkeypatch.setattr(records, "code", lambda change=change: code | change)
+        monkeypatch.setattr(records, "device", lambda change=change: device | change)
+        keys.append(Store(tmp_path, RUN).key(DENSE, example))
     assert len(set(keys)) == len(keys)
 
 
@@ -50,4 +55,4 @@ def test_a_broken_line_is_named(tmp_path: Path) -> None:
     path = tmp_path / "examples.jsonl"
     path.write_text('{"key": "a"}\nbroken\n{"key": "b"}\n')
     with pytest.raises(UsageError, match=r"examples.jsonl:2 is not a JSON object"):
-        read_records(path)
+        records.read_records(path)

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from tests.benchmarks.commands import exit_code
+from vllm_sparq.benchmarks.common import records
 from vllm_sparq.benchmarks.common.methods import Method
 from vllm_sparq.benchmarks.quality import sweep
 from vllm_sparq.benchmarks.quality.cache_bytes import CacheShape
@@ -137,6 +138,22 @@ def test_a_killed_search_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert len(found) == 9
     points = [options_of(point, WORK) for point in starting_points(WORK)]
     assert all(point in found for point in points)  # the one that was being measured is not lost
+
+
+def test_times_of_another_machine_or_code_are_another_search(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Side by side in one folder, as a home that several machines share has it; each is found again."""
+    code, device = records.code(), records.device()
+    changes = ({}, {"commit": "another"}, {"cpu": "another"}, {"gpu": "H100"})
+    names = []
+    for n_known in (0, 2):
+        for change in changes:
+            monkeypatch.setattr(records, "code", lambda change=change: code | change)
+            monkeypatch.setattr(records, "device", lambda change=change: device | change)
+            study, measured = search(tmp_path, 2, monkeypatch)
+            names.append(study.study_name)
+            assert len(measured) == 2 - n_known
+    assert names[:4] == names[4:]
+    assert len(set(names)) == 4
 
 
 def test_what_is_shown_can_be_pasted(capsys: pytest.CaptureFixture[str]) -> None:
