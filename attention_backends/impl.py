@@ -241,8 +241,12 @@ class PagedImpl(AttentionImpl[PagedMetadata | EvictingMetadata]):
         self._looks_at_keys = is_fragile(self._options)
 
     def _look_at_keys(self, rows: PrefillRows, query: torch.Tensor, key: torch.Tensor, pages: Pages) -> None:
-        """Say so, once, where codes would spoil attention: of the first prompt that is long enough."""
-        start, stop = rows.query_start_loc[:2].tolist()
+        """Say so, once, where codes would spoil attention: of the first prompt that is long enough.
+
+        Which rows these are the host knows: asking the device would stop it in each layer until such a prompt comes.
+        """
+        assert rows.longest is not None  # whose pages are quantized
+        start, stop = rows.longest
         if self._source is not None or stop - start < LEAST_TOKENS:
             return
         self._looks_at_keys = False

@@ -22,6 +22,7 @@ class PrefillRows:
     Attributes:
         seq_lens: int32 [B], slots taken with the new tokens.
         max_query_len: most rows of one request; max_seq_len: most slots. Bounds, known without asking the device.
+        longest: first and last row (exclusive) of the longest piece, on the host; known over quantized pages alone.
         restores: calls for the same rows over caches restored from codes, or None where codes are read.
     """
 
@@ -33,6 +34,7 @@ class PrefillRows:
     max_seq_len: int
     key_start_loc: torch.Tensor | None = None
     begun: BegunBlocks | None = None
+    longest: tuple[int, int] | None = None
     restores: tuple[RestorePlan, ...] | None = None
 
 

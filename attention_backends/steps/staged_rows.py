@@ -44,16 +44,18 @@ def staged_rows(
         SeenTokens(pieces[i].request, pieces[i].block, cuts[i], cuts[end], key_starts[i], key_starts[end])
         for i, end in zip(begins, [*begins[1:], len(pieces)], strict=True)
     ]
+    longest = max(seen, key=lambda one: one.n_rows)
     device, lens = table.device, [one.seq_len(spec.block_size) for one in seen]
     prefill = PrefillRows(
         block_table=table[int64([one.request for one in seen], device)],
         query_start_loc=int32([*(one.start for one in seen), seen[-1].stop], device),
         context_lens=int32([one.n_blocks * spec.block_size for one in seen], device),
         seq_lens=int32(lens, device),
-        max_query_len=max(one.n_rows for one in seen),
+        max_query_len=longest.n_rows,
         max_seq_len=max(lens),
         key_start_loc=None if begun is None else int32([*(one.key_start for one in seen), seen[-1].key_stop], device),
         begun=None if begun is None else begun[0],
+        longest=(longest.start, longest.stop),
         restores=plan_restores(seen, table, spec.block_size, restored_pages) if restored_pages else None,
     )
     return prefill, replayed

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
 
+from vllm_sparq.attention_backends import impl
 from vllm_sparq.attention_backends.keys import MOST_MOVED, attention_moved, biased_projections, is_fragile
+from vllm_sparq.attention_backends.steps.rows import PrefillRows
+from vllm_sparq.attention_backends.steps.staged_rows import staged_rows
 from vllm_sparq.config import Options
 from vllm_sparq.formats import FORMATS
 from vllm_sparq.layout import PageLayout
@@ -83,3 +90,26 @@ def test_biases_of_projections_are_counted() -> None:
             self.qkv_proj, self.o_proj = torch.nn.Linear(4, 4, bias=bias), torch.nn.Linear(4, 4)
 
     assert biased_projections(torch.nn.ModuleList([Attention(True), Attention(False), Attention(True)])) == 2
+
+
+def test_the_device_is_not_asked_which_prompt_is_long_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps of short prompts alone ask it nothing, in however many layers; the longest of a step is looked at."""
+    spec: Any = SimpleNamespace(block_size=256, staged_per_page=256)
+    table = torch.arange(12, dtype=torch.int32).view(3, 4)
+
+    def rows_of(*lens: int) -> PrefillRows:
+        starts = [0, *torch.tensor(lens).cumsum(0).tolist()]
+        return staged_rows(starts, list(lens), table[: len(lens)], 0, None, spec, Options(format="int4"), 0)[0]
+
+    looked_at: list[int] = []
+    monkeypatch.setattr(impl, "attention_moved", lambda query, key, *_: looked_at.append(len(query)) or 0.0)
+    layer: Any = object.__new__(impl.PagedImpl)
+    layer._source, layer._looks_at_keys, layer.scale = None, True, 1.0
+    tokens, pages = torch.zeros(200, 1, 16), SimpleNamespace(layout=None)
+    short = replace(rows_of(20, 63, 5), query_start_loc=None)  # type: ignore[arg-type]  # nobody may read it
+    layer._look_at_keys(short, tokens, tokens, pages)
+    assert layer._looks_at_keys
+    assert not looked_at
+    layer._look_at_keys(rows_of(20, 100, 5), tokens, tokens, pages)
+    assert not layer._looks_at_keys
+    assert looked_at == [100]

@@ -76,17 +76,17 @@ def evaluated(examples: Sequence[Example], folder: Path, *methods: Method, run: 
 
 
 def test_methods_and_compressions() -> None:
-    found = quality.methods_at(["int4", "dense", "sparq", "sparq+kivi2"], ["4", "8"], {"r": 8})
+    found = quality.methods_at(["int4", "dense", "sparq", "sparq+kivi2"], ["4", "8"], {"dense_layers": 1})
     assert [(one.name, one.backend) for one in found] == [
         ("dense", None),
-        ('int4 {"r": 8}', "SPARQ"),
-        ('sparq 1/4 {"r": 8}', "SPARQ"),
-        ('sparq 1/8 {"r": 8}', "SPARQ"),
-        ('sparq+kivi2 1/4 {"r": 8}', "SPARQ"),
-        ('sparq+kivi2 1/8 {"r": 8}', "SPARQ"),
+        ('int4 {"dense_layers": 1}', "SPARQ"),
+        ('sparq 1/4 {"dense_layers": 1}', "SPARQ"),
+        ('sparq 1/8 {"dense_layers": 1}', "SPARQ"),
+        ('sparq+kivi2 1/4 {"dense_layers": 1}', "SPARQ"),
+        ('sparq+kivi2 1/8 {"dense_layers": 1}', "SPARQ"),
     ]
-    assert found[1].options == {"r": 8, "format": "int4", "read": "dense"}
-    assert found[3].options == {"r": 8, "dense_below": 0, "compression": 8.0}
+    assert found[1].options == {"dense_layers": 1, "format": "int4", "read": "dense"}
+    assert found[3].options == {"dense_layers": 1, "dense_below": 0, "compression": 8.0}
 
 
 def test_engines_are_shared_where_the_cache_is_the_same() -> None:
