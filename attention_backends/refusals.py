@@ -55,7 +55,8 @@ def engine_refusals(vllm_config: Any) -> list[str]:
     ):
         if size > 1:
             reasons.append(f"{flag} {size} splits a request's tokens over workers, which is not supported: set it to 1")
-    return reasons + _connector_refusals(vllm_config) + _switch_refusals(vllm_config) + _device_refusals()
+    reasons += _connector_refusals(vllm_config) + _switch_refusals(vllm_config) + _runner_refusals(vllm_config)
+    return reasons + _device_refusals()
 
 
 def _connector_refusals(vllm_config: Any) -> list[str]:
@@ -90,6 +91,26 @@ def _switch_refusals(vllm_config: Any) -> list[str]:
         reasons.append(
             "enable_adaptive_verification trims drafts on the device, where our rows cannot follow: leave it out of "
             "--speculative-config"
+        )
+    return reasons
+
+
+def _runner_refusals(vllm_config: Any) -> list[str]:
+    """Ways of vLLM's to run a step that our workers do not hear of, or that replay a decode where a prompt ends."""
+    reasons = []
+    ray = vllm_config.parallel_config.distributed_executor_backend == "ray"
+    if ray and not envs.VLLM_USE_RAY_V2_EXECUTOR_BACKEND:
+        reasons.append(
+            "vLLM's older Ray executor (VLLM_USE_RAY_V2_EXECUTOR_BACKEND=0) hands steps past our worker, which would "
+            "not hear of budgets and of what requests have chosen: unset it"
+        )
+    mode = vllm_config.compilation_config.cudagraph_mode
+    captures = current_platform.is_cuda() and mode is not None and mode.has_full_cudagraphs()
+    if captures and vllm_config.model_config is not None and not vllm_config.use_v2_model_runner:
+        reasons.append(
+            "vLLM's model runner V1, which VLLM_USE_V2_MODEL_RUNNER=0 and some methods of speculative decoding take, "
+            f"replays full graphs of decodes (cudagraph_mode {mode.name}) for the last tokens of prompts, which would "
+            "be read sparsely: leave these out, or start with --enforce-eager"
         )
     return reasons
 

@@ -189,3 +189,12 @@ def test_vllm_serve_says_so(name: str, tmp_path: Path) -> None:
     said = ended.stdout + ended.stderr
     assert re.search(case.message, said[-2000:]), said[-4000:]
     assert "EngineCore" not in said
+
+
+def test_the_older_ray_executor_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It hands steps to the model runner past our worker."""
+    monkeypatch.setenv("VLLM_USE_RAY_V2_EXECUTOR_BACKEND", "0")
+    with pytest.raises(ValueError, match=r"VLLM_USE_RAY_V2_EXECUTOR_BACKEND=0.*unset it"):
+        start(distributed_executor_backend="ray")
+    monkeypatch.delenv("VLLM_USE_RAY_V2_EXECUTOR_BACKEND")
+    start(distributed_executor_backend="ray")

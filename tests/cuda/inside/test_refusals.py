@@ -21,6 +21,13 @@ def test_a_gpu_before_ampere(engine: Any, monkeypatch: pytest.MonkeyPatch) -> No
         engine("sparq", **SMALL).__enter__()
 
 
+def test_full_graphs_of_the_first_model_runner(engine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It replays the graph of decodes for the last token of a prompt, too, which is never read sparsely."""
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "0")
+    with pytest.raises(ValueError, match=r"model runner V1, .* replays full graphs .*or start with --enforce-eager"):
+        engine("sparq", EXACT["sparse"], **SMALL).__enter__()
+
+
 def test_microbatches(engine: Any) -> None:
     with pytest.raises(
         ValueError, match=r"microbatches \(--enable-dbo, --ubatch-size\) are not supported: .*leave them"
