@@ -1,7 +1,8 @@
 """Counts that the scheduler's process keeps and a front end publishes, by way of a small file.
 
-vLLM sends the statistics of its scheduler to the front end, but in a type of its own that has no room for ours. Both
-processes live on one machine. They find the file by a name that both know:
+vLLM sends the statistics of its scheduler to the front end, but in a type of its own that has no room for ours. So both
+must live on one machine: under data parallelism over several nodes, what is counted on another host than the front
+end's is never found, and not published. On one machine they find the file by a name that both know:
 
 * one front end: the engine's ``instance_id``, which travels with the configuration.
 * several (`vllm serve --data-parallel-size 2`, or ``--api-server-count``): each makes a configuration anew, and with it
@@ -9,6 +10,9 @@ processes live on one machine. They find the file by a name that both know:
 
 Several front ends read the counts of each engine, and Prometheus adds up what they publish. So a count is not read, it
 is *taken*: whoever comes first publishes it, and nobody else does.
+
+Front ends read while the scheduler writes, without a lock that could hold up a step. So each count is written by one
+store of 8 aligned bytes, which is whole or absent on x86 and Arm: a front end finds what was there before or after.
 """
 
 from __future__ import annotations
@@ -17,7 +21,6 @@ import contextlib
 import fcntl
 import mmap
 import os
-import struct
 import tempfile
 import uuid
 from collections.abc import Iterator
@@ -25,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 NAMES = ("blocks_taken", "preemptions_avoided", "dense_requests", "tuned_requests")
-FORMAT = struct.Struct(f"<{len(NAMES)}q")  # twice in the file: what was counted, and what of it was taken
+N_BYTES = 2 * len(NAMES) * 8  # of the file, in whole numbers: what was counted, and what of it was taken
 
 RUN = "VLLM_SPARQ_RUN"
 """Environment variable: names one `vllm serve` with several front ends. Set in the parent of all its processes."""
@@ -42,9 +45,8 @@ class Counters:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._map: mmap.mmap | None = None
+        self._numbers: memoryview | None = None
         self._lock: int | None = None
-        self._counted = dict.fromkeys(NAMES, 0)
 
     @classmethod
     def of(cls, vllm_config: Any, engine_index: int) -> Counters:
@@ -58,7 +60,7 @@ class Counters:
     def writing(self) -> Iterator[None]:
         """Counts exist from here on, from zero, until the block is left."""
         begun = self.path.with_suffix(".begun")  # front ends look at any moment, and find all of it or nothing
-        begun.write_bytes(bytes(2 * FORMAT.size))
+        begun.write_bytes(bytes(N_BYTES))
         begun.replace(self.path)
         self._open()
         try:
@@ -70,38 +72,46 @@ class Counters:
     @property
     def is_open(self) -> bool:
         """Whether the file is there and mapped."""
-        return self._map is not None
+        return self._numbers is not None
 
     def write(self, **counts: int) -> None:
         """Set counts, by name. They only grow."""
-        assert self._map is not None
-        self._counted |= counts
-        FORMAT.pack_into(self._map, 0, *(self._counted[name] for name in NAMES))
+        assert self._numbers is not None
+        for name, count in counts.items():
+            self._numbers[NAMES.index(name)] = count
 
     def take(self) -> dict[str, int]:
         """By name, what was counted and not taken yet; empty where nobody counts (yet)."""
-        if self._map is None and not self._open():
+        if self._numbers is None and not self._open():
             return {}
-        assert self._map is not None
+        assert self._numbers is not None
         assert self._lock is not None
-        if self._map[: FORMAT.size] == self._map[FORMAT.size :]:
+        if not any(self._not_taken(self._numbers)):
             return {}
         fcntl.flock(self._lock, fcntl.LOCK_EX)
         try:
-            counted, taken = FORMAT.unpack_from(self._map, 0), FORMAT.unpack_from(self._map, FORMAT.size)
-            FORMAT.pack_into(self._map, FORMAT.size, *counted)
+            found = self._not_taken(self._numbers)
+            for i, count in enumerate(found, len(NAMES)):
+                self._numbers[i] += count
         finally:
             fcntl.flock(self._lock, fcntl.LOCK_UN)
-        return {name: new - old for name, new, old in zip(NAMES, counted, taken, strict=True)}
+        return dict(zip(NAMES, found, strict=True))
+
+    @staticmethod
+    def _not_taken(numbers: memoryview) -> list[int]:
+        """Never below zero: what was taken is published, and cannot be taken back."""
+        counted, taken = numbers[: len(NAMES)].tolist(), numbers[len(NAMES) :].tolist()
+        return [max(new - old, 0) for new, old in zip(counted, taken, strict=True)]
 
     def _open(self) -> bool:
         with contextlib.suppress(FileNotFoundError):
             self._lock = os.open(self.path, os.O_RDWR | os.O_CLOEXEC)
-            self._map = mmap.mmap(self._lock, 2 * FORMAT.size, access=mmap.ACCESS_WRITE)
-        return self._map is not None
+            # Not struct.pack_into: it fills its bytes with zeros first, and then writes one after the other.
+            self._numbers = memoryview(mmap.mmap(self._lock, N_BYTES, access=mmap.ACCESS_WRITE)).cast("q")
+        return self._numbers is not None
 
     def _close(self) -> None:
-        if self._map is not None and self._lock is not None:
-            self._map.close()
+        if self._numbers is not None and self._lock is not None:
+            self._numbers.release()  # and with the last view of it the mapping goes
             os.close(self._lock)
-        self._map = self._lock = None
+        self._numbers = self._lock = None

@@ -10,7 +10,8 @@
 
 The first three follow from the lengths of a finished request, as `vllm_sparq.retention` has it. The others are known
 to the scheduler alone, which counts in a small file (`vllm_sparq.counters`). Where several front ends serve the same
-engines, each publishes the requests that it finished, and of the file what it found first.
+engines, each publishes the requests that it finished, and of the file what it found first. Under data parallelism over
+several nodes the file of an engine on another host is out of reach: for such an engine these four stay 0.
 
 A stat logger of a plugin makes vLLM collect its statistics even under `--disable-log-stats` (it then logs none itself):
 vLLM looks for such loggers before it knows which backend it will run.
@@ -38,6 +39,8 @@ FROM_SCHEDULER = {
     "dense_requests": "Requests that asked to be read densely.",
     "tuned_requests": "Requests that chose how much is read of them.",
 }
+ELSEWHERE = "Stays 0 for an engine on another host than its front end."
+"""What `/metrics` says of those that are `FROM_SCHEDULER`."""
 
 
 class SparqStatLogger(StatLoggerBase):
@@ -88,7 +91,8 @@ class SparqStatLogger(StatLoggerBase):
         names: Any = REGISTRY._names_to_collectors
         labels = [self.vllm_config.model_config.served_model_name, str(self.engine_index)]
         found = {}
-        for name, text in {**FROM_LENGTHS, **FROM_SCHEDULER}.items():
+        texts = FROM_LENGTHS | {name: f"{text} {ELSEWHERE}" for name, text in FROM_SCHEDULER.items()}
+        for name, text in texts.items():
             full = f"vllm:sparq_{name}"
             counter = names.get(f"{full}_total") or Counter(full, text, labelnames=["model_name", "engine"])
             found[name] = counter.labels(*labels)
