@@ -7,12 +7,14 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from packaging.version import Version
 
 from vllm_sparq import cli, compat
+from vllm_sparq.attention_backends import engine as paged_engine
 from vllm_sparq.config import Options
 from vllm_sparq.doctor import command, machine
 from vllm_sparq.doctor import engine as engine_check
@@ -163,6 +165,18 @@ def test_what_eviction_means_for_a_model(tmp_path: Path) -> None:
     assert "of 8,192 tokens a request keeps 1,024 per KV head: the 512 newest and those" in texts(section, "✓")
     sparse = model_section(model_folder(tmp_path), options.model_copy(update={"read": "sparq", "dense_below": 0}))
     assert [row["context"] for row in sparse.numbers["contexts"]] == [1024]
+
+
+@pytest.mark.parametrize(("is_cuda", "tokens"), [(False, "1,024"), (True, "16,384")])
+def test_the_break_even_is_the_platform_s(
+    is_cuda: bool, tokens: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the engine there has it: CUDA's is sixteen times a CPU's."""
+    monkeypatch.setattr(paged_engine, "current_platform", SimpleNamespace(is_cuda=lambda: is_cuda))
+    section = model_section(model_folder(tmp_path, max_position_embeddings=32768), Options(k=64))
+    assert section.is_well
+    assert f"contexts below {tokens} tokens are read densely" in texts(section, "✓")
+    assert ("at   4,096 tokens a step reads all of them" in texts(section, "•")) == is_cuda
 
 
 @pytest.mark.parametrize(

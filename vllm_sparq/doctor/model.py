@@ -144,7 +144,9 @@ def _describe_retention(section: Section, options: Options, max_model_len: int) 
 
 
 def _describe_read(section: Section, options: Options, shape: dict[str, int], max_model_len: int) -> None:
-    heads = _heads(shape)
+    from vllm_sparq.attention_backends.engine import on_platform
+
+    heads, options = _heads(shape), on_platform(options)  # as the engine does before it reads
     read = options.read_of(heads)
     section.numbers["contexts"] = []
     lines = read.describe(options, heads)
