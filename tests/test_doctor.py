@@ -14,8 +14,9 @@ import pytest
 from packaging.version import Version
 
 from vllm_sparq import cli, compat
+from vllm_sparq.attention_backends import capacity as capacity_module
 from vllm_sparq.attention_backends import engine as paged_engine
-from vllm_sparq.config import Options
+from vllm_sparq.config import Options, parse_options
 from vllm_sparq.doctor import command, machine
 from vllm_sparq.doctor import engine as engine_check
 from vllm_sparq.doctor.findings import Section
@@ -165,6 +166,34 @@ def test_what_eviction_means_for_a_model(tmp_path: Path) -> None:
     assert "of 8,192 tokens a request keeps 1,024 per KV head: the 512 newest and those" in texts(section, "✓")
     sparse = model_section(model_folder(tmp_path), options.model_copy(update={"read": "sparq", "dense_below": 0}))
     assert [row["context"] for row in sparse.numbers["contexts"]] == [1024]
+
+
+def test_a_budget_is_told_in_blocks_of_their_size(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Where a block goes at a time, the least budget is two blocks, and small blocks are an engine's to have."""
+    words = ["--attention-backend", "h2o", "--options", '{"budget":64,"format":"int4"}']
+    arguments = ["doctor", "--quick", "--json", "--model", model_folder(tmp_path), *words]
+    assert cli.main([*arguments, "--serve-args", '["--block-size","32"]']) == 0
+    section = json.loads(capsys.readouterr().out)["sections"][-1]
+    # 8,192 tokens are 256 blocks of 32; the prompt is read in full
+    blocks = dict(dense=256, answer=2, prompt=256)
+    assert section["numbers"]["retention"] == dict(budget=64, interval=32, blocks=blocks)
+    assert section["numbers"]["memory"]["block_size"] == 32
+    assert cli.main(arguments) == 1
+    wrong = [f["text"] for f in json.loads(capsys.readouterr().out)["sections"][-1]["findings"] if f["mark"] == "✗"]
+    assert len(wrong) == 1
+    assert "128 go at a time, so use budget >= 256, or a smaller --block-size" in wrong[0]
+
+
+def test_so_it_is_where_the_layers_cannot_be_built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def capacity(*_: Any) -> Any:
+        raise RuntimeError("no such thing on device meta")
+
+    monkeypatch.setattr(capacity_module, "capacity", capacity)
+    options = parse_options({"sparq": {"budget": 64, "format": "int4"}}, "h2o")
+    section = model_section(model_folder(tmp_path), options, "h2o", ["--block-size", "32"])
+    assert section.is_well
+    assert "what a GiB of KV cache holds is unknown" in texts(section, "•")
+    assert section.numbers["retention"]["interval"] == section.numbers["memory"]["block_size"] == 32
 
 
 @pytest.mark.parametrize(("is_cuda", "tokens"), [(False, "1,024"), (True, "16,384")])

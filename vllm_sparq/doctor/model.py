@@ -36,7 +36,6 @@ def model_section(model: str, options: Options, backend: str = "sparq", serve_ar
     """
     from vllm.engine.arg_utils import EngineArgs
 
-    from vllm_sparq.attention_backends.engine import preferred_block_size
     from vllm_sparq.attention_backends.refusals import chosen_by_query_heads, model_refusals
 
     section = Section(f"model {model} with --attention-backend {backend}")
@@ -71,25 +70,35 @@ def model_section(model: str, options: Options, backend: str = "sparq", serve_ar
         )
     try:
         held = _capacities(section, arguments, options, backend)
-        if not section.is_well:
-            return section
-        _describe_layers(section, shape, held)
-        kept = _describe_retention(section, options, config.max_model_len)
-        _describe_read(section, options, shape, kept)
-        ours = [group for group in held["sparq"].groups if group.ours] if held else []
-        block_size = ours[0].page_tokens if ours else preferred_block_size(options, config.max_model_len)
-        staging = ours[0].staging_pages if ours else None
-        _describe_memory(section, options, shape, config.dtype, block_size, staging)
-        if ours and ours[0].block_size > block_size:
-            section.note(
-                f"beside layers with a state vLLM's own blocks hold {ours[0].block_size:,} tokens, "
-                f"{ours[0].block_size // block_size} of these side by side: a request holds whole ones"
-            )
-        _describe_capacity(section, held)
-        _describe_keys(section, options, held)
+        if section.is_well:
+            _describe_engine(section, options, config, held, arguments.get("block_size"))
     except ValueError as error:  # r beyond the head size, a page that cannot be cut
         section.bad(f"refused: {error}")
     return section
+
+
+def _describe_engine(
+    section: Section, options: Options, config: Any, held: dict[str, Capacity], given_size: int | None
+) -> None:
+    """What an engine of this model would do; ``given_size`` is the `--block-size` of the user, if there is one."""
+    from vllm_sparq.attention_backends.engine import preferred_block_size
+
+    shape = section.numbers["shape"]
+    _describe_layers(section, shape, held)
+    ours = [group for group in held["sparq"].groups if group.ours] if held else []
+    chosen = given_size or preferred_block_size(options, config.max_model_len)
+    block_size = ours[0].page_tokens if ours else chosen
+    kept = _describe_retention(section, options, config.max_model_len, block_size)
+    _describe_read(section, options, shape, kept)
+    staging = ours[0].staging_pages if ours else None
+    _describe_memory(section, options, shape, config.dtype, block_size, staging)
+    if ours and ours[0].block_size > block_size:
+        section.note(
+            f"beside layers with a state vLLM's own blocks hold {ours[0].block_size:,} tokens, "
+            f"{ours[0].block_size // block_size} of these side by side: a request holds whole ones"
+        )
+    _describe_capacity(section, held)
+    _describe_keys(section, options, held)
 
 
 def _first_line(error: Exception) -> str:
@@ -115,15 +124,13 @@ def _shape(config: Any) -> dict[str, int]:
     }
 
 
-def _describe_retention(section: Section, options: Options, max_model_len: int) -> int:
-    """What stays of a request; returns the longest context that a decode step meets, in tokens."""
-    from vllm_sparq.attention_backends.engine import PREFERRED_BLOCK_SIZE
-
-    retention = options.retained(PREFERRED_BLOCK_SIZE)
+def _describe_retention(section: Section, options: Options, max_model_len: int, size: int) -> int:
+    """What stays of a request in blocks of ``size`` tokens; returns the longest context that a decode step meets."""
+    retention = options.retained(size)
     if retention is None:
         return max_model_len
-    check_budget(options, PREFERRED_BLOCK_SIZE)
-    size, budget = PREFERRED_BLOCK_SIZE, retention.budget_of(max_model_len)
+    check_budget(options, size)
+    budget = retention.budget_of(max_model_len)
     peak = retention.most_slots(max_model_len, max_model_len, answering=False)
     blocks = {"dense": -(-max_model_len // size), "answer": -(-budget // size), "prompt": -(-peak // size)}
     section.numbers["retention"] = {"budget": budget, "interval": retention.interval, "blocks": blocks}
