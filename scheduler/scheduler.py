@@ -11,6 +11,7 @@ of a tensor-parallel group hear the same.
 
 from __future__ import annotations
 
+import heapq
 from typing import TYPE_CHECKING, Any
 
 from vllm.logger import init_logger
@@ -58,6 +59,8 @@ class EvictingMixin:
                 "cache groups that keep different numbers of tokens cannot give blocks: use pressure 'preempt'"
             )
         self._granted: list[Request] = []
+        self._rooms: list[tuple[int, int]] = []  # a heap: what they had, negated, and their places in `_granted`
+        self._n_looked_at = 0
         self.n_blocks_taken = self.n_tokens_evicted = self.n_preemptions_avoided = 0
         manager: Any = self.kv_cache_manager  # type: ignore[attr-defined]
         self._allocate = manager.allocate_slots
@@ -66,6 +69,8 @@ class EvictingMixin:
     def schedule(self, *args: Any, **kwargs: Any) -> Any:
         """As vLLM does, and tell the workers which budgets are lower than they think."""
         self._granted.clear()
+        self._rooms.clear()
+        self._n_looked_at = 0
         before = self.n_preemptions_avoided
         output = super().schedule(*args, **kwargs)  # type: ignore[misc]
         shrunk = self._managers[0].shrunk
@@ -94,18 +99,37 @@ class EvictingMixin:
         Only requests that are already part of the step can give: their workers evict in it. The one that asks gives by
         growing no further.
         """
-        candidates = (*self._granted, asking)
-        room = [self._spare_room(request, asking=request is asking) for request in candidates]
-        if not any(room):
+        own = self._spare_room(asking, asking=True)
+        room, request = max(self._most_room(), (own, asking), key=lambda found: found[0])
+        if not room:
             return False
-        request, manager = candidates[room.index(max(room))], self._managers[0]
-        budget, position = max(room) - manager.block_size, request.num_computed_tokens
+        assert request is not None
+        manager = self._managers[0]
+        budget, position = room - manager.block_size, request.num_computed_tokens
         phase = manager.retention.shrunk(manager.phase(request.request_id), position, budget)
         self.n_tokens_evicted += manager.retention.arrival(position, 0, phase).n_evicted
         for manager in self._managers:  # all cache groups keep the same number of tokens
             manager.shrunk[request.request_id] = phase
             self.n_blocks_taken += manager.give_back(request.request_id)
         return True
+
+    def _most_room(self) -> tuple[int, Request | None]:
+        """The most room among the requests of this step, and the first that has it.
+
+        A heap, since a batch whose requests all ask in one step would otherwise look at all of them for each. The room
+        of a request that is part of the step only shrinks, when it gives or is preempted; so the heap may say too much
+        of one, never too little, and its first is the one as soon as what it says of that is true.
+        """
+        for place in range(self._n_looked_at, len(self._granted)):
+            heapq.heappush(self._rooms, (-self._spare_room(self._granted[place], asking=False), place))
+        self._n_looked_at = len(self._granted)
+        while self._rooms:
+            negated, place = self._rooms[0]
+            room = self._spare_room(self._granted[place], asking=False)
+            if room == -negated:
+                return room, self._granted[place]
+            heapq.heapreplace(self._rooms, (-room, place))
+        return 0, None
 
     def _spare_room(self, request: Request, *, asking: bool) -> int:
         """Tokens for which a request holds, or asks for, blocks in each cache group, if one less will do; else 0."""
