@@ -6,10 +6,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from vllm_sparq.attention_backends.engine import on_platform
 from vllm_sparq.benchmarks.common.methods import Method
 from vllm_sparq.benchmarks.quality.cache_bytes import CacheShape
+from vllm_sparq.config import Options
 from vllm_sparq.formats import FORMATS
 from vllm_sparq.reads import READS
+from vllm_sparq.reads.base import MEASURED_BREAK_EVEN
 from vllm_sparq.retention import RETENTIONS
 
 DEFAULT: dict[str, Any] = {}
@@ -113,11 +116,17 @@ def options_of(chosen: Mapping[str, Any], workload: Workload) -> dict[str, Any]:
         options["local"] = round(options.pop("local_share") * options["k"])
         if options["local"] == options["k"] // 4:
             del options["local"]
-    if _reads_sparsely(options) and workload.context < 2048:
+    if _reads_sparsely(options) and workload.context < 2 * _break_even():
         options["dense_below"] = 0  # short contexts are read densely otherwise, whatever the dials say
     defaults = {"read": "sparq", "format": "model", "ranking": "int4", "group_reduce": "logits", "dense_layers": 0}
     defaults["retention"] = "all"
     return {name: value for name, value in options.items() if value != defaults.get(name)}
+
+
+def _break_even() -> int:
+    """Tokens below which contexts are read densely on this platform, if nobody says otherwise."""
+    below = on_platform(Options()).dense_below
+    return MEASURED_BREAK_EVEN if below == "auto" else below
 
 
 def starting_points(workload: Workload) -> list[dict[str, Any]]:

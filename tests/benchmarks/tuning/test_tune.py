@@ -7,12 +7,14 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from tests.benchmarks.commands import exit_code
+from vllm_sparq.attention_backends import engine as paged_engine
 from vllm_sparq.benchmarks.common import records
 from vllm_sparq.benchmarks.common.methods import Method
 from vllm_sparq.benchmarks.quality import sweep
@@ -36,6 +38,16 @@ def test_settings_that_are_beaten_are_not_shown() -> None:
     beaten = setting(0.6, 0.4, 0.03, r=4)
     assert tune.pareto([exact, beaten, small, fast]) == [fast, small, exact]
     assert tune.pareto([fast, replace(fast, options={"r": 9})]) == [fast, replace(fast, options={"r": 9})]
+
+
+def test_what_a_platform_would_read_densely_is_read_sparsely(monkeypatch: pytest.MonkeyPatch) -> None:
+    """CUDA's break-even lies above the contexts that are searched by default: every dial would do nothing."""
+    chosen = next(point for point in starting_points(WORK) if "k" in point)
+    long = replace(WORK, context=8192)
+    assert "dense_below" not in options_of(chosen, long)
+    monkeypatch.setattr(paged_engine, "current_platform", SimpleNamespace(is_cuda=lambda: True))
+    assert options_of(chosen, long)["dense_below"] == 0
+    assert "dense_below" not in options_of(chosen, replace(WORK, context=65536))
 
 
 def test_the_choice_is_the_fastest_within_the_loss() -> None:
