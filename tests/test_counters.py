@@ -113,6 +113,12 @@ def test_engines_do_not_share() -> None:
         assert Counters.of(config("b", 1), 0).path != Counters.of(config("a", 1), 0).path
 
 
+def test_engines_that_ray_starts_are_found() -> None:
+    """vLLM gives their configurations names of their own, which their front end never hears of."""
+    assert Counters.of(config("a_dp1", 1), 1).path == Counters.of(config("a", 1), 1).path
+    assert Counters.of(config("a_dp1", 1), 1).path != Counters.of(config("a_dp0", 1), 0).path
+
+
 def test_what_was_taken_is_not_taken_back() -> None:
     """A count below what was taken: nothing, and afterwards only what goes beyond."""
     scheduler, front_end = Counters.of(config("a", 1), 0), Counters.of(config("a", 1), 0)

@@ -51,7 +51,9 @@ class Counters:
     @classmethod
     def of(cls, vllm_config: Any, engine_index: int) -> Counters:
         """Those of one engine core."""
-        run = vllm_config.instance_id
+        run = vllm_config.instance_id.removesuffix(
+            f"_dp{engine_index}"
+        )  # by which Ray tells apart the engines it starts
         if vllm_config.parallel_config._api_process_count > 1:
             run = os.environ.get(RUN, run)
         return cls(Path(tempfile.gettempdir()) / f"vllm-sparq-{run}-{engine_index}.counters")

@@ -48,7 +48,8 @@ A choice is about what decode steps read, never about what pages hold or which t
 `compression` does without the engine's `r` and `k`. What cannot be is refused when the request arrives, with the value,
 the rule and the remedy: HTTP 400 (where vLLM streams, its 200 may be sent by then, and the reason is in the stream), in
 Python vLLM's `VLLMValidationError`. On CUDA every choice is refused. `/metrics` counts requests that choose:
-`vllm:sparq_dense_requests_total` and `vllm:sparq_tuned_requests_total`.
+`vllm:sparq_dense_requests_total` and `vllm:sparq_tuned_requests_total`; they stay 0 for an engine on another host than
+its front end.
 """.replace("NAMES", ", ".join(f"`sparq.{name}`" for name in TURNED[1:]))
 """The end of the page."""
 
