@@ -111,7 +111,7 @@ class PromptCachingMixin(DraftsInPagesMixin):
 
     def _update_request_as_session(self, session: Request, update: Any) -> None:
         """As vLLM does, and give back all blocks, so that the whole conversation is read as a prompt."""
-        super()._update_request_as_session(session, update)  # type: ignore[misc]
+        super()._update_request_as_session(session, update)
         if not self._shares_all:
             self._free_request_blocks(session)  # type: ignore[attr-defined]
             session.num_computed_tokens = 0
