@@ -60,7 +60,6 @@ class EvictingMixin:
             )
         self._granted: list[Request] = []
         self._rooms: list[tuple[int, int]] = []  # a heap: what they had, negated, and their places in `_granted`
-        self._n_looked_at = 0
         self.n_blocks_taken = self.n_tokens_evicted = self.n_preemptions_avoided = 0
         manager: Any = self.kv_cache_manager  # type: ignore[attr-defined]
         self._allocate = manager.allocate_slots
@@ -70,7 +69,6 @@ class EvictingMixin:
         """As vLLM does, and tell the workers which budgets are lower than they think."""
         self._granted.clear()
         self._rooms.clear()
-        self._n_looked_at = 0
         before = self.n_preemptions_avoided
         output = super().schedule(*args, **kwargs)  # type: ignore[misc]
         shrunk = self._managers[0].shrunk
@@ -120,9 +118,8 @@ class EvictingMixin:
         of a request that is part of the step only shrinks, when it gives or is preempted; so the heap may say too much
         of one, never too little, and its first is the one as soon as what it says of that is true.
         """
-        for place in range(self._n_looked_at, len(self._granted)):
+        for place in range(len(self._rooms), len(self._granted)):
             heapq.heappush(self._rooms, (-self._spare_room(self._granted[place], asking=False), place))
-        self._n_looked_at = len(self._granted)
         while self._rooms:
             negated, place = self._rooms[0]
             room = self._spare_room(self._granted[place], asking=False)

@@ -14,8 +14,15 @@ class DenseRead(Read):
 
     op: ClassVar[str] = "dense_decode"
     meaningless: ClassVar[tuple[str, ...]] = (
-        *("compression", "r", "k", "local", "min_k", "mass"),
-        *("ranking", "mean_value", "group_reduce"),
+        "compression",
+        "r",
+        "k",
+        "local",
+        "min_k",
+        "mass",
+        "ranking",
+        "mean_value",
+        "group_reduce",
     )
     instead: ClassVar[str] = "set read 'sparq'"
 
