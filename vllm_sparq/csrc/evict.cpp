@@ -112,7 +112,7 @@ struct Bar {
 
 Bar find_bar(const Held& held, const float* ranks, int32_t* ties) {
   int n_staying = 0, n_ties = 0;
-  const float rank = kth_largest(ranks, held.n(), held.n_kept, &n_staying);
+  const float rank = bar_of_largest(ranks, held.n(), held.n_kept, &n_staying);
   for (int slot = 0; slot < held.n(); ++slot)
     if (ranks[slot] == rank) ties[n_ties++] = held.position(slot);
   if (n_staying >= n_ties) return {rank, INT_MAX};

@@ -35,7 +35,7 @@ void pick_channels(const float* q, int n_heads, int d, int r, int32_t* channels,
     store(importance + c, sum);
   }
   int n = 0, n_ties = 0;
-  const float least = kth_largest(importance, d, r, &n_ties);
+  const float least = bar_of_largest(importance, d, r, &n_ties);
   for (int c = 0; c < d && n < r; ++c)
     if (importance[c] > least || (importance[c] == least && n_ties-- > 0)) channels[n++] = c;
   for (int c = 0; n < r; ++c) channels[n++] = c;  // only if q holds NaN

@@ -66,9 +66,9 @@ SPARQ_INLINE void put_quarters(const __m512i* sums, float factor, float base, fl
 inline void scan_bytes(const Scan& scan, const ByteWeights& weights, float* scores) {
   const __m512i mask = _mm512_set1_epi8(15);
   for (int byte = 0; byte < scan.row_bytes; byte += SCAN_BYTES) {
-    __m512i low[4], high[4];  // sums of low nibbles, and 16 times those of high ones
+    __m512i both[4], high[4];  // sums of whole bytes, and of their high nibbles, times 16
 #pragma GCC unroll 4
-    for (int m = 0; m < 4; ++m) low[m] = high[m] = _mm512_setzero_si512();
+    for (int m = 0; m < 4; ++m) both[m] = high[m] = _mm512_setzero_si512();
     for (int i = 0; i < scan.r; i += QUAD) {
       __m512i row[QUAD];
 #pragma GCC unroll 4
@@ -82,10 +82,13 @@ inline void scan_bytes(const Scan& scan, const ByteWeights& weights, float* scor
       for (int m = 0; m < 4; ++m) {
         const __m512i codes = m % 2 == 0 ? _mm512_unpacklo_epi16(front[m / 2], back[m / 2])
                                          : _mm512_unpackhi_epi16(front[m / 2], back[m / 2]);
-        low[m] = _mm512_dpbusd_epi32(low[m], _mm512_and_si512(codes, mask), weight);
+        both[m] = _mm512_dpbusd_epi32(both[m], codes, weight);
         high[m] = _mm512_dpbusd_epi32(high[m], _mm512_andnot_si512(mask, codes), weight);
       }
     }
+    __m512i low[4];
+#pragma GCC unroll 4
+    for (int m = 0; m < 4; ++m) low[m] = _mm512_sub_epi32(both[m], high[m]);
     put_quarters(low, weights.unit, weights.base, scores + byte);
     put_quarters(high, weights.unit / 16, weights.base, scores + scan.n / 2 + byte);
   }

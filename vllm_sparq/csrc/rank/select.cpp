@@ -46,22 +46,27 @@ float share_greater(const float* values, const float* shares, int n, float than)
 
 }  // namespace
 
-// Bisection over the 32 bits of the answer: a pass counts n values in n / W instructions, which for the few hundred or
+// Bisection over the 32 bits of a bar: a pass counts n values in n / W instructions, which for the few hundred or
 // thousand candidates in L1 or L2 beats any selection that moves them.
-float kth_largest(const float* values, int n, int k, int* n_ties) {
-  int64_t low = ordered(-INFINITY), high = ordered(INFINITY);  // the answer is in low .. high
+float bar_of_largest(const float* values, int n, int k, int* n_ties) {
+  int64_t low = ordered(-INFINITY), high = ordered(INFINITY);  // the k-th largest is in low .. high
   while (low < high) {
     const int64_t middle = low + (high - low) / 2;
-    if (count_greater(values, n, unordered((int32_t)middle)) >= k) low = middle + 1;
+    const int count = count_greater(values, n, unordered((int32_t)middle));
+    if (count == k) {
+      *n_ties = 0;
+      return unordered((int32_t)middle);
+    }
+    if (count > k) low = middle + 1;
     else high = middle;
   }
-  const float answer = unordered((int32_t)low);
-  *n_ties = k - count_greater(values, n, answer);
-  return answer;
+  const float kth = unordered((int32_t)low);
+  *n_ties = k - count_greater(values, n, kth);
+  return kth;
 }
 
 int Candidates::capacity_for(int wanted, int block_size) {
-  return (int)round_up((size_t)wanted + std::max(wanted, 512) + block_size, 16);
+  return (int)round_up((size_t)wanted + std::max(wanted, 256) + block_size, 16);
 }
 
 Candidates Candidates::in(Arena& arena, int wanted, int capacity, int n_rows) {
@@ -80,25 +85,23 @@ void Candidates::push(const float* scores, const float* heads, int stride, int f
   if (n + count > capacity) keep_best();
   constexpr int AT_ONCE = 4 * W;  // mostly none of so many enters
   const Vec bar = set1(threshold);
-  for (int i = 0; i < count; i += W) {
-    if (i % AT_ONCE == 0 && i + AT_ONCE <= count) {
-      const float* const x = scores + i;
-      const unsigned low = greater(load(x), bar) | greater(load(x + W), bar);
-      const unsigned high = greater(load(x + 2 * W), bar) | greater(load(x + 3 * W), bar);
-      if ((low | high) == 0) {
-        i += AT_ONCE - W;
-        continue;
-      }
-    }
-    const Vec x = load(scores + i);
-    const unsigned bits = greater(x, bar) & first_lanes(count - i);
-    if (bits == 0) continue;
-    store(score + n, compress(bits, x));
+  const auto enter = [&](int i, unsigned bits) __attribute__((always_inline)) {
+    store(score + n, compress(bits, load(scores + i)));
     store_numbers(token + n, first + i, bits);
     for (int row = 0; row < n_rows; ++row)
       store(head_scores + (size_t)row * (capacity + 16) + n, compress(bits, load(heads + (size_t)row * stride + i)));
     n += __builtin_popcount(bits);
+  };
+  int i = 0;
+  for (; i + AT_ONCE <= count; i += AT_ONCE) {
+    unsigned bits[4];
+#pragma GCC unroll 4
+    for (int v = 0; v < 4; ++v) bits[v] = greater(load(scores + i + v * W), bar);
+    if ((bits[0] | bits[1] | bits[2] | bits[3]) == 0) continue;
+#pragma GCC unroll 4
+    for (int v = 0; v < 4; ++v) enter(i + v * W, bits[v]);
   }
+  for (; i < count; i += W) enter(i, greater(load(scores + i), bar) & first_lanes(count - i));
 }
 
 void Candidates::push(const Candidates& other) {
@@ -113,7 +116,7 @@ void Candidates::push(const Candidates& other) {
 void Candidates::keep_best() {
   if (n <= wanted) return;
   int n_ties = 0;
-  threshold = kth_largest(score, n, wanted, &n_ties);
+  threshold = bar_of_largest(score, n, wanted, &n_ties);
   const Vec bar = set1(threshold);
   int kept = 0;
   for (int i = 0; i < n; i += W) {
@@ -136,7 +139,7 @@ void Candidates::keep_best() {
   n = kept;
 }
 
-// Bisection as in kth_largest, for the lowest score that is needed: those above it hold too little.
+// Bisection as in bar_of_largest, for the lowest score that is needed: those above it hold too little.
 int Candidates::n_holding(const float* shares, float mass) const {
   int64_t low = ordered(-INFINITY), high = ordered(INFINITY);
   while (low < high) {

@@ -7,9 +7,9 @@
 
 namespace sparq {
 
-// The k-th largest of n values (the smallest if there are fewer; NaN counts as absent). `n_ties` of the values equal to
-// it belong to the k largest.
-float kth_largest(const float* values, int n, int k, int* n_ties);
+// What parts the k largest of n values from the rest: those above it are among them, and so are `n_ties` of those equal
+// to it; none below. (-infinity if there are fewer; NaN counts as absent.)
+float bar_of_largest(const float* values, int n, int k, int* n_ties);
 
 // The `wanted` best tokens seen so far, in the order they came (oldest first), and more that may be.
 //
