@@ -48,12 +48,12 @@ float share_greater(const float* values, const float* shares, int n, float than)
 
 // Bisection over the 32 bits of a bar: a pass counts n values in n / W instructions, which for the few hundred or
 // thousand candidates in L1 or L2 beats any selection that moves them.
-float bar_of_largest(const float* values, int n, int k, int* n_ties) {
+float bar_of_largest(const float* values, int n, int k, int* n_ties, int slack) {
   int64_t low = ordered(-INFINITY), high = ordered(INFINITY);  // the k-th largest is in low .. high
   while (low < high) {
     const int64_t middle = low + (high - low) / 2;
     const int count = count_greater(values, n, unordered((int32_t)middle));
-    if (count == k) {
+    if (count >= k && count <= k + slack) {
       *n_ties = 0;
       return unordered((int32_t)middle);
     }
@@ -82,7 +82,7 @@ Candidates Candidates::in(Arena& arena, int wanted, int capacity, int n_rows) {
 }
 
 void Candidates::push(const float* scores, const float* heads, int stride, int first, int count) {
-  if (n + count > capacity) keep_best();
+  if (n + count > capacity) keep_best(wanted / 8);
   constexpr int AT_ONCE = 4 * W;  // mostly none of so many enters
   const Vec bar = set1(threshold);
   const auto enter = [&](int i, unsigned bits) __attribute__((always_inline)) {
@@ -113,10 +113,10 @@ void Candidates::push(const Candidates& other) {
   n += other.n;
 }
 
-void Candidates::keep_best() {
-  if (n <= wanted) return;
+void Candidates::keep_best(int slack) {
+  if (n <= wanted + slack) return;
   int n_ties = 0;
-  threshold = bar_of_largest(score, n, wanted, &n_ties);
+  threshold = bar_of_largest(score, n, wanted, &n_ties, slack);
   const Vec bar = set1(threshold);
   int kept = 0;
   for (int i = 0; i < n; i += W) {

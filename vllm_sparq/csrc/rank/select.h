@@ -8,8 +8,9 @@
 namespace sparq {
 
 // What parts the k largest of n values from the rest: those above it are among them, and so are `n_ties` of those equal
-// to it; none below. (-infinity if there are fewer; NaN counts as absent.)
-float bar_of_largest(const float* values, int n, int k, int* n_ties);
+// to it; none below. (-infinity if there are fewer; NaN counts as absent.) Up to `slack` more may be above it, where
+// that is found sooner.
+float bar_of_largest(const float* values, int n, int k, int* n_ties, int slack = 0);
 
 // The `wanted` best tokens seen so far, in the order they came (oldest first), and more that may be.
 //
@@ -34,8 +35,8 @@ struct Candidates {
   // 16.
   void push(const float* scores, const float* head_scores, int stride, int first, int count);
   void push(const Candidates& other);
-  // Drops all but the best; ties go to the oldest.
-  void keep_best();
+  // Drops all but the best, and perhaps up to `slack` of the next; ties go to the oldest.
+  void keep_best(int slack = 0);
   // How many of the best hold `mass`, none if that is not positive; all if all hold less. shares [n, readable to n
   // rounded up to 16].
   int n_holding(const float* shares, float mass) const;
