@@ -9,11 +9,14 @@ import platform
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from tests.ops.test_checks import CONTRACTS, arguments
 from vllm_sparq.ops import instruction_sets, native
 from vllm_sparq.ops.dispatch import IMPLEMENTATIONS, OVERRIDE, Choice, choose
 
@@ -97,20 +100,36 @@ def test_other_devices_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         choose("write", "xpu")
 
 
-def test_contracts_run_what_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each contract asks for its own op on the device of its tensors."""
-    from tests.ops.test_checks import CONTRACTS, arguments
+@pytest.mark.parametrize("op", CONTRACTS)
+def test_contracts_run_what_is_chosen_with_all_they_are_given(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each contract asks for its own op on the device of its tensors, and hands over every argument."""
+    asked: list[tuple[str, str]] = []
+    run = inspect.signature(Choice(op, "reference", "test").load())
+    handed: dict[str, Any] = {}
 
-    for op, contract in CONTRACTS.items():
-        asked: list[tuple[str, str]] = []
+    class Chosen(Choice):
+        def load(self) -> Callable[..., None]:
+            return lambda *args, **kw: handed.update(run.bind(*args, **kw).arguments)
 
-        def spy(op: str, device: str, asked: list[tuple[str, str]] = asked) -> Choice:
-            asked.append((op, device))
-            return Choice(op, "reference", "test")
+    def spy(op: str, device: str) -> Chosen:
+        asked.append((op, device))
+        return Chosen(op, "reference", "test")
 
-        monkeypatch.setattr(sys.modules[contract.__module__], "choose", spy)
-        contract(**arguments(op))
-        assert asked == [(op, "cpu")]
+    contract = CONTRACTS[op]
+    monkeypatch.setattr(sys.modules[contract.__module__], "choose", spy)
+    optional = {
+        "sinks": torch.zeros(4),
+        "soft_cap": 5.0,
+        "key_start_loc": torch.tensor([0, 5, 6], dtype=torch.int32),
+        "first_positions": torch.zeros(2, dtype=torch.int32),
+    }
+    names = inspect.signature(contract).parameters
+    given = arguments(op) | {name: value for name, value in optional.items() if name in names}
+    assert given.keys() == names.keys()
+    contract(**given)
+    assert asked == [(op, "cpu")]
+    assert handed.keys() == given.keys()
+    assert all(handed[name] is value for name, value in given.items())
 
 
 OTHERS = [

@@ -117,6 +117,20 @@ def test_what_does_not_fit_is_refused() -> None:
     quantized = Pages.empty(20, 2, PageLayout(head_size=64, block_size=16, dtype=torch.float32, format="int8"))
     with pytest.raises(ValueError, match="pages must be in the model's type, got format 'int8'"):
         run(turned_attention, given | {"pages": quantized})
+    adding = Pages.empty(
+        20, 2, PageLayout(head_size=64, block_size=16, dtype=torch.float32, positions=True, attention=True)
+    )
+    with pytest.raises(ValueError, match="pages must not add up attention"):
+        run(turned_attention, given | {"pages": adding})
+
+
+@pytest.mark.parametrize("n_turned", [0, 4])
+def test_any_strides_and_no_turned_slot_at_all(n_turned: int) -> None:
+    given = world(step=DECODES, n_turned=n_turned)
+    apart = torch.empty(*given["turned"].shape, 2)[..., 0].copy_(given["turned"])
+    assert n_turned == 0 or not apart.is_contiguous()
+    want = run(reference.turned_attention, given)
+    torch.testing.assert_close(run(turned_attention, given | {"turned": apart}), want, **tolerances.OUT[torch.float32])
 
 
 def test_the_reference_can_be_forced(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,7 +25,7 @@ def dense_decode(
     In a quantized format every full block but the newest is read from its codes, the newest block from where it is
     staged, in the model's own type. (The newest block is that of token S - 1, even if that token just filled it.)
 
-    Where pages have ``scores``, each token's probability, as the mean over the query group, is added to its score.
+    Where pages have ``attention``, each token's probability, as the mean over the query group, is added to its entry.
 
     Args:
         query: [B, H, D], one row per request; its own K and V are already in the pages.
@@ -35,16 +35,15 @@ def dense_decode(
         scale: of the logits, normally 1 / sqrt(D).
         out: [B, H, D], written. Sums are fp32, rounded once at the end.
         sinks: fp32 [H], or None. A head's sink is one more logit, to the base e and not scaled, of a token whose V is
-            zero: probability that goes nowhere (gpt-oss). It is counted once per row, in scores too.
+            zero: probability that goes nowhere (gpt-oss). It is counted once per row, in ``attention`` too.
         soft_cap: None, or logits of tokens are ``soft_cap * tanh(logit / soft_cap)`` (Gemma 2).
 
     Raises:
         ValueError: a shape, type or stride that does not fit; the message names it.
     """
     check_decode(query, pages, block_table, seq_lens, out, sinks, soft_cap)
-    choose("dense_decode", query.device.type).load()(
-        query, pages, block_table, seq_lens, scale=scale, out=out, sinks=sinks
-    )
+    run = choose("dense_decode", query.device.type).load()
+    run(query, pages, block_table, seq_lens, scale=scale, out=out, sinks=sinks, soft_cap=soft_cap)
 
 
 def check_decode(

@@ -1,8 +1,8 @@
 """`vllm_sparq.ops.dense_decode.dense_decode` on a GPU: flash decoding over pages, two launches, or three with scores.
 
 Moves ``2 D`` elements per token and KV head, or the codes and scales of quantized ones, which is all there is to read;
-the merge adds ``8 D`` bytes per split. Where pages have scores, the logits are kept, 8 bytes per token and query head
-there and back: less than K a second time. A batch whose logits would exceed `SCRATCH_BYTES` runs in slices.
+the merge adds ``8 D`` bytes per split. Where pages have `attention`, the logits are kept, 8 bytes per token and query
+head there and back: less than K a second time. A batch whose logits would exceed `SCRATCH_BYTES` runs in slices.
 """
 
 from __future__ import annotations

@@ -31,9 +31,9 @@ def prefill(
     block size there. Tokens of a block that was begun before come along in ``key`` and ``value``, in front of the
     request's new ones, and ``key_start_loc`` says where each request's begin.
 
-    Where pages have ``scores``, each token's probabilities, as the mean over the query group and the sum over the rows,
-    are added to its score: cached tokens in slots below ``context_lens[b]``, and those of ``key`` in the slots after,
-    where `write` has put them before. Without an S x S tensor.
+    Where pages have ``attention``, each token's probabilities, as the mean over the query group and the sum over the
+    rows, are added to its entry: cached tokens in slots below ``context_lens[b]``, and those of ``key`` in the slots
+    after, where `write` has put them before. Without an S x S tensor.
 
     Args:
         query: [T, H, D].

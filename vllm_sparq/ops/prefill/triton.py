@@ -2,7 +2,7 @@
 
 The rows of a tile are (token, head of the query group) pairs, so K and V arrive once for the group, and a step of few
 new tokens still fills a tensor core tile. Few tiles with long contexts are split over the keys, as in a decode. Where
-pages have scores, a second pass over K adds to them (`triton_attention`).
+pages have `attention`, a second pass over K adds to them (`triton_attention`).
 """
 
 from __future__ import annotations

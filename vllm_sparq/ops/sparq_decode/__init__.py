@@ -43,8 +43,8 @@ def sparq_decode(
 
     Where tokens may have been evicted (pages with ``positions``) the *newest* tokens are those whose positions are less
     than ``n_local(S)`` below the last token's, and v is the mean over the tokens that remain. Where pages have
-    ``scores``, the mean over the query group of ``softmax(s_g)`` is added to each token's score; of a context that is
-    read densely, its probability.
+    ``attention``, the mean over the query group of ``softmax(s_g)`` is added to each token's entry; of a context that
+    is read densely, its probability.
 
     With ``alpha_floor = 1`` step 5 is ``out_g = y_g`` and needs no page sums.
 

@@ -35,7 +35,7 @@ def turned_attention(
     Args:
         query: [T, H, D]; K and V of all rows are in the pages already.
         turned: fp32 [T, n, H, D], the query that sees slot j: ``turned[:, j]``.
-        pages: the cache, in the model's type.
+        pages: the cache, in the model's type; not one that adds up attention.
         block_table: int32 [>= B, M].
         query_start_loc: int32 [B + 1], ascending: request b owns rows ``[b] : [b + 1]``, the last of its slots. Rows
             outside every request are padding, and so is a request without slots: their output is undefined.
@@ -51,8 +51,9 @@ def turned_attention(
     check_heads("out", out, pages, multiple_of_kv_heads=True)
     require(out.shape == query.shape, f"out must be {tuple(query.shape)} like query, got {tuple(out.shape)}")
     require(pages.layout.quantized is None, f"pages must be in the model's type, got format {pages.layout.format!r}")
+    require("attention" not in pages.layout.parts, "pages must not add up attention: nothing is added to it here")
     require(
-        turned.dtype == torch.float32 and turned.dim() == 4 and turned[:, 0].shape == query.shape,
+        turned.dtype == torch.float32 and turned.dim() == 4 and (len(turned), *turned.shape[2:]) == query.shape,
         f"turned must be float32 [{query.shape[0]}, n, {query.shape[1]}, {query.shape[2]}], got "
         f"{turned.dtype} {tuple(turned.shape)}",
     )

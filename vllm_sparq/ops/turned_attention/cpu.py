@@ -29,10 +29,11 @@ def turned_attention(
     starts = query_start_loc.tolist()
     n_single = _leading_single_rows(starts) if native.find().library is not None else 0
     if n_single:
+        dense = turned.contiguous().flatten(1, 2)  # outlives the call: C++ gets its address
         native.function("sparq_turned_decode")(
             native.pages_struct(pages),
             native.tensor(query),
-            native.tensor(turned.contiguous().flatten(1, 2)),
+            native.tensor(dense),
             native.tensor(out),
             native.requests(block_table, seq_lens, n_single),
             native.logits(scale, sinks, soft_cap),

@@ -24,7 +24,7 @@ def write(
     ``seq_lens[b] - 1``. For every page that a new token touches:
 
     * its K and V go into ``records``, or, in a quantized format, to where its block is staged;
-    * where pages have them, the token's ``positions`` entry becomes its position and its ``scores`` entry 0;
+    * where pages have them, the token's ``positions`` entry becomes its position and its ``attention`` entry 0;
     * when the page gets its first token (and only then), ``value_sum`` becomes the previous page's ``value_sum`` plus
       the sum of the previous page's V, in fp32; zero for the first page of a request;
     * when the page gets its last token, a quantized format makes its codes from the staged tokens
