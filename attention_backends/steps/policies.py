@@ -1,8 +1,9 @@
 """Rows of a step whose requests have chosen for themselves how much is read (`attention_backends.choices`).
 
 Rows that are read alike make one call of an op, over tables of their own; which they are is worked out once per step.
-What a row finds does not depend on the rows beside it, so neither does an answer. A step in which nobody has chosen is
-as if there were no choice.
+What a row reads does not depend on the rows beside it, nor does its answer, but for how sums are rounded (contexts are
+cut so that all threads have work, and parts summed apart). A step in which nobody has chosen is as if there were no
+choice.
 """
 
 from __future__ import annotations
