@@ -40,11 +40,13 @@ COMMON_FLAGS = [
 ]
 AVX2 = ["-mavx2", "-mfma", "-mf16c", "-mbmi2"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512cd"]
-AVX512_BF16 = [*AVX512, "-mavx512bf16", "-mavx512vnni", "-mavx512vbmi"]
+AVX512_VNNI = [*AVX512, "-mavx512vnni"]
+AVX512_BF16 = [*AVX512_VNNI, "-mavx512bf16"]
 INSTRUCTION_SETS = {
     "x86_64": {
         "avx2": AVX2,
         "avx512": AVX512,
+        "avx512_vnni": AVX512_VNNI,
         "avx512_bf16": AVX512_BF16,
         "amx": [*AVX512_BF16, "-mamx-tile", "-mamx-bf16"],
     },

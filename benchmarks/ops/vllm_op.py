@@ -20,6 +20,7 @@ VLLM_ASKS = ("_is_avx512_supported", "_is_avx512_bf16_supported", "_is_amx_tile_
 VLLM_SEES = {
     "avx2": (False, False, False),
     "avx512": (True, False, False),
+    "avx512_vnni": (True, False, False),
     "avx512_bf16": (True, True, False),
 }
 """The answers by which vLLM takes its kernels for one of our instruction sets."""

@@ -133,10 +133,10 @@ def test_contracts_run_what_is_chosen_with_all_they_are_given(op: str, monkeypat
 
 
 OTHERS = [
-    pytest.param(isa, marks=pytest.mark.long) if isa == "avx512" else isa
+    pytest.param(isa, marks=pytest.mark.long) if isa in ("avx512", "avx512_vnni") else isa
     for isa in (RUNNABLE[1:] if not os.environ.get(native.OVERRIDE) else [])
 ]
-"""Instruction sets that the rest of the suite does not run with; the one in between, all of whose parts another set has
+"""Instruction sets that the rest of the suite does not run with; those in between, all of whose parts another set has
 too, in `make test-long`."""
 
 

@@ -41,6 +41,8 @@ def test_what_runs_here_is_of_this_architecture() -> None:
 def test_the_best_comes_first(monkeypatch: pytest.MonkeyPatch) -> None:
     pretend(monkeypatch, "x86_64", AVX2 | {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512cd"})
     assert instruction_sets.runnable() == ["avx512", "avx2"]
+    pretend(monkeypatch, "x86_64", instruction_sets.INSTRUCTION_SETS["avx512"].flags | {"avx512_vnni"})
+    assert instruction_sets.runnable() == ["avx512_vnni", "avx512", "avx2"]  # Cascade Lake, Ice Lake
     pretend(monkeypatch, "aarch64", {"asimd"})
     assert instruction_sets.runnable() == ["neon"]
 
@@ -52,14 +54,14 @@ def test_tiles_are_for_processes_that_linux_grants_them(granted: bool, monkeypat
     monkeypatch.setattr(instruction_sets, "_cpuinfo", lambda name: " ".join(flags) if name == "flags" else "")
     monkeypatch.setattr(platform, "machine", lambda: "x86_64")
     monkeypatch.setattr(instruction_sets, "_grants_tiles", lambda: granted)
-    assert instruction_sets.runnable() == ["amx", "avx512_bf16", "avx512", "avx2"][not granted :]
+    assert instruction_sets.runnable() == ["amx", "avx512_bf16", "avx512_vnni", "avx512", "avx2"][not granted :]
     assert instruction_sets.lacking("amx") == (None if granted else "it lacks amx_tile")
 
 
 @pytest.mark.parametrize(
     ("machine", "flags", "asked", "said"),
     [
-        ("x86_64", AVX2, "sse2", r"is not an instruction set: use one of \['amx', 'avx512_bf16', 'avx512', .*"),
+        ("x86_64", AVX2, "sse2", r"is not an instruction set: use one of \['amx', 'avx512_bf16', 'avx512_vnni', .*"),
         (
             "x86_64",
             AVX2,

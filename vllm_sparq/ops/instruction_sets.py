@@ -11,7 +11,8 @@ from pathlib import Path
 
 _AVX2 = frozenset({"avx2", "fma", "f16c", "bmi2"})
 _AVX512 = _AVX2 | {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512cd"}
-_AVX512_BF16 = _AVX512 | {"avx512_bf16", "avx512_vnni", "avx512vbmi"}
+_AVX512_VNNI = _AVX512 | {"avx512_vnni"}
+_AVX512_BF16 = _AVX512_VNNI | {"avx512_bf16"}
 
 _CPUINFO = Path("/proc/cpuinfo")
 
@@ -50,6 +51,7 @@ class InstructionSet:
 INSTRUCTION_SETS = {
     "amx": InstructionSet("AVX-512 with AMX", "x86_64", _AVX512_BF16 | {"amx_tile", "amx_bf16"}),
     "avx512_bf16": InstructionSet("AVX-512 with BF16", "x86_64", _AVX512_BF16),
+    "avx512_vnni": InstructionSet("AVX-512 with VNNI", "x86_64", _AVX512_VNNI),
     "avx512": InstructionSet("AVX-512", "x86_64", _AVX512),
     "avx2": InstructionSet("AVX2", "x86_64", _AVX2),
     "neon": InstructionSet("NEON", "aarch64", frozenset({"asimd"})),
