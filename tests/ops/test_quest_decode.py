@@ -197,6 +197,13 @@ def test_threads_do_not_matter(n_threads: int, case: Case) -> None:
     )
 
 
+@pytest.mark.skipif("cpu" not in IMPLEMENTATIONS, reason="no CPU kernels of this op")
+@pytest.mark.parametrize("format", ["model", "int4", "kivi4"])
+def test_what_is_read_of_a_cut_context_is_cut_too(format: str) -> None:
+    case = replace(BASE, heads=4, kv_heads=1, block_size=128, lens=(2100, 40), format=format)
+    assert_right(load("quest_decode", "cpu"), case, case.tokens(), SpansRead(min_k=1500))
+
+
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [({"min_k": 80}, "spans read"), ({"min_k": 1000}, "spans read"), ({}, "a better span|off by|newest")],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from fractions import Fraction
+from typing import Any
 
 import pytest
 import torch
@@ -323,6 +324,15 @@ def test_a_long_context_is_cut(implementation: str, reduce: str) -> None:
     case = Case(heads=2, kv_heads=1, head_size=256, block_size=128, lens=(1100,))
     read = SparqRead(r=32, min_k=150, alpha_floor=0.1, group_reduce=reduce)  # type: ignore[arg-type]
     assert_right(load("sparq_decode", implementation), case, case.tokens(), read, device(implementation))
+
+
+@pytest.mark.parametrize("format", ["model", "int4", "kivi4"])
+@pytest.mark.parametrize("more", [{}, {"group_reduce": "probs"}, {"mass": 0.9}], ids=str)
+def test_what_is_read_of_a_cut_context_is_cut_too(format: str, more: dict[str, Any]) -> None:
+    """Pieces of codes alone, and one that ends with staged tokens; beside a context that is not cut."""
+    case = Case(heads=4, kv_heads=1, head_size=64, block_size=128, lens=(2100, 40), format=format)
+    read = SparqRead(r=16, min_k=1500, alpha_floor=0.1, **more)
+    assert_right(load("sparq_decode", "cpu"), case, case.tokens(), read)
 
 
 @pytest.mark.parametrize("implementation", ["reference", "cpu"])

@@ -67,6 +67,7 @@ struct QuestDecode {
   Candidates new_candidates(int len, Arena& arena) const {
     return Candidates::in(arena, n_wanted(len), capacity(len), 0);
   }
+  size_t room_for_tokens(int len) const { return (size_t)read.n_spans(len) * SPAN_TOKENS; }
 
  private:
   int capacity(int len) const { return Candidates::capacity_for(n_wanted(len), AT_ONCE); }
@@ -175,56 +176,56 @@ void rank_part(const QuestDecode& op, const Task& task, int len, Candidates& can
   candidates.keep_best();
 }
 
-// Step 4 for one KV head of one request: the tokens of the first spans, of those chosen and of the newest ones.
-void finish_request(const QuestDecode& op, const Task& task, int len, const Candidates& chosen) {
-  thread_local Scratch scratch;
-  const Decode& call = op.call;
-  const int n_first = op.first_ranked(), newest = op.stop_ranked(len);
-  const int room = (n_first + chosen.n + spans_of(len) - newest) * SPAN_TOKENS;
-  Arena arena = scratch.arena();
-  const Group group = call.group(task.request, task.head, arena);
-  const State state = call.new_state(arena.take<float>(call.state_floats()));
-  int32_t* const tokens = arena.take<int32_t>(room);
+// The tokens of the first spans, of those chosen and of the newest ones.
+Listed list_tokens(const QuestDecode& op, int len, const Candidates& chosen, int32_t* tokens) {
   int n = 0;
-  for (int token = 0; token < n_first * SPAN_TOKENS; ++token) tokens[n++] = token;
+  for (int token = 0; token < op.first_ranked() * SPAN_TOKENS; ++token) tokens[n++] = token;
   for (int i = 0; i < chosen.n; ++i)
     for (int place = 0; place < SPAN_TOKENS; ++place) tokens[n++] = chosen.token[i] * SPAN_TOKENS + place;
-  for (int token = newest * SPAN_TOKENS; token < len; ++token) tokens[n++] = token;
-  attend_tokens(call, group, state, call.sequence(task.request, task.head), tokens, n);
-  call.finish(task.request, task.head, state, nullptr, nullptr);
+  for (int token = op.stop_ranked(len) * SPAN_TOKENS; token < len; ++token) tokens[n++] = token;
+  return {tokens, n};
 }
 
 // A part of a cut context, kept until all parts are there.
 struct Part {
-  float* memory;  // dense reads
+  float* memory;  // of its state
   Candidates candidates;
+  Candidates all;   // in the first part: what the parts found, as if one had found it; in the order of the tokens
+  int32_t* tokens;  // the same: room for those that are read
+  Listed chosen;
 
   static void run_whole(const QuestDecode& op, const Task& task, int len);
   void run(const QuestDecode& op, const Task& task, int len);
-  // What the parts of a context found, as if one had found it; in the order of the tokens.
-  static void merge(const QuestDecode& op, const Task& first, int len, const Part* parts);
+  static Listed choose(const QuestDecode& op, const Task& first, Part* parts);
+  static void finish(const QuestDecode& op, const Task& first, const Part* parts, const State& state);
   // What every part of a cut context works in; the parts of a context follow each other.
   static void place(const QuestDecode& op, const std::vector<Task>& tasks, Scratch& scratch, std::vector<Part>& parts);
 };
 
 void Part::run_whole(const QuestDecode& op, const Task& task, int len) {
   thread_local Scratch scratch;
+  const Decode& call = op.call;
   Arena arena = scratch.arena();
   Candidates candidates = op.new_candidates(len, arena);
   rank_part(op, task, len, candidates);
-  finish_request(op, task, len, candidates);
+  const Listed chosen = list_tokens(op, len, candidates, arena.take<int32_t>(op.room_for_tokens(len)));
+  const Group group = call.group(task.request, task.head, arena);
+  const State state = call.new_state(arena.take<float>(call.state_floats()));
+  attend_tokens(call, group, state, call.sequence(task.request, task.head), chosen);
+  call.finish(task.request, task.head, state, nullptr, nullptr);
 }
 
 void Part::run(const QuestDecode& op, const Task& task, int len) { rank_part(op, task, len, candidates); }
 
-void Part::merge(const QuestDecode& op, const Task& first, int len, const Part* parts) {
-  thread_local Scratch scratch;
-  const int capacity = first.n_parts * op.n_wanted(len) + AT_ONCE;
-  Arena arena = scratch.arena();
-  Candidates all = Candidates::in(arena, op.n_wanted(len), capacity, 0);
+Listed Part::choose(const QuestDecode& op, const Task& first, Part* parts) {
+  Candidates& all = parts[0].all;
   for (int i = 0; i < first.n_parts; ++i) all.push(parts[i].candidates);
   all.keep_best();
-  finish_request(op, first, len, all);
+  return list_tokens(op, op.call.requests.lens[first.request], all, parts[0].tokens);
+}
+
+void Part::finish(const QuestDecode& op, const Task& first, const Part*, const State& state) {
+  op.call.finish(first.request, first.head, state, nullptr, nullptr);
 }
 
 void Part::place(const QuestDecode& op, const std::vector<Task>& tasks, Scratch& scratch, std::vector<Part>& parts) {
@@ -234,11 +235,12 @@ void Part::place(const QuestDecode& op, const std::vector<Task>& tasks, Scratch&
     const Task& task = tasks[i];
     const int len = op.call.requests.lens[task.request];
     if (task.n_parts == 1) continue;
-    if (op.read.is_dense(len)) {
-      parts[i].memory = place_part(op.call, task, task.part > 0 ? parts[i - 1].memory : nullptr, arena);
-    } else {
-      parts[i].candidates = op.new_candidates(len, arena);
-    }
+    parts[i].memory = place_part(op.call, task, task.part > 0 ? parts[i - 1].memory : nullptr, arena);
+    if (op.read.is_dense(len)) continue;
+    parts[i].candidates = op.new_candidates(len, arena);
+    if (task.part > 0) continue;
+    parts[i].all = Candidates::in(arena, op.n_wanted(len), task.n_parts * op.n_wanted(len), 0);
+    parts[i].tokens = arena.take<int32_t>(op.room_for_tokens(len));
   }
 }
 

@@ -46,65 +46,70 @@ void mean_value(const Sparq& op, const Sequence& sequence, int len, const Ranked
   }
 }
 
-// Steps 4 and 5 for one KV head of one request.
-void finish_request(const Sparq& op, const Task& task, int len, Ranked& ranked) {
-  if (op.read.cuts()) keep_mass(op, task.head, len, ranked);
+// What is left of step 5 for one KV head of one request, whose tokens have been attended to.
+void finish_request(const Sparq& op, const Task& task, int len, const Ranked& ranked, const State& state) {
+  if (!op.read.has_mean()) return op.call.finish(task.request, task.head, state, nullptr, nullptr);
   thread_local Scratch scratch;
-  const Decode& call = op.call;
-  const size_t d = call.pages.head_size, n_heads = call.group_size();
+  const size_t d = op.call.pages.head_size, n_heads = op.call.group_size();
   Arena arena = scratch.arena();
-  const Group group = call.group(task.request, task.head, arena);
-  const State state = call.new_state(arena.take<float>(call.state_floats()));
-  const Sequence sequence = call.sequence(task.request, task.head);
-  attend_tokens(call, group, state, sequence, ranked.candidates.token, ranked.candidates.n);
-  float *alphas = nullptr, *rests = nullptr;
-  if (op.read.has_mean()) {
-    alphas = arena.take<float>(n_heads), rests = arena.take<float>(n_heads * d);
-    mean_value(op, sequence, len, ranked, alphas, rests, arena.take<float>(d));
-  }
-  call.finish(task.request, task.head, state, alphas, rests);
+  float *const alphas = arena.take<float>(n_heads), *const rests = arena.take<float>(n_heads * d);
+  const Sequence sequence = op.call.sequence(task.request, task.head);
+  mean_value(op, sequence, len, ranked, alphas, rests, arena.take<float>(d));
+  op.call.finish(task.request, task.head, state, alphas, rests);
+}
+
+// The end of step 3, when the whole context is ranked but for what needs probabilities: the tokens that are read.
+Listed choose_tokens(const Sparq& op, const Task& task, int len, Ranked& ranked, const AllScores& scores) {
+  op.add_sinks(task.head, ranked);
+  if (op.keeps_scores()) use_probs(op, op.call.sequence(task.request, task.head), ranked, scores);
+  ranked.candidates.keep_best();
+  if (op.read.cuts()) keep_mass(op, task.head, len, ranked);
+  return {ranked.candidates.token, ranked.candidates.n};
 }
 
 // A part of a cut context, kept until all parts are there.
 struct Part {
-  float* memory;     // dense reads
+  float* memory;     // of its state
   AllScores scores;  // of the whole context
   Ranked ranked;
+  Ranked all;  // in the first part: what the parts found, as if one had found it; in the order of the tokens
+  Listed chosen;
 
   static void run_whole(const Sparq& op, const Task& task, int len);
   void run(const Sparq& op, const Task& task, int len);
-  // What the parts of a context found, as if one had found it; in the order of the tokens.
-  static void merge(const Sparq& op, const Task& first, int len, const Part* parts);
+  static Listed choose(const Sparq& op, const Task& first, Part* parts);
+  static void finish(const Sparq& op, const Task& first, const Part* parts, const State& state);
   // What every part of a cut context works in; the parts of a context follow each other.
   static void place(const Sparq& op, const std::vector<Task>& tasks, Scratch& scratch, std::vector<Part>& parts);
 };
 
 void Part::run_whole(const Sparq& op, const Task& task, int len) {
   thread_local Scratch scratch;
+  const Decode& call = op.call;
   Arena arena = scratch.arena();
   Ranked ranked = op.new_ranked(len, arena);
   const AllScores scores = AllScores::in(op, len, arena);
   rank_part(op, task, len, ranked, scores);
-  op.add_sinks(task.head, ranked);
-  if (op.keeps_scores()) use_probs(op, op.call.sequence(task.request, task.head), ranked, scores);
-  finish_request(op, task, len, ranked);
+  const Listed chosen = choose_tokens(op, task, len, ranked, scores);
+  const Group group = call.group(task.request, task.head, arena);
+  const State state = call.new_state(arena.take<float>(call.state_floats()));
+  attend_tokens(call, group, state, call.sequence(task.request, task.head), chosen);
+  finish_request(op, task, len, ranked, state);
 }
 
 void Part::run(const Sparq& op, const Task& task, int len) { rank_part(op, task, len, ranked, scores); }
 
-void Part::merge(const Sparq& op, const Task& first, int len, const Part* parts) {
-  thread_local Scratch scratch;
-  const int wanted = op.read.n_selected(len), capacity = std::max(first.n_parts, 2) * wanted + 128;
-  Arena arena = scratch.arena();
-  Ranked ranked{Candidates::in(arena, wanted, capacity, op.n_kept_rows()), parts[0].ranked.sums};
+Listed Part::choose(const Sparq& op, const Task& first, Part* parts) {
+  Ranked& all = parts[0].all;
   for (int i = 0; i < first.n_parts; ++i) {
-    ranked.candidates.push(parts[i].ranked.candidates);
-    if (i > 0) ranked.sums.merge(parts[i].ranked.sums);
+    all.candidates.push(parts[i].ranked.candidates);
+    if (i > 0) all.sums.merge(parts[i].ranked.sums);
   }
-  op.add_sinks(first.head, ranked);
-  if (op.keeps_scores()) use_probs(op, op.call.sequence(first.request, first.head), ranked, parts[0].scores);
-  ranked.candidates.keep_best();
-  finish_request(op, first, len, ranked);
+  return choose_tokens(op, first, op.call.requests.lens[first.request], all, parts[0].scores);
+}
+
+void Part::finish(const Sparq& op, const Task& first, const Part* parts, const State& state) {
+  finish_request(op, first, op.call.requests.lens[first.request], parts[0].all, state);
 }
 
 void Part::place(const Sparq& op, const std::vector<Task>& tasks, Scratch& scratch, std::vector<Part>& parts) {
@@ -114,12 +119,13 @@ void Part::place(const Sparq& op, const std::vector<Task>& tasks, Scratch& scrat
     const Task& task = tasks[i];
     const int len = op.call.requests.lens[task.request];
     if (task.n_parts == 1) continue;
-    if (op.read.is_dense(len)) {
-      parts[i].memory = place_part(op.call, task, task.part > 0 ? parts[i - 1].memory : nullptr, arena);
-    } else {
-      parts[i].ranked = op.new_ranked(len, arena);
-      parts[i].scores = task.part > 0 ? parts[i - 1].scores : AllScores::in(op, len, arena);
-    }
+    parts[i].memory = place_part(op.call, task, task.part > 0 ? parts[i - 1].memory : nullptr, arena);
+    if (op.read.is_dense(len)) continue;
+    parts[i].ranked = op.new_ranked(len, arena);
+    parts[i].scores = task.part > 0 ? parts[i - 1].scores : AllScores::in(op, len, arena);
+    if (task.part > 0) continue;
+    const int wanted = op.read.n_selected(len), capacity = task.n_parts * wanted + 128;
+    parts[i].all = {Candidates::in(arena, wanted, capacity, op.n_kept_rows()), parts[i].ranked.sums};
   }
 }
 

@@ -148,16 +148,15 @@ void attend_turned(const Decode& call, const Group& group, const State& state, c
   }
 }
 
-void merge_states(const Decode& call, const Task& first, float* memory) {
+}  // namespace
+
+State merged_state(const Decode& call, const Task& first, int n, float* memory) {
   const int n_heads = call.group_size(), d = call.pages.head_size;
   const size_t apart = part_floats(call, first);
   const State state = State::in(memory, n_heads, d);
-  for (int part = 1; part < first.n_parts; ++part)
-    merge(state, State::in(memory + part * apart, n_heads, d), n_heads, d);
-  call.finish(first.request, first.head, state, nullptr, nullptr);
+  for (int part = 1; part < n; ++part) merge(state, State::in(memory + part * apart, n_heads, d), n_heads, d);
+  return state;
 }
-
-}  // namespace
 
 size_t part_floats(const Decode& call, const Task& task) { return call.state_floats() + noted_floats(call, task); }
 
@@ -191,7 +190,8 @@ void attend_part(const Decode& call, const Task& task, float* memory) {
 
 void finish_part(const Decode& call, const Task& task, float* memory) {
   if (call.pages.adds_attention()) add_attention(call, task, memory - task.part * part_floats(call, task));
-  if (task.part == 0) merge_states(call, task, memory);
+  if (task.part > 0) return;
+  call.finish(task.request, task.head, merged_state(call, task, task.n_parts, memory), nullptr, nullptr);
 }
 
 void attend_all(const Decode& call) {
@@ -218,12 +218,14 @@ void attend_all(const Decode& call) {
 }
 
 void attend_tokens(const Decode& call, const Group& group, const State& state, const Sequence& sequence,
-                   const int32_t* tokens, int n) {
+                   Listed listed) {
+  auto [tokens, n] = listed;
   if (call.pages.quantized()) {
     const int first_staged = sequence.newest_block() * call.pages.block_size;
     const int n_coded = (int)(std::lower_bound(tokens, tokens + n, first_staged) - tokens);
     attend_coded_tokens(call.codes, group, state, sequence, tokens, n_coded);
     tokens += n_coded, n -= n_coded;
+    if (n == 0) return;
   }
   const int bytes = (int)call.pages.record_bytes();
   Rows rows[2];
@@ -241,6 +243,15 @@ void attend_tokens(const Decode& call, const Group& group, const State& state, c
     }
     call.kernels.absorb(group, state, now.at, now.n, more ? next.at : nullptr);
   }
+}
+
+void attend_piece(const Decode& call, const Task& task, Listed all, float* memory) {
+  const int n = all.n_pieces(task);
+  if (task.part >= n) return;
+  thread_local Scratch scratch;
+  Arena arena = scratch.arena();
+  const Group group = call.group(task.request, task.head, arena);
+  attend_tokens(call, group, call.new_state(memory), call.sequence(task.request, task.head), all.piece(task.part, n));
 }
 
 }  // namespace sparq

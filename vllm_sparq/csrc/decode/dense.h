@@ -27,8 +27,31 @@ void finish_part(const Decode& call, const Task& task, float* memory);
 // Dense attention of every request over all its tokens.
 void attend_all(const Decode& call);
 
-// Attention over the tokens listed, in ascending order.
-void attend_tokens(const Decode& call, const Group& group, const State& state, const Sequence& sequence,
-                   const int32_t* tokens, int n);
+// Tokens of a context that are read, in ascending order. Those of a cut context are attended to in as many pieces as it
+// has parts, unless a piece would not be worth a merge.
+struct Listed {
+  const int32_t* tokens = nullptr;
+  int n = 0;
+
+  int n_pieces(const Task& task) const { return std::max(1, std::min(task.n_parts, n / LEAST_PIECE)); }
+  Listed piece(int i, int n_pieces) const {
+    const int first = (int)((int64_t)n * i / n_pieces), last = (int)((int64_t)n * (i + 1) / n_pieces);
+    return {tokens + first, last - first};
+  }
+
+ private:
+  static constexpr int LEAST_PIECE = 256;
+};
+
+// Attention over the tokens listed.
+void attend_tokens(const Decode& call, const Group& group, const State& state, const Sequence& sequence, Listed listed);
+
+// Attention over those of a piece that is as many as the task is parts; leaves its state in `memory`, where there is
+// such a piece.
+void attend_piece(const Decode& call, const Task& task, Listed all, float* memory);
+
+// The states that the first n parts of a context have left, as if one had seen the tokens of all; `memory` is that of
+// the first.
+State merged_state(const Decode& call, const Task& first, int n, float* memory);
 
 }  // namespace sparq
