@@ -39,7 +39,7 @@ class Mutation:
 
 
 LAYOUT = "tests/test_layout.py tests/ops/test_write_formats.py -k 'not triton'"
-SELECTION = "tests/ops/test_sparq_decode.py tests/ops/test_quest_decode.py tests/ops/test_pages_decode.py"
+SELECTION = "tests/ops/test_sparq_decode.py tests/ops/test_quest_decode.py tests/ops/test_infllm_decode.py"
 EVICTING = "tests/scheduler tests/attention_backends tests/engine/test_eviction.py"
 
 MUTATIONS = (

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -177,3 +179,24 @@ def test_a_group_of_equal_heads_is_one_head(implementation: str, group: int) -> 
     grouped = build(case, tokens, device=on).decode(run)
     single = build(replace(case, heads=1), alone, device=on).decode(run)
     torch.testing.assert_close(grouped, single.expand_as(grouped), **tolerances.OUT[case.dtype])
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="threads are counted as Linux lists them")
+def test_few_tasks_end_no_threads() -> None:
+    """libgomp ends those that a smaller team leaves out, and the next full one starts them anew: at every layer."""
+    run = load("dense_decode", "cpu").__wrapped__  # type: ignore[attr-defined]
+    world, many = build(Case(heads=1, kv_heads=1, lens=(20, 20, 20))), 4
+
+    def threads() -> set[str]:
+        torch.exp(torch.zeros(1 << 20))  # takes all of them
+        return set(os.listdir("/proc/self/task"))
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(many)
+    try:
+        alive = threads()
+        for _ in range(3):
+            world.decode(run)
+            assert threads() == alive
+    finally:
+        torch.set_num_threads(before)

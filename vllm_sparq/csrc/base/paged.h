@@ -114,7 +114,7 @@ struct Sequence {
   const Pages* pages;
   const int32_t* blocks;
   int head;
-  int len = 0;  // S; only `newest_block` asks
+  int len = 0;  // S, where it is asked for
 
   uint8_t* page(int block) const { return pages->page(blocks[block], head); }
   // Quantized formats: where a token of an unfinished block waits, in the blocks after it.

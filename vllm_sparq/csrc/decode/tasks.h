@@ -20,10 +20,8 @@ struct Task {
 // requests over one context of 64k: 0.87 of the time).
 void plan_tasks(const Requests& requests, int n_kv_heads, int block_size, int n_threads, std::vector<Task>& tasks);
 
-// Threads worth waking for this many tasks.
-inline int team_size(size_t n_tasks) {
-  const int n = omp_get_max_threads();
-  return n_tasks < (size_t)n ? (int)(n_tasks > 0 ? n_tasks : 1) : n;
-}
+// Threads for this many tasks: one, or all. Of a smaller team libgomp would end the threads that are not in it, and
+// start them anew for the next parallel region, torch's as well as ours.
+inline int team_size(size_t n_tasks) { return n_tasks > 1 ? omp_get_max_threads() : 1; }
 
 }  // namespace sparq

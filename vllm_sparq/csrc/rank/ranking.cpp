@@ -43,10 +43,11 @@ void pick_channels(const float* q, int n_heads, int d, int r, int32_t* channels,
 
 // scale * sqrt(|q|_1 / |q[channels]|_1); scale where the chosen part is zero.
 float temperature(const float* q, int d, const int32_t* channels, int r, float scale) {
-  float all = 0, chosen = 0;
-  for (int c = 0; c < d; ++c) all += std::fabs(q[c]);
+  Vec all = zero();
+  for (int c = 0; c < d; c += W) all = add(all, magnitude(load(q + c)));
+  float chosen = 0;
   for (int i = 0; i < r; ++i) chosen += std::fabs(q[channels[i]]);
-  return chosen > 0 ? scale / std::sqrt(chosen / all) : scale;
+  return chosen > 0 ? scale / std::sqrt(chosen / reduce_add(all)) : scale;
 }
 
 // Weights and bias of a page: q (zero + step code) = q zero + (q step) code.
@@ -211,7 +212,7 @@ Ranking Ranking::in(Arena& arena, const Decode& call, int r, ScoreRows rows) {
     ranking.numbers = arena.take<HeadNumbers>(n_rows), ranking.by_row = arena.take<GroupWeights>(n_rows);
     ranking.words = arena.take<int16_t>((size_t)n_rows * 2 * SCAN_PAIRS);
   }
-  if (rows.has_sum() && pages.ranking_type == RankingType::int4 && can_scan_bytes(pages.dtype, row_bytes(pages)))
+  if (rows.has_sum() && pages.ranking_type == RankingType::int4 && can_scan_bytes(pages.dtype, r, row_bytes(pages)))
     ranking.bytes = arena.take<int8_t>(stride);
   std::fill_n(ranking.channels, stride, 0);
   std::fill_n(ranking.query, n_rows * stride, 0.0f);
@@ -230,6 +231,7 @@ Ranking make_ranking(const Decode& call, int request, int head, int r, ScoreRows
   for (int h = 0; h < n_heads; ++h)
     call.kernels.widen(call.query.at(request, head * n_heads + h), d, q + (size_t)h * d);
   pick_channels(q, n_heads, d, r, ranking.channels, importance);
+  std::fill(ranking.channels + r, ranking.channels + stride, ranking.channels[r - 1]);  // of no other channel's range
   for (int i = 0; i < (int)round_up(r, QUAD); ++i)
     ranking.row_offsets[i] = ranking.channels[std::min(i, r - 1)] * bytes;
   for (int h = 0; h < n_heads; ++h) {

@@ -7,28 +7,34 @@
 
 namespace sparq {
 
-// How codes become floats: `vectors` vectors from unit u of a channel's row, and the slot of each.
+// How codes become floats: `vectors` vectors from a unit of a channel's row, which begins at code `from`, and the slot
+// of each.
 
 struct Int4Codes {
-  static constexpr int vectors = 2;  // the low nibbles are slots u W .., the high ones N/2 later
+  static constexpr int vectors = 2;  // the low nibbles of bytes from.. are slots from.., the high ones N/2 later
   static SPARQ_INLINE int n_units(int n) { return (n / 2 + W - 1) / W; }
-  static SPARQ_INLINE int slot(int u, int v, int n) { return u * W + v * (n / 2); }
-  static SPARQ_INLINE void expand(const uint8_t* row, int u, Vec* x) { load_nibbles(row + u * W, &x[0], &x[1]); }
+  // Where a row is no multiple of W the last unit reaches back, since slots after it are of high nibbles. (A row that
+  // is shorter than W has one unit, whose high nibbles are stored last.)
+  static SPARQ_INLINE int from(int u, int n) { return std::max(0, std::min(u * W, n / 2 - W)); }
+  static SPARQ_INLINE int slot(int from, int v, int n) { return from + v * (n / 2); }
+  static SPARQ_INLINE void expand(const uint8_t* row, int from, Vec* x) { load_nibbles(row + from, &x[0], &x[1]); }
 };
 
 struct Int8Codes {
   static constexpr int vectors = 1;
   static SPARQ_INLINE int n_units(int n) { return n / W; }
-  static SPARQ_INLINE int slot(int u, int, int) { return u * W; }
-  static SPARQ_INLINE void expand(const uint8_t* row, int u, Vec* x) { x[0] = load_bytes<false>(row + u * W); }
+  static SPARQ_INLINE int from(int u, int) { return u * W; }
+  static SPARQ_INLINE int slot(int from, int, int) { return from; }
+  static SPARQ_INLINE void expand(const uint8_t* row, int from, Vec* x) { x[0] = load_bytes<false>(row + from); }
 };
 
 template <class T>
 struct ModelCodes {
   static constexpr int vectors = 1;
   static SPARQ_INLINE int n_units(int n) { return n / W; }
-  static SPARQ_INLINE int slot(int u, int, int) { return u * W; }
-  static SPARQ_INLINE void expand(const uint8_t* row, int u, Vec* x) { x[0] = load((const T*)row + u * W); }
+  static SPARQ_INLINE int from(int u, int) { return u * W; }
+  static SPARQ_INLINE int slot(int from, int, int) { return from; }
+  static SPARQ_INLINE void expand(const uint8_t* row, int from, Vec* x) { x[0] = load((const T*)row + from); }
 };
 
 // The chosen rows of one page, and where those of the next page lie.
@@ -73,7 +79,7 @@ SPARQ_INLINE void scan_units(const Scan& scan, int u, const float* weights, int 
     if (prefetch) scan.prefetch_row(i);
     Vec x[U * V];
 #pragma GCC unroll 16
-    for (int k = 0; k < U; ++k) Codes::expand(row, u + k, x + k * V);
+    for (int k = 0; k < U; ++k) Codes::expand(row, Codes::from(u + k, scan.n), x + k * V);
 #pragma GCC unroll 5
     for (int h = 0; h < HH; ++h) {
       const Vec w = set1(weights[h * weights_stride + i]);
@@ -81,13 +87,13 @@ SPARQ_INLINE void scan_units(const Scan& scan, int u, const float* weights, int 
       for (int k = 0; k < U * V; ++k) sum[h][k] = fma(w, x[k], sum[h][k]);
     }
   }
-  // Ascending slots: what a short last unit writes too much, a later one overwrites.
 #pragma GCC unroll 2
   for (int v = 0; v < V; ++v)
 #pragma GCC unroll 16
     for (int k = 0; k < U; ++k)
 #pragma GCC unroll 5
-      for (int h = 0; h < HH; ++h) store(scores + h * stride + Codes::slot(u + k, v, scan.n), sum[h][k * V + v]);
+      for (int h = 0; h < HH; ++h)
+        store(scores + h * stride + Codes::slot(Codes::from(u + k, scan.n), v, scan.n), sum[h][k * V + v]);
 }
 
 template <class Codes, int HH>

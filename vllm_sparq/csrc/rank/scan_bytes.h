@@ -11,8 +11,8 @@
 
 namespace sparq {
 
-constexpr int QUAD = 4;                 // channels
-constexpr int MOST_BYTE_WEIGHTS = 512;  // the largest head size
+constexpr int QUAD = 4;  // channels
+constexpr int MOST_BYTE_WEIGHTS = 512;
 
 // What the weights of a page become: a score is unit times the sum over bytes, plus base.
 struct ByteWeights {
@@ -24,7 +24,9 @@ struct ByteWeights {
 
 constexpr int SCAN_BYTES = 64;  // of a row at once
 
-inline bool can_scan_bytes(DType dtype, int row_bytes) { return dtype != DType::fp32 && row_bytes % SCAN_BYTES == 0; }
+inline bool can_scan_bytes(DType dtype, int r, int row_bytes) {
+  return dtype != DType::fp32 && r <= MOST_BYTE_WEIGHTS && row_bytes % SCAN_BYTES == 0;
+}
 
 // Weights query (zero + step code) of the r channels of a page; query is zero from r on. What is not finite makes the
 // base NaN, and so all scores.
@@ -97,7 +99,7 @@ inline void scan_bytes(const Scan& scan, const ByteWeights& weights, float* scor
 
 #else
 
-inline bool can_scan_bytes(DType, int) { return false; }
+inline bool can_scan_bytes(DType, int, int) { return false; }
 inline void weigh_bytes(const float*, const uint8_t*, const int32_t*, int, ByteWeights&) {}
 inline void scan_bytes(const Scan&, const ByteWeights&, float*) {}
 
