@@ -137,6 +137,73 @@ def test_prefill_notes_the_sum_over_rows(implementation: str, case: Case) -> Non
     assert_close(got, want, tolerance)
 
 
+PIECES = [
+    scored(replace(Case(ranking=None, value_sum=False, heads=2, kv_heads=1), format=name, block_size=n, **other))
+    for name, n, other in (
+        ("int4", 32, dict(lens=(150, 40, 64), heads=4, kv_heads=2)),
+        ("int4", 16, dict(lens=(75, 20), dtype=torch.bfloat16)),
+        ("kivi4", 32, dict(lens=(100, 64))),
+        ("kivi2", 96, dict(lens=(200, 96), dtype=torch.bfloat16)),
+    )
+]
+"""Prompts whose tokens see the blocks before their own as codes, each block a row of its own in the prefill call."""
+
+
+def prefill_in_pieces(world: World, implementation: str, n_begun: int) -> None:
+    """All tokens of the world's requests but the first ``n_begun``, which lie in the first block."""
+    n, tables, contexts, starts, key_starts, rows, keys = world.case.block_size, [], [], [0], [0], [], []
+    tokens = world.case.tokens()
+    for b, length in enumerate(world.case.lens):
+        for block in range(-(-length // n)):
+            first, stop = block * n, min(length, (block + 1) * n)
+            begun = n_begun if block == 0 else 0
+            tables.append(world.block_table[b])
+            contexts.append(first)
+            rows.append(tokens.query[b][first + begun : stop])
+            keys.append(torch.stack([tokens.key[b], tokens.value[b]])[:, first:stop])
+            starts.append(starts[-1] + stop - first - begun)
+            key_starts.append(key_starts[-1] + stop - first)
+    query, new, on = torch.cat(rows), torch.cat(keys, 1), world.buffer.device
+    load("prefill", implementation)(
+        *(query.to(on), *new.to(on), world.pages, torch.stack(tables)),
+        *(torch.tensor(numbers, dtype=torch.int32, device=on) for numbers in (starts, contexts)),
+        scale=world.case.scale,
+        out=torch.empty_like(query).to(on),
+        key_start_loc=torch.tensor(key_starts, dtype=torch.int32, device=on),
+    )
+
+
+@pytest.mark.parametrize("n_begun", [0, 5])
+@pytest.mark.parametrize(("implementation", "case"), each(PIECES, implementations=KERNELS))
+def test_pieces_of_a_prompt_are_added_up(implementation: str, case: Case, n_begun: int) -> None:
+    case = replace(case, new=case.lens)
+    got, want = with_scores(case, device(implementation)), with_scores(case, "cpu")
+    prefill_in_pieces(got, implementation, n_begun)
+    prefill_in_pieces(want, "reference", n_begun)
+    rounded = {"rtol": 0.08, "atol": 1e-3}  # as in `test_prefill_notes_the_sum_over_rows`
+    assert_close(got, want, {"rtol": 1e-4, "atol": 1e-5} if case.dtype == torch.float32 else rounded)
+    for scores, length in zip(scores_of(got), case.lens, strict=True):
+        paid = torch.full((case.kv_heads,), float(length - n_begun))
+        torch.testing.assert_close((scores - BEFORE).sum(0), paid, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="seen in the interpreter")
+@pytest.mark.parametrize("case", PIECES, ids=str)
+def test_a_score_is_written_by_one_program(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Programs of a GPU run at once: what two of them load, add to and store, one of them loses."""
+    load("prefill", "triton")
+    from tests.ops.stores import shared_addresses
+    from vllm_sparq.ops.triton_common import launch
+
+    launch.n_multiprocessors.cache_clear()
+    monkeypatch.setattr(launch, "INTERPRETED_SMS", 16)  # several programs for each row
+    world = with_scores(replace(case, new=case.lens), "cpu")
+    lo = world.buffer.data_ptr()
+    with shared_addresses(lo, lo + world.buffer.nbytes) as shared:
+        prefill_in_pieces(world, "triton", 5)
+    assert not shared
+
+
 LOCAL = scored(Case(heads=2, kv_heads=1, ranking="model", lens=(64,), value_sum=False))
 
 
