@@ -232,6 +232,7 @@ def count_kernel(
         for h in tl.static_range(HEADS):
             own = tl.load(head_scores + h * max_tokens + t, mask=live, other=0.0)
             s += tl.exp(own - row_tops[h]) / row_sums[h]
+        s = tl.where(s == s, s, 0.0)  # a NaN would be counted in a bin, and in none when bins are listed
         if POSITIONS:
             own_positions = positions + row % G * tracked_stride_g
             table = block_table + row // G * table_stride

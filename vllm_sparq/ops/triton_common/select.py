@@ -101,19 +101,22 @@ def sort_key(score):
 
 
 @triton.jit
-def load_candidates(candidates, scores, i, n, listed, bins, PROBS: tl.constexpr, READ: tl.constexpr):
-    """(token, key, live) of the candidates ``i``: of the list, or those tokens ``i`` of the row that are in the bin."""
+def load_candidates(candidates, scores, i, n, listed, n_items, bins, PROBS: tl.constexpr, READ: tl.constexpr):
+    """(token, key, live) of the candidates ``i``: of the list, or those tokens ``i`` of the row that are in the bin.
+
+    Whatever the list holds, a token is one of the row: a list that a bin's count belies spoils one answer, not all.
+    """
     offset, per_unit, low, high = bins
     t = i
     if listed:
-        t = tl.load(candidates + i, mask=i < n, other=0)
+        t = tl.minimum(tl.maximum(tl.load(candidates + i, mask=i < n, other=0), 0), n_items - 1)
     score = tl.load(scores + t, mask=i < n, other=0.0)
     place = place_of(score, offset, per_unit, PROBS, READ)
     return t, sort_key(score), (i < n) & (place >= low) & ((place >= high) == 0)
 
 
 @triton.jit
-def find_threshold(candidates, scores, n, listed, bins, n_wanted, PROBS: tl.constexpr, READ: tl.constexpr):
+def find_threshold(candidates, scores, n, listed, n_items, bins, n_wanted, PROBS: tl.constexpr, READ: tl.constexpr):
     """Key of the last candidate to read, and how many with that very key to read: radix select, 8 bits a pass."""
     STEP: tl.constexpr = FINISH_TILE if READ.span == 1 else FINISH_TILE // 8
     threshold = tl.zeros([], tl.uint32)
@@ -122,7 +125,7 @@ def find_threshold(candidates, scores, n, listed, bins, n_wanted, PROBS: tl.cons
         histogram = tl.zeros([N_DIGITS], tl.int32)
         for first in range(0, n, STEP):
             i = first + tl.arange(0, STEP)
-            _, key, alive = load_candidates(candidates, scores, i, n, listed, bins, PROBS, READ)
+            _, key, alive = load_candidates(candidates, scores, i, n, listed, n_items, bins, PROBS, READ)
             if shift < 24:
                 alive &= (key >> (shift + 8)) == (threshold >> (shift + 8))
             histogram += tl.histogram(((key >> shift) & 255).to(tl.int32), N_DIGITS, mask=alive)
@@ -171,13 +174,13 @@ def finish(
         listed, n = alike, tl.where(alike, n_wanted, n_items)
         threshold = least
     if not alike:
-        threshold, n_equal = find_threshold(candidates, scores, n, listed, bins, n_wanted, PROBS, READ)
+        threshold, n_equal = find_threshold(candidates, scores, n, listed, n_items, bins, n_wanted, PROBS, READ)
     seen = n_cells * 0
     if STATISTICS:
         lane_shares = (tl.zeros([STEP], tl.float32),) * HEADS
     for first in range(0, n, STEP):
         i = first + tl.arange(0, STEP)
-        t, key, live = load_candidates(candidates, scores, i, n, listed, bins, PROBS, READ)
+        t, key, live = load_candidates(candidates, scores, i, n, listed, n_items, bins, PROBS, READ)
         equal = live & (key == threshold)
         oldest = seen + tl.cumsum(equal.to(tl.int32), 0) <= n_equal  # candidates ascend
         chosen = (live & (key > threshold)) | (equal & oldest)
