@@ -101,6 +101,8 @@ def flash_prefill(
     """
     from vllm.v1.attention.backends import fa_utils
 
+    if isinstance(rows, PrefillRows):
+        clear_unwritten(values, rows)
     run: Any = vars(fa_utils)["flash_attn_varlen_func"]  # defined on CUDA alone
     run(
         q=query,
@@ -120,6 +122,16 @@ def flash_prefill(
         num_splits=1 if isinstance(rows, RestorePlan) else 0,
         **({} if sinks is None else {"s_aux": sinks}),
     )
+
+
+def clear_unwritten(values: torch.Tensor, rows: PrefillRows) -> None:
+    """Zero V behind the last token of each request, in the page that token is in; ``values`` as in `flash_prefill`.
+
+    Versions that load whole pages multiply it by nothing, and what an earlier owner of the page has left, or memory
+    that was never written, may be NaN. K needs no such care: a logit behind the last token is overwritten.
+    """
+    pages, behind = rows.unwritten(values.shape[1])
+    values[pages] = values[pages].masked_fill_(behind[:, :, None, None], 0)
 
 
 def restored_cache(

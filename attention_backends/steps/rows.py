@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from vllm.v1.attention.backend import AttentionMetadata
@@ -36,6 +36,20 @@ class PrefillRows:
     begun: BegunBlocks | None = None
     longest: tuple[int, int] | None = None
     restores: tuple[RestorePlan, ...] | None = None
+    _unwritten: dict[int, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict, init=False, compare=False)
+
+    def unwritten(self, block_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """int64 [B], the page of each request's last slot, and bool [B, N], which of its slots come after that one.
+
+        Made for the first layer that asks, from tensors on their device. A padding row has no slots: null block 0.
+        """
+        if block_size not in self._unwritten:
+            last = self.seq_lens - 1
+            column = (last // block_size).clamp(min=0).long()
+            page = self.block_table.gather(1, column[:, None])[:, 0]
+            slot = torch.arange(block_size, device=last.device)
+            self._unwritten[block_size] = page.where(last >= 0, 0).long(), slot > (last % block_size)[:, None]
+        return self._unwritten[block_size]
 
 
 @dataclass(frozen=True)

@@ -160,3 +160,19 @@ def test_sinks_are_for_versions_that_take_them(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(flash, "_version", lambda *layer: 2)
     assert flash.flash_choice(**layer, sinks=sinks) is None
     assert flash.flash_choice(**layer, sinks=None) is not None
+
+
+def test_nothing_but_v_behind_the_last_token_is_cleared() -> None:
+    """Of a page that is not full; neither of a full one nor of what the table of a padding row says."""
+    lens = torch.tensor([40, 64, 0], dtype=torch.int32)
+    world = build(replace(CASE, lens=(40, 64), new=(9, 64)))
+    table = world.block_table[[0, 1, 0]]
+    rows = PrefillRows(table, world.query_start_loc, world.context_lens, lens, 64, 64)
+    page = int(table[0, 2])
+    want = world.pages.data.clone()
+    want_values = type(world.pages)(want, world.pages.layout).values
+    assert want_values[page, :, 8:].isnan().all()
+    want_values[page, :, 8:] = 0
+    flash.clear_unwritten(world.pages.values.transpose(1, 2), rows)
+    assert world.pages.data.equal(want)
+    assert rows.unwritten(CASE.block_size) is rows.unwritten(CASE.block_size)

@@ -92,7 +92,10 @@ def flash_attn_varlen_func(
     num_splits: int = 0,
     s_aux: torch.Tensor | None = None,
 ) -> None:
-    """Stands for FlashAttention over a paged cache, with its signature, and refuses what it would refuse."""
+    """Stands for FlashAttention over a paged cache, with its signature, and refuses what it would refuse.
+
+    V is multiplied in whole pages, as those of versions that load them so: by nothing after the last token.
+    """
     n, group = k.shape[1], q.shape[1] // k.shape[2]
     assert s_aux is None or (fa_version == 3 and s_aux.dtype == torch.bfloat16 and s_aux.shape == q.shape[1:2])
     no_sinks = torch.full((q.shape[1],), float("-inf"))
@@ -115,12 +118,12 @@ def flash_attn_varlen_func(
         assert n_rows <= max_seqlen_q
         assert n_rows <= length <= max_seqlen_k
         blocks = block_table[b, : -(-length // n)].long()
-        keys, values = (x[blocks].flatten(0, 1)[:length].float() for x in (k, v))  # [S, G, D]
+        keys, values = (x[blocks].flatten(0, 1).float() for x in (k, v))  # [whole pages, G, D]
         keys, values = (x.repeat_interleave(group, 1) for x in (keys, values))
         logits = torch.einsum("thd,shd->hts", q[rows].float(), keys) * softmax_scale
         logits = softcap * torch.tanh(logits / softcap) if softcap else logits
         last = torch.arange(length - n_rows, length)[:, None]
-        logits = logits.masked_fill(torch.arange(length) > last, float("-inf"))
+        logits = logits.masked_fill(torch.arange(len(keys)) > last, float("-inf"))
         logits = torch.cat([sinks.expand(-1, n_rows, 1), logits], -1)
         out[rows] = torch.einsum("hts,shd->thd", logits.softmax(-1)[..., 1:], values).to(out.dtype)
     FLASH_CALLS.append({"starts": starts, "lens": lens, "k_stride": k.stride(), "table": tuple(block_table.shape)})
