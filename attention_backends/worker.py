@@ -118,7 +118,7 @@ class SparqWorkerMixin(AttentionReport):
         """Model runner V2: learn where the requests of a step are on the device, and keep prompts out of its graphs.
 
         It takes a prompt's last token, where that comes alone, for a decode, which a full graph would read sparsely:
-        what a request answers would depend on how its prompt was cut.
+        what a request answers would depend on how its prompt was cut. A drafting head chooses its graph by the batch.
         """
         gather, prepare, prepare_dummy = (
             getattr(runner, name) for name in ("gather_batch_req_state", "prepare_attn", "prepare_dummy_attn")
@@ -128,7 +128,9 @@ class SparqWorkerMixin(AttentionReport):
 
         def gather_batch_req_state(*args: Any, **kwargs: Any) -> Any:
             batch, n_uniform = gather(*args, **kwargs)
-            return batch, None if batch is not None and batch.has_prefill else n_uniform
+            if batch is None or not batch.has_prefill:
+                return batch, n_uniform
+            return batch._replace(decode_graph_eligible=False), None
 
         def prepare_attn(input_batch: Any) -> Any:
             requests.rows = input_batch.idx_mapping
