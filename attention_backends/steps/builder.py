@@ -220,11 +220,14 @@ def find_replayed(
 ) -> ReplayedRows | None:
     """The rows after the decodes whose position is after their request's prompt.
 
-    Where prompt lengths are unknown, a chunk that holds the end of a prompt and output tokens counts as prompt.
+    None where prompt lengths are unknown: a drafting model, which alone has such steps, gets its whole prompt in one of
+    them, without a word that it is one.
     """
-    starts = step.query_start_loc_cpu
+    if prompt_lens is None:
+        return None
+    starts, seq_lens = step.query_start_loc_cpu, _seq_lens_on_cpu(step)
     query_lens = (starts[1:] - starts[:-1])[n_decodes:]
-    n_after_prompt = _tokens_after_prompt(step, prompt_lens)[n_decodes:].clamp(min=0).minimum(query_lens)
+    n_after_prompt = (seq_lens - prompt_lens.to(seq_lens.dtype))[n_decodes:].clamp(min=0).minimum(query_lens)
     n_rows = int(n_after_prompt.sum())
     if n_rows == 0:
         return None
@@ -242,18 +245,6 @@ def find_replayed(
         block_table=step.block_table_tensor[requests],
         seq_lens=(step.seq_lens[requests] - countdown + 1).to(torch.int32),
     )
-
-
-def _tokens_after_prompt(step: CommonAttentionMetadata, prompt_lens: torch.Tensor | None) -> torch.Tensor:
-    """int [B], on the CPU: how many tokens of each request's context are not its prompt."""
-    seq_lens = _seq_lens_on_cpu(step)
-    if prompt_lens is not None:
-        return seq_lens - prompt_lens.to(seq_lens.dtype)
-    if step.is_prefilling is None:
-        return torch.zeros_like(seq_lens)
-    prefilling = torch.zeros(step.num_reqs, dtype=torch.bool)
-    prefilling[: len(step.is_prefilling)] = step.is_prefilling
-    return torch.where(prefilling, 0, seq_lens)
 
 
 def _seq_lens_on_cpu(step: CommonAttentionMetadata) -> torch.Tensor:

@@ -105,12 +105,14 @@ def test_a_chunk_after_the_prompt_is_replayed_whole() -> None:
     assert result.replayed.block_table[:, 0].tolist() == [0, 0, 0, 100]
 
 
-def test_without_prompt_lengths_only_whole_chunks_are_replayed() -> None:
-    unnamed = step((7, 7, 4), (3, 13, 4))
-    unnamed.prompt_lens = None
-    result = build(unnamed)
-    assert result.replayed is not None
-    assert result.replayed.rows.tolist() == [7, 8, 9]
+def test_without_prompt_lengths_nothing_is_replayed() -> None:
+    """The prompt of a drafting model, beside drafts to catch up with, as model runner V2 describes them."""
+    unnamed = step((2049, 2049, 2049), (4, 900, 890))
+    unnamed.prompt_lens, unnamed.is_prefilling = None, torch.zeros(2, dtype=torch.bool)
+    result = build(unnamed, most_rows=4)
+    assert result.replayed is None
+    assert result.prefill is not None
+    assert result.prefill.query_start_loc.tolist() == [0, 2049, 2053]
 
 
 def test_padding_requests_count_as_decodes() -> None:
