@@ -31,6 +31,7 @@ from vllm_sparq.attention_backends.steps.policies import by_policy
 from vllm_sparq.attention_backends.steps.requests import StepRequests
 from vllm_sparq.attention_backends.steps.rows import PagedMetadata, PrefillRows, ReplayedRows
 from vllm_sparq.attention_backends.steps.staged_rows import staged_rows
+from vllm_sparq.ops.dispatch import choose
 from vllm_sparq.scheduler.spec import RetainedSpec, StagedSpec
 
 
@@ -132,7 +133,9 @@ class PagedMetadataBuilder(AttentionMetadataBuilder[PagedMetadata | EvictingMeta
 
     @classmethod
     def get_cudagraph_support(cls, vllm_config: VllmConfig, kv_cache_spec: Any) -> AttentionCGSupport:
-        """Steps of decodes, with drafts where they are decodes too."""
+        """Steps of decodes, with drafts where they are decodes too; none by the reference, which asks for lengths."""
+        if choose("write", vllm_config.device_config.device_type).implementation == "reference":
+            return AttentionCGSupport.NEVER
         if not isinstance(kv_cache_spec, StagedSpec):
             return cls._cudagraph_support
         return AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE

@@ -104,3 +104,14 @@ def test_what_warms_up_is_not_taken_for_a_prompt(engine: Any) -> None:
     with engine("flexgen", max_num_seqs=64, max_model_len=512) as llm:
         ours = worker_of(llm).vllm_config.compilation_config.static_forward_context.values()
         assert all(layer.impl._looks_at_keys for layer in ours)
+
+
+def test_the_reference_takes_part_in_no_graph(engine: Any, prompts: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It asks for lengths. Started as a user starts it, it answers as the kernels do."""
+    some = [prompts.of_length(n) for n in (40, 129)]
+    found = {}
+    for implementation in ("cpu", "reference"):
+        monkeypatch.setenv("VLLM_SPARQ_IMPL", implementation)
+        with engine("sparq", EXACT["sparse"], max_model_len=512) as llm:
+            found[implementation] = prompts.answers(llm, some, 6)
+    assert found["reference"] == found["cpu"]
