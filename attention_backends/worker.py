@@ -115,14 +115,12 @@ class SparqWorkerMixin(AttentionReport):
             logger.warning_once(bias_warning(name, n_biased))
 
     def _follow_second_runner(self, runner: Any) -> None:
-        """Model runner V2: learn where the requests of a step are on the device, and keep prompts out of its graphs.
+        """Model runner V2: learn which requests a step of the model brings, and keep prompts out of its graphs.
 
         It takes a prompt's last token, where that comes alone, for a decode, which a full graph would read sparsely:
         what a request answers would depend on how its prompt was cut. A drafting head chooses its graph by the batch.
         """
-        gather, prepare, prepare_dummy = (
-            getattr(runner, name) for name in ("gather_batch_req_state", "prepare_attn", "prepare_dummy_attn")
-        )
+        gather, prepare = runner.gather_batch_req_state, runner.model_state.prepare_attn
         requests = self._requests
         assert requests is not None
 
@@ -132,16 +130,14 @@ class SparqWorkerMixin(AttentionReport):
                 return batch, n_uniform
             return batch._replace(decode_graph_eligible=False), None
 
-        def prepare_attn(input_batch: Any) -> Any:
-            requests.rows = input_batch.idx_mapping
-            return prepare(input_batch)
+        def prepare_attn(input_batch: Any, *args: Any, **kwargs: Any) -> Any:
+            requests.batch = input_batch
+            try:
+                return prepare(input_batch, *args, **kwargs)
+            finally:
+                requests.batch = None
 
-        def prepare_dummy_attn(*args: Any, **kwargs: Any) -> Any:
-            requests.rows = None
-            return prepare_dummy(*args, **kwargs)
-
-        runner.gather_batch_req_state, runner.prepare_attn = gather_batch_req_state, prepare_attn
-        runner.prepare_dummy_attn = prepare_dummy_attn
+        runner.gather_batch_req_state, runner.model_state.prepare_attn = gather_batch_req_state, prepare_attn
 
     def _check_found(self) -> None:
         """That a layer of the model, be it in another stage of the pipeline, runs on a backend of ours."""

@@ -61,7 +61,7 @@ class PagedMetadataBuilder(AttentionMetadataBuilder[PagedMetadata | EvictingMeta
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
     ) -> PagedMetadata | EvictingMetadata:
-        step = common_attn_metadata
+        step = self.requests.named(common_attn_metadata)
         if isinstance(self.kv_cache_spec, RetainedSpec):
             return self._take_turns(step, self.kv_cache_spec)
         n_decoding = count_decodes(step, self.most_rows, self.page_tokens)

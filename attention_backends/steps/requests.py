@@ -7,6 +7,7 @@ of a layer finds it there. So two engines in one process never ask each other's.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
@@ -24,15 +25,25 @@ class StepRequests:
     Attributes:
         phases: request id -> the budget that the scheduler has shrunk, as of the step that runs.
         policies: request id -> the options of a request that has chosen what is read of it.
-        rows: model runner V2: the rows of the step's requests in the runner's table, int32 on the device; None before
-            the first step.
+        batch: model runner V2: what vLLM makes the metadata of a step of the model from, while it does; else None, so
+            for the steps of drafting models.
     """
 
     def __init__(self, runner: Any) -> None:
         self._runner = runner
         self.phases: Mapping[str, Phase] = {}
         self.policies: dict[str, Options] = {}
-        self.rows: torch.Tensor | None = None
+        self.batch: Any = None
+
+    def named(self, step: Any) -> Any:
+        """The step with its requests, which vLLM names to models without layers that have a state alone.
+
+        Beside such layers it also calls a prompt's last token that comes alone a decode.
+        """
+        if self.batch is None or step.req_idx is not None:
+            return step
+        in_prompt = torch.from_numpy(self.batch.is_prefilling_np)
+        return replace(step, req_idx=self.batch.idx_mapping_np, is_prefilling=in_prompt)
 
     def prompt_lens(self, step: Any) -> torch.Tensor | None:
         """Prompt length of each request of a step: int [B], on the CPU, 0 for padding; None where vLLM hides it."""
@@ -53,9 +64,10 @@ class StepRequests:
         Raises:
             RuntimeError: vLLM does not say which requests the step brings.
         """
-        if hasattr(self._runner, "req_states") and self.rows is not None:
+        if self.batch is not None:
+            rows = self.batch.idx_mapping
             lens = torch.zeros(step.num_reqs, dtype=torch.int32, device=device)
-            lens[: len(self.rows)] = self._runner.req_states.prompt_len.gpu[self.rows]
+            lens[: len(rows)] = self._runner.req_states.prompt_len.gpu[rows]
             return lens
         return on_device(self.prompt_lens_of(step), torch.int32, device)
 

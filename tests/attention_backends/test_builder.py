@@ -49,17 +49,26 @@ class Known:
     def policies_of(self, step: Any) -> list[Options | None]:
         return [self.policies.get(f"r{i}") for i in range(step.num_reqs)]
 
+    def named(self, step: Any) -> Any:
+        return step
+
     def prompt_lens(self, step: Any) -> torch.Tensor | None:
         lens: torch.Tensor | None = step.prompt_lens
         return lens
 
 
 def build(common: Any, most_rows: int = 1, **policies: Options) -> PagedMetadata:
+    return build_for(Known(**policies), common, most_rows)
+
+
+def build_for(requests: Any, common: Any, most_rows: int = 1) -> PagedMetadata:
+    """The step as a builder sorts it that asks these about its requests."""
     builder: Any = object.__new__(PagedMetadataBuilder)
-    builder.options, builder.requests, builder.reorder_batch_threshold = Options(), Known(**policies), most_rows
+    builder.options, builder.requests, builder.reorder_batch_threshold = Options(), requests, most_rows
     builder.drafts = DraftTables(8 * most_rows, torch.device("cpu"))
     builder.kv_cache_spec = FullAttentionSpec(block_size=16, num_kv_heads=1, head_size=16, dtype=torch.float32)
-    return builder.build(0, common)
+    built: PagedMetadata = builder.build(0, common)
+    return built
 
 
 def test_all_decodes() -> None:

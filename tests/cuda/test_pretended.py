@@ -72,7 +72,7 @@ ELSEWHERE = {
         "test_softmax.py",
         "test_shared_pages.py::test_answers[int4 beside chunks]",
         "test_found.py",
-        "test_states.py",
+        "test_states.py",  # inside/test_states.py is about it, with convolutions
     ),
     "logits that are NaN, of which the interpreter makes an error": (
         "test_poison.py::test_poison_is_seen",

@@ -14,6 +14,7 @@ from tests.cuda.pretend.libraries import record_native
 def install() -> None:
     _platform()
     _custom_ops()
+    _convolutions()
     _worker()
     _warm_up()
     record_native()
@@ -58,6 +59,22 @@ def _custom_ops() -> None:
     for name in vars(_custom_ops):
         if "supports" in name and name.startswith("cutlass"):
             setattr(_custom_ops, name, always(False))
+
+
+def _convolutions() -> None:
+    """vLLM's Triton kernels for layers with a state are not for the interpreter; it has others for CPUs.
+
+    The layers run them without an op around, so that a capture sees them, or ends before them.
+    """
+    from vllm.model_executor.layers.mamba.ops import causal_conv1d
+    from vllm.model_executor.layers.mamba.ops.cpu.causal_conv1d import causal_conv1d_fn_cpu, causal_conv1d_update_cpu
+
+    causal_conv1d.causal_conv1d_fn = causal_conv1d_fn_cpu
+    causal_conv1d.causal_conv1d_update = causal_conv1d_update_cpu
+    from vllm.model_executor.layers.mamba import short_conv
+
+    layer: Any = short_conv.ShortConv
+    layer.forward = lambda self, hidden_states, output: short_conv.short_conv(hidden_states, output, self.prefix)
 
 
 def _worker() -> None:
