@@ -187,7 +187,10 @@ def test_pieces_of_a_prompt_are_added_up(implementation: str, case: Case, n_begu
         torch.testing.assert_close((scores - BEFORE).sum(0), paid, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="seen in the interpreter")
+@pytest.mark.skipif(
+    torch.cuda.is_available(),
+    reason="who stores where is noted by the interpreter, and with a GPU kernels are compiled",
+)
 @pytest.mark.parametrize("case", PIECES, ids=str)
 def test_a_score_is_written_by_one_program(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     """Programs of a GPU run at once: what two of them load, add to and store, one of them loses."""

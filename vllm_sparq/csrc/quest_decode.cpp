@@ -204,15 +204,12 @@ struct Part {
 
 void Part::run_whole(const QuestDecode& op, const Task& task, int len) {
   thread_local Scratch scratch;
-  const Decode& call = op.call;
   Arena arena = scratch.arena();
   Candidates candidates = op.new_candidates(len, arena);
   rank_part(op, task, len, candidates);
   const Listed chosen = list_tokens(op, len, candidates, arena.take<int32_t>(op.room_for_tokens(len)));
-  const Group group = call.group(task.request, task.head, arena);
-  const State state = call.new_state(arena.take<float>(call.state_floats()));
-  attend_tokens(call, group, state, call.sequence(task.request, task.head), chosen);
-  call.finish(task.request, task.head, state, nullptr, nullptr);
+  const State state = attend_listed(op.call, task, chosen, arena.take<float>(op.call.state_floats()));
+  op.call.finish(task.request, task.head, state, nullptr, nullptr);
 }
 
 void Part::run(const QuestDecode& op, const Task& task, int len) { rank_part(op, task, len, candidates); }

@@ -85,15 +85,12 @@ struct Part {
 
 void Part::run_whole(const Sparq& op, const Task& task, int len) {
   thread_local Scratch scratch;
-  const Decode& call = op.call;
   Arena arena = scratch.arena();
   Ranked ranked = op.new_ranked(len, arena);
   const AllScores scores = AllScores::in(op, len, arena);
   rank_part(op, task, len, ranked, scores);
   const Listed chosen = choose_tokens(op, task, len, ranked, scores);
-  const Group group = call.group(task.request, task.head, arena);
-  const State state = call.new_state(arena.take<float>(call.state_floats()));
-  attend_tokens(call, group, state, call.sequence(task.request, task.head), chosen);
+  const State state = attend_listed(op.call, task, chosen, arena.take<float>(op.call.state_floats()));
   finish_request(op, task, len, ranked, state);
 }
 

@@ -148,6 +148,34 @@ void attend_turned(const Decode& call, const Group& group, const State& state, c
   }
 }
 
+void attend_tokens(const Decode& call, const Group& group, const State& state, const Sequence& sequence,
+                   Listed listed) {
+  auto [tokens, n] = listed;
+  if (call.pages.quantized()) {
+    const int first_staged = sequence.newest_block() * call.pages.block_size;
+    const int n_coded = (int)(std::lower_bound(tokens, tokens + n, first_staged) - tokens);
+    attend_coded_tokens(call.codes, group, state, sequence, tokens, n_coded);
+    tokens += n_coded, n -= n_coded;
+    if (n == 0) return;
+  }
+  const int bytes = (int)call.pages.record_bytes();
+  Rows rows[2];
+  rows[0].list(sequence, tokens, n);
+  rows[0].touch(bytes);
+  for (int i = 0; i < rows[0].n; ++i)
+    for (int byte = 0; byte < bytes; byte += 64) prefetch_l2(rows[0].at[i] + byte);
+  for (int first = 0, i = 0; first < n; first += TILE, ++i) {
+    const Rows& now = rows[i % 2];
+    Rows& next = rows[(i + 1) % 2];
+    const bool more = first + TILE < n;
+    if (more) {
+      next.list(sequence, tokens + first + TILE, n - first - TILE);
+      next.touch(bytes);
+    }
+    call.kernels.absorb(group, state, now.at, now.n, more ? next.at : nullptr);
+  }
+}
+
 }  // namespace
 
 State merged_state(const Decode& call, const Task& first, int n, float* memory) {
@@ -217,41 +245,18 @@ void attend_all(const Decode& call) {
     if (call.requests.lens[b] == 0) call.zero_out(b);
 }
 
-void attend_tokens(const Decode& call, const Group& group, const State& state, const Sequence& sequence,
-                   Listed listed) {
-  auto [tokens, n] = listed;
-  if (call.pages.quantized()) {
-    const int first_staged = sequence.newest_block() * call.pages.block_size;
-    const int n_coded = (int)(std::lower_bound(tokens, tokens + n, first_staged) - tokens);
-    attend_coded_tokens(call.codes, group, state, sequence, tokens, n_coded);
-    tokens += n_coded, n -= n_coded;
-    if (n == 0) return;
-  }
-  const int bytes = (int)call.pages.record_bytes();
-  Rows rows[2];
-  rows[0].list(sequence, tokens, n);
-  rows[0].touch(bytes);
-  for (int i = 0; i < rows[0].n; ++i)
-    for (int byte = 0; byte < bytes; byte += 64) prefetch_l2(rows[0].at[i] + byte);
-  for (int first = 0, i = 0; first < n; first += TILE, ++i) {
-    const Rows& now = rows[i % 2];
-    Rows& next = rows[(i + 1) % 2];
-    const bool more = first + TILE < n;
-    if (more) {
-      next.list(sequence, tokens + first + TILE, n - first - TILE);
-      next.touch(bytes);
-    }
-    call.kernels.absorb(group, state, now.at, now.n, more ? next.at : nullptr);
-  }
+State attend_listed(const Decode& call, const Task& task, Listed listed, float* memory) {
+  thread_local Scratch scratch;
+  Arena arena = scratch.arena();
+  const Group group = call.group(task.request, task.head, arena);
+  const State state = call.new_state(memory);
+  attend_tokens(call, group, state, call.sequence(task.request, task.head), listed);
+  return state;
 }
 
 void attend_piece(const Decode& call, const Task& task, Listed all, float* memory) {
   const int n = all.n_pieces(task);
-  if (task.part >= n) return;
-  thread_local Scratch scratch;
-  Arena arena = scratch.arena();
-  const Group group = call.group(task.request, task.head, arena);
-  attend_tokens(call, group, call.new_state(memory), call.sequence(task.request, task.head), all.piece(task.part, n));
+  if (task.part < n) attend_listed(call, task, all.piece(task.part, n), memory);
 }
 
 }  // namespace sparq

@@ -43,11 +43,10 @@ struct Listed {
   static constexpr int LEAST_PIECE = 256;
 };
 
-// Attention over the tokens listed.
-void attend_tokens(const Decode& call, const Group& group, const State& state, const Sequence& sequence, Listed listed);
+// The state of attention over the tokens listed; `memory` holds it.
+State attend_listed(const Decode& call, const Task& task, Listed listed, float* memory);
 
-// Attention over those of a piece that is as many as the task is parts; leaves its state in `memory`, where there is
-// such a piece.
+// The same of a part's piece of all tokens that are listed, where there is one.
 void attend_piece(const Decode& call, const Task& task, Listed all, float* memory);
 
 // The states that the first n parts of a context have left, as if one had seen the tokens of all; `memory` is that of
