@@ -8,12 +8,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from fractions import Fraction
 from typing import Any
 from unittest import mock
 
 import torch
 
+from vllm_sparq.config import Options
 from vllm_sparq.layout import PageLayout, Pages
 from vllm_sparq.ops.dense_decode.triton import dense_decode
 from vllm_sparq.ops.evict.triton import evict
@@ -21,11 +21,11 @@ from vllm_sparq.ops.quest_decode.triton import quest_decode
 from vllm_sparq.ops.sparq_decode.triton import sparq_decode
 from vllm_sparq.ops.triton_common import launch
 from vllm_sparq.ops.triton_common.merge import merge_kernel
-from vllm_sparq.reads import SpansRead, SparqRead
+from vllm_sparq.reads import CUDA_BREAK_EVEN, READS, HeadShape
 
 BATCHES = (1, 64, 256, 512)
 MODEL_LENGTHS = (8192, 32768, 131072)
-SHAPE = dict(heads=32, kv_heads=8, head_size=128)
+HEADS = HeadShape(head_size=128, n_heads=32, n_kv_heads=8)
 """Llama-3-8B."""
 
 H100_SMS = 132
@@ -62,33 +62,35 @@ def noted() -> Iterator[Noted]:
     launch.n_multiprocessors.cache_clear()
 
 
-def read_of(**options: Any) -> SparqRead:
-    """The defaults, with some options."""
-    return SparqRead(r=16, min_k=128, k_per_token=Fraction(1, 16), dense_below=1024, **options)
-
-
 def call(op: str, batch: int, model_length: int, *, layout: dict[str, Any] | None = None, **options: Any) -> Noted:
-    """One call of ``op`` with requests that may be ``model_length`` tokens long; ``options`` of its read."""
-    d, n = SHAPE["head_size"], 128
-    parts: dict[str, Any] = dict(
-        ranking="bounds" if op == "quest_decode" else "int4", value_sum="alpha_floor" in options
-    )
-    pages = Pages.empty(
-        1, SHAPE["kv_heads"], PageLayout(head_size=d, block_size=n, dtype=torch.bfloat16, **parts | (layout or {}))
-    )
-    query = torch.empty(batch, SHAPE["heads"], d, dtype=torch.bfloat16)
+    """One call of ``op`` with requests that may be ``model_length`` tokens long, over the defaults on CUDA.
+
+    Args:
+        layout: more parts of a page, such as what evictions track.
+        options: a user's; of ``evict``, arguments of the op.
+    """
+    chosen = {"dense_below": CUDA_BREAK_EVEN, "read": "spans" if op == "quest_decode" else "sparq"}
+    user = Options(**chosen | ({} if op == "evict" else options))
+    read, needs = user.read_of(HEADS), READS[user.read].needs(user, grouped=HEADS.grouped)
+    d, n = HEADS.head_size, 128
+    parts: dict[str, Any] = dict(ranking=needs.ranking, value_sum=needs.value_sum) | (layout or {})
+    pages = Pages.empty(1, HEADS.n_kv_heads, PageLayout(head_size=d, block_size=n, dtype=torch.bfloat16, **parts))
+    query = torch.empty(batch, HEADS.n_heads, d, dtype=torch.bfloat16)
     table, lens = torch.empty(batch, model_length // n, dtype=torch.int32), torch.empty(batch, dtype=torch.int32)
     given = query, pages, table, lens
-    spans = SpansRead(min_k=128, k_per_token=Fraction(1, 16), dense_below=1024)
+    sparse: Any = {"sparq_decode": sparq_decode, "quest_decode": quest_decode}.get(op)
     calls: dict[str, Callable[[], None]] = {
-        "sparq_decode": lambda: sparq_decode(*given, read=read_of(**options), scale=1.0, out=query),
-        "quest_decode": lambda: quest_decode(*given, read=spans, scale=1.0, out=query),
         "dense_decode": lambda: dense_decode(*given, scale=1.0, out=query),
         "evict": lambda: evict(pages, table, lens, lens, lens, sinks=4, rank="attention", **options),
     }
     with noted() as found:
-        calls[op]()
+        calls.get(op, lambda: sparse(*given, read=read, scale=1.0, out=query))()
     return found
+
+
+def launches(found: Noted) -> str:
+    n = len(found.kernels)
+    return f"{n} launch{'es' * (n > 1)}"
 
 
 def table() -> str:
@@ -99,7 +101,7 @@ def table() -> str:
     ]
     for batch in BATCHES:
         cells = [call("sparq_decode", batch, n) for n in MODEL_LENGTHS]
-        texts = [f"{len(found.kernels)} launches, {found.scratch / 2**20:,.1f} MiB" for found in cells]
+        texts = [f"{launches(found)}, {found.scratch / 2**20:,.1f} MiB" for found in cells]
         lines.append(f"| {batch} | " + " | ".join(texts) + " |")
     return "\n".join(lines)
 

@@ -15,13 +15,20 @@ from vllm_sparq.ops.triton_common.launch import SCRATCH_BYTES
 TRACKED = dict(positions=True, attention=True)
 
 
-@pytest.mark.parametrize("model_length", MODEL_LENGTHS)
+@pytest.mark.parametrize("model_length", MODEL_LENGTHS[1:])
 def test_a_large_batch_is_one_slice(model_length: int) -> None:
     """No more launches than one request, within the limit of scratch: at max_model_len 131072 too."""
     for batch in BATCHES[:-1]:
         found = call("sparq_decode", batch, model_length)
         assert found.kernels == ["score_kernel", "partition_kernel", "attend_kernel"]
         assert found.scratch <= SCRATCH_BYTES == 2 << 30
+
+
+@pytest.mark.parametrize("batch", BATCHES)
+def test_what_is_never_read_sparsely_is_read_densely(batch: int) -> None:
+    """Where no context can be as long as those that a sparse read begins with, nothing is scored."""
+    found = call("sparq_decode", batch, MODEL_LENGTHS[0])
+    assert found.kernels == call("dense_decode", batch, MODEL_LENGTHS[0]).kernels
 
 
 def test_more_than_fits_runs_in_slices() -> None:
@@ -33,7 +40,7 @@ def test_more_than_fits_runs_in_slices() -> None:
 @pytest.mark.parametrize(
     ("op", "options", "kernels"),
     [
-        ("sparq_decode", dict(alpha_floor=0.0), "score partition attend"),
+        ("sparq_decode", dict(mean_value="on"), "score partition attend"),
         ("sparq_decode", dict(group_reduce="probs"), "score count partition attend"),
         ("sparq_decode", dict(mass=0.9), "score partition cut attend"),
         ("sparq_decode", dict(layout=TRACKED), "score partition attend attention"),
@@ -52,8 +59,8 @@ def test_launches_of_a_layer(op: str, options: dict[str, Any], kernels: str, bat
 
 def test_scratch_is_what_the_options_need() -> None:
     """Head scores, 4 bytes for each of four heads, are kept for the mean value and not for the default."""
-    plain, mean = (call("sparq_decode", 256, 32768, **o).scratch for o in ({}, dict(alpha_floor=0.0)))
-    n_tokens = 256 * 8 * 32768
+    plain, mean = (call("sparq_decode", 64, 131072, **o).scratch for o in ({}, dict(mean_value="on")))
+    n_tokens = 64 * 8 * 131072
     assert 4 * n_tokens < plain < 5.1 * n_tokens
     assert 16 * n_tokens < mean - plain < 16.2 * n_tokens
 
