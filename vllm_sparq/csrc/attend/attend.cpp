@@ -35,15 +35,10 @@ void absorb_heads(const Group& group, const State& state, int h0, const uint8_t*
 
 template <class T, int D>
 void absorb(const Group& group, const State& state, const uint8_t* const* rows, int n, const uint8_t* const* ahead) {
-  for (int h = 0; h < group.n_heads; h += MAX_TILE_HEADS) {
-    switch (std::min(group.n_heads - h, MAX_TILE_HEADS)) {
-      case 1: absorb_heads<T, 1, D>(group, state, h, rows, n, ahead); break;
-      case 2: absorb_heads<T, 2, D>(group, state, h, rows, n, ahead); break;
-      case 3: absorb_heads<T, 3, D>(group, state, h, rows, n, ahead); break;
-      default: absorb_heads<T, 4, D>(group, state, h, rows, n, ahead);
-    }
+  few_at_a_time<MAX_TILE_HEADS>(group.n_heads, [&](int h, auto heads) {
+    absorb_heads<T, heads, D>(group, state, h, rows, n, ahead);
     ahead = nullptr;  // once is enough
-  }
+  });
 }
 
 #ifdef SPARQ_BF16_VECTORS

@@ -3,6 +3,7 @@
 
 #include <cfloat>
 #include <cstring>
+#include <type_traits>
 
 #include "base/paged.h"
 
@@ -26,6 +27,25 @@
 namespace sparq {
 
 constexpr float LOG2_E = 1.44269504088896341f;
+
+// Calls f with n, from 1 to MOST, as a constant.
+template <int MOST, class F>
+SPARQ_INLINE void with_constant(int n, F&& f) {
+  if constexpr (MOST > 1)
+    if (n < MOST) return with_constant<MOST - 1>(n, f);
+  f(std::integral_constant<int, MOST>{});
+}
+
+// Calls f(first, count) for all of n rows, at most MOST of them at a time and about as many each time; the count is a
+// constant.
+template <int MOST, class F>
+SPARQ_INLINE void few_at_a_time(int n, F&& f) {
+  for (int first = 0, left = (n + MOST - 1) / MOST; left > 0; --left) {
+    const int count = (n - first + left - 1) / left;
+    with_constant<MOST>(count, [&](auto constant) __attribute__((always_inline)) { f(first, constant); });
+    first += count;
+  }
+}
 
 // 2^x for x <= 0 (softmax: the maximum is subtracted), within 2 ulp, with gradual underflow; NaN stays NaN.
 SPARQ_INLINE Vec exp2_negative(Vec x) {

@@ -13,52 +13,43 @@
 namespace sparq {
 namespace {
 
-// Attention of up to MAX_TILE_HEADS heads from h0 on.
-struct Heads4 {
+// Attention of one query group over codes.
+struct Coded {
   const CodeKernels& kernels;
   const Group& group;
   const State& state;
   const Pages& pages;
-  int h0, n;
 
-  // Logits of the tokens of a page, [n, stride].
+  // Logits of the tokens of a page, [n_heads, stride].
   void score_page(const uint8_t* page, RowPointers& keys, float* logits, int stride, Ahead& ahead) const {
     const CodesQuery& query = group.codes;
     if (!pages.channel_keys) {
       const CodeRows rows = keys.all(pages.key, kernels.key, page, pages.block_size);
-      return kernels.dot(kernels.key, query, h0, n, rows, logits, stride, ahead);
+      return kernels.dot(kernels.key, query, group.n_heads, rows, logits, stride, ahead);
     }
     const CodeRows rows = keys.all(pages.key, kernels.key, page, pages.head_size);
-    for (int h = 0; h < n; ++h) std::fill_n(logits + (size_t)h * stride, pages.block_size, 0.0f);
-    kernels.mix_keys(kernels.key, rows, query.whole + (size_t)h0 * query.stride, query.stride, n, logits, stride,
-                     ahead);
+    for (int h = 0; h < group.n_heads; ++h) std::fill_n(logits + (size_t)h * stride, pages.block_size, 0.0f);
+    kernels.mix_keys(kernels.key, rows, query.whole, query.stride, group.n_heads, logits, stride, ahead);
   }
 
   // Adds n_tokens tokens with these logits, which are overwritten.
   void absorb(float* logits, int stride, int n_tokens, const CodeRows& values, Ahead& ahead) const {
     const int d = pages.head_size, n_padded = (int)round_up((size_t)n_tokens, 16);
-    for (int h = 0; h < n; ++h) {
+    for (int h = 0; h < group.n_heads; ++h) {
       float rescale, *row = logits + (size_t)h * stride;
       const float scale = cap_logits(group, row, n_tokens) * LOG2_E;
-      if (state.logits != nullptr) keep(row, n_tokens, scale, state.logits + (h0 + h) * state.stride);
-      const float sum = softmax_tile(row, n_tokens, n_padded, scale, &state.peak[h0 + h], &rescale, row);
-      state.total[h0 + h] = state.total[h0 + h] * rescale + sum;
-      if (rescale != 1.0f) scale_row(state.acc + (size_t)(h0 + h) * d, d, rescale);
+      if (state.logits != nullptr) keep(row, n_tokens, scale, state.logits + h * state.stride);
+      const float sum = softmax_tile(row, n_tokens, n_padded, scale, &state.peak[h], &rescale, row);
+      state.total[h] = state.total[h] * rescale + sum;
+      if (rescale != 1.0f) scale_row(state.acc + (size_t)h * d, d, rescale);
     }
-    kernels.mix_values(kernels.value, values, logits, stride, n, state.acc + (size_t)h0 * d, d, ahead);
+    kernels.mix_values(kernels.value, values, logits, stride, group.n_heads, state.acc, d, ahead);
   }
 
   void keep(const float* row, int n_tokens, float scale, float* to) const {
     for (int i = 0; i < n_tokens; i += W) store(to + i, mul(load(row + i), set1(scale)));
   }
 };
-
-template <class F>
-void few_heads_at_a_time(const CodeKernels& kernels, const Group& group, const State& state, const Pages& pages,
-                         F&& f) {
-  for (int h0 = 0; h0 < group.n_heads; h0 += MAX_TILE_HEADS)
-    f(Heads4{kernels, group, state, pages, h0, std::min(group.n_heads - h0, MAX_TILE_HEADS)});
-}
 
 // Where the codes of a page end, which begin with those of K.
 int64_t codes_end(const Pages& pages) {
@@ -81,11 +72,11 @@ void touch(const Pages& pages, const uint8_t* page) {
 
 // Logits of a tile of a list where K is channel-major. Of a page that has few of the tokens they are decoded one by
 // one, else all of its logits are made, and those that are wanted taken from them.
-void score_columns(const Heads4& heads, const ListTile& tile, const uint8_t* next_page, RowPointers& keys,
+void score_columns(const Coded& coded, const ListTile& tile, const uint8_t* next_page, RowPointers& keys,
                    KeyColumns columns, float* page_logits, float* logits, int stride) {
   constexpr int MANY = 16, AHEAD = 3;
-  const Pages& pages = heads.pages;
-  const CodeShape& shape = heads.kernels.key;
+  const Pages& pages = coded.pages;
+  const CodeShape& shape = coded.kernels.key;
   const int page_stride = pages.block_size + 16;
   for (int i = 0; i < std::min(AHEAD, tile.n); ++i) prefetch_column(pages, shape, tile.page[i], tile.slot[i]);
   for (int i = 0, stop; i < tile.n; i = stop) {
@@ -93,15 +84,15 @@ void score_columns(const Heads4& heads, const ListTile& tile, const uint8_t* nex
     if (stop - i < MANY) {
       for (int k = i; k < stop; ++k) {
         if (k + AHEAD < tile.n) prefetch_column(pages, shape, tile.page[k + AHEAD], tile.slot[k + AHEAD]);
-        heads.kernels.decode_column(pages, tile.page[k], tile.slot[k], columns.next(k));
+        coded.kernels.decode_column(pages, tile.page[k], tile.slot[k], columns.next(k));
       }
       continue;
     }
     Ahead ahead, unused;
     const uint8_t* const then = stop < tile.n ? tile.page[stop] : next_page;
     if (then != nullptr) page_ahead(pages, then, &ahead, &unused);
-    heads.score_page(tile.page[i], keys, page_logits, page_stride, ahead);
-    for (int h = 0; h < heads.n; ++h)
+    coded.score_page(tile.page[i], keys, page_logits, page_stride, ahead);
+    for (int h = 0; h < coded.group.n_heads; ++h)
       for (int k = i; k < stop; ++k)
         logits[(size_t)h * stride + k] = page_logits[(size_t)h * page_stride + tile.slot[k]];
   }
@@ -159,7 +150,7 @@ void attend_blocks(const CodeKernels& kernels, const Group& group, const State& 
   const Pages& pages = *sequence.pages;
   const int n = pages.block_size, stride = n + 16, n_rows = std::max(n, pages.head_size);
   Arena arena = scratch.arena();
-  float* const logits = arena.take<float>(MAX_TILE_HEADS * stride + 16);
+  float* const logits = arena.take<float>((size_t)group.n_heads * stride + 16);
   RowPointers key_rows = RowPointers::in(arena, n_rows), value_rows = RowPointers::in(arena, n_rows);
   for (int block = first_block; block < last_block; ++block) {
     const uint8_t* page = sequence.page(block);
@@ -167,10 +158,10 @@ void attend_blocks(const CodeKernels& kernels, const Group& group, const State& 
     if (block + 1 < last_block) page_ahead(pages, sequence.page(block + 1), &keys, &values);
     if (block + 2 < last_block) touch(pages, sequence.page(block + 2));
     if (state.logits != nullptr) fetch_attention(sequence, block * n, n);
-    few_heads_at_a_time(kernels, group, state.after((block - first_block) * n), pages, [&](const Heads4& heads) {
-      heads.score_page(page, key_rows, logits, stride, keys);
-      heads.absorb(logits, stride, n, value_rows.all(pages.value, kernels.value, page, n), values);
-    });
+    const State now = state.after((block - first_block) * n);
+    const Coded coded{kernels, group, now, pages};
+    coded.score_page(page, key_rows, logits, stride, keys);
+    coded.absorb(logits, stride, n, value_rows.all(pages.value, kernels.value, page, n), values);
   }
 }
 
@@ -181,32 +172,30 @@ void attend_coded_tokens(const CodeKernels& kernels, const Group& group, const S
   const int page_stride = pages.block_size + 16, stride = LIST_TILE + 16;
   const int n_rows = std::max({LIST_TILE, pages.block_size, pages.head_size});
   Arena arena = scratch.arena();
-  float* const page_logits = arena.take<float>(MAX_TILE_HEADS * page_stride + 16);
-  float* const logits = arena.take<float>(MAX_TILE_HEADS * stride + 16);
+  float* const page_logits = arena.take<float>((size_t)group.n_heads * page_stride + 16);
+  float* const logits = arena.take<float>((size_t)group.n_heads * stride + 16);
   float* const columns_memory = arena.take<float>((size_t)KeyColumns::AT_ONCE * pages.head_size);
   RowPointers page_rows = RowPointers::in(arena, n_rows), rows = RowPointers::in(arena, n_rows);
   ListTile tiles[2];
   tiles[0].take(sequence, tokens, n);
   tiles[0].prefetch(pages, kernels);
   Ahead nothing;
+  const Coded coded{kernels, group, state, pages};
   for (int first = 0, i = 0; first < n; first += LIST_TILE, ++i) {
     const ListTile& tile = tiles[i % 2];
     ListTile& next = tiles[(i + 1) % 2];
     next.take(sequence, tokens + first + tile.n, n - first - tile.n);
     next.prefetch(pages, kernels);
-    few_heads_at_a_time(kernels, group, state, pages, [&](const Heads4& heads) {
-      if (pages.channel_keys) {
-        const float* const query = group.codes.whole + (size_t)heads.h0 * group.codes.stride;
-        const KeyColumns columns(pages.head_size, columns_memory, query, group.codes.stride, heads.n, logits, stride);
-        const uint8_t* const next_page = next.n > 0 ? next.page[0] : nullptr;
-        score_columns(heads, tile, next_page, page_rows, columns, page_logits, logits, stride);
-      } else {
-        tile.push(pages.key, rows);
-        kernels.dot(kernels.key, group.codes, heads.h0, heads.n, rows.rows(), logits, stride, nothing);
-      }
-      tile.push(pages.value, rows);
-      heads.absorb(logits, stride, tile.n, rows.rows(), nothing);
-    });
+    if (pages.channel_keys) {
+      const KeyColumns columns(pages.head_size, columns_memory, group, logits, stride);
+      const uint8_t* const next_page = next.n > 0 ? next.page[0] : nullptr;
+      score_columns(coded, tile, next_page, page_rows, columns, page_logits, logits, stride);
+    } else {
+      tile.push(pages.key, rows);
+      kernels.dot(kernels.key, group.codes, group.n_heads, rows.rows(), logits, stride, nothing);
+    }
+    tile.push(pages.value, rows);
+    coded.absorb(logits, stride, tile.n, rows.rows(), nothing);
   }
 }
 

@@ -6,14 +6,11 @@
 
 namespace sparq {
 
-constexpr int MAX_MIX_ROWS = 5;
-
-// Two matrix products with codes, for any number of heads up to MAX_TILE_HEADS (tile.h), from h0 on:
+// Two matrix products with codes, for any number of heads:
 // logits[h][t] = q[h] . row t, for n rows rounded up to 16. (Of the rows, n are read.)
-using DotCodes = void (*)(const CodeShape&, const CodesQuery&, int h0, int n_heads, const CodeRows&, float* logits,
-                          int stride, Ahead&);
-// out[h] += sum over rows i of x[h][i] row i, for up to MAX_MIX_ROWS heads: four, and in a ranking also their sum. x is
-// readable, of any content, up to 16 beyond its end.
+using DotCodes = void (*)(const CodeShape&, const CodesQuery&, int n_heads, const CodeRows&, float* logits, int stride,
+                          Ahead&);
+// out[h] += sum over rows i of x[h][i] row i. x is readable, of any content, up to 16 beyond its end.
 using MixCodes = void (*)(const CodeShape&, const CodeRows&, const float* x, int x_stride, int n_heads, float* out,
                           int out_stride, Ahead&);
 

@@ -347,19 +347,15 @@ void mix_heads_bf16(const CodeShape& shape, const CodeRows& rows, const float* x
 template <class C, class Side>
 void mix_sides_bf16(const CodeShape& shape, const CodeRows& rows, const float* x, int x_stride, int n_heads, float* out,
                     int out_stride, Ahead& ahead) {
-  switch (n_heads) {
-    case 1: return mix_heads_bf16<C, Side, 1>(shape, rows, x, x_stride, out, out_stride, ahead);
-    case 2: return mix_heads_bf16<C, Side, 2>(shape, rows, x, x_stride, out, out_stride, ahead);
-    case 3: return mix_heads_bf16<C, Side, 3>(shape, rows, x, x_stride, out, out_stride, ahead);
-    default: return mix_heads_bf16<C, Side, 4>(shape, rows, x, x_stride, out, out_stride, ahead);
-  }
+  few_at_a_time<MAX_TILE_HEADS>(n_heads, [&](int h, auto heads) {
+    mix_heads_bf16<C, Side, heads>(shape, rows, x + (size_t)h * x_stride, x_stride, out + (size_t)h * out_stride,
+                                   out_stride, ahead);
+  });
 }
 
-// Of as many heads as a tile has: it mixes V alone, never a ranking's rows, of which there may be one more.
 template <class C>
 void mix_bf16(const CodeShape& shape, const CodeRows& rows, const float* x, int x_stride, int n_heads, float* out,
               int out_stride, Ahead& ahead) {
-  static_assert(MAX_TILE_HEADS == 4);
   const auto mix = shape.row_bytes() == SHORT_ROW ? mix_sides_bf16<C, FourRows> : mix_sides_bf16<C, TwoRows>;
   mix(shape, rows, x, x_stride, n_heads, out, out_stride, ahead);
 }

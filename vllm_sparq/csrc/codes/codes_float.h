@@ -44,16 +44,15 @@ inline float* decode_memory(const CodeShape& shape, int n_rows) {
 }
 
 template <class T>
-void dot_float(const CodeShape& shape, const CodesQuery& query, int h0, int n_heads, const CodeRows& rows,
-               float* logits, int stride, Ahead& ahead) {
+void dot_float(const CodeShape& shape, const CodesQuery& query, int n_heads, const CodeRows& rows, float* logits,
+               int stride, Ahead& ahead) {
   float* const memory = decode_memory(shape, 16);
-  const float* const q = query.whole + (size_t)h0 * query.stride;
   const int share = ahead.share((rows.n + 15) / 16);
   for (int t = 0; t < rows.n; t += 16) {
     const DecodedRows<T, 16> keys(shape, rows, t, memory);
     ahead.step(share);
     for (int h = 0; h < n_heads; ++h)
-      dot_tile<FloatMac<float>, float, 1, 0>(q + (size_t)h * query.stride, shape.n, keys.at, 16, nullptr,
+      dot_tile<FloatMac<float>, float, 1, 0>(query.whole + (size_t)h * query.stride, shape.n, keys.at, 16, nullptr,
                                              logits + (size_t)h * stride + t, stride);
   }
 }

@@ -66,55 +66,48 @@ SPARQ_INLINE void dot_segment(const __m512i* turned, const Segment& segment, con
   }
 }
 
+// logits[h] of 16 rows that are turned over, for HH heads from h0 on.
 template <class C, int HH>
-void dot_heads_bf16(const CodeShape& shape, const CodesQuery& query, int h0, const CodeRows& rows, float* logits,
-                    int stride, Ahead& ahead) {
-  alignas(64) __m512i words[DOT_BYTES / 4], scales[DOT_BYTES / 4];
-  Segment segments[DOT_BYTES / 4];
-  const int n_segments = cut_segments<C::planes>(shape, segments);
-  const int n_bytes = shape.row_bytes(), n_groups = shape.n_groups(), share = ahead.share((rows.n + 15) / 16);
+void dot_heads_bf16(const TurnedRows<C::planes>& rows, const CodesQuery& query, int h0, float* logits, int stride) {
+  const int n_groups = query.n_groups;
   const int32_t* const pairs = query.pairs + (size_t)h0 * query.n_pairs;
   const float* const sums = query.sums + (size_t)h0 * n_groups;
-  for (int t = 0; t < rows.n; t += 16) {
-    const LaneRows lanes(rows, t);
-    turn_scales_over(shape, lanes.scales, scales);
-    for (int byte = 0; byte < n_bytes; byte += 16) turn_over(lanes.codes, byte, words + byte / 4);
-    ahead.step(share);
-    Vec total[HH];
+  Vec total[HH];
 #pragma GCC unroll 4
-    for (int h = 0; h < HH; ++h) total[h] = zero();
-    const auto step_of = [&](int g) { return _mm512_castsi512_ps(_mm512_slli_epi32(scales[g], 16)); };
-    const auto apply = [&](int g, int h, Vec dot) { total[h] = fma(step_of(g), dot, total[h]); };
-    for (int s = 0; s < n_segments; ++s) {
-      const Segment& segment = segments[s];
-      Vec acc[HH][4];
-      dot_segment<C, HH>(words, segment, pairs, query.n_pairs, acc);
+  for (int h = 0; h < HH; ++h) total[h] = zero();
+  const auto step_of = [&](int g) { return _mm512_castsi512_ps(_mm512_slli_epi32(rows.scales[g], 16)); };
+  const auto apply = [&](int g, int h, Vec dot) { total[h] = fma(step_of(g), dot, total[h]); };
+  for (int s = 0; s < rows.n_segments; ++s) {
+    const Segment& segment = rows.segments[s];
+    Vec acc[HH][4];
+    dot_segment<C, HH>(rows.codes, segment, pairs, query.n_pairs, acc);
 #pragma GCC unroll 4
-      for (int h = 0; h < HH; ++h) {
-        const Vec even = add(acc[h][0], acc[h][2]), odd = add(acc[h][1], acc[h][3]);
-        apply(segment.group[0], h, even), apply(segment.group[1], h, odd);
-      }
+    for (int h = 0; h < HH; ++h) {
+      const Vec even = add(acc[h][0], acc[h][2]), odd = add(acc[h][1], acc[h][3]);
+      apply(segment.group[0], h, even), apply(segment.group[1], h, odd);
     }
-    // Zeros go by group and not by segment: a group may be in both planes, or in several segments.
-    for (int g = 0; g < n_groups; ++g) {
-      const Vec low = _mm512_castsi512_ps(_mm512_and_si512(scales[g], _mm512_set1_epi32((int)0xffff0000)));
-      const Vec base = fma(set1(C::middle), step_of(g), low);
-#pragma GCC unroll 4
-      for (int h = 0; h < HH; ++h) total[h] = fma(base, set1(sums[h * n_groups + g]), total[h]);
-    }
-#pragma GCC unroll 4
-    for (int h = 0; h < HH; ++h) store(logits + (size_t)h * stride + t, total[h]);
   }
+  // Zeros go by group and not by segment: a group may be in both planes, or in several segments.
+  for (int g = 0; g < n_groups; ++g) {
+    const Vec low = _mm512_castsi512_ps(_mm512_and_si512(rows.scales[g], _mm512_set1_epi32((int)0xffff0000)));
+    const Vec base = fma(set1(C::middle), step_of(g), low);
+#pragma GCC unroll 4
+    for (int h = 0; h < HH; ++h) total[h] = fma(base, set1(sums[h * n_groups + g]), total[h]);
+  }
+#pragma GCC unroll 4
+  for (int h = 0; h < HH; ++h) store(logits + (size_t)(h0 + h) * stride, total[h]);
 }
 
 template <class C>
-void dot_bf16(const CodeShape& shape, const CodesQuery& query, int h0, int n_heads, const CodeRows& rows, float* logits,
+void dot_bf16(const CodeShape& shape, const CodesQuery& query, int n_heads, const CodeRows& rows, float* logits,
               int stride, Ahead& ahead) {
-  switch (n_heads) {
-    case 1: return dot_heads_bf16<C, 1>(shape, query, h0, rows, logits, stride, ahead);
-    case 2: return dot_heads_bf16<C, 2>(shape, query, h0, rows, logits, stride, ahead);
-    case 3: return dot_heads_bf16<C, 3>(shape, query, h0, rows, logits, stride, ahead);
-    default: return dot_heads_bf16<C, 4>(shape, query, h0, rows, logits, stride, ahead);
+  TurnedRows<C::planes> turned(shape);
+  const int share = ahead.share((rows.n + W - 1) / W);
+  for (int t = 0; t < rows.n; t += W) {
+    turned.take(shape, rows, t);
+    ahead.step(share);
+    few_at_a_time<MAX_TILE_HEADS>(
+        n_heads, [&](int h, auto heads) { dot_heads_bf16<C, heads>(turned, query, h, logits + t, stride); });
   }
 }
 

@@ -76,60 +76,55 @@ SPARQ_INLINE void sum_plane(const Words* turned, const Segment& segment, const i
     sums[h] = pairs_to_float(CHAINS == 1 ? sum[0][h] : add_pairs(sum[0][h], sum[CHAINS - 1][h]));
 }
 
+// logits[h] of W rows that are turned over, for HH heads from h0 on.
 template <class C, class T, int HH>
-void dot_heads_int16(const CodeShape& shape, const CodesQuery& query, int h0, const CodeRows& rows, float* logits,
-                     int stride, Ahead& ahead) {
-  alignas(64) Words words[DOT_BYTES / 4], scales[DOT_BYTES / 4];
-  Segment segments[DOT_BYTES / 4];
-  const int n_segments = cut_segments<C::planes>(shape, segments);
-  const int n_bytes = shape.row_bytes(), n_groups = shape.n_groups(), share = ahead.share((rows.n + W - 1) / W);
+void dot_heads_int16(const TurnedRows<C::planes>& rows, bool has_zero, const CodesQuery& query, int h0, float* logits,
+                     int stride) {
+  const int n_groups = query.n_groups;
   const int32_t* const pairs = query.pairs + (size_t)h0 * query.n_pairs;
   const size_t first_group = (size_t)h0 * n_groups;
   const float *const of_groups = query.sums + first_group, *const rests = query.rests + first_group;
   const float* const units = query.units + first_group;
-  for (int t = 0; t < rows.n; t += W) {
-    const LaneRows lanes(rows, t);
-    turn_scales_over(shape, lanes.scales, scales);
-    for (int byte = 0; byte < n_bytes; byte += 16) turn_over(lanes.codes, byte, words + byte / 4);
-    ahead.step(share);
-    Vec total[HH];
+  Vec total[HH];
 #pragma GCC unroll 4
-    for (int h = 0; h < HH; ++h) total[h] = zero();
-    for (int s = 0; s < n_segments; ++s) {
-      const auto add_plane = [&](auto plane) __attribute__((always_inline)) {
-        constexpr int p = decltype(plane)::value;
-        Vec sums[HH];
-        sum_plane<C, p, HH>(words, segments[s], pairs, query.n_pairs, sums);
-        const int g = segments[s].group[p];
-        const Vec step = low_half<T>(scales[g]);
+  for (int h = 0; h < HH; ++h) total[h] = zero();
+  for (int s = 0; s < rows.n_segments; ++s) {
+    const auto add_plane = [&](auto plane) __attribute__((always_inline)) {
+      constexpr int p = decltype(plane)::value;
+      Vec sums[HH];
+      sum_plane<C, p, HH>(rows.codes, rows.segments[s], pairs, query.n_pairs, sums);
+      const int g = rows.segments[s].group[p];
+      const Vec step = low_half<T>(rows.scales[g]);
 #pragma GCC unroll 4
-        for (int h = 0; h < HH; ++h) total[h] = fma(mul(step, set1(units[h * n_groups + g])), sums[h], total[h]);
-      };
-      add_plane(std::integral_constant<int, 0>{});
-      if constexpr (C::planes == 2) add_plane(std::integral_constant<int, 1>{});
-    }
-    // Zeros go by group and not by segment: a group may be in both planes, or in several segments.
-    for (int g = 0; g < (shape.has_zero ? n_groups : 0); ++g) {
-      const Vec step = low_half<T>(scales[g]), low = high_half<T>(scales[g]);
-#pragma GCC unroll 4
-      for (int h = 0; h < HH; ++h) {
-        total[h] = fma(low, set1(of_groups[h * n_groups + g]), total[h]);
-        total[h] = fma(step, set1(rests[h * n_groups + g]), total[h]);
-      }
-    }
-#pragma GCC unroll 4
-    for (int h = 0; h < HH; ++h) store(logits + (size_t)h * stride + t, total[h]);
+      for (int h = 0; h < HH; ++h) total[h] = fma(mul(step, set1(units[h * n_groups + g])), sums[h], total[h]);
+    };
+    add_plane(std::integral_constant<int, 0>{});
+    if constexpr (C::planes == 2) add_plane(std::integral_constant<int, 1>{});
   }
+  // Zeros go by group and not by segment: a group may be in both planes, or in several segments.
+  for (int g = 0; g < (has_zero ? n_groups : 0); ++g) {
+    const Vec step = low_half<T>(rows.scales[g]), low = high_half<T>(rows.scales[g]);
+#pragma GCC unroll 4
+    for (int h = 0; h < HH; ++h) {
+      total[h] = fma(low, set1(of_groups[h * n_groups + g]), total[h]);
+      total[h] = fma(step, set1(rests[h * n_groups + g]), total[h]);
+    }
+  }
+#pragma GCC unroll 4
+  for (int h = 0; h < HH; ++h) store(logits + (size_t)(h0 + h) * stride, total[h]);
 }
 
 template <class C, class T>
-void dot_int16(const CodeShape& shape, const CodesQuery& query, int h0, int n_heads, const CodeRows& rows,
-               float* logits, int stride, Ahead& ahead) {
-  switch (n_heads) {
-    case 1: return dot_heads_int16<C, T, 1>(shape, query, h0, rows, logits, stride, ahead);
-    case 2: return dot_heads_int16<C, T, 2>(shape, query, h0, rows, logits, stride, ahead);
-    case 3: return dot_heads_int16<C, T, 3>(shape, query, h0, rows, logits, stride, ahead);
-    default: return dot_heads_int16<C, T, 4>(shape, query, h0, rows, logits, stride, ahead);
+void dot_int16(const CodeShape& shape, const CodesQuery& query, int n_heads, const CodeRows& rows, float* logits,
+               int stride, Ahead& ahead) {
+  TurnedRows<C::planes> turned(shape);
+  const int share = ahead.share((rows.n + W - 1) / W);
+  for (int t = 0; t < rows.n; t += W) {
+    turned.take(shape, rows, t);
+    ahead.step(share);
+    few_at_a_time<MAX_TILE_HEADS>(n_heads, [&](int h, auto heads) {
+      dot_heads_int16<C, T, heads>(turned, shape.has_zero, query, h, logits + t, stride);
+    });
   }
 }
 

@@ -63,9 +63,9 @@ class KeyColumns {
  public:
   static constexpr int AT_ONCE = 16;
 
-  // Rows [AT_ONCE, D] in `memory`; the heads of `query`, rows query_stride apart.
-  KeyColumns(int head_size, float* memory, const float* query, int query_stride, int n_heads, float* logits, int stride)
-      : d_(head_size), query_(query), query_stride_(query_stride), n_heads_(n_heads), logits_(logits), stride_(stride) {
+  // Rows [AT_ONCE, D] in `memory`.
+  KeyColumns(int head_size, float* memory, const Group& group, float* logits, int stride)
+      : d_(head_size), group_(group), logits_(logits), stride_(stride) {
     for (int i = 0; i < AT_ONCE; ++i) rows_[i] = (const uint8_t*)(memory + (size_t)i * head_size);
   }
 
@@ -77,10 +77,10 @@ class KeyColumns {
   }
   void flush() {
     const int n_padded = (n_ + W - 1) / W * W;
-    for (int h = 0; h < n_heads_; ++h) {
+    for (int h = 0; h < group_.n_heads; ++h) {
       alignas(64) float logits[AT_ONCE];
-      dot_tile<FloatMac<float>, float, 1, 0>(query_ + (size_t)h * query_stride_, d_, rows_, n_padded, nullptr, logits,
-                                             AT_ONCE);
+      dot_tile<FloatMac<float>, float, 1, 0>(group_.codes.whole + (size_t)h * group_.codes.stride, d_, rows_, n_padded,
+                                             nullptr, logits, AT_ONCE);
       for (int i = 0; i < n_; ++i) logits_[(size_t)h * stride_ + at_[i]] = logits[i];
     }
     n_ = 0;
@@ -88,8 +88,7 @@ class KeyColumns {
 
  private:
   int d_;
-  const float* query_;
-  int query_stride_, n_heads_;
+  const Group& group_;
   float* logits_;
   int stride_;
   const uint8_t* rows_[AT_ONCE];

@@ -67,49 +67,51 @@ struct RowScales {
   }
 };
 
-template <class C, class T, int HH>
-void mix_heads_int16(const CodeShape& shape, const CodeRows& rows, const float* x, int x_stride, float* out,
-                     int out_stride, Ahead& ahead) {
-  RowScales scales;
+// The same for HH heads and n rows whose scales are at hand.
+template <class C, int HH>
+void mix_heads_int16(const CodeShape& shape, const RowScales& scales, const uint8_t* const* codes, int n,
+                     const float* x, int x_stride, float* out, int out_stride, Ahead& ahead, int share) {
   alignas(64) int16_t words[HH][MIX_GROUPS][GROUP_WORDS];
   GroupWeights folded[HH][MIX_GROUPS];
   HeadNumbers numbers;
   const int row_bytes = shape.row_bytes(), n_groups = shape.n_groups();
-  const int share = ahead.share(n_shares<C, HH>(row_bytes, rows.n));
-  for (int first = 0; first < rows.n; first += SUM_ROWS) {
-    const int n = std::min(SUM_ROWS, rows.n - first);
-    scales.take<T>(shape, rows, first, n, C::middle);
-    for (int h = 0; h < HH; ++h) {
-      numbers.take(x + (size_t)h * x_stride + first, n);
-      for (int g = 0; g < n_groups; ++g)
-        folded[h][g] = GroupWeights::of(numbers, scales.of[g], n, C::middle, words[h][g]);
+  for (int h = 0; h < HH; ++h) {
+    numbers.take(x + (size_t)h * x_stride, n);
+    for (int g = 0; g < n_groups; ++g)
+      folded[h][g] = GroupWeights::of(numbers, scales.of[g], n, C::middle, words[h][g]);
+  }
+  const PointedRows pairs{codes};
+  for (int byte = 0; byte < row_bytes; byte += UNIT) {
+    const WordUnit unit = WordUnit::at(byte, row_bytes);
+    int group[C::planes];
+    PairWeights<C::planes, MIX_GROUPS * GROUP_WORDS / 2> weights;
+    for (int p = 0; p < C::planes; ++p) {
+      group[p] = (p * row_bytes + byte) / shape.group;
+      weights.of_plane[p] = (const int32_t*)words[0][group[p]];
     }
-    const PointedRows pairs{rows.codes + first};
-    for (int byte = 0; byte < row_bytes; byte += UNIT) {
-      const WordUnit unit = WordUnit::at(byte, row_bytes);
-      int group[C::planes];
-      PairWeights<C::planes, MIX_GROUPS * GROUP_WORDS / 2> weights;
-      for (int p = 0; p < C::planes; ++p) {
-        group[p] = (p * row_bytes + byte) / shape.group;
-        weights.of_plane[p] = (const int32_t*)words[0][group[p]];
-      }
-      sum_unit<C, HH>(pairs, (n + 1) / 2, unit, weights, ahead, share, [&](int p, int h, Vec low, Vec high) {
-        const GroupWeights& by = folded[h][group[p]];
-        put_unit<true>(unit, low, high, by.unit, by.base, out + (size_t)h * out_stride + p * row_bytes);
-      });
-    }
+    sum_unit<C, HH>(pairs, (n + 1) / 2, unit, weights, ahead, share, [&](int p, int h, Vec low, Vec high) {
+      const GroupWeights& by = folded[h][group[p]];
+      put_unit<true>(unit, low, high, by.unit, by.base, out + (size_t)h * out_stride + p * row_bytes);
+    });
   }
 }
 
 template <class C, class T>
 void mix_int16(const CodeShape& shape, const CodeRows& rows, const float* x, int x_stride, int n_heads, float* out,
                int out_stride, Ahead& ahead) {
-  switch (n_heads) {
-    case 1: return mix_heads_int16<C, T, 1>(shape, rows, x, x_stride, out, out_stride, ahead);
-    case 2: return mix_heads_int16<C, T, 2>(shape, rows, x, x_stride, out, out_stride, ahead);
-    case 3: return mix_heads_int16<C, T, 3>(shape, rows, x, x_stride, out, out_stride, ahead);
-    case 4: return mix_heads_int16<C, T, 4>(shape, rows, x, x_stride, out, out_stride, ahead);
-    default: return mix_heads_int16<C, T, MAX_MIX_ROWS>(shape, rows, x, x_stride, out, out_stride, ahead);
+  constexpr int MOST_HEADS = 5;  // at a time: four, and in a ranking also their sum
+  RowScales scales;
+  int n_steps = 0;
+  few_at_a_time<MOST_HEADS>(n_heads,
+                            [&](int, auto heads) { n_steps += n_shares<C, heads>(shape.row_bytes(), rows.n); });
+  const int share = ahead.share(n_steps);
+  for (int first = 0; first < rows.n; first += SUM_ROWS) {
+    const int n = std::min(SUM_ROWS, rows.n - first);
+    scales.take<T>(shape, rows, first, n, C::middle);
+    few_at_a_time<MOST_HEADS>(n_heads, [&](int h, auto heads) {
+      mix_heads_int16<C, heads>(shape, scales, rows.codes + first, n, x + (size_t)h * x_stride + first, x_stride,
+                                out + (size_t)h * out_stride, out_stride, ahead, share);
+    });
   }
 }
 

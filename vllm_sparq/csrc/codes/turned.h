@@ -88,4 +88,21 @@ struct LaneRows {
   }
 };
 
+// W rows turned over.
+template <int planes>
+struct TurnedRows {
+  alignas(64) Words codes[DOT_BYTES / 4];
+  alignas(64) Words scales[DOT_BYTES / 4];  // step and zero of each group, or step and anything where there is no zero
+  Segment segments[DOT_BYTES / 4];
+  int n_segments;
+
+  explicit TurnedRows(const CodeShape& shape) : n_segments(cut_segments<planes>(shape, segments)) {}
+
+  SPARQ_INLINE void take(const CodeShape& shape, const CodeRows& rows, int first) {
+    const LaneRows lanes(rows, first);
+    turn_scales_over(shape, lanes.scales, scales);
+    for (int byte = 0; byte < shape.row_bytes(); byte += 16) turn_over(lanes.codes, byte, codes + byte / 4);
+  }
+};
+
 }  // namespace sparq

@@ -92,28 +92,22 @@ void apply_scales_int16(const Ranking& ranking, const uint8_t* page, float middl
         GroupWeights::of(ranking.numbers[row], scales, ranking.r, middle, ranking.words + (size_t)row * 2 * SCAN_PAIRS);
 }
 
-// Calls f with the number of rows as a constant, at most five at a time: four heads and their sum. Only the first ones
-// prefetch.
+// Calls f(row, count) for all rows, at most five at a time: four heads and their sum. Only the first ones prefetch.
 template <class F>
 void few_rows_at_a_time(int n_rows, Scan& scan, F&& f) {
-  for (int row = 0; row < n_rows; row += 5, scan.ahead = nullptr) {
-    switch (std::min(n_rows - row, 5)) {
-      case 1: f(std::integral_constant<int, 1>{}, row); break;
-      case 2: f(std::integral_constant<int, 2>{}, row); break;
-      case 3: f(std::integral_constant<int, 3>{}, row); break;
-      case 4: f(std::integral_constant<int, 4>{}, row); break;
-      default: f(std::integral_constant<int, 5>{}, row);
-    }
-  }
+  few_at_a_time<5>(n_rows, [&](int row, auto count) {
+    f(row, count);
+    scan.ahead = nullptr;
+  });
 }
 
 template <class Codes>
 void scan_page(const Ranking& ranking, const uint8_t* copy, Scan scan, const float* weights, float* scores,
                int stride) {
   stage_rows(copy, ranking.row_offsets, ranking.r, scan.row_bytes, ranking.rows);
-  few_rows_at_a_time(ranking.n_rows, scan, [&](auto heads, int row) {
-    scan_heads<Codes, decltype(heads)::value>(scan, weights + row * ranking.stride, ranking.stride, ranking.bias + row,
-                                              scores + (size_t)row * stride, stride);
+  few_rows_at_a_time(ranking.n_rows, scan, [&](int row, auto heads) {
+    scan_heads<Codes, heads>(scan, weights + row * ranking.stride, ranking.stride, ranking.bias + row,
+                             scores + (size_t)row * stride, stride);
   });
 }
 
@@ -123,9 +117,9 @@ bool scan_int4_in_bf16(const Ranking& ranking, const uint8_t* page, Scan scan, f
   if (ranking.pages->dtype != DType::bf16 || scan.n % PAIR_TOKENS != 0) return false;
   apply_scales(ranking, page);
   stage_pairs(page + ranking.pages->ranking, ranking.row_offsets, ranking.r, scan.row_bytes, ranking.rows);
-  few_rows_at_a_time(ranking.n_rows, scan, [&](auto heads, int row) {
-    scan_heads_bf16<decltype(heads)::value>(scan, ranking.short_weights + row * ranking.stride, ranking.stride,
-                                            ranking.bias + row, scores + (size_t)row * stride, stride);
+  few_rows_at_a_time(ranking.n_rows, scan, [&](int row, auto heads) {
+    scan_heads_bf16<heads>(scan, ranking.short_weights + row * ranking.stride, ranking.stride, ranking.bias + row,
+                           scores + (size_t)row * stride, stride);
   });
   return true;
 #else
@@ -138,9 +132,9 @@ template <class C>
 void scan_words(const Ranking& ranking, const uint8_t* page, Scan scan, float* scores, int stride) {
   apply_scales_int16(ranking, page, C::middle);
   stage_word_pairs(page + ranking.pages->ranking, ranking.row_offsets, ranking.r, scan.row_bytes, ranking.rows);
-  few_rows_at_a_time(ranking.n_rows, scan, [&](auto heads, int row) {
+  few_rows_at_a_time(ranking.n_rows, scan, [&](int row, auto heads) {
     const ScanWeights weights{ranking.words + (size_t)row * 2 * SCAN_PAIRS, ranking.by_row + row};
-    scan_heads_int16<C, decltype(heads)::value>(scan, weights, scores + (size_t)row * stride, stride);
+    scan_heads_int16<C, heads>(scan, weights, scores + (size_t)row * stride, stride);
   });
 }
 
@@ -162,12 +156,9 @@ void score_key_codes(const Ranking& ranking, const uint8_t* page, const uint8_t*
       prefetch_l2(ahead + scale);
     }
     codes[n] = codes[n - 1];
-    for (int row = 0; row < ranking.n_rows; row += MAX_MIX_ROWS) {
-      Ahead nothing;
-      const int n_rows = std::min(ranking.n_rows - row, MAX_MIX_ROWS);
-      kernels.mix_keys(kernels.key, {codes, scales, n}, ranking.query + row * ranking.stride + first, ranking.stride,
-                       n_rows, scores + (size_t)row * stride, stride, nothing);
-    }
+    Ahead nothing;
+    kernels.mix_keys(kernels.key, {codes, scales, n}, ranking.query + first, ranking.stride, ranking.n_rows, scores,
+                     stride, nothing);
   }
 }
 
