@@ -11,12 +11,21 @@ import torch
 from vllm_sparq.config import Options
 from vllm_sparq.layout import PageLayout, Pages
 from vllm_sparq.ops.dispatch import Choice
-from vllm_sparq.reads import HeadShape, SpansRead, SparqRead
+from vllm_sparq.reads import CUDA_BREAK_EVEN, READS, HeadShape, SpansRead, SparqRead
 
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """One batch: requests of ``lens`` cached tokens, the last ``new`` of each brought by the step."""
+    """One batch: requests of ``lens`` cached tokens, read as a CUDA engine reads where nothing else is said.
+
+    Attributes:
+        alpha_floor: as of `SparqRead`, over pages that hold sums of V; None for what the engine's defaults say.
+        least_k: as of `SparqRead`; None for the engine's default.
+        dense_below: contexts shorter than this are read densely; None for where a CUDA engine begins to read sparsely.
+        tracked: whether pages hold positions and scores, so that tokens can be evicted.
+        keys: at random; or the first outweighs all others; or all are the same.
+        far_bytes: of pages of nobody before ours in the pool.
+    """
 
     heads: int = 32
     kv_heads: int = 8
@@ -25,23 +34,36 @@ class Case:
     dtype: str = "bfloat16"
     ranking: str = "int4"
     format: str = "model"
-    alpha_floor: float = 0.5
+    alpha_floor: float | None = None
     group_reduce: Literal["logits", "probs"] = "logits"
     local: int | None = None
     mass: float | None = None
-    dense_below: int = 1024
-    tracked: bool = False  # positions and scores, so that tokens can be evicted
-    keys: Literal["random", "sink", "equal"] = "random"  # the first outweighs all others; all are the same
-    far_bytes: int = 0  # of pages of nobody before ours in the pool
+    least_k: int | None = None
+    dense_below: int | None = None
+    tracked: bool = False
+    keys: Literal["random", "sink", "equal"] = "random"
+    far_bytes: int = 0
     lens: tuple[int, ...] = (1, 127, 128, 0, 129, 1500, 4000, 4096)
 
     @property
+    def heads_shape(self) -> HeadShape:
+        return HeadShape(head_size=self.head_size, n_heads=self.heads, n_kv_heads=self.kv_heads)
+
+    @property
+    def options(self) -> Options:
+        """What an engine's options are, once nothing is left to the platform."""
+        chosen: dict[str, Any] = dict(read="spans") if self.ranking == "bounds" else dict(ranking=self.ranking)
+        below = CUDA_BREAK_EVEN if self.dense_below is None else self.dense_below
+        more = dict(local=self.local, group_reduce=self.group_reduce, mass=self.mass)
+        return Options(format=self.format, dense_below=below, **chosen, **more)
+
+    @property
     def layout(self) -> PageLayout:
+        needs = READS[self.options.read].needs(self.options, grouped=self.heads_shape.grouped)
         sizes = dict(head_size=self.head_size, block_size=self.block_size, dtype=getattr(torch, self.dtype))
-        ranks_itself = self.format.startswith("kivi") and self.sparse == "sparq_decode"
-        ranking = None if ranks_itself else self.ranking
         sizes |= dict(positions=self.tracked, attention=self.tracked)
-        return PageLayout(**sizes, ranking=ranking, value_sum=True, format=self.format)
+        value_sum = needs.value_sum or self.alpha_floor is not None
+        return PageLayout(**sizes, ranking=needs.ranking, value_sum=value_sum, format=self.format)
 
     def n_blocks(self, context: int) -> int:
         """Blocks of a request, staging included."""
@@ -55,17 +77,15 @@ class Case:
     @property
     def sparse(self) -> str:
         """The op that reads few of the tokens of such pages."""
-        return (SpansRead if self.ranking == "bounds" else SparqRead).op
+        return self.read.op
 
     @property
     def read(self) -> SparqRead | SpansRead:
-        options = Options(
-            dense_below=self.dense_below, local=self.local, group_reduce=self.group_reduce, mass=self.mass
-        )
-        heads = HeadShape(head_size=self.head_size, n_heads=self.heads, n_kv_heads=self.kv_heads)
-        if self.sparse == SpansRead.op:
-            return SpansRead.resolve(options, heads)
-        return replace(SparqRead.resolve(options, heads), alpha_floor=self.alpha_floor, least_k=16)
+        """What a decode step reads: the engine's, but for what this case says of it."""
+        found = self.options.read_of(self.heads_shape)
+        assert isinstance(found, SparqRead | SpansRead)
+        said = {name: getattr(self, name) for name in ("alpha_floor", "least_k")} if self.ranking != "bounds" else {}
+        return replace(found, **{name: value for name, value in said.items() if value is not None})
 
 
 SINK = 30.0

@@ -7,8 +7,13 @@
     prefill/FORMAT/cCtT    T new tokens of a prompt after C tokens
     kernels/PAGES/bBsS     microseconds of each kernel of a sparse read
 
-PAGES is a format, and after a plus a ranking copy other than int4, or `sink`, `equal`, `narrow`: a block table no wider
-than the context. All other tables are as wide as an engine's of `TABLE_TOKENS`.
+PAGES is a format, and after a plus what is not as a CUDA engine has it by default: a ranking copy other than int4, or
+
+    sparse                 read sparsely whatever the context, where an engine begins at `CUDA_BREAK_EVEN` tokens
+    mean                   the mean of V stands in for unread tokens
+    tracked                positions and scores, so that tokens can be evicted
+    sink, equal            keys of which one outweighs all others, or that are the same
+    narrow                 a block table no wider than the context: others are as wide as an engine's of `TABLE_TOKENS`
 """
 
 from __future__ import annotations
@@ -16,9 +21,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
-from typing import Literal
+from typing import Any, Literal
 
 from vllm_sparq.benchmarks.gpu.cases import Case
+from vllm_sparq.reads import CUDA_BREAK_EVEN
 
 TABLE_TOKENS = 131072 + 1024
 """What a block table has room for: an engine's is as wide as its longest request may get."""
@@ -61,40 +67,61 @@ class Cell:
 
 FORMATS = ("model", "int4", "int8", "kivi4", "k8v4", "k4v2")
 
-LAYER = Case(lens=())
-"""32 query heads, 8 KV heads of 128, bfloat16: a layer of Llama-3.1-8B, its mean value included."""
+LONG_BLOCK, BLOCK = 256, 128
+"""Tokens of an engine's blocks where contexts may be as long as `TABLE_TOKENS`: K with int4 codes beside it, others."""
+
+LAYER = Case(lens=(), block_size=LONG_BLOCK)
+"""32 query heads, 8 KV heads of 128, bfloat16: a layer of Llama-3.1-8B, as a CUDA engine has it by default."""
+
+AT_ONCE = 0
+"""Value of `Case.dense_below` with which every context that a read takes less than all of is read sparsely."""
+
+
+def small(**more: Any) -> Case:
+    """A case that says more of a kernel than its defaults would: sparse reads of short contexts, and a mean value."""
+    return Case(**{"alpha_floor": 0.5, "least_k": 16, "dense_below": 1024, **more})
+
+
+def default(**more: Any) -> Case:
+    """A case of the defaults, on both sides of where an engine begins to read sparsely."""
+    return Case(lens=(300, CUDA_BREAK_EVEN + 700), **more)
+
 
 CHECKS: dict[str, Case] = {
-    "model": Case(),
-    "heads": Case(heads=8, kv_heads=8, alpha_floor=0.0),
-    "int4": Case(format="int4"),
-    "far": Case(far_bytes=FAR_BYTES, lens=(1, 129, 1500, 4096)),
-    "sink": Case(keys="sink", alpha_floor=0.0),
-    "equal": Case(keys="equal", lens=(1500, 4000)),
-    "model+bounds": Case(ranking="bounds"),
-    "kivi4": Case(format="kivi4"),
-    "int8": Case(format="int8"),
-    "model+tracked": Case(tracked=True),
-    "far+int4": Case(far_bytes=FAR_BYTES, format="int4", lens=(1, 129, 1500, 4096)),
-    "mass": Case(local=8, mass=0.5),
-    "k8v4": Case(format="k8v4"),
-    "k4v2": Case(format="k4v2"),
-    "kivi2": Case(format="kivi2"),
-    "probs": Case(
+    "default": default(block_size=LONG_BLOCK),
+    "model": small(),
+    "heads": small(heads=8, kv_heads=8, alpha_floor=0.0),
+    "int4": small(format="int4"),
+    "far": small(far_bytes=FAR_BYTES, lens=(1, 129, 1500, 4096)),
+    "sink": small(keys="sink", alpha_floor=0.0),
+    "equal": small(keys="equal", lens=(1500, 4000)),
+    "model+bounds": small(ranking="bounds"),
+    "kivi4": small(format="kivi4"),
+    "int8": small(format="int8"),
+    "model+tracked": small(tracked=True),
+    "far+int4": small(far_bytes=FAR_BYTES, format="int4", lens=(1, 129, 1500, 4096)),
+    "default+int4": default(format="int4"),
+    "default+kivi4": default(format="kivi4"),
+    "default+bounds": default(ranking="bounds"),
+    "mass": small(local=8, mass=0.5),
+    "k8v4": small(format="k8v4"),
+    "k4v2": small(format="k4v2"),
+    "kivi2": small(format="kivi2"),
+    "probs": small(
         heads=16, kv_heads=2, head_size=64, ranking="int8", group_reduce="probs", dtype="float16", block_size=64
     ),
-    "float32": Case(heads=6, kv_heads=2, head_size=80, alpha_floor=1.0, dtype="float32", block_size=48),
-    "model-ranking": Case(heads=5, kv_heads=1, head_size=96, ranking="model", block_size=16, local=0),
-    "head256": Case(heads=4, kv_heads=2, head_size=256, block_size=256, dtype="float16"),
+    "float32": small(heads=6, kv_heads=2, head_size=80, alpha_floor=1.0, dtype="float32", block_size=48),
+    "model-ranking": small(heads=5, kv_heads=1, head_size=96, ranking="model", block_size=16, local=0),
+    "head256": small(heads=4, kv_heads=2, head_size=256, block_size=256, dtype="float16"),
     **{
-        f"{name}+tracked": Case(format=name, tracked=True)
+        f"{name}+tracked": small(format=name, tracked=True)
         for name in ("int8", "int4", "kivi4", "kivi2", "k8v4", "k4v2")
     },
     **{
-        f"{name}+bounds": Case(format=name, ranking="bounds")
+        f"{name}+bounds": small(format=name, ranking="bounds")
         for name in ("int8", "int4", "kivi4", "kivi2", "k8v4", "k4v2")
     },
-    "all-kivi4": Case(
+    "all-kivi4": small(
         heads=16,
         kv_heads=2,
         head_size=64,
@@ -104,47 +131,53 @@ CHECKS: dict[str, Case] = {
         format="kivi4",
         tracked=True,
     ),
-    "float32-int4": Case(
+    "float32-int4": small(
         heads=6, kv_heads=2, head_size=80, alpha_floor=1.0, dtype="float32", block_size=48, format="int4"
     ),
-    "head96-kivi2": Case(heads=5, kv_heads=1, head_size=96, block_size=64, local=0, dtype="float16", format="kivi2"),
-    "head256-kivi4": Case(heads=4, kv_heads=2, head_size=256, block_size=256, dtype="float16", format="kivi4"),
-    "probs-int8": Case(
+    "head96-kivi2": small(heads=5, kv_heads=1, head_size=96, block_size=64, local=0, dtype="float16", format="kivi2"),
+    "head256-kivi4": small(heads=4, kv_heads=2, head_size=256, block_size=256, dtype="float16", format="kivi4"),
+    "probs-int8": small(
         heads=16, kv_heads=2, head_size=64, ranking="int8", group_reduce="probs", block_size=64, format="int8"
     ),
-    "heads+tracked": Case(
+    "heads+tracked": small(
         heads=8, kv_heads=8, alpha_floor=0.0, dtype="float16", block_size=48, ranking="int8", tracked=True
     ),
-    "probs+tracked": Case(
+    "probs+tracked": small(
         heads=16, kv_heads=2, head_size=64, group_reduce="probs", dtype="float16", block_size=64, tracked=True
     ),
-    "float32+bounds": Case(heads=6, kv_heads=2, head_size=80, dtype="float32", block_size=48, ranking="bounds"),
-    "block16+bounds": Case(heads=16, kv_heads=2, head_size=64, dtype="float16", block_size=16, ranking="bounds"),
-    "head96-kivi2+bounds": Case(
+    "float32+bounds": small(heads=6, kv_heads=2, head_size=80, dtype="float32", block_size=48, ranking="bounds"),
+    "block16+bounds": small(heads=16, kv_heads=2, head_size=64, dtype="float16", block_size=16, ranking="bounds"),
+    "head96-kivi2+bounds": small(
         heads=5, kv_heads=1, head_size=96, dtype="float16", block_size=64, format="kivi2", ranking="bounds"
     ),
 }
 """Name -> case, those that would spoil most figures first."""
 
-FIRST_CHECKS = 6
-"""Come before any time is taken: a wrong kernel's time is worth nothing."""
+FIRST_CHECKS, EARLY_CHECKS = 7, 16
+"""So many come before most times, and before the times of formats: a wrong kernel's time is worth nothing."""
+
+
+MEANT: dict[str, dict[str, Any]] = {
+    "": {},
+    "narrow": {},
+    "sparse": {"dense_below": AT_ONCE},
+    "mean": {"alpha_floor": 0.0},
+    "tracked": {"tracked": True},
+    **{kind: {"keys": kind} for kind in ("sink", "equal")},
+    **{ranking: {"ranking": ranking} for ranking in ("bounds", "int8", "model")},
+}
+"""What comes after the plus in the name of pages -> what it says of the case."""
 
 
 def named(pages: str) -> Case:
     """The layer over pages of a name such as `int4`, `model+bounds` or `model+sink`."""
     format, _, more = pages.partition("+")
-    case = replace(LAYER, format=format)
-    if more == "sink":
-        return replace(case, keys="sink")
-    if more == "equal":
-        return replace(case, keys="equal")
-    if more in ("bounds", "int8", "model"):
-        return replace(case, ranking=more)
-    return replace(case, tracked=more == "tracked")
+    block = LONG_BLOCK if format == "model" and more not in ("bounds", "int8", "model", "tracked") else BLOCK
+    return replace(LAYER, format=format, block_size=block, **MEANT[more])
 
 
 def decode(pages: str, requests: int, context: int, *, kind: Kind = "decode", seconds: float = 2.0) -> Cell:
-    """A step of so many requests over pages of a name; with `narrow` behind it, in a block table as wide as needed."""
+    """A step of so many requests over pages of a name."""
     name = f"{kind}/{pages}/b{requests}s{shown(context)}"
     case, table = named(pages), context if pages.endswith("narrow") else TABLE_TOKENS
     size = dict(requests=requests, context=context)
@@ -155,7 +188,7 @@ def prefill(format: str, context: int, chunk: int) -> Cell:
     """A chunk of one prompt."""
     name, seconds = f"prefill/{format}/c{shown(context)}t{shown(chunk)}", 2 + 6 * context / 131072
     size = dict(context=context, chunk=chunk)
-    return Cell(name=name, kind="prefill", seconds=seconds, case=replace(LAYER, format=format), **size)
+    return Cell(name=name, kind="prefill", seconds=seconds, case=named(format), **size)
 
 
 def shown(tokens: int) -> str:
@@ -169,44 +202,60 @@ def check(name: str) -> Cell:
 
 
 def graph(name: str) -> Cell:
-    """A captured step."""
-    return Cell(name=f"graph/{name}", kind="graph", seconds=2.0, case=replace(named(name), lens=Case().lens))
+    """A captured step, over requests that are short and read sparsely all the same."""
+    case = replace(named(name), dense_below=1024, lens=Case().lens)
+    return Cell(name=f"graph/{name}", kind="graph", seconds=2.0, case=case)
 
 
 K = 1024
 
+BARS = ((1, 128 * K), (16, 32 * K))
+"""Requests and tokens of each that the project has set itself goals for."""
+
+BREAK_EVEN = tuple((b, s) for s in (4 * K, 8 * K, 16 * K, 32 * K) for b in (1, 16))
+"""Those between which a sparse read begins to pay: what `CUDA_BREAK_EVEN` guesses."""
+
+SHORT = (256, 512)
+"""A batch that the sparse op reads densely: what having SparQ costs where it gains nothing."""
+
 
 def all_cells() -> list[Cell]:
     """Everything, what is worth most first."""
-    checks, graphs = [check(name) for name in CHECKS], [graph(name) for name in ("model", "int4", "kivi4")]
-    at_bars = [(1, 128 * K), (16, 32 * K)]
-    rest = [(b, s) for s in (4 * K, 16 * K, 32 * K, 128 * K) for b in (1, 4, 16, 64) if (b, s) not in at_bars]
+    checks, graphs = (
+        [check(name) for name in CHECKS],
+        [graph(name) for name in ("model", "int4", "kivi4", "model+mean")],
+    )
+    rest = [(b, s) for s in (16 * K, 32 * K, 128 * K) for b in (1, 4, 16, 64) if (b, s) not in BARS]
+    short = [(b, s) for s in (4 * K, 8 * K) for b in (4, 64)]
     found = [
-        *checks[:2],
+        *checks[:3],
         graphs[0],
         Cell(name="copy", kind="copy", seconds=1.0, case=LAYER),
-        *(decode("model", *at) for at in at_bars),
+        *(decode("model", *at) for at in BARS),
+        *(decode("model+sparse", *at) for at in BREAK_EVEN),
         *(prefill("model", c, 8 * K) for c in (32 * K, 0)),
-        *checks[2:FIRST_CHECKS],
-        decode("model", 256, 512),
+        *checks[3:FIRST_CHECKS],
+        decode("model", *SHORT),
         decode("model+sink", 16, 32 * K),
+        decode("model+mean", 16, 32 * K),
         decode("model", 1, 16 * K),
         *(decode(format, 16, 32 * K) for format in FORMATS[1:]),
-        *(decode("model", *at, kind="kernels") for at in at_bars),
+        *(decode("model", *at, kind="kernels") for at in BARS),
         *graphs[1:],
-        *checks[FIRST_CHECKS:12],
+        *checks[FIRST_CHECKS:EARLY_CHECKS],
         decode("model+bounds", 16, 32 * K),
         decode("model+equal", 16, 32 * K),
-        decode("model+narrow", 1, 4 * K),
+        decode("model+narrow", 1, 16 * K),
         prefill("model", 128 * K, 8 * K),
         *(prefill(format, 32 * K, 8 * K) for format in FORMATS[1:]),
         decode("model+bounds", 1, 128 * K),
         *(decode(format, 1, 128 * K) for format in FORMATS[1:]),
+        *(decode("model+sparse", *at) for at in short),
         *(decode("model", b, s) for b, s in sorted(rest, key=lambda at: at[0] * at[1])),
         decode("model+tracked", 16, 32 * K),
-        *(decode("int4", *at, kind="kernels") for at in at_bars),
-        *(decode("model+bounds", *at, kind="kernels") for at in at_bars),
-        *checks[12:],
+        *(decode("int4", *at, kind="kernels") for at in BARS),
+        *(decode("model+bounds", *at, kind="kernels") for at in BARS),
+        *checks[EARLY_CHECKS:],
     ]
     return list(dict.fromkeys(found))
 

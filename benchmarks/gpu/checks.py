@@ -47,18 +47,26 @@ class Expected:
 def wrong_bytes(got: World, want: Expected) -> float:
     """How many bytes differ, value sums aside; infinite if a value sum is off by more than rounding."""
     ours, theirs = Pages(got.own.data.cpu(), got.case.layout), Pages(want.written.clone(), got.case.layout)
-    sums = theirs.value_sum
-    error = (ours.value_sum - sums).abs() / (1 + sums.abs())
     if got.case.layout.quantized is not None:
         return float(sum(differ(ours, theirs, want.table[b], s, got.case) for b, s in enumerate(got.case.lens)))
-    if not ours.value_sum.isnan().equal(sums.isnan()) or error.nan_to_num(0.0).max() > 1e-4:
+    if not sums_agree(ours, theirs, slice(None)):
         return math.inf
     for pages in (ours, theirs) if "scales" in ours.layout.parts else ():
         pages.scales[pages.scales == 0] = 0.0  # zeros may differ in sign
     for pages in (ours, theirs) if got.case.ranking == "bounds" else ():
         pages.ranking[pages.ranking == 0] = 0.0
-    ours.value_sum.copy_(sums)
+    if ours.layout.value_sum:
+        ours.value_sum.copy_(theirs.value_sum)
     return float((ours.data != theirs.data).sum())
+
+
+def sums_agree(ours: Pages, theirs: Pages, pages: slice | torch.Tensor) -> bool:
+    """Whether the value sums of pages, where they hold any, differ by no more than rounding, and NaN stands for NaN."""
+    if not ours.layout.value_sum:
+        return True
+    got, want = ours.value_sum[pages], theirs.value_sum[pages]
+    close = (got - want).abs() / (1 + want.abs()) <= 1e-4
+    return bool((close | (got.isnan() & want.isnan())).all())
 
 
 def differ(ours: Pages, theirs: Pages, blocks: torch.Tensor, context: int, case: Case) -> float:
@@ -75,8 +83,7 @@ def differ(ours: Pages, theirs: Pages, blocks: torch.Tensor, context: int, case:
         ahead, place = layout.staged_at(position % n)
         page = int(blocks[position // n + 1 + ahead])
         pairs.append((ours.staged[page, :, place], theirs.staged[page, :, place]))
-    error = (ours.value_sum[begun] - theirs.value_sum[begun]).abs() / (1 + theirs.value_sum[begun].abs())
-    if not (error <= 1e-4).all():
+    if not sums_agree(ours, theirs, begun):
         return math.inf
     return float(sum((a != b).sum() for a, b in pairs))
 
@@ -213,5 +220,4 @@ def kept_differ(ours: Pages, theirs: Pages, blocks: torch.Tensor, n_kept: int, c
     whole += [name for name in ("ranking", "scales") if name in layout.parts]
     pairs += [(getattr(ours, name)[full], getattr(theirs, name)[full]) for name in whole]
     begun = blocks[: -(-n_kept // case.block_size)].long()
-    error = (ours.value_sum[begun] - theirs.value_sum[begun]).abs() / (1 + theirs.value_sum[begun].abs())
-    return float(sum((a != b).sum() for a, b in pairs)) if (error <= 1e-4).all() else math.inf
+    return float(sum((a != b).sum() for a, b in pairs)) if sums_agree(ours, theirs, begun) else math.inf

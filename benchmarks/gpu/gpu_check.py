@@ -17,6 +17,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict
+from fractions import Fraction
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ if (ROOT / "vllm_sparq" / "layout.py").is_file():  # a checkout, which need not 
 from vllm_sparq.benchmarks.common.engine_process import EngineProcess, WorkerGoneError
 from vllm_sparq.benchmarks.common.lines import check_out
 from vllm_sparq.benchmarks.gpu import cells, compiling, session
+from vllm_sparq.benchmarks.gpu.cases import Case
 from vllm_sparq.benchmarks.gpu.cells import Cell
 from vllm_sparq.console import UsageError
 
@@ -58,6 +60,9 @@ Exit code: 0; 1 if a check fails or a cell does; 2 without CUDA, or for bad usag
 SHARE_OF_COMPILING = 0.5
 """Of the budget, at most."""
 
+SAID = ("heads", "kv_heads", "head_size", "block_size", "dtype", "ranking", "format")
+"""Of a case, whatever they are; the others where they are not the usual."""
+
 START_SECONDS = 90.0
 """For the process that has the GPU, and torch on a cold disk."""
 
@@ -82,11 +87,15 @@ def parser() -> argparse.ArgumentParser:
 
 def describe(cell: Cell) -> dict[str, Any]:
     """What a record says of its cell."""
-    case = {name: value for name, value in asdict(cell.case).items() if value}
+    usual = asdict(Case())
+    case = {name: value for name, value in asdict(cell.case).items() if name in SAID or value != usual[name]}
+    read = {
+        name: str(value) if isinstance(value, Fraction) else value for name, value in asdict(cell.case.read).items()
+    }
     size = {
         name: getattr(cell, name) for name in ("requests", "context", "chunk") if cell.kind not in ("check", "graph")
     }
-    return {"kind": cell.kind, "case": case, **size, "table_tokens": cell.table_tokens}
+    return {"kind": cell.kind, "case": case, "read": read, **size, "table_tokens": cell.table_tokens}
 
 
 def fails(record: dict[str, Any]) -> bool:

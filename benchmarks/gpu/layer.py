@@ -83,12 +83,13 @@ def filled(cell: Cell, device: str) -> Layer:
 def decode_steps(layer: Layer) -> dict[str, Step]:
     """What we time of a decode: writing a token (into a page that goes on, and the last of one), and reading."""
     case, pages, table, lens, query = layer.case, layer.pages, layer.table, layer.lens, layer.query
-    write, dense, sparse = (load(op, "triton") for op in ("write", "dense_decode", case.sparse))
+    read = case.read  # resolved once, as an engine does: a step's time on the host is that of its launches
+    write, dense, sparse = (load(op, "triton") for op in ("write", "dense_decode", read.op))
     starts, out = torch.arange(len(query) + 1, dtype=torch.int32, device=lens.device), torch.empty_like(query)
     fewer, options = lens - 1, dict(scale=layer.scale, out=out)
     return {
         "dense": lambda: dense(query, pages, table, lens, **options),
-        case.sparse.removesuffix("_decode"): lambda: sparse(query, pages, table, lens, read=case.read, **options),
+        read.op.removesuffix("_decode"): lambda: sparse(query, pages, table, lens, read=read, **options),
         "write": lambda: write(*layer.new, pages, table, starts, fewer),
         "write+close": lambda: write(*layer.new, pages, table, starts, lens),
     }

@@ -22,7 +22,7 @@ from vllm_sparq.benchmarks.gpu.cells import Cell, named
 hits = []
 knobs.compilation.listener = lambda *, cache_hit, **_: hits.append(cache_hit)
 compiling.set_up(compiling.Target(capability=90, multiprocessors=132))
-small, large = (cells.decode("model", *at) for at in ((1, 4096), (16, 32768)))
+small, large = (cells.decode("model+mean", *at) for at in ((1, 4096), (16, 32768)))
 keys = [compiling.keys_of(cell) for cell in (small, large)]
 check = replace(named("int4"), lens=(5, 200), tracked=True)
 checked = compiling.keys_of(Cell(name="check/x", kind="check", seconds=1.0, case=check))
