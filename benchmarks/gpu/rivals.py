@@ -1,20 +1,22 @@
 """Other people's dense attention over the same tokens, the best that is installed: what our times stand beside.
 
-vLLM's own FlashAttention where vLLM is, over our pages as they are or over bfloat16 pages of the same sizes; else
-flash-attn, else flashinfer, else PyTorch's SDPA. The last three get K and V as they like them best: contiguous.
+vLLM's own FlashAttention where vLLM is, of the version that vLLM itself would use, over our pages as they are or over
+bfloat16 pages of the same sizes; if that does not run, its other versions; else flash-attn, else flashinfer, else
+PyTorch's SDPA. The last three get K and V as they like them best: contiguous.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
 from vllm_sparq.benchmarks.gpu.timing import Step
 
-VLLM_VERSIONS = (4, 3, 2)
-"""Of FlashAttention, as vLLM counts them; the first that the device and the wheel have."""
+VLLM_VERSIONS = (3, 4, 2)
+"""Of FlashAttention, as vLLM counts them; in this order where vLLM's own choice does not run."""
 
 PAGE = 16
 """Tokens of flashinfer's pages."""
@@ -52,11 +54,33 @@ class Attention:
         return key, value
 
 
-def vllm_flash(wanted: Attention) -> tuple[str, Step]:
-    """vLLM's copy of FlashAttention, paged."""
+def vllm_version(head_size: int) -> int:
+    """The version of FlashAttention that vLLM's own backend uses on this device, without a model's configuration.
+
+    Raises:
+        ImportError: there is no vLLM, or none with FlashAttention.
+        RuntimeError: vLLM uses none here.
+    """
+    from vllm import vllm_flash_attn  # noqa: F401  says why, where the wheel has none
+    from vllm.v1.attention.backends.fa_utils import get_flash_attn_version
+
+    version = get_flash_attn_version(head_size=head_size)
+    if version is None:
+        raise RuntimeError("vLLM uses no FlashAttention on this device")
+    return version
+
+
+def vllm_flash(wanted: Attention, *, version: int) -> tuple[str, Step]:
+    """A version of vLLM's copy of FlashAttention, paged.
+
+    Raises:
+        ImportError: there is no vLLM, or none with FlashAttention.
+        RuntimeError: the wheel or the device has no such version.
+    """
     from vllm import vllm_flash_attn
 
-    version = next(v for v in VLLM_VERSIONS if vllm_flash_attn.is_fa_version_supported(v))
+    if not vllm_flash_attn.is_fa_version_supported(version):
+        raise RuntimeError(vllm_flash_attn.fa_version_unsupported_reason(version))
     query, device = wanted.query, wanted.query.device
     starts = torch.arange(wanted.requests + 1, dtype=torch.int32, device=device) * wanted.rows
     lens = torch.full((wanted.requests,), wanted.context, dtype=torch.int32, device=device)
@@ -125,7 +149,26 @@ def sdpa(wanted: Attention) -> tuple[str, Step]:
     return "sdpa", lambda: run(query, key, value, attn_mask=mask, enable_gqa=True)
 
 
-RIVALS: tuple[Callable[[Attention], tuple[str, Step]], ...] = (vllm_flash, flash_attn, flashinfer, sdpa)
+Make = Callable[[Attention], tuple[str, Step]]
+
+OTHERS: dict[str, Make] = {"flash_attn": flash_attn, "flashinfer": flashinfer, "sdpa": sdpa}
+
+
+def candidates(wanted: Attention, absent: dict[str, str]) -> Iterator[tuple[str, Make]]:
+    """All rivals by name, the best first; what vLLM has none of, or why it names none, goes into ``absent``."""
+    versions = list(VLLM_VERSIONS)
+    try:
+        own = vllm_version(wanted.query.shape[2])
+        versions = [own, *(version for version in versions if version != own)]
+    except ImportError as error:
+        absent["vllm_flash"] = reason(error)
+        versions = []
+    except Exception as error:
+        if is_fatal(error):
+            raise
+        absent["vllm_flash"] = reason(error)
+    yield from ((f"vllm_flash {version}", partial(vllm_flash, version=version)) for version in versions)
+    yield from OTHERS.items()
 
 
 def first_rival(wanted: Attention, ready: Callable[[Step], Step]) -> tuple[str, Step, dict[str, str]]:
@@ -138,15 +181,20 @@ def first_rival(wanted: Attention, ready: Callable[[Step], Step]) -> tuple[str, 
         RuntimeError: none runs.
     """
     absent: dict[str, str] = {}
-    for make in RIVALS:
+    for key, make in candidates(wanted, absent):
         try:
             name, step = make(wanted)
             return name, ready(step), absent
         except Exception as error:
             if is_fatal(error):
                 raise
-            absent[make.__name__] = f"{type(error).__name__}: {error}"[:200]
+            absent[key] = reason(error)
     raise RuntimeError(f"no rival runs: {absent}")
+
+
+def reason(error: Exception) -> str:
+    """Why there is no rival, in a line."""
+    return f"{type(error).__name__}: {error}"[:200]
 
 
 def is_fatal(error: BaseException) -> bool:
