@@ -112,6 +112,8 @@ def said_of(record: dict[str, Any]) -> str:
     """A record in words."""
     if session.LEFT_OUT in record:
         return f"left out: {record[session.LEFT_OUT]}"
+    if session.NO_ROOM in record:
+        return f"no room: {record[session.NO_ROOM]}"
     if isinstance(record.get("error"), str):
         return f"FAIL {record['error'][:150]}"
     if "check" in record:
@@ -206,10 +208,13 @@ def summary(records: Sequence[dict[str, Any]]) -> int:
     """Say how it went; the exit code."""
     failed = [record for record in records if fails(record)]
     left = [record["name"] for record in records if session.LEFT_OUT in record]
+    too_large = [record["name"] for record in records if session.NO_ROOM in record]
     n_checks = sum("check" in record for record in records)
     print(f"{n_checks} checks; failed: {len(failed)}" + "".join(f"\n  {record['name']}" for record in failed))
     if left:
         print(f"left out, {len(left)} cells: {', '.join(left)}; the same command again measures them")
+    if too_large:
+        print(f"too large for this card, {len(too_large)} cells: {', '.join(too_large)}")
     return 1 if failed else 0
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -18,11 +17,23 @@ from vllm_sparq.layout import Pages
 from vllm_sparq.reads import DenseRead
 
 MEMORY_SHARE = 0.85
-"""Of the free memory that a cell may take."""
+"""Of a device's memory that pages may take: scratch, graphs and PyTorch's own have the rest."""
 
 PREFILL_SAMPLES = 10
 
 DEVICE = "cuda"
+
+
+class NoRoomError(Exception):
+    """A cell that this device has no room for, whatever is free: another try would end alike.
+
+    Attributes:
+        needed_gib, total_gib: of its memory.
+    """
+
+    def __init__(self, needed_gib: float, total_gib: float) -> None:
+        super().__init__(f"needs {needed_gib} GiB, and the card has {total_gib} GiB in total")
+        self.needed_gib, self.total_gib = needed_gib, total_gib
 
 
 @dataclass
@@ -213,9 +224,18 @@ def check_memory(cell: Cell) -> None:
     """Refuse a cell that this device has no room for.
 
     Raises:
-        MemoryError: says how much is needed.
+        NoRoomError: it has less memory than the cell needs.
+        MemoryError: it has enough, and less of it is free.
     """
-    needed = n_bytes(cell) if cell.kind != "check" else cell.case.far_bytes
-    free = int(torch.cuda.mem_get_info()[0])
-    if needed > MEMORY_SHARE * free:
-        raise MemoryError(f"needs {math.ceil(needed / 2**30)} GiB, and {free >> 30} GiB are free")
+    pages = n_bytes(cell) if cell.kind != "check" else cell.case.far_bytes
+    needed = pages / MEMORY_SHARE
+    free, total = map(int, torch.cuda.mem_get_info())
+    if needed > total:
+        raise NoRoomError(gib(needed), gib(total))
+    if needed > free:
+        raise MemoryError(f"needs {gib(needed)} GiB, and of {gib(total)} GiB {gib(free)} GiB are free")
+
+
+def gib(n: float) -> float:
+    """Of bytes."""
+    return round(n / 2**30, 1)

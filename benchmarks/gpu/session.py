@@ -29,6 +29,9 @@ MOST_STARTS_FAILED = 2
 
 LEFT_OUT = "left_out"
 
+NO_ROOM = "no_room"
+"""Key of what says that a device has no room for a job; beside it, the memory that the job ``needed_gib``."""
+
 
 class Job(Protocol):
     """What takes ``seconds`` by a guess, and is recorded under its name."""
@@ -119,7 +122,18 @@ def done_before(paths: Sequence[Path], bench: str, about: Record) -> set[str]:
     lines = [record for path in paths for record in read_records(path) if record.get("bench") == bench]
     same = [line for line in lines if all(line.get(name) == about.get(name) for name in ("commit", "dirty", "gpu"))]
     last = {str(line["name"]): line for line in same}
-    return {name for name, line in last.items() if not isinstance(line.get("error"), str) and LEFT_OUT not in line}
+    return {name for name, line in last.items() if is_done(line, about)}
+
+
+def is_done(line: Record, about: Record) -> bool:
+    """Whether another try could say no more: not where a job failed or was left out, nor where there is room by now.
+
+    GPUs of one name come with more memory and less, so that one may have room for what another has not.
+    """
+    if isinstance(line.get("error"), str) or LEFT_OUT in line:
+        return False
+    needed, total = line.get("needed_gib"), about.get("gpu_gib")
+    return NO_ROOM not in line or needed is None or total is None or needed >= total
 
 
 class Hand:

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from vllm_sparq.benchmarks.gpu import layer, timing
+from vllm_sparq.benchmarks.gpu import layer, session, timing
 from vllm_sparq.benchmarks.gpu.cells import Cell
 from vllm_sparq.benchmarks.gpu.checks import check_graph, run_checks
 from vllm_sparq.benchmarks.gpu.rivals import is_fatal
@@ -46,7 +46,7 @@ class GpuWorker:
             "gpu": found.name,
             "capability": found.major * 10 + found.minor,
             "multiprocessors": found.multi_processor_count,
-            "gpu_gib": round(found.total_memory / 2**30, 1),
+            "gpu_gib": layer.gib(found.total_memory),
             "driver": driver[0] if (driver := smi("driver_version")) else None,
             "cuda": torch.version.cuda,
             "torch": torch.__version__,
@@ -54,7 +54,7 @@ class GpuWorker:
         }
 
     def measure(self, cell: Cell) -> list[dict[str, Any]]:
-        """Its records; one with an ``error`` where it failed, and the device did not.
+        """Its records; one with an ``error`` where it failed, and the device did not; or with ``no_room``.
 
         Raises:
             Exception: the device is lost to this process.
@@ -63,6 +63,8 @@ class GpuWorker:
         try:
             layer.check_memory(cell)
             records = list(KINDS[cell.kind](self, cell))
+        except layer.NoRoomError as error:
+            records = [{session.NO_ROOM: str(error), "needed_gib": error.needed_gib, "total_gib": error.total_gib}]
         except Exception as error:
             if is_fatal(error):
                 raise

@@ -89,9 +89,6 @@ def test_checks_take_what_the_reference_answered_before(gpu: worker.GpuWorker, t
 def test_a_failure_is_a_record_unless_the_device_is_lost(
     gpu: worker.GpuWorker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    large = cell("decode", requests=64, context=1 << 20)
-    assert gpu.measure(large)[0]["error"].startswith("MemoryError: needs ")
-
     def failing(message: str) -> Callable[..., Any]:
         def fail(*_: Any) -> Any:
             raise RuntimeError(message)
@@ -104,6 +101,36 @@ def test_a_failure_is_a_record_unless_the_device_is_lost(
     with pytest.raises(RuntimeError, match="illegal memory access"):
         gpu.measure(cell("decode", context=40))
     assert not is_fatal(torch.OutOfMemoryError("CUDA error: out of memory"))
+
+
+def test_what_no_card_of_this_size_has_room_for_is_no_failure(
+    gpu: worker.GpuWorker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Unless it is only what is free that is too little: then it may have room later."""
+    large = cell("decode", requests=64, context=1 << 17)
+    (found,) = gpu.measure(large)
+    assert "error" not in found
+    assert found["no_room"] == f"needs {found['needed_gib']} GiB, and the card has 1.0 GiB in total"
+    assert found["total_gib"] == 1.0
+    assert found["needed_gib"] == pytest.approx(layer.n_bytes(large) / layer.MEMORY_SHARE / 2**30, abs=0.05)
+
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (1 << 30, 80 << 30))
+    (found,) = gpu.measure(large)
+    assert "no_room" not in found
+    assert found["error"].startswith("MemoryError: needs ")
+    assert found["error"].endswith(" GiB, and of 80.0 GiB 1.0 GiB are free")
+
+    def out_of_memory(*_: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(timing, "samples_us", out_of_memory)
+    (found,) = gpu.measure(cell("decode", context=40))
+    assert found["error"] == "OutOfMemoryError: CUDA out of memory"
+
+
+def test_far_pages_need_room_too(gpu: worker.GpuWorker) -> None:
+    (found,) = gpu.measure(replace(cell("check"), case=replace(LAYER, far_bytes=1 << 30)))
+    assert (found["needed_gib"], found["total_gib"]) == (1.2, 1.0)
 
 
 def test_sdpa_attends_as_a_chunk_does() -> None:

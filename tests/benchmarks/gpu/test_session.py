@@ -18,7 +18,7 @@ from tests.benchmarks.common.workers import Toy
 from tests.benchmarks.gpu.toys import ToyGpu
 from vllm_sparq.benchmarks.common.engine_process import EngineProcess, WorkerGoneError
 from vllm_sparq.benchmarks.common.records import read_records
-from vllm_sparq.benchmarks.gpu import cells, gpu_check, worker
+from vllm_sparq.benchmarks.gpu import cells, gpu_check, layer, worker
 from vllm_sparq.benchmarks.gpu.session import Budget, Hand, Output, code_of, done_before, measure
 from vllm_sparq.benchmarks.reporting.gpu_table import gpu_check_rows
 
@@ -123,6 +123,16 @@ def test_results_of_the_same_code_and_gpu_are_not_measured_again(tmp_path: Path)
     assert done_before([path], "y", ABOUT) == set()
 
 
+def test_what_had_no_room_is_done_on_cards_that_are_no_larger(tmp_path: Path) -> None:
+    """Two cards of one name; a line without numbers is of an engine, whose cache had none."""
+    path = tmp_path / "x.jsonl"
+    lines = [{"name": "a", "no_room": "x", "needed_gib": 60.0}, {"name": "b", "no_room": "x"}]
+    path.write_text("".join(json.dumps({"bench": "x", **ABOUT, **line}) + "\n" for line in lines))
+    assert done_before([path], "x", {**ABOUT, "gpu_gib": 39.4}) == {"a", "b"}
+    assert done_before([path], "x", {**ABOUT, "gpu_gib": 79.2}) == {"b"}
+    assert done_before([path], "x", ABOUT) == {"a", "b"}
+
+
 def test_the_commit_is_said_only_where_git_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("vllm_sparq.benchmarks.gpu.session.code", lambda: {"commit": "abc", "dirty": True})
     assert code_of("def") == {"commit": "abc", "dirty": True}
@@ -157,24 +167,35 @@ def test_what_ends_with_an_error(capsys: pytest.CaptureFixture[str]) -> None:
     assert ["FAIL" in gpu_check.said_of(line) for line in lines] == [False, True, True, False]
 
 
+def test_what_had_no_room_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    """And is no failure."""
+    error = layer.NoRoomError(60.0, 39.4)
+    record = {"name": "decode/x", "no_room": str(error), "needed_gib": error.needed_gib, "total_gib": error.total_gib}
+    assert gpu_check.said_of(record) == "no room: needs 60.0 GiB, and the card has 39.4 GiB in total"
+    assert gpu_check.summary([record]) == 0
+    assert "too large for this card, 1 cells: decode/x" in capsys.readouterr().out
+
+
 def test_a_whole_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """Over a GPU that is a toy: one cell kills it, one check is wrong; the next run measures what is missing."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(worker, "GpuWorker", ToyGpu)
     path = tmp_path / "x.jsonl"
     words = ["--no-compile", "--out", str(path), "--only", "check/[hm]*", "--only", "copy", "--only", "decode/int4"]
+    words += ["--only", "decode/model/b64s128k"]
     assert gpu_check.main(words) == 1
     found = {record["name"]: record for record in read_records(path)}
     assert found["copy"]["error"] == "the process of the GPU ended before it answered, after saying Segmentation fault"
     after = found["decode/int4/b1s128k"]
     assert (after["median_us"], after["requests"], after["context"], after["gpu"]) == (1.0, 1, 131072, "NVIDIA H100")
     assert after["case"]["format"] == "int4"
+    assert found["decode/model/b64s128k"]["needed_gib"] == 90.0
     said = capsys.readouterr().out
     assert "decode/int4/b1s128k" in said
     assert "failed: 2\n  check/heads\n  copy\n" in said
     assert gpu_check.main(words) == 1
     assert "1 cells to measure" in capsys.readouterr().out
-    assert gpu_check_rows(read_records(path))[2].endswith(f"| {len(found) - 4} | 1 |")
+    assert gpu_check_rows(read_records(path))[2].endswith(f"| {len(found) - 5} | 1 |")
 
 
 @pytest.mark.parametrize("words", [["--only", "nothing"], []])

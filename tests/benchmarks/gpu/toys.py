@@ -41,13 +41,13 @@ class ToyEngine:
 
 
 class ToyGpu:
-    """Takes what `GpuWorker` takes; dies of copies, and one check is wrong."""
+    """Takes what `GpuWorker` takes; dies of copies, has no room for one cell, and one check is wrong."""
 
     def __init__(self, folder: Path) -> None:
         assert folder.is_dir()
 
     def about(self) -> dict[str, Any]:
-        return {"gpu": "NVIDIA H100", "capability": 90, "multiprocessors": 132, "driver": "580.1"}
+        return {"gpu": "NVIDIA H100", "capability": 90, "multiprocessors": 132, "gpu_gib": 79.2, "driver": "580.1"}
 
     def measure(self, cell: Cell) -> list[dict[str, Any]]:
         if cell.kind == "copy":
@@ -55,4 +55,6 @@ class ToyGpu:
             os._exit(139)
         if cell.kind == "check":
             return [{"check": "write", "error": float(cell.name == "check/heads"), "limit": 0}]
+        if cell.name == "decode/model/b64s128k":
+            return [{"no_room": "needs 90.0 GiB, and the card has 79.2 GiB in total", "needed_gib": 90.0}]
         return [{"method": "dense", "median_us": 1.0, "host_us": 2.0, "rival": "sdpa", "speedup_vs_rival": 1.0}]
