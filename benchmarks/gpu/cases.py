@@ -52,10 +52,9 @@ class Case:
     @property
     def options(self) -> Options:
         """What an engine's options are, once nothing is left to the platform."""
-        chosen: dict[str, Any] = dict(read="spans") if self.ranking == "bounds" else dict(ranking=self.ranking)
-        below = CUDA_BREAK_EVEN if self.dense_below is None else self.dense_below
-        more = dict(local=self.local, group_reduce=self.group_reduce, mass=self.mass)
-        return Options(format=self.format, dense_below=below, **chosen, **more)
+        said: dict[str, Any] = dict(read="spans") if self.ranking == "bounds" else dict(ranking=self.ranking)
+        said |= dict(format=self.format, local=self.local, group_reduce=self.group_reduce, mass=self.mass)
+        return Options(dense_below=CUDA_BREAK_EVEN if self.dense_below is None else self.dense_below, **said)
 
     @property
     def layout(self) -> PageLayout:
