@@ -1,17 +1,18 @@
 #!/usr/bin/env python3
-"""Are the Triton kernels right on this GPU, and how fast are they? Needs torch, triton and a checkout; no vLLM.
+"""Are the Triton kernels right on this GPU, and how fast are they? Needs torch, triton, pydantic and a checkout.
 
     python benchmarks/gpu/gpu_check.py --out gpu.jsonl
 
 First all kernels are compiled, in as many processes as there are cores. Then cell after cell, the most telling first:
 ops beside the reference, on pages whose unowned bytes are NaN; captured graphs whose tables change; a decode step and
-a chunk of a prompt of one layer, beside FlashAttention (vLLM's copy, else flash-attn, flashinfer or PyTorch's SDPA).
+a chunk of a prompt of one layer, beside FlashAttention (as in vLLM, else flash-attn, flashinfer or PyTorch's SDPA).
 Times are medians of graph replays with a cold L2, methods in turns.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import os
 import sys
 import tempfile
@@ -21,6 +22,11 @@ from fractions import Fraction
 from functools import partial
 from pathlib import Path
 from typing import Any
+
+missing = [name for name in ("torch", "pydantic") if importlib.util.find_spec(name) is None]
+if missing:  # where vLLM is not, which brings them
+    print(f"gpu_check.py: needs {' and '.join(missing)}: pip install {' '.join(missing)}", file=sys.stderr)
+    sys.exit(2)
 
 ROOT = Path(__file__).resolve().parents[2]
 if (ROOT / "vllm_sparq" / "layout.py").is_file():  # a checkout, which need not be installed
@@ -54,7 +60,7 @@ more examples:
   python benchmarks/gpu/gpu_check.py --only 'decode/int4*' --only 'prefill/*c32k*' --out int4.jsonl
 
 Records that belong into benchmarks/results come from a clean tree; say --commit where a copy has no git.
-Exit code: 0; 1 if a check fails or a cell does; 2 without CUDA, or for bad usage.
+Exit code: 0; 1 if a check fails or a cell does; 2 without CUDA or a package, or for bad usage.
 """
 
 SHARE_OF_COMPILING = 0.5

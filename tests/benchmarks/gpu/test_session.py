@@ -205,25 +205,36 @@ def test_bad_usage_and_no_gpu(words: list[str], capsys: pytest.CaptureFixture[st
     assert ("fits no cell" if words else "torch sees no CUDA device here") in said
 
 
-def test_it_runs_from_a_checkout_that_is_not_installed(tmp_path: Path) -> None:
-    """The tree alone, where vLLM cannot be imported."""
+def from_checkout(tmp_path: Path, *absent: str) -> subprocess.CompletedProcess[str]:
+    """`gpu_check.py` of the tree alone, where some packages cannot be imported."""
     for folder in ("vllm_sparq", "benchmarks"):
         (tmp_path / "tree").mkdir(exist_ok=True)
         (tmp_path / "tree" / folder).symlink_to(ROOT / folder)
     script = tmp_path / "tree" / "run.py"
     script.write_text(
         "import runpy, sys\n"
-        "sys.modules['vllm'] = None\n"
+        f"sys.modules.update(dict.fromkeys({absent}))\n"
         "sys.meta_path = [finder for finder in sys.meta_path if '__editable__' not in repr(finder)]\n"
         "sys.argv = ['gpu_check.py', '--list', '--only', 'copy']\n"
         f"runpy.run_path({str(ROOT / 'benchmarks/gpu/gpu_check.py')!r}, run_name='__main__')\n"
     )
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    done = subprocess.run(
+    return subprocess.run(
         [sys.executable, str(script)], capture_output=True, text=True, env=environment, check=False, cwd=tmp_path
     )
+
+
+def test_it_runs_from_a_checkout_that_is_not_installed(tmp_path: Path) -> None:
+    """The tree alone, where vLLM cannot be imported."""
+    done = from_checkout(tmp_path, "vllm", "numpy", "rich")
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("copy ")
+
+
+def test_a_package_that_is_missing_is_named(tmp_path: Path) -> None:
+    """torch does not bring pydantic; vLLM does."""
+    done = from_checkout(tmp_path, "vllm", "pydantic")
+    assert (done.returncode, done.stderr) == (2, "gpu_check.py: needs pydantic: pip install pydantic\n")
 
 
 def test_a_worker_is_waited_for_no_longer_than_asked() -> None:
