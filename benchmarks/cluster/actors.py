@@ -10,7 +10,7 @@ from typing import Any
 
 from vllm_sparq.benchmarks.cluster.data import replica_name
 from vllm_sparq.benchmarks.cluster.prompts import Prompt
-from vllm_sparq.benchmarks.cluster.replicas import Pool, proven
+from vllm_sparq.benchmarks.cluster.replicas import Pool, origin, preemptions, proven
 from vllm_sparq.benchmarks.common.proof import engine_report
 
 BATCHES_IN_FLIGHT = 2
@@ -29,9 +29,11 @@ class Replica:
         from vllm import LLM
 
         self.pool = pool
-        self.llm = LLM(str(pool.model), **pool.engine_arguments)
+        # Without log stats, which `LLM` turns off, requests do not tell their preemptions.
+        self.llm = LLM(str(pool.model), **{"disable_log_stats": False, **pool.engine_arguments})
         engine: Any = self.llm.llm_engine
         self.attention = proven(pool.method, [engine_report(engine.vllm_config)])
+        self.origin = origin()
         self.llm.generate(["The"], use_tqdm=False)  # the first request warms up; its time does not count
 
     def ready(self) -> str:
@@ -63,8 +65,9 @@ class Replica:
                 "n_tokens": len(output.outputs[0].token_ids),
                 "started": started,
                 "finished": finished,
-                "preemptions": getattr(output.metrics, "num_preemptions", 0),
+                "preemptions": preemptions(vars(output.metrics) if output.metrics else None),
                 "attention": self.attention,
+                "origin": self.origin,
                 "replica": replica_name(),
                 "error": "",
             }

@@ -18,8 +18,12 @@ from typing import Any
 from vllm_sparq.benchmarks.common.lines import make_folder
 from vllm_sparq.console import UsageError
 
-SCHEMA = 1
-"""Version of a folder: what its shards and its run.json mean."""
+SCHEMA = 2
+"""Version of a folder: what its shards and its run.json mean.
+
+1: a folder did not say with which settings and which code its rows were made.
+2: its case holds them, and every row its origin.
+"""
 
 SHARD_ROWS = 1000
 SHARD_SECONDS = 5.0
@@ -31,7 +35,7 @@ class Answers:
 
     Args:
         folder: made if it is absent.
-        case: what is run, in values that JSON can hold. A folder belongs to one case.
+        case: what is run, how and by which code, in values that JSON can hold. A folder with rows belongs to one case.
 
     Raises:
         UsageError: the folder holds another case, or another schema, or another run is writing to it.
@@ -52,6 +56,7 @@ class Answers:
         self._claim(json.loads(json.dumps(dict(case))))
         for unfinished in folder.glob("*.tmp"):
             unfinished.unlink()
+        self._found = self._origins()
         self._next = 1 + max((int(path.stem.removeprefix("part-")) for path in self.shards()), default=-1)
 
     def __enter__(self) -> Answers:
@@ -73,8 +78,20 @@ class Answers:
 
         return {id for shard in self.shards() for id in parquet.read_table(shard, columns=["id"])["id"].to_pylist()}
 
+    def n_rows(self) -> int:
+        """Of all shards, by what they say of themselves."""
+        from pyarrow import parquet
+
+        return sum(parquet.read_metadata(shard).num_rows for shard in self.shards())
+
     def add(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Take rows that are done; they are on disk when their shard is."""
+        """Take rows that are done; they are on disk when their shard is.
+
+        Raises:
+            UsageError: another machine or other code made them than the rows that were found in the folder: a rate over
+                both would be that of neither.
+        """
+        self._check_origins({row["origin"] for row in rows})
         if not self._rows:
             self._oldest = time.monotonic()
         self._rows.extend(rows)
@@ -105,15 +122,30 @@ class Answers:
         for shard in self.shards():
             yield from parquet.read_table(shard, columns=columns and list(columns)).to_pylist()
 
+    def _origins(self) -> set[str]:
+        from pyarrow import parquet
+
+        tables = (parquet.read_table(shard, columns=["origin"]) for shard in self.shards())
+        return {origin for table in tables for origin in table["origin"].unique().to_pylist()}
+
+    def _check_origins(self, origins: set[str]) -> None:
+        strange = origins - self._found
+        if not self._found or not strange:
+            return
+        there, here = (json.loads(min(some)) for some in (self._found, strange))
+        name = next(name for name in {**there, **here} if there.get(name) != here.get(name))
+        raise UsageError(
+            f"--out {self.folder} holds rows that were made with {name} {there.get(name)!r}, and a replica now has "
+            f"{here.get(name)!r}: rows of both have no common rate; give another folder"
+        )
+
     def _claim(self, case: dict[str, Any]) -> None:
-        """Say in the folder what it is for, or compare with what it says."""
+        """Say in the folder what it is for, or compare with what it says if it holds rows of that."""
         about = self.folder / "run.json"
         if not about.exists():
             if self.shards():
                 raise UsageError(f"--out {self.folder}: it holds shards and no run.json; give another folder")
-            temporary = about.with_suffix(".tmp")
-            temporary.write_text(json.dumps({"schema": SCHEMA, "case": case}, indent=2) + "\n")
-            temporary.rename(about)
+            self._name(about, case)
             return
         try:
             found = json.loads(about.read_text())
@@ -126,17 +158,25 @@ class Answers:
                 f"--out {self.folder} was written with schema {found.get('schema')}, this version has {SCHEMA}: "
                 "give another folder"
             )
-        different = [name for name in case if found.get("case", {}).get(name) != case[name]]
-        if different:
+        there = found.get("case", {})
+        different = [name for name in {**case, **there} if there.get(name) != case.get(name)]
+        if different and not self.shards():
+            self._name(about, case)
+        elif different:
             name = different[0]
             raise UsageError(
-                f"--out {self.folder} holds a run with {name} {found.get('case', {}).get(name)!r}, and this one has "
-                f"{case[name]!r}: give another folder, or the same {name} to go on with that run"
+                f"--out {self.folder} holds a run with {name} {there.get(name)!r}, and this one has "
+                f"{case.get(name)!r}: give another folder, or the same {name} to go on with that run"
             )
+
+    def _name(self, about: Path, case: dict[str, Any]) -> None:
+        temporary = about.with_suffix(".tmp")
+        temporary.write_text(json.dumps({"schema": SCHEMA, "case": case}, indent=2) + "\n")
+        temporary.rename(about)
 
 
 def arrow_schema() -> Any:
-    """Of a shard; times are seconds since the epoch, of the replica's clock."""
+    """Of a shard; times are seconds since the epoch, of the replica's clock, and ``origin`` is `replicas.origin`'s."""
     import pyarrow
 
     columns = {
@@ -149,6 +189,7 @@ def arrow_schema() -> Any:
         "finished": pyarrow.float64(),
         "preemptions": pyarrow.int32(),
         "attention": pyarrow.string(),
+        "origin": pyarrow.string(),
         "replica": pyarrow.string(),
     }
     return pyarrow.schema(list(columns.items()))

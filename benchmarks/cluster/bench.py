@@ -13,6 +13,7 @@ from typing import Any
 
 from vllm_sparq.benchmarks.cluster import prompts
 from vllm_sparq.benchmarks.cluster.answers import Answers
+from vllm_sparq.benchmarks.cluster.case import Measurement, code_of
 from vllm_sparq.benchmarks.cluster.prompts import Prompt, Source, Survey
 from vllm_sparq.benchmarks.cluster.replicas import (
     Pool,
@@ -22,12 +23,13 @@ from vllm_sparq.benchmarks.cluster.replicas import (
     engine_arguments,
     stderr_to,
     unpacked,
+    with_options,
 )
 from vllm_sparq.benchmarks.cluster.summary import summary, table
 from vllm_sparq.benchmarks.common.lines import check_out, make_folder
 from vllm_sparq.benchmarks.common.methods import Method
 from vllm_sparq.benchmarks.common.proof import WrongAttentionError, with_dense
-from vllm_sparq.benchmarks.common.records import append_records, case_key, provenance, recorded, skipped_note
+from vllm_sparq.benchmarks.common.records import append_records, read_records, recorded, skipped_note
 from vllm_sparq.benchmarks.tiny_model import WEIGHTS
 from vllm_sparq.console import (
     UsageError,
@@ -48,9 +50,9 @@ MAX_BATCH = 32
 
 EPILOG = """\
 Answers are Parquet shards in OUT/METHOD: id, text, token_ids, lengths, times, and the replica and the attention class
-that made each row. Run the same command again after a kill: rows on disk are kept, the rest is done, none twice. A
-replica that dies is started again and its batches are repeated. If a replica runs another attention than its method's,
-the run fails.
+that made each row. Run the same command again after a kill: rows on disk are kept, the rest is done, none twice. Other
+settings, code or machines need another OUT, since a rate is one of rows that share them. A replica that dies is started
+again and its batches are repeated. If a replica runs another attention than its method's, the run fails.
 
 One machine is enough: without --address, Ray is started for the run and stopped after it. Nodes of a cluster need the
 model at the same path, and vLLM; where they lack this plugin, --ship brings a wheel of it.
@@ -97,7 +99,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--seed", type=natural, default=0, help="of generated prompts and of sampling; row i gets SEED + i")
     add("--out", type=place, default=Path("ray-answers"), metavar="FOLDER", help="answers (default: ray-answers)")
     add("--record", type=place, metavar="FILE", help="append one JSON line per method")
-    add("--again", action="store_true", help="run methods that --record holds already")
+    add("--again", action="store_true", help="measure what --record holds already; needs a new --out")
     add("--cpus", type=real_number(least=0), default=1, help="logical CPUs that a replica reserves (default: 1)")
     add("--gpus", type=real_number(least=0), default=0, help="GPUs that a replica reserves (default: 0)")
     add(
@@ -120,36 +122,23 @@ def main(args: argparse.Namespace) -> int:
     """Run every method over all prompts, print the table, write the lines."""
     console = make_console()
     model = check_model(args.model)
-    methods = with_dense(args.methods)
+    check_engine_args(args)
+    methods = [with_options(method, args.engine_args) for method in with_dense(args.methods)]
     source = source_of(args, model)
     args.runner = runner_of(args)
     check_pool(args)
     found = prompts.survey(source())
     args.batch_size = args.batch_size or max(1, min(MAX_BATCH, found.n_rows // (4 * args.replicas)))
-    pools = [pool_of(args, method, model) for method in methods]
-    cases = {pool.method.name: case_of(args, pool, found) for pool in pools}
-    keys = {name: case_key("ray", case | measured_with(args)) for name, case in cases.items()}
+    asked = [Measurement.of(args, pool_of(args, method, model), found) for method in methods]
     make_folder(args.out)
     if args.record is not None:
         check_out(args.record, "--record")
-    known = recorded(args.record, keys.values(), again=args.again)
-    todo = [pool for pool in pools if keys[pool.method.name] not in known]
+    known = recorded(args.record, [one.key for one in asked], again=args.again)
     records = list(known.values())
     if known:
         console.print(f"{', '.join(r['method'] for r in records)}: {skipped_note(records)}", highlight=False)
     try:
-        with contextlib.ExitStack() as stack:
-            if todo:
-                stack.enter_context(stderr_to(args.out / "ray.log"))
-                stack.enter_context(cluster(todo[0], args.address))
-            for pool in todo:
-                name = pool.method.name
-                with Answers(args.out / name, cases[name]) as answers:
-                    took = run(pool, args.runner, source, found, answers, console)
-                    answers.flush()
-                    records.append(about(args, pool, found) | summary(pool, answers, took) | {"key": keys[name]})
-                if args.record:
-                    append_records(args.record, [records[-1] | provenance()])
+        records += measure(args, [one for one in asked if one.key not in known], source, found, console)
     except (WrongAttentionError, Incomplete) as error:
         console.print(f"✗ {error}", style="red", highlight=False, markup=False, soft_wrap=True)
         return 1
@@ -158,11 +147,58 @@ def main(args: argparse.Namespace) -> int:
     return 0
 
 
+def measure(
+    args: argparse.Namespace, todo: list[Measurement], source: Source, found: Survey, console: Any
+) -> list[dict[str, Any]]:
+    """Answer what has no answer yet, and write a line per method to --record; the lines.
+
+    Raises:
+        UsageError: a folder holds rows of another measurement, or nothing is left to measure again.
+        WrongAttentionError, Incomplete: as `run`.
+    """
+    records = []
+    with contextlib.ExitStack() as stack:
+        # Every folder is looked at before an engine starts for the first.
+        code = code_of(args)
+        folders = [stack.enter_context(Answers(args.out / one.name, one.case | code)) for one in todo]
+        whole = [folder.n_rows() >= found.n_rows for folder in folders]
+        if args.again and all(whole):
+            raise UsageError(
+                f"--again measures anew, and --out {args.out} holds all {found.n_rows:,} rows of "
+                f"{', '.join(one.name for one in todo)} already: give a new folder as --out"
+            )
+        if not all(whole):
+            stack.enter_context(stderr_to(args.out / "ray.log"))
+            stack.enter_context(cluster(todo[0].pool, args.address))
+        for one, folder in zip(todo, folders, strict=True):
+            took = run(one.pool, args.runner, source, found, folder, console)
+            line = one.about | one.case | {"key": one.key} | summary(one.pool, folder, took)
+            if args.address is not None:
+                line["driver"] = code  # what a wheel that it shipped was probably made from; the nodes know no commit
+            records.append(line)
+            if args.record and not is_recorded(args.record, line):
+                append_records(args.record, [line])
+    return records
+
+
+def is_recorded(path: Path, line: dict[str, Any]) -> bool:
+    """Whether a file has a line of these very rows, which a run that was killed after it left behind."""
+    return any(all(old.get(name) == line[name] for name in ("key", "began")) for old in read_records(path))
+
+
 def source_of(args: argparse.Namespace, model: Path) -> Source:
     """The prompts that were asked for."""
     if args.data is not None:
         return prompts.from_file(args.data, max_tokens=args.output_len, seed=args.seed)
     return prompts.generated(model, n=args.n, n_tokens=args.input_len, max_tokens=args.output_len, seed=args.seed)
+
+
+def check_engine_args(args: argparse.Namespace) -> None:
+    """Refuse engine arguments that would leave a record with less than it says."""
+    if args.engine_args.get("disable_log_stats"):
+        raise UsageError(
+            "--engine-args disable_log_stats true: preemptions are counted by these stats, leave it out or give false"
+        )
 
 
 def check_pool(args: argparse.Namespace) -> None:
@@ -196,39 +232,6 @@ def pool_of(args: argparse.Namespace, method: Method, model: Path) -> Pool:
     )
 
 
-def case_of(args: argparse.Namespace, pool: Pool, found: Survey) -> dict[str, Any]:
-    """What decides the answers: a folder of answers belongs to one of these."""
-    return {
-        "model": str(pool.model.name),
-        "method": pool.method.name,
-        "engine arguments": pool.engine_arguments,
-        "data": found.digest,
-        "temperature": pool.temperature,
-        "ignore_eos": pool.ignore_eos,
-    }
-
-
-def measured_with(args: argparse.Namespace) -> dict[str, Any]:
-    """What decides the speed beside that."""
-    return {name: getattr(args, name) for name in ("replicas", "cpus", "gpus", "batch_size", "runner", "address")}
-
-
-def about(args: argparse.Namespace, pool: Pool, found: Survey) -> dict[str, Any]:
-    """The fields of a record that say what was run."""
-    return {
-        "bench": "ray",
-        "model": pool.model.name,
-        "method": pool.method.name,
-        "options": pool.method.options,
-        "runner": args.runner,
-        "replicas": pool.replicas,
-        "cpus_per_replica": pool.cpus,
-        "gpus_per_replica": pool.gpus,
-        "rows": found.n_rows,
-        "temperature": pool.temperature,
-    }
-
-
 def runner_of(args: argparse.Namespace) -> str:
     """Ray Data LLM where this Ray has it; it does not work through a Ray client.
 
@@ -256,8 +259,11 @@ def stream(pool: Pool, runner: str, todo: Iterator[Prompt]) -> Iterator[list[dic
     return ray_actors.answers(pool, todo)
 
 
-def run(pool: Pool, runner: str, source: Source, found: Survey, answers: Answers, console: Any) -> float:
-    """Answer all rows that have no answer yet; seconds that it took, with the start of the engines.
+def run(pool: Pool, runner: str, source: Source, found: Survey, answers: Answers, console: Any) -> float | None:
+    """Answer all rows that have no answer yet.
+
+    Returns:
+        Seconds that it took, with the start of the engines; None if an earlier run did a part.
 
     Raises:
         WrongAttentionError: a replica runs another attention than it should.
@@ -274,8 +280,9 @@ def run(pool: Pool, runner: str, source: Source, found: Survey, answers: Answers
 
     begin = time.monotonic()
     done = answers.ids()
+    n_found = len(done)
     if done:
-        console.print(f"{pool.method.name}: {len(done):,} of {found.n_rows:,} rows are done already", highlight=False)
+        console.print(f"{pool.method.name}: {n_found:,} of {found.n_rows:,} rows are done already", highlight=False)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, TimeRemainingColumn(), console=console, transient=True) as bar:
         task = bar.add_task(
@@ -286,7 +293,8 @@ def run(pool: Pool, runner: str, source: Source, found: Survey, answers: Answers
             bar.update(task, completed=n_done, description=f"{pool.method.name} on {pool.replicas} replicas")
 
         answer_all(pool, lambda todo: stream(pool, runner, todo), source, done, answers, tell)
-    return time.monotonic() - begin
+    answers.flush()
+    return None if n_found else time.monotonic() - begin
 
 
 def answer_all(
@@ -326,9 +334,15 @@ def answer_all(
             raise plain(error, pool) from error
         finally:
             answers.flush()
-    if failures:
+    n_left = sum(prompt.id not in done for prompt in source())
+    if n_left and not failures:
         raise Incomplete(
-            f"{len(failures)} rows of {pool.method.name} failed {1 + pool.retries} times; the first is row "
+            f"{n_left} rows of {pool.method.name} got neither an answer nor an error, {1 + pool.retries} times: run "
+            "the command again. The other answers are kept"
+        )
+    if n_left:
+        raise Incomplete(
+            f"{n_left} rows of {pool.method.name} failed {1 + pool.retries} times; the first is row "
             f"{failures[0].id!r}: {failures[0].error.splitlines()[0][:300]}. The other answers are kept"
         )
 

@@ -14,7 +14,7 @@ from itertools import islice
 from typing import Any
 
 from vllm_sparq.benchmarks.cluster.prompts import Prompt
-from vllm_sparq.benchmarks.cluster.replicas import Pool, proven, ray_silence
+from vllm_sparq.benchmarks.cluster.replicas import Pool, origin, preemptions, proven, ray_silence
 
 START_TIMEOUT_S = 900
 
@@ -67,20 +67,20 @@ def proving(stage: type, pool: Pool) -> type:
     """The engine stage of Ray Data LLM, with the proof of its attention and its own name in every row it answers."""
 
     class ProvingEngine(stage):
-        proof: asyncio.Task[str] | None = None
+        proof: asyncio.Task[tuple[str, str]] | None = None
 
         async def udf(self, batch: list[dict[str, Any]]) -> AsyncIterator[dict[str, Any]]:
             if self.proof is None:
                 self.proof = asyncio.create_task(self.prove(batch[0]))
-            attention = await self.proof  # batches run side by side, and none of them before the proof
-            about = {"attention": attention, "replica": replica_name(), "started": time.time()}
+            attention, made_by = await self.proof  # batches run side by side, and none of them before the proof
+            about = {"attention": attention, "origin": made_by, "replica": replica_name(), "started": time.time()}
             async for row in super().udf(batch):
                 # A row that failed would go round `answer_of`, with other columns than the rest of its block.
                 failed = {"error": row["__inference_error__"], "__inference_error__": ""}
                 yield {**row, **failed, **about, "finished": time.time()}
 
-        async def prove(self, row: dict[str, Any]) -> str:
-            """The attention classes; then a request whose time does not count, since the first one warms up."""
+        async def prove(self, row: dict[str, Any]) -> tuple[str, str]:
+            """Attention classes and origin, after a request whose time does not count, since the first one warms up."""
             try:
                 reports: Any = await self.llm.engine.collective_rpc("attention_report")
             except Exception as error:  # whatever vLLM raises where a worker does not know the method
@@ -88,7 +88,7 @@ def proving(stage: type, pool: Pool) -> type:
             attention = proven(pool.method, reports)
             with contextlib.suppress(Exception):  # a row that cannot be answered says so when it is its turn
                 await self.llm.generate_async(copy.deepcopy(row))  # which takes the row apart
-            return attention
+            return attention, origin()
 
     return ProvingEngine
 
@@ -100,7 +100,6 @@ def replica_name() -> str:
 
 def answer_of(row: dict[str, Any]) -> dict[str, Any]:
     """The columns of an answer, from those of Ray Data LLM."""
-    metrics = row.get("metrics") or {}
     return {
         "id": row["id"],
         "text": row["generated_text"],
@@ -109,8 +108,9 @@ def answer_of(row: dict[str, Any]) -> dict[str, Any]:
         "n_tokens": row["num_generated_tokens"],
         "started": row["started"],
         "finished": row["finished"],
-        "preemptions": metrics.get("num_preemptions", 0),
+        "preemptions": 0 if row["error"] else preemptions(row.get("metrics")),
         "attention": row["attention"],
+        "origin": row["origin"],
         "replica": row["replica"],
         "error": row["error"],
     }

@@ -83,13 +83,11 @@ def generated(model: Path, *, n: int, n_tokens: int, max_tokens: int, seed: int)
     """``n`` needle questions of about ``n_tokens`` tokens each, drawn from ``seed``.
 
     Raises:
-        UsageError: when read, ``n_tokens`` is too short for a question.
+        UsageError: when read, the model's folder has no tokenizer, or ``n_tokens`` is too short for a question.
     """
 
     def read() -> Iterator[Prompt]:
-        from tokenizers import Tokenizer
-
-        tokenizer = Tokenizer.from_file(str(model / "tokenizer.json"))
+        tokenizer = _tokenizer(model)
         for i in range(n):
             try:
                 example = tasks.make_example(
@@ -104,6 +102,19 @@ def generated(model: Path, *, n: int, n_tokens: int, max_tokens: int, seed: int)
             yield Prompt(id=str(i), prompt=example.prompt, max_tokens=max_tokens, seed=seed + i)
 
     return read
+
+
+def _tokenizer(model: Path) -> Any:
+    from tokenizers import Tokenizer
+
+    path = model / "tokenizer.json"
+    remedy = "give a folder with config.json, weights and tokenizer, or prompts of your own with --data"
+    if not path.is_file():
+        raise UsageError(f"--model {model}: there is no tokenizer.json in it; {remedy}")
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception as error:  # a bare one, whatever is wrong with the file
+        raise UsageError(f"--model {model}: its tokenizer.json cannot be used ({error}); {remedy}") from None
 
 
 def survey(prompts: Iterable[Prompt]) -> Survey:

@@ -6,6 +6,7 @@ import atexit
 import contextlib
 import functools
 import importlib.util
+import json
 import logging
 import os
 import shutil
@@ -13,22 +14,31 @@ import socket
 import sys
 import tempfile
 import zipfile
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from vllm_sparq.backends import BACKENDS
 from vllm_sparq.benchmarks.cluster.prompts import Prompt
 from vllm_sparq.benchmarks.common.methods import Method
 from vllm_sparq.benchmarks.common.proof import Report, WrongAttentionError, check_attention
+from vllm_sparq.benchmarks.common.records import provenance
 from vllm_sparq.benchmarks.common.server import WORKER_REPORT
+from vllm_sparq.config import NAMESPACE, Options
 from vllm_sparq.console import UsageError
 
 SPARE_CPUS = 2
 """Logical CPUs beside those that the replicas reserve, for Ray Data's own tasks: without any it waits forever."""
 
 CONNECT_TIMEOUT_S = 5.0
+
+THIS_NODE = ("auto", "local")
+"""Addresses of a cluster that this machine is a node of."""
+
+AXES = ("format", "retention", "read")
+"""Options that the name of a method stands for; any other one may be set beside it."""
 
 REPLICA_ENVIRONMENT = {
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # replicas on one machine would all bind to its first cores
@@ -81,7 +91,12 @@ class Pool:
 
 
 def engine_arguments(method: Method, *, gpus: float, kv_cache_mib: int | None, more: dict[str, Any]) -> dict[str, Any]:
-    """What vLLM is given for a replica. ``more`` goes on top."""
+    """What vLLM is given for a replica. ``more`` goes on top; options of ours in it join the method's.
+
+    Raises:
+        UsageError: ``more`` contradicts the method.
+    """
+    method = with_options(method, more)
     arguments: dict[str, Any] = {}
     if not gpus:
         arguments |= {"enforce_eager": True, "kv_cache_memory_bytes": (kv_cache_mib or 512) << 20}
@@ -89,7 +104,74 @@ def engine_arguments(method: Method, *, gpus: float, kv_cache_mib: int | None, m
         arguments["kv_cache_memory_bytes"] = kv_cache_mib << 20
     if method.backend is None:
         arguments["worker_extension_cls"] = WORKER_REPORT
-    return {**arguments, **method.engine_args, **more}
+    others = {name: value for name, value in _additional(more).items() if name != NAMESPACE}
+    merged = {**arguments, **more, **method.engine_args}
+    merged["additional_config"] = {**others, **merged.get("additional_config", {})} if method.backend else others
+    if not merged["additional_config"]:
+        del merged["additional_config"]
+    return merged
+
+
+def with_options(method: Method, more: Mapping[str, Any]) -> Method:
+    """The method with the options of ours among engine arguments; vLLM's own attention takes none.
+
+    Raises:
+        UsageError: the arguments contradict what the method's name or --model stands for, or cannot be used.
+    """
+    if "model" in more:
+        raise UsageError(f"engine argument model {more['model']!r}: the model is --model's: leave the argument out")
+    nested = more.get("attention_config")
+    backends = [more.get("attention_backend"), nested.get("backend") if isinstance(nested, Mapping) else None]
+    for backend in (str(one).upper() for one in backends if one is not None):
+        if backend != method.backend and (method.backend or backend in BACKENDS):
+            raise UsageError(
+                f"engine argument attention_backend {backend} contradicts the method {method.name!r}: leave it out, "
+                "and name what shall run among --methods"
+            )
+    given = _additional(more).get(NAMESPACE, {})
+    if method.backend is None or not given:
+        return method
+    if not isinstance(given, Mapping):
+        raise UsageError(
+            f"engine argument additional_config.{NAMESPACE} {given!r} must be an object of options, such as "
+            '{"compression": 4}'
+        )
+    for axis in (axis for axis in AXES if axis in given):
+        meant = getattr(method.parsed, axis)
+        free = axis != "read" and meant == Options.model_fields[axis].default
+        if given[axis] != meant and not free:
+            raise UsageError(
+                f"engine argument additional_config.{NAMESPACE}.{axis} {given[axis]!r} contradicts the method "
+                f"{method.name!r}, which stands for {meant!r}: leave it out, or name another of --methods"
+            )
+    chosen = replace(method, options={**method.options, **given})
+    chosen.check()
+    return chosen
+
+
+def _additional(more: Mapping[str, Any]) -> Mapping[str, Any]:
+    found = more.get("additional_config") or {}
+    if not isinstance(found, Mapping):
+        raise UsageError(
+            f'engine argument additional_config {found!r} must be an object, such as {{"{NAMESPACE}": {{...}}}}'
+        )
+    return found
+
+
+def origin() -> str:
+    """Code and machine of a replica, as JSON: what every row says of who made it."""
+    return json.dumps(provenance(), sort_keys=True)
+
+
+def preemptions(metrics: Mapping[str, Any] | None) -> int:
+    """How often a request was preempted, from what vLLM tells of it.
+
+    Raises:
+        RuntimeError: it does not tell, and 0 would be a guess.
+    """
+    if not metrics or "num_preemptions" not in metrics:
+        raise RuntimeError("vLLM does not tell how often a request was preempted: its log stats must be on")
+    return int(metrics["num_preemptions"])
 
 
 def proven(method: Method, reports: list[Report] | Exception) -> str:
@@ -111,7 +193,7 @@ def check_address(address: str) -> None:
     Raises:
         UsageError: nobody does.
     """
-    if address in ("auto", "local"):
+    if address in THIS_NODE:
         return
     try:
         parts = urlsplit(address if "://" in address else f"//{address}")

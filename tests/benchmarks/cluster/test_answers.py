@@ -19,10 +19,20 @@ from vllm_sparq.console import UsageError
 
 CASE = {"model": "m", "data": "d"}
 
+ORIGIN = json.dumps({"commit": "a", "cpu": "Xeon"}, sort_keys=True)
+
 
 def row(i: int) -> dict[str, Any]:
     numbers = {"n_prompt_tokens": 3, "n_tokens": 2, "started": 1.0, "finished": 2.0, "preemptions": 0}
-    return {"id": str(i), "text": f"t{i}", "token_ids": [i, 7], **numbers, "attention": "a", "replica": "r"}
+    return {
+        "id": str(i),
+        "text": f"t{i}",
+        "token_ids": [i, 7],
+        **numbers,
+        "attention": "a",
+        "origin": ORIGIN,
+        "replica": "r",
+    }
 
 
 def test_answers_come_back_as_they_went_in(tmp_path: Path) -> None:
@@ -50,19 +60,40 @@ def test_a_full_shard_is_written_at_once(tmp_path: Path, monkeypatch: pytest.Mon
 def test_a_folder_belongs_to_one_case_and_one_run(tmp_path: Path) -> None:
     with Answers(tmp_path, CASE), pytest.raises(UsageError, match="another run is writing there"):
         Answers(tmp_path, CASE)
+    with Answers(tmp_path, CASE | {"data": "c"}) as store:  # nobody answered: the folder is free
+        assert store.n_rows() == 0
+    with Answers(tmp_path, CASE) as store:
+        store.add([row(0)])
+    assert store.n_rows() == 1
     with pytest.raises(UsageError, match="holds a run with data 'd', and this one has 'e': give another folder"):
         Answers(tmp_path, CASE | {"data": "e"})
+    with pytest.raises(UsageError, match="holds a run with data 'd', and this one has None: give another folder"):
+        Answers(tmp_path, {"model": "m"})
     about = tmp_path / "run.json"
     about.write_text(json.dumps({"schema": 0, "case": CASE}))
-    with pytest.raises(UsageError, match="was written with schema 0, this version has 1"):
+    with pytest.raises(UsageError, match="was written with schema 0, this version has 2"):
         Answers(tmp_path, CASE)
-    for broken in (b"{", b"[1]", b"\x80", b"[" * 5000, b'{"schema": 1, "case": 3}'):
+    for broken in (b"{", b"[1]", b"\x80", b"[" * 5000, b'{"schema": 2, "case": 3}'):
         about.write_bytes(broken)
         with pytest.raises(UsageError, match="cannot be read"):
             Answers(tmp_path, CASE)
     (tmp_path / "file").touch()
     with pytest.raises(UsageError, match="give a folder that can be written"):
         Answers(tmp_path / "file", CASE)
+
+
+def test_rows_of_another_machine_or_code_do_not_join_those_in_a_folder(tmp_path: Path) -> None:
+    other = json.dumps({"commit": "a", "cpu": "EPYC"}, sort_keys=True)
+    with Answers(tmp_path / "new", CASE) as store:  # a cluster of unlike nodes, all in one sitting
+        store.add([row(0), row(1) | {"origin": other}])
+    with Answers(tmp_path / "new", CASE) as store:
+        store.add([row(2), row(3) | {"origin": other}])
+    with Answers(tmp_path / "old", CASE) as store:
+        store.add([row(0)])
+    wrong = "rows that were made with cpu 'Xeon', and a replica now has 'EPYC': .* give another folder"
+    with Answers(tmp_path / "old", CASE) as store, pytest.raises(UsageError, match=wrong):
+        store.add([row(1), row(2) | {"origin": other}])
+    assert store.ids() == {"0"}
 
 
 ENDLESS = """
@@ -101,7 +132,7 @@ def test_killed_while_writing(tmp_path: Path) -> None:
 ROWS = """
 def row(i):
     numbers = {"n_prompt_tokens": 3, "n_tokens": 2, "started": 1.0, "finished": 2.0, "preemptions": 0}
-    return {"id": str(i), "text": "t", "token_ids": [i, 7], **numbers, "attention": "a", "replica": "r"}
+    return {"id": str(i), "text": "t", "token_ids": [i, 7], **numbers, "attention": "a", "origin": "{}", "replica": "r"}
 """
 
 

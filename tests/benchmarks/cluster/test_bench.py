@@ -31,6 +31,7 @@ from vllm_sparq.benchmarks.cluster.replicas import (
 )
 from vllm_sparq.benchmarks.common.methods import Method
 from vllm_sparq.benchmarks.common.proof import WrongAttentionError
+from vllm_sparq.benchmarks.common.records import provenance
 from vllm_sparq.benchmarks.common.server import WORKER_REPORT
 from vllm_sparq.benchmarks.tiny_model import WEIGHTS
 from vllm_sparq.cli import build_parser, main
@@ -40,7 +41,15 @@ from vllm_sparq.console import UsageError
 def row(i: int) -> dict[str, Any]:
     """An answer."""
     numbers = {"n_prompt_tokens": 3, "n_tokens": 2, "started": 1.0, "finished": 2.0, "preemptions": 0}
-    return {"id": str(i), "text": f"t{i}", "token_ids": [i, 7], **numbers, "attention": "a", "replica": "r"}
+    return {
+        "id": str(i),
+        "text": f"t{i}",
+        "token_ids": [i, 7],
+        **numbers,
+        "attention": "a",
+        "origin": "{}",
+        "replica": "r",
+    }
 
 
 POOL = Pool(method=Method.named("sparq"), model=WEIGHTS, replicas=2, retries=2)
@@ -60,6 +69,8 @@ def source() -> Iterator[prompts.Prompt]:
         (["--data", "nowhere.jsonl"], "there is no such file"),
         (["--ship", "nowhere.whl"], "there is no such wheel"),
         (["--input-len", "3"], "--input-len 3: n_tokens=3 is too short"),
+        (["--engine-args", '{"disable_log_stats": true}'], "--engine-args disable_log_stats true"),
+        (["--engine-args", '{"model": "m"}'], "engine argument model 'm': the model is --model's"),
     ],
 )
 def test_bad_usage(words: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -132,6 +143,15 @@ def test_rows_that_keep_failing_are_named_and_the_others_kept(tmp_path: Path) ->
         ):
             ray_bench.answer_all(POOL, ask, source, set(), store, lambda n: None)
         assert len(store.ids()) == 9
+
+
+def test_rows_that_vanish_without_an_error_are_missed(tmp_path: Path) -> None:
+    def ask(todo: Iterable[prompts.Prompt]) -> Iterator[list[dict[str, Any]]]:
+        yield [row(int(prompt.id)) for prompt in todo if prompt.id != "4"]
+
+    missed = "1 rows of sparq got neither an answer nor an error, 3 times: run the command again"
+    with Answers(tmp_path, {}) as store, pytest.raises(ray_bench.Incomplete, match=missed):
+        ray_bench.answer_all(POOL, ask, source, set(), store, lambda n: None)
 
 
 def test_a_wrong_attention_below_what_ray_wraps_around_it_is_told(tmp_path: Path) -> None:
@@ -252,6 +272,7 @@ def test_replicas_answer_as_one_engine_even_when_one_is_killed(n_replicas: int, 
     assert {one["id"]: one["token_ids"] for one in pool["rows"]} == alone
     assert len(pool["rows"]) == len(rows)
     assert not any(one["error"] for one in pool["rows"])
+    assert {json.loads(one["origin"])["cpu"] for one in pool["rows"]} == {provenance()["cpu"]}
     assert {one["attention"] for one in pool["rows"]} == {"4 × PagedImpl (SPARQ)"}
     replicas = {one["replica"] for one in pool["rows"]}
     assert len(replicas) >= n_replicas
