@@ -81,8 +81,7 @@ class Case:
     @property
     def read(self) -> SparqRead | SpansRead:
         """What a decode step reads: the engine's, but for what this case says of it."""
-        found = self.options.read_of(self.heads_shape)
-        assert isinstance(found, SparqRead | SpansRead)
+        found: Any = self.options.read_of(self.heads_shape)
         said = {name: getattr(self, name) for name in ("alpha_floor", "least_k")} if self.ranking != "bounds" else {}
         return replace(found, **{name: value for name, value in said.items() if value is not None})
 
