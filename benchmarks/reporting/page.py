@@ -15,6 +15,7 @@ from vllm_sparq.benchmarks.common.lines import check_out, make_folder, replace_t
 from vllm_sparq.benchmarks.common.methods import DENSE
 from vllm_sparq.benchmarks.common.records import read_records
 from vllm_sparq.benchmarks.engine.cases import SKIPPED
+from vllm_sparq.benchmarks.reporting.settings import ALIKE, identity, most_alike, told
 from vllm_sparq.benchmarks.reporting.tables import (
     Record,
     Row,
@@ -29,14 +30,6 @@ from vllm_sparq.benchmarks.reporting.tables import (
     serve_table,
 )
 from vllm_sparq.console import UsageError, place
-
-IDENTITY = (
-    *("bench", "model", "method", "options", "context", "batch", "heads", "kv_heads", "head_dim", "dtype", "ranking"),
-    *("r", "k", "rate", "num_prompts", "input_len", "output_len", "replicas", "runner", "rows", "task", "length"),
-    *("command", "kv_cache_bytes", "prompt_len", "pool", "seed", "cpu", "isa", "threads", "clock", "block_size"),
-    "chunk",
-)
-"""Fields that tell two measurements apart; of lines that agree in all of them the newest counts."""
 
 NUMBER = re.compile(r"[-+]?[\d.,]+(%|x|$| at once|, slower| \.\. |, breaks)")
 """How the text of a figure begins."""
@@ -151,7 +144,9 @@ def build(records: Sequence[Record]) -> tuple[str, dict[str, bytes]]:
             if wanted:
                 picture = draw(name, wanted)
                 pictures[name] = png_of(picture.figure)
-                figures.append(figure_html(name, picture.caption, pictures[name]))
+                shared = told(bench, wanted) if bench in ALIKE else ""
+                caption = f"{picture.caption} Shown: {shared}." if shared else picture.caption
+                figures.append(figure_html(name, caption, pictures[name]))
         if here or figures:
             parts.append(f"<h2 id='{bench}'>{title}</h2>\n<p>{text}</p>\n" + "".join(figures))
             if here:
@@ -168,7 +163,7 @@ def newest(records: Sequence[Record]) -> list[Record]:
     """The last of the lines that measured the same, in the order in which each was first measured."""
     found: dict[str, Record] = {}
     for record in records:
-        found[repr([record.get(name) for name in IDENTITY])] = record
+        found[identity(record)] = record
     return list(found.values())
 
 
@@ -176,10 +171,9 @@ Table = Callable[[Sequence[Record]], Rows]
 Choose = Callable[[Mapping[str, Sequence[Record]]], Sequence[Record]]
 
 
-def _several_models_apart(records: Sequence[Record]) -> Sequence[Record]:
-    """Those of the model that was measured most: lines of two models do not share an axis."""
-    models = [r.get("model") for r in records]
-    return [r for r in records if r.get("model") == max(models, key=models.count)]
+def has_bytes(record: Record) -> bool:
+    """Whether a line has a score of 100, more being better, and the bytes that it took."""
+    return {"kv_bytes_moved", "kv_bytes_held", "score"} <= record.keys() and not record.get("lower_is_better")
 
 
 SECTIONS: dict[str, tuple[str, str, Table, dict[str, Choose]]] = {
@@ -188,7 +182,7 @@ SECTIONS: dict[str, tuple[str, str, Table, dict[str, Choose]]] = {
         "The whole engine, methods in turns on the same machine. The bound is the speed-up of an attention op that "
         "takes no time; at short contexts there is little to gain, since a step is mostly weights.",
         engine_table,
-        {"engine-speed": lambda groups: _several_models_apart(groups["engine"])},
+        {"engine-speed": lambda groups: most_alike("engine", groups["engine"])},
     ),
     "requests": (
         "Whole requests",
@@ -209,14 +203,14 @@ SECTIONS: dict[str, tuple[str, str, Table, dict[str, Choose]]] = {
         "<code>vllm bench serve</code> against a real server of each method. TTFT: time to the first token; TPOT: time "
         "per later token; ITL: the gap between two tokens.",
         serve_table,
-        {"capacity": lambda groups: _several_models_apart(groups["serve"])},
+        {"capacity": lambda groups: most_alike("serve", groups["serve"])},
     ),
     "ray": (
         "Offline generation on several replicas",
         "One data set of prompts, shared out over a fixed pool of engines by Ray. Every row says which replica and "
         "which attention class made it.",
         ray_table,
-        {"scaling": lambda groups: _several_models_apart(groups["ray"])},
+        {"scaling": lambda groups: most_alike("ray", groups["ray"])},
     ),
     "quality": (
         "Answers",
@@ -224,14 +218,14 @@ SECTIONS: dict[str, tuple[str, str, Table, dict[str, Choose]]] = {
         quality_table,
         {
             "needles": lambda groups: groups["examples"],
-            "quality-bytes": lambda groups: [r for r in groups["quality"] if "kv_bytes_moved" in r and "score" in r],
+            "quality-bytes": lambda groups: most_alike("quality", [r for r in groups["quality"] if has_bytes(r)]),
         },
     ),
     "ops": (
         "One attention op",
         "One layer, one output token, from a cold processor cache.",
         ops_table,
-        {"ops-speed": lambda groups: groups["ops"], "ops-bandwidth": lambda groups: groups["ops"]},
+        {name: lambda groups: most_alike("ops", groups["ops"]) for name in ("ops-speed", "ops-bandwidth")},
     ),
     "ops_prefill": (
         "A chunk of a prompt",

@@ -2,35 +2,51 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from typing import Any
 
 from vllm_sparq.benchmarks.common.methods import DENSE
 from vllm_sparq.benchmarks.common.proof import speed_note
-from vllm_sparq.benchmarks.common.records import dense_beside
 from vllm_sparq.benchmarks.engine import requests as requests_bench
 from vllm_sparq.benchmarks.engine.cases import SKIPPED
+from vllm_sparq.benchmarks.reporting.settings import ALIKE, dense_of
 
 Record = dict[str, Any]
 Row = Sequence[str]
 Rows = tuple[Row, Sequence[Row]]
 
 
-def beside_dense(record: Record, records: Sequence[Record], case: Sequence[str], value: str) -> str:
-    """The ``value`` of a record beside that of dense where all fields of the ``case``, code and machine agree; else
-    empty."""
-    dense = dense_beside(record, records, case)
+def beside_dense(record: Record, records: Sequence[Record], value: str) -> str:
+    """The ``value`` of a record beside that of dense where all that was asked, code and machine agree; else empty."""
+    dense = dense_of(record, records)
     return "" if dense is None else speed_note(record[value] / dense[value])
 
 
+def machine(record: Record) -> Row:
+    """Cells of `ON`."""
+    return str(record.get("gpu") or record.get("cpu") or ""), str(record.get("isa") or ""), shown(record, "threads")
+
+
+ON = ("machine", "instructions", "threads")
+
+
+def shown(record: Record, name: str) -> str:
+    """A number or a name, or nothing where the record has none."""
+    value = record.get(name)
+    return "" if value is None else f"{value:,}" if isinstance(value, int) else str(value)
+
+
 def ops_table(records: Sequence[Record]) -> Rows:
-    """A row per shape, batch, context and method."""
-    what, speed = ("heads", "batch", "context", "method", "block"), ("µs", "GB/s", "of memory")
-    head = (*what, *speed, "times vLLM's op", "times our dense op")
+    """A row per machine, shape, batch, context and method."""
+    what = (*ON, "heads", "batch", "type", "compression", "r", "k", "context", "method", "block")
+    head = (*what, "µs", "GB/s", "of memory", "times vLLM's op", "times our dense op")
     rows = [
         (
+            *machine(r),
             f"{r['heads']}/{r['kv_heads']}/{r['head_dim']}",
             f"{r['batch']}",
+            *(shown(r, name) for name in ("dtype", "compression", "r", "k")),
             f"{r['context']:,}",
             r["method"],
             f"{r.get('block_size') or ''}",
@@ -46,10 +62,11 @@ def ops_table(records: Sequence[Record]) -> Rows:
 
 
 def prefill_table(records: Sequence[Record]) -> Rows:
-    """A row per shape, tokens before, chunk and method."""
-    head = ("heads", "batch", "before", "chunk", "method", "ms", "of the peak", "times vLLM's op")
+    """A row per machine, shape, tokens before, chunk and method."""
+    head = (*ON, "heads", "batch", "before", "chunk", "method", "ms", "of the peak", "times vLLM's op")
     rows = [
         (
+            *machine(r),
             f"{r['heads']}/{r['kv_heads']}/{r['head_dim']}",
             f"{r['batch']}",
             f"{r['context']:,}",
@@ -68,15 +85,17 @@ def engine_table(records: Sequence[Record]) -> Rows:
     """A row per context, batch and method, with the fitted line of each batch and method."""
     from vllm_sparq.benchmarks.reporting.plots import break_even, fitted
 
-    head = ("model", "context", "batch", "method", "block", "ms per token", "beside dense", "of the bound")
+    head = (*ON, "model", "context", "batch", "method", "block", "ms per token", "beside dense", "of the bound")
     rows = []
     for r in sorted(records, key=lambda r: (r["model"], r["batch"], r["context"])):
-        alike = [o for o in records if (o["batch"], o["model"]) == (r["batch"], r["model"])]
+        case = [r.get(name) for name in ("batch", *ALIKE["engine"])]
+        alike = [o for o in records if [o.get(name) for name in ("batch", *ALIKE["engine"])] == case]
         mine = fitted([o for o in alike if o["method"] == r["method"]])
         dense = fitted([o for o in alike if o["method"] == DENSE])
         even = break_even(mine, dense) if mine and dense and r["method"] not in (DENSE, SKIPPED) else None
         rows.append(
             (
+                *machine(r),
                 r["model"],
                 f"{r['context']:,}",
                 f"{r['batch']}",
@@ -95,17 +114,32 @@ def engine_table(records: Sequence[Record]) -> Rows:
 
 
 def serve_table(records: Sequence[Record]) -> Rows:
-    """A row per rate and method."""
-    head = ("model", "requests/s", "method", "output tokens/s", "beside dense", "TTFT ms", "TPOT ms", "p99 ITL ms")
+    """A row per rate, requests and method."""
+    head = (
+        *ON,
+        "model",
+        "requests",
+        "tokens",
+        "requests/s",
+        "method",
+        "output tokens/s",
+        "beside dense",
+        "TTFT ms",
+        "TPOT ms",
+        "p99 ITL ms",
+    )
     rows = []
     for r in records:
         rows.append(
             (
+                *machine(r),
                 r["model"],
+                shown(r, "num_prompts"),
+                " + ".join(filter(None, (shown(r, "input_len"), shown(r, "output_len")))),
                 f"{r['rate']}",
                 r["method"],
                 f"{r['output_throughput']:,.1f}",
-                beside_dense(r, records, ("model", "rate", "input_len", "output_len"), "output_throughput"),
+                beside_dense(r, records, "output_throughput"),
                 f"{r['mean_ttft_ms']:,.0f}",
                 f"{r['mean_tpot_ms']:,.1f}",
                 f"{r['p99_itl_ms']:,.1f}",
@@ -131,7 +165,7 @@ def ray_table(records: Sequence[Record]) -> Rows:
                 r["method"],
                 f"{r['rows']:,}",
                 f"{r['output_tokens_per_second']:,.1f}",
-                beside_dense(r, records, ("model", "replicas", "runner", "rows"), "output_tokens_per_second"),
+                beside_dense(r, records, "output_tokens_per_second"),
                 " + ".join(str(one["rows"]) for one in r["per_replica"].values()),
                 r["attention"],
             )
@@ -140,22 +174,37 @@ def ray_table(records: Sequence[Record]) -> Rows:
 
 
 def quality_table(records: Sequence[Record]) -> Rows:
-    """A row per task, length and method."""
-    head = ("task", "tokens", "method", "prompts", "score", "95% interval", "beside dense", "its interval")
+    """A row per model, task, length and method; scores of 100, or what is measured in its own unit."""
+    head = (
+        "model",
+        "type",
+        "text",
+        "task",
+        "tokens",
+        "method",
+        "prompts",
+        "score",
+        "95% interval",
+        "beside dense",
+        "its interval",
+    )
     rows = []
     for r in records:
         length, score = r.get("length", r.get("context")), r.get("score")
         scale = 1 if "metric" in r else 100  # lines of the first version hold shares
+        places = 3 if r.get("lower_is_better") else 1
         rows.append(
             (
+                shown(r, "model"),
+                shown(r, "dtype"),
+                shown(r, "text"),
                 r["task"],
                 "" if length is None else f"{length:,}",
                 r["method"],
                 f"{r['n']}",
-                "" if score is None else f"{scale * score:.1f}",
-                f"{r['low']:.1f} .. {r['high']:.1f}" if "low" in r else "",
-                f"{r['difference']:+.1f}" if r.get("difference") is not None else "",
-                f"{r['difference_low']:+.1f} .. {r['difference_high']:+.1f}" if r.get("difference") is not None else "",
+                "" if score is None else f"{scale * score:.{places}f}",
+                f"{r['low']:.{places}f} .. {r['high']:.{places}f}" if "low" in r else "",
+                *differences(r, places),
                 f"{r['output_tokens']:.1f}" if "output_tokens" in r else "",
                 f"{r['kv_bytes_moved']:,.0f}" if "kv_bytes_moved" in r else "",
                 f"{r['kv_bytes_held']:,.1f}" if "kv_bytes_held" in r else "",
@@ -164,24 +213,43 @@ def quality_table(records: Sequence[Record]) -> Rows:
     return (*head, "tokens of an answer", "bytes read per token", "bytes kept per token"), rows
 
 
+def differences(record: Record, places: int) -> Row:
+    """From dense on the same prompts, and its interval; empty where there is none."""
+    if record.get("difference") is None:
+        return "", ""
+    low, high = record["difference_low"], record["difference_high"]
+    return f"{record['difference']:+.{places}f}", f"{low:+.{places}f} .. {high:+.{places}f}"
+
+
 def requests_table(records: Sequence[Record]) -> Rows:
     """A row per case and method."""
-    rows = [requests_bench.columns(r, requests_bench.dense_of(r, records)) for r in records]
-    return ("model", *rows[0]), [(r["model"], *row.values()) for r, row in zip(records, rows, strict=True)]
+    rows = [requests_bench.columns(r, dense_of(r, records)) for r in records]
+    cells = [(*machine(r), r["model"], *row.values()) for r, row in zip(records, rows, strict=True)]
+    return (*ON, "model", *rows[0]), cells
 
 
 def pressure_table(records: Sequence[Record]) -> Rows:
     """A row per trace and method."""
-    head = ("model", "requests", "MB of KV cache", "method", "requests/s", "beside dense", "p99 TTFT ms", "p99 TPOT ms")
-    case = ("model", "n", "rate", "prompt_len", "output_len", "pool", "seed")
+    head = (
+        "model",
+        "requests",
+        "MB of KV cache",
+        "engine",
+        "method",
+        "requests/s",
+        "beside dense",
+        "p99 TTFT ms",
+        "p99 TPOT ms",
+    )
     rows = [
         (
             r["model"],
             f"{r['n']} of about {r['prompt_len']:,} + {r['output_len']:,} tokens, {r['rate']:g} a second",
             f"{r['pool']:g}",
+            json.dumps(r.get("engine_args") or {}),
             r["method"],
             f"{r['request_throughput']:.2f}",
-            beside_dense(r, records, case, "request_throughput"),
+            beside_dense(r, records, "request_throughput"),
             f"{r['p99_ttft_ms']:,.0f}",
             f"{r['p99_tpot_ms']:,.1f}",
             f"{r['kv_capacity_tokens']:,}",
