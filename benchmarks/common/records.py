@@ -31,8 +31,14 @@ READABLE = (1, SCHEMA)
 """Versions whose lines mean the same to a reader; a key of version 1 is that of no case of today."""
 
 
-ORIGIN = ("commit", "dirty", "cpu", "cores", "isa", "gpu", "torch", "vllm", "vllm-sparq")
+VERSIONS = ("torch", "vllm", "vllm-sparq")
+"""Packages whose versions two results must share for one to count as the other."""
+
+ORIGIN = ("commit", "dirty", "changes", "cpu", "cores", "isa", "gpu", *VERSIONS)
 """What of their provenance two results must share to be set beside each other, or in each other's place."""
+
+NOT_CODE = (":(exclude)*.jsonl", ":(exclude)*.md")
+"""Paths whose changes make no other code: results that are being written, and texts."""
 
 
 def provenance() -> dict[str, Any]:
@@ -41,14 +47,27 @@ def provenance() -> dict[str, Any]:
         **code(),
         **device(),
         "python": platform.python_version(),
-        **{package: _version(package) for package in ("torch", "vllm", "vllm-sparq")},
+        **versions(),
     }
 
 
+def versions() -> dict[str, str | None]:
+    """Of the packages that a result depends on; None for one that is not installed."""
+    return {package: _version(package) for package in VERSIONS}
+
+
 def code() -> dict[str, Any]:
-    """Commit, and whether the tree was clean; None for what a copy without its history cannot know."""
+    """Commit, whether the tree was clean, and of one that was not a digest of its ``changes``.
+
+    None for what a copy without its history cannot know: git may answer for a project that merely holds the copy, such
+    as one with a virtual environment in it, so it is asked first whether it keeps this file.
+    """
+    here = Path(__file__).resolve()
+    if _git("ls-files", "--error-unmatch", here.name) is None:
+        return {"commit": None, "dirty": None}
     status = _git("status", "--porcelain", "--untracked-files=no")
-    return {"commit": _git("rev-parse", "--short=12", "HEAD"), "dirty": None if status is None else bool(status)}
+    found = {"commit": _git("rev-parse", "--short=12", "HEAD"), "dirty": None if status is None else bool(status)}
+    return {**found, "changes": _changes(here.parents[2])} if status else found
 
 
 def device() -> dict[str, Any]:
@@ -108,11 +127,18 @@ def read_records(path: Path) -> list[dict[str, Any]]:
 
 
 def recorded(path: Path | None, keys: Iterable[str], *, again: bool = False) -> dict[str, dict[str, Any]]:
-    """Key -> newest line of the file with that key. Nothing if there is no file, or to measure ``again``."""
+    """Key -> newest line of the file with that key. Nothing if there is no file, or to measure ``again``.
+
+    A line of other versions of vLLM, torch or this package is another result, whatever its key is.
+    """
     if path is None or again:
         return {}
-    wanted = set(keys)
-    return {record["key"]: record for record in read_records(path) if record.get("key") in wanted}
+    wanted, installed = set(keys), versions()
+    return {
+        record["key"]: record
+        for record in read_records(path)
+        if record.get("key") in wanted and installed.items() <= record.items()
+    }
 
 
 def origin_of(record: Mapping[str, Any]) -> dict[str, Any]:
@@ -136,7 +162,7 @@ def dense_beside(
 
 def skipped_note(records: Iterable[Mapping[str, Any]]) -> str:
     """What to tell a user whose cases are on record."""
-    commits = sorted({str(record.get("commit")) for record in records})
+    commits = sorted({_commit_of(record) for record in records})
     return f"on record already (commit {', '.join(commits)}), not measured again; --again measures anew"
 
 
@@ -161,9 +187,25 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _git(*arguments: str) -> str | None:
-    """Output of a git command in the folder of this file; None outside a checkout."""
-    done = subprocess.run(
-        ["git", "-C", str(Path(__file__).parent), *arguments], capture_output=True, text=True, check=False
-    )
+def _commit_of(record: Mapping[str, Any]) -> str:
+    return f"{record.get('commit')}{' with changes' if record.get('dirty') else ''}"
+
+
+def _changes(root: Path) -> str:
+    """Sixteen hexadecimal digits of what the code below a folder has beside its commit, new files included."""
+    found = hashlib.sha256((_git("diff", "HEAD", "--binary", "--", ".", *NOT_CODE, folder=root) or "").encode())
+    listed = _git("ls-files", "--others", "--exclude-standard", "-z", "--", "*.py", "*.h", "*.cpp", folder=root)
+    for name in sorted(filter(None, (listed or "").split("\0"))):
+        found.update(name.encode())
+        found.update((root / name).read_bytes())
+    return found.hexdigest()[:16]
+
+
+def _git(*arguments: str, folder: Path | None = None) -> str | None:
+    """Output of a git command, in the folder of this file unless told; None outside a checkout, or without git."""
+    command = ["git", "-C", str(folder or Path(__file__).resolve().parent), *arguments]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
+    except OSError:
+        return None
     return done.stdout.strip() if done.returncode == 0 else None

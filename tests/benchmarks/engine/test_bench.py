@@ -18,6 +18,7 @@ from tests.benchmarks.commands import exit_code
 from vllm_sparq.attention_backends.pace import FIRST
 from vllm_sparq.benchmarks.common.methods import Method
 from vllm_sparq.benchmarks.common.proof import WrongAttentionError, check_attention, with_dense
+from vllm_sparq.benchmarks.common.records import versions
 from vllm_sparq.benchmarks.engine import bench as engine_bench
 from vllm_sparq.benchmarks.engine.cases import Case, Engine, Model, engines, key_of
 from vllm_sparq.benchmarks.engine.drafts import ForcedAcceptance, Turn, acceptance
@@ -155,6 +156,7 @@ def test_recorded_cases_are_not_measured_again(tmp_path: Path, capsys: pytest.Ca
     path, case = tmp_path / "x.jsonl", Case(context=512, batch=1)
     values = {"threads": 2, "median_tpot_ms": 1.0, "p10_tpot_ms": 1.0, "p90_tpot_ms": 1.0, "commit": "abc"}
     values |= {"speedup_vs_vllm": 1.0, "share_of_bound": 1.0, "model": WEIGHTS.name, "context": 512, "batch": 1}
+    values |= versions()
     model = Model.of(WEIGHTS, 4)
     lines = [values | {"key": key_of(case, one, model, 512), "method": one.name} for one in engines(["sparq"], [])]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))

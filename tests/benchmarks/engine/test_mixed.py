@@ -12,6 +12,7 @@ from rich.console import Console
 
 from tests.benchmarks.commands import exit_code
 from vllm_sparq.benchmarks.common.proof import WrongAttentionError
+from vllm_sparq.benchmarks.common.records import versions
 from vllm_sparq.benchmarks.engine import mixed
 from vllm_sparq.benchmarks.engine.cases import Case, Model, engines, key_of
 from vllm_sparq.benchmarks.engine.drafts import Turn
@@ -103,7 +104,8 @@ def test_recorded_cases_are_not_measured_again(tmp_path: Path, capsys: pytest.Ca
     key = mixed.key_of(case, engine, model, 512)
     assert key != key_of(Case(context=512, batch=2), engine, model, 512)
     record = mixed.record_of(case, {"none": [1.0], "off": [3.0], "mixed": [2.1]})
-    path.write_text(json.dumps(record | {"key": key, "method": "sparq", "model": "m", "commit": "abc"}) + "\n")
+    record |= {"key": key, "method": "sparq", "model": "m", "commit": "abc", **versions()}
+    path.write_text(json.dumps(record) + "\n")
     words = ["--model", str(WEIGHTS), "--options", '{"r": 8}', "--context", "512", "--batch", "2", "--choice", "off"]
     assert main(["bench", "engine", *words, "--out", str(path)]) == 0
     said = capsys.readouterr().out

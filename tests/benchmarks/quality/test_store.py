@@ -36,7 +36,13 @@ def test_what_decides_an_answer_is_in_its_key(tmp_path: Path, monkeypatch: pytes
         Store(tmp_path, Run(model=WEIGHTS, engine_args={"max_model_len": 512})).key(DENSE, example),
     ]
     code, device = records.code(), records.device()
-    for change in ({"commit": "another"}, {"cpu": "another"}, {"gpu": "H100"}):
+    for change in (
+        {"commit": "another"},
+        {"dirty": True, "changes": "1"},
+        {"dirty": True, "changes": "2"},
+        {"cpu": "another"},
+        {"gpu": "H100"},
+    ):
         monkeypatch.setattr(records, "code", lambda change=change: code | change)
         monkeypatch.setattr(records, "device", lambda change=change: device | change)
         keys.append(Store(tmp_path, RUN).key(DENSE, example))
