@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import os
 import statistics
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -135,7 +134,6 @@ def _record(name: str, case: Case, turn: Turn, *, dense_ms: float, bound: float)
     record = {
         "method": name,
         **asdict(case),
-        "threads": os.cpu_count(),
         "median_tpot_ms": round(ms, 3),
         "p10_tpot_ms": round(1e3 * tenths[0], 3),
         "p90_tpot_ms": round(1e3 * tenths[-1], 3),

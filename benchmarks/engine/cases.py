@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from vllm_sparq.benchmarks.common.cache_layout import CacheLayout
+from vllm_sparq.benchmarks.common.fingerprint import fingerprint
 from vllm_sparq.benchmarks.common.methods import DENSE, Method
 from vllm_sparq.benchmarks.common.model_shape import ModelShape
 from vllm_sparq.benchmarks.common.records import case_key
+from vllm_sparq.benchmarks.common.threads import engine_threads
 from vllm_sparq.benchmarks.quality.prompts import read_text, tokens_of_text
 from vllm_sparq.console import UsageError, check_model
 
@@ -133,7 +135,8 @@ class Model:
         """
         if folder is None:
             return cls(name=f"Llama-3.2-1B shape, {n_layers} layers, dummy weights", n_layers=n_layers)
-        return cls(name=folder.name, folder=check_model(folder))
+        found = check_model(folder)
+        return cls(name=found.name, folder=found)
 
     @property
     def config(self) -> dict[str, Any]:
@@ -148,6 +151,12 @@ class Model:
             UsageError: its config.json describes no model.
         """
         return ModelShape.of_config(self.config) if self.folder is None else ModelShape.of(self.folder)
+
+    @cached_property
+    def fields(self) -> dict[str, Any]:
+        """For a key: its name, and what its folder holds, since many are called alike; dummy weights are drawn."""
+        weights = {} if self.folder is None else {"weights": fingerprint(self.folder)}
+        return {"model": self.name, **weights}
 
     def tokens_of(self, text: Path, n_tokens: int) -> tuple[int, ...]:
         """A text in the model's tokens.
@@ -180,9 +189,9 @@ def key_of(case: Case, engine: Engine, model: Model, max_context: int, text: Seq
     """Of the record of one engine in one case; the engine has room for ``max_context`` tokens of context."""
     method, shape = engine.method, model.shape
     layout = CacheLayout.of(method, shape, max_model_len=max_context + N_TAIL, block_size=engine.block_size)
-    fields = asdict(case) | {"model": model.name, "method": engine.name, "arguments": engine.arguments}
+    fields = asdict(case) | model.fields | {"method": engine.name, "arguments": engine.arguments}
     if engine.acceptance is not None:
         fields["acceptance"] = engine.acceptance
     if text is not None:
         fields["text"] = hashlib.sha256(repr(list(text)).encode()).hexdigest()
-    return case_key("engine", fields | layout.fields)
+    return case_key("engine", fields | layout.fields | engine_threads())

@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import os
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -22,6 +21,7 @@ from vllm_sparq.benchmarks.common.engine_process import EngineProcess
 from vllm_sparq.benchmarks.common.lines import check_out
 from vllm_sparq.benchmarks.common.proof import WrongAttentionError
 from vllm_sparq.benchmarks.common.records import append_records, case_key, provenance, recorded, skipped_note
+from vllm_sparq.benchmarks.common.threads import engine_threads
 from vllm_sparq.benchmarks.engine.cases import N_TAIL, Case, Engine, Model
 from vllm_sparq.benchmarks.engine.requests import model_folder
 from vllm_sparq.benchmarks.engine.turns import start
@@ -132,7 +132,6 @@ def record_of(case: MixedCase, seconds: Mapping[str, Sequence[float]]) -> dict[s
     return {
         **asdict(case),
         "choices": [name_of(one) for one in case.choices],
-        "threads": os.cpu_count(),
         "median_step_ms": {name: round(1e3 * statistics.median(found), 3) for name, found in seconds.items()},
         "overhead": round(statistics.median(over), 4),
         "least_overhead": round(min(over), 4),
@@ -145,8 +144,8 @@ def key_of(case: MixedCase, engine: Engine, model: Model, max_context: int) -> s
     layout = CacheLayout.of(
         engine.method, model.shape, max_model_len=max_context + N_TAIL, block_size=engine.block_size
     )
-    fields = asdict(case) | {"model": model.name, "method": engine.name, "arguments": engine.arguments}
-    return case_key("mixed", fields | layout.fields)
+    fields = asdict(case) | model.fields | {"method": engine.name, "arguments": engine.arguments}
+    return case_key("mixed", fields | layout.fields | engine_threads())
 
 
 def measure(

@@ -20,11 +20,13 @@ from typing import Any
 
 from vllm_sparq.benchmarks.common.cache_layout import CacheLayout, layout_in_use
 from vllm_sparq.benchmarks.common.engine_process import EngineProcess
+from vllm_sparq.benchmarks.common.fingerprint import fingerprint
 from vllm_sparq.benchmarks.common.lines import check_out
 from vllm_sparq.benchmarks.common.methods import Method
 from vllm_sparq.benchmarks.common.model_shape import ModelShape
 from vllm_sparq.benchmarks.common.proof import check_attention, engine_report, with_dense
 from vllm_sparq.benchmarks.common.records import append_records, case_key, provenance
+from vllm_sparq.benchmarks.common.threads import engine_threads
 from vllm_sparq.benchmarks.tiny_model import WEIGHTS
 from vllm_sparq.console import check_model, comma_names, llm_arguments, natural, place, positive, real_number
 
@@ -102,6 +104,8 @@ class TraceWorker:
 
     def run(self) -> dict[str, Any]:
         """Ask everything when its time has come; one record."""
+        import torch
+
         requests = self.trace.requests()
         times = self.times_of(requests)
         whole = all(len(times[str(i)]) == n_output for i, (_, _, n_output) in enumerate(requests))
@@ -112,6 +116,7 @@ class TraceWorker:
             "method": self.method.name,
             "options": self.method.options,
             "attention": self.attention,
+            "threads": torch.get_num_threads(),
             "n_failed": 0 if whole else sum(len(t) == 0 for t in times.values()) or 1,
             "preemptions": int(metrics["vllm:num_preemptions"]),
             "preemptions_avoided": getattr(scheduler, "n_preemptions_avoided", 0),
@@ -189,7 +194,7 @@ def main(args: argparse.Namespace) -> int:
     for method in engines(args.methods):
         with console.status(f"{method.name}: {args.n} requests ..."):
             row = run(method, model, trace, args.engine_args)
-        key = key_of(case, method, shape, trace.max_model_len)
+        key = key_of(case | {"weights": fingerprint(model)}, method, shape, trace.max_model_len)
         rows.append({"bench": "pressure", "key": key, **case, **row})
         if args.out:
             append_records(args.out, [{**rows[-1], **provenance()}])
@@ -201,7 +206,8 @@ def key_of(case: dict[str, Any], method: Method, shape: ModelShape, max_model_le
     """Of the record of one method."""
     block_size = case["engine_args"].get("block_size")
     layout = CacheLayout.of(method, shape, max_model_len=max_model_len, block_size=block_size)
-    return case_key("pressure", {**case, "method": method.name, "options": method.options, **layout.fields})
+    fields = {**case, "method": method.name, "options": method.options, **layout.fields}
+    return case_key("pressure", fields | engine_threads())
 
 
 def run(method: Method, model: Path, trace: Trace, options: dict[str, Any]) -> dict[str, Any]:

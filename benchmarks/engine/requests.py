@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -30,6 +29,7 @@ from vllm_sparq.benchmarks.common.records import (
     recorded,
     skipped_note,
 )
+from vllm_sparq.benchmarks.common.threads import engine_threads
 from vllm_sparq.benchmarks.engine.cases import Model
 from vllm_sparq.benchmarks.tiny_model import WEIGHTS
 from vllm_sparq.console import make_console
@@ -81,7 +81,8 @@ def why_not(requests: Requests, model: Model) -> str | None:
 def key_of(requests: Requests, method: Method, model: Model) -> str:
     """Of the record of one method."""
     layout = layout_of(requests, method, model)
-    return case_key("requests", asdict(requests) | asdict(method) | {"model": model.name} | layout.fields)
+    fields = asdict(requests) | asdict(method) | model.fields | layout.fields
+    return case_key("requests", fields | engine_threads())
 
 
 def layout_of(requests: Requests, method: Method, model: Model) -> CacheLayout:
@@ -138,6 +139,7 @@ class VllmCommand:
         """Run it, and say what its engine was."""
         import importlib
 
+        import torch
         import vllm
         from vllm.utils.argparse_utils import FlexibleArgumentParser
 
@@ -163,6 +165,7 @@ class VllmCommand:
             "max_concurrency": round(float(config.cache_config.kv_cache_max_concurrency), 2),
             "preemptions": int(metrics["vllm:num_preemptions"]),
             "layout": layout_in_use(engines[0].llm_engine),
+            "threads": torch.get_num_threads(),
         }
 
 
@@ -193,7 +196,7 @@ def measure(requests: Requests, method: Method, model: Model) -> dict[str, Any]:
         **{name: value for name, value in asdict(requests).items() if value is not None},
         **engine.pop("layout").fields,
         **found,
-        "threads": os.cpu_count(),
+        "threads": engine.pop("threads"),
         "sparq": {
             "method": method.name,
             "options": method.options,

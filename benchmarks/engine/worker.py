@@ -114,11 +114,14 @@ class TurnsWorker:
         self.n_prepared = 0
 
     def describe(self) -> dict[str, Any]:
-        """The classes that run, and how the cache is cut."""
+        """The classes that run, how the cache is cut, and how many threads compute."""
+        import torch
+
         return {
             "report": self.report,
             "kv_capacity_tokens": self.engine.vllm_config.cache_config.kv_cache_size_tokens,
             "kv_bytes": self.kv_bytes,
+            "threads": torch.get_num_threads(),
             **layout_in_use(self.engine).fields,
         }
 

@@ -9,34 +9,17 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from vllm_sparq.benchmarks.common.fingerprint import fingerprint
 from vllm_sparq.benchmarks.common.lines import check_out, make_folder, replace_lines
 from vllm_sparq.benchmarks.common.methods import Method
 from vllm_sparq.benchmarks.common.records import SCHEMA, append_records, origin_of, provenance, read_records
 from vllm_sparq.benchmarks.quality.engine import Run
 from vllm_sparq.benchmarks.tasks.generated import Example
 
-N_EDGE_BYTES = 1 << 20
-"""Bytes at either end of a weight file that stand for it: hashing tens of gigabytes takes longer than answering."""
-
 
 def digest(*parts: Any) -> str:
     """Sixteen hexadecimal digits of what can be written as JSON."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
-
-
-def fingerprint(model: Path) -> str:
-    """Of a model's configuration, tokenizer and weights, wherever its folder lies."""
-    found = hashlib.sha256()
-    for path in sorted(model.iterdir()):
-        if path.suffix not in (".json", ".safetensors", ".bin", ".model", ".txt"):
-            continue
-        size = path.stat().st_size
-        found.update(f"{path.name} {size}".encode())
-        with path.open("rb") as file:
-            found.update(file.read(N_EDGE_BYTES))
-            file.seek(max(0, size - N_EDGE_BYTES))
-            found.update(file.read(N_EDGE_BYTES))
-    return found.hexdigest()[:16]
 
 
 class Store:

@@ -18,6 +18,7 @@ from typing import Any
 
 from vllm_sparq import processes
 from vllm_sparq.benchmarks.common.cache_layout import CacheLayout
+from vllm_sparq.benchmarks.common.fingerprint import fingerprint
 from vllm_sparq.benchmarks.common.lines import check_out
 from vllm_sparq.benchmarks.common.methods import DENSE, Method
 from vllm_sparq.benchmarks.common.model_shape import ModelShape
@@ -31,6 +32,7 @@ from vllm_sparq.benchmarks.common.records import (
     skipped_note,
 )
 from vllm_sparq.benchmarks.common.server import HOST, WORKER_REPORT, Server, ServerError, wait_until_healthy
+from vllm_sparq.benchmarks.common.threads import engine_threads
 from vllm_sparq.benchmarks.tiny_model import WEIGHTS
 from vllm_sparq.console import (
     UsageError,
@@ -167,8 +169,13 @@ def key_of(args: argparse.Namespace, model: Path, method: Method, rate: float) -
         "seed",
     )
     fields = {name: getattr(args, name) for name in names}
-    layout = layout_of(args, model, method)
-    return case_key("serve", fields | {"model": model.name, **asdict(method), "rate": str(rate)} | layout.fields)
+    fields |= {"model": model.name, "weights": fingerprint(model), **asdict(method), "rate": str(rate)}
+    return case_key("serve", fields | layout_of(args, model, method).fields | {"threads": threads_of(model)})
+
+
+def threads_of(model: Path) -> int:
+    """Of each server, which is bound to no cores; the bundled model's have one, unless the environment says more."""
+    return int(engine_threads(1 if model == WEIGHTS else None)["threads"])
 
 
 def layout_of(args: argparse.Namespace, model: Path, method: Method) -> CacheLayout:
@@ -252,6 +259,7 @@ def measure(
                 "output_len": args.output_len,
                 "block_size": int(labels["block_size"]),
                 "kv_bytes_per_token": layout_of(args, model, method).kv_bytes_per_token,
+                "threads": threads_of(model),
                 "sparq": {
                     "method": method.name,
                     "options": method.options,

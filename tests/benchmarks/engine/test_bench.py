@@ -50,7 +50,9 @@ def test_a_slow_method_is_called_slower_than_dense() -> None:
     engines: Any = {name: Sleeper(one) for name, one in seconds.items()}
     measured = engine_bench.measure_case(Case(context=8, batch=1), engines, rounds=2, steps=5)
     text = io.StringIO()
-    Console(file=text, width=200).print(engine_bench.table([{"model": "m", **record} for record in measured]))
+    Console(file=text, width=200).print(
+        engine_bench.table([{"model": "m", "threads": 2, **record} for record in measured])
+    )
     rows = {name: line for line in text.getvalue().splitlines() for name in seconds if f"│ {name} " in line}
     assert "slower than dense" in rows["kivi"]
     assert not any("slower" in rows[name] for name in ("dense", "no attention", "sparq"))

@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 
 from vllm_sparq.benchmarks.common import records
+from vllm_sparq.benchmarks.common.fingerprint import fingerprint
 from vllm_sparq.benchmarks.common.methods import Method
 from vllm_sparq.benchmarks.quality.engine import Run
 from vllm_sparq.benchmarks.quality.prompts import Wanted
-from vllm_sparq.benchmarks.quality.store import Store, fingerprint
+from vllm_sparq.benchmarks.quality.store import Store
 from vllm_sparq.benchmarks.tasks.generated import Example
 from vllm_sparq.benchmarks.tiny_model import WEIGHTS
 from vllm_sparq.console import UsageError
