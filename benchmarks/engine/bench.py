@@ -33,6 +33,8 @@ from vllm_sparq.benchmarks.engine import mixed
 from vllm_sparq.benchmarks.engine import requests as requests_bench
 from vllm_sparq.benchmarks.engine.cases import (
     DEFAULT_OPTIONS,
+    N_ANSWER,
+    N_BATCHED,
     N_TAIL,
     SKIPPED,
     Case,
@@ -41,9 +43,18 @@ from vllm_sparq.benchmarks.engine.cases import (
     engines,
     key_of,
 )
-from vllm_sparq.benchmarks.engine.drafts import Turn, acceptance
+from vllm_sparq.benchmarks.engine.drafts import Turn, acceptance, tenths
 from vllm_sparq.benchmarks.engine.turns import start
-from vllm_sparq.console import comma_names, comma_numbers, json_object, make_console, place, positive, real_number
+from vllm_sparq.console import (
+    UsageError,
+    comma_names,
+    comma_numbers,
+    json_object,
+    make_console,
+    place,
+    positive,
+    real_number,
+)
 
 EPILOG = """\
 With --context, decode steps of all engines in turns, dense and "no attention" always among them. With --input-len,
@@ -130,13 +141,13 @@ def _median_tpot_ms(turn: Turn, case: Case) -> float:
 
 
 def _record(name: str, case: Case, turn: Turn, *, dense_ms: float, bound: float) -> dict[str, Any]:
-    ms, tenths = _median_tpot_ms(turn, case), statistics.quantiles(turn.times_per_token(case.batch), n=10)
+    ms, (first, last) = _median_tpot_ms(turn, case), tenths(turn.times_per_token(case.batch))
     record = {
         "method": name,
         **asdict(case),
         "median_tpot_ms": round(ms, 3),
-        "p10_tpot_ms": round(1e3 * tenths[0], 3),
-        "p90_tpot_ms": round(1e3 * tenths[-1], 3),
+        "p10_tpot_ms": round(1e3 * first, 3),
+        "p90_tpot_ms": round(1e3 * last, 3),
         "speedup_vs_vllm": round(dense_ms / ms, 3),
         "amdahl_bound": round(bound, 3),
         "share_of_bound": round(dense_ms / ms / bound, 3),
@@ -147,6 +158,29 @@ def _record(name: str, case: Case, turn: Turn, *, dense_ms: float, bound: float)
             "acceptance": acceptance(turn.verified),
         }
     return record
+
+
+def check_steps(rounds: int, steps: int, chosen: Sequence[Engine], n_unshared: int = 0) -> None:
+    """Refuse more steps than a request has tokens for: the last ones would decode nothing.
+
+    Args:
+        rounds: turns that are timed; one before them warms up.
+        steps: of each turn.
+        chosen: the engines.
+        n_unshared: prompt tokens of a batch where each request has its own: the first decode while the last are read.
+
+    Raises:
+        UsageError: they are too many.
+    """
+    drafts = max((e.method.parsed.drafts for e in chosen if e.method.backend and e.method.parsed.lossless), default=0)
+    # The first token is decoded before, and a step gives a token and every draft that is taken.
+    most = (N_ANSWER - 1) // (1 + drafts) - n_unshared // N_BATCHED - (VERIFIED_STEPS if drafts else 0)
+    if (rounds + 1) * steps > most:
+        each = f" of up to {1 + drafts} tokens" if drafts else ""
+        raise UsageError(
+            f"--rounds {rounds} and --steps {steps} are {(rounds + 1) * steps:,} steps{each} with the turn that warms "
+            f"up, and a request has room for {most}: ask for fewer rounds or steps, or a smaller batch"
+        )
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -210,6 +244,9 @@ def main(args: argparse.Namespace) -> int:
         return mixed.main(args, [engine for engine in chosen if engine.method.backend is not None], model)
     if args.input_len is not None:
         return requests_bench.main(args, [engine.method for engine in chosen if not engine.skip_attention], model)
+    evicts = any(one.method.backend and one.method.parsed.retention != "all" for one in chosen)
+    n_unshared = max(args.context) * max(args.batch) if evicts or args.text else 0
+    check_steps(args.rounds, args.steps, chosen, n_unshared)
     model.check_length("--context", max(args.context), N_TAIL)
     cases = [Case(context=context, batch=batch) for context in args.context for batch in args.batch]
     max_context = max(args.context)

@@ -43,6 +43,12 @@ SKIPPED = "no attention"
 N_TAIL = 1024
 """Room for answers after the context (tokens): more than all rounds of a case decode."""
 
+N_ANSWER = N_TAIL - 64
+"""Tokens that a request may write: it ends with the last of them."""
+
+N_BATCHED = 4096
+"""Prompt tokens that a step reads at most."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Case:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -37,6 +38,14 @@ class Turn:
     def times_per_token(self, batch: int) -> list[float]:
         """Seconds of every step; or of every turn, where steps give more than one token, and not all as many."""
         return self.seconds if self.n_tokens == len(self.seconds) * batch else self.per_token
+
+
+def tenths(values: Sequence[float]) -> tuple[float, float]:
+    """The first and the last tenth of some times; one alone is both."""
+    if len(values) < 2:
+        return values[0], values[0]
+    found = statistics.quantiles(values, n=10)
+    return found[0], found[-1]
 
 
 def acceptance(verified: Sequence[tuple[int, int]]) -> list[float]:

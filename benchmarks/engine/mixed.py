@@ -22,7 +22,7 @@ from vllm_sparq.benchmarks.common.lines import check_out
 from vllm_sparq.benchmarks.common.proof import WrongAttentionError
 from vllm_sparq.benchmarks.common.records import append_records, case_key, provenance, recorded, skipped_note
 from vllm_sparq.benchmarks.common.threads import engine_threads
-from vllm_sparq.benchmarks.engine.cases import N_TAIL, Case, Engine, Model
+from vllm_sparq.benchmarks.engine.cases import N_ANSWER, N_TAIL, Case, Engine, Model
 from vllm_sparq.benchmarks.engine.requests import model_folder
 from vllm_sparq.benchmarks.engine.turns import start
 from vllm_sparq.config import NAMESPACE
@@ -186,6 +186,10 @@ def main(args: argparse.Namespace, found: list[Engine], model: Model) -> int:
         raise UsageError(
             f"--batch {min(args.batch)} has no request for each of {len(choices)} choices, the engine's own among "
             f"them: use {len(choices)} or more"
+        )
+    if N_FIRST + args.steps >= N_ANSWER:
+        raise UsageError(
+            f"--steps {args.steps} is more than a request has tokens for: use {N_ANSWER - N_FIRST - 1} or less"
         )
     model.check_length("--context", max(args.context), N_TAIL)
     if args.out:

@@ -19,6 +19,7 @@ from statistics import fmean, quantiles
 from typing import Any
 
 from vllm_sparq.benchmarks.common.cache_layout import CacheLayout, layout_in_use
+from vllm_sparq.benchmarks.common.engine_arguments import refuse
 from vllm_sparq.benchmarks.common.engine_process import EngineProcess
 from vllm_sparq.benchmarks.common.fingerprint import fingerprint
 from vllm_sparq.benchmarks.common.lines import check_out
@@ -28,7 +29,19 @@ from vllm_sparq.benchmarks.common.proof import check_attention, engine_report, w
 from vllm_sparq.benchmarks.common.records import append_records, case_key, provenance
 from vllm_sparq.benchmarks.common.threads import engine_threads
 from vllm_sparq.benchmarks.tiny_model import WEIGHTS
-from vllm_sparq.console import check_model, comma_names, llm_arguments, natural, place, positive, real_number
+from vllm_sparq.console import check_model, comma_names, llm_arguments, natural, place, real_number, whole_number
+
+GIVEN = {
+    "model": "--model",
+    "attention_backend": "--methods",
+    "additional_config": "--methods",
+    "kv_cache_memory_bytes": "--pool",
+    "max_model_len": "--prompt-len and --output-len",
+    "enforce_eager": "",
+    "enable_prefix_caching": "",
+    "disable_log_stats": "",
+}
+"""Arguments of vLLM's that a trace sets itself, and what to use instead; nothing may."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,10 +180,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `vllm-sparq bench pressure`."""
     parser.add_argument("--model", type=place, default=WEIGHTS, help="a model folder (default: the bundled model)")
     parser.add_argument("--methods", type=comma_names, default=["h2o"], help="beside dense (default: h2o)")
-    parser.add_argument("--n", type=positive, default=48, help="requests (default: 48)")
+    parser.add_argument("--n", type=whole_number(2), default=48, help="requests, 2 or more (default: 48)")
     parser.add_argument("--rate", type=real_number(above=0), default=8.0, help="arrivals a second (default: 8)")
-    parser.add_argument("--prompt-len", type=positive, default=200, help="tokens, on average (default: 200)")
-    parser.add_argument("--output-len", type=positive, default=700, help="tokens, on average (default: 700)")
+    parser.add_argument("--prompt-len", type=whole_number(2), default=200, help="tokens, on average (default: 200)")
+    parser.add_argument("--output-len", type=whole_number(4), default=700, help="tokens, on average (default: 700)")
     parser.add_argument(
         "--pool", type=real_number(above=0), default=16.0, help="MB of KV cache of each engine (default: 16)"
     )
@@ -183,6 +196,7 @@ def main(args: argparse.Namespace) -> int:
     """Run the trace through each engine, print the table, write the lines."""
     from rich.console import Console
 
+    refuse(args.engine_args, GIVEN)
     console, model = Console(), check_model(args.model)
     trace = Trace(
         n=args.n, rate=args.rate, prompt_len=args.prompt_len, output_len=args.output_len, pool=args.pool, seed=args.seed
@@ -190,7 +204,7 @@ def main(args: argparse.Namespace) -> int:
     if args.out:
         check_out(args.out)
     case = {**asdict(trace), "model": model.name, "engine_args": args.engine_args}
-    shape, rows = ModelShape.of(model), []
+    shape, rows = ModelShape.of(model, args.engine_args.get("dtype", "auto")), []
     for method in engines(args.methods):
         with console.status(f"{method.name}: {args.n} requests ..."):
             row = run(method, model, trace, args.engine_args)

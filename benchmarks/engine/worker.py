@@ -10,7 +10,7 @@ from typing import Any
 from vllm_sparq.benchmarks.common.cache_layout import layout_in_use
 from vllm_sparq.benchmarks.common.model_shape import ModelShape
 from vllm_sparq.benchmarks.common.proof import engine_report
-from vllm_sparq.benchmarks.engine.cases import N_TAIL, Case, Engine
+from vllm_sparq.benchmarks.engine.cases import N_ANSWER, N_BATCHED, N_TAIL, Case, Engine
 from vllm_sparq.benchmarks.engine.drafts import ForcedAcceptance, Turn
 
 
@@ -86,7 +86,7 @@ class TurnsWorker:
             skip_tokenizer_init=True,
             enforce_eager=True,
             max_model_len=max_context + N_TAIL,
-            max_num_batched_tokens=4096,
+            max_num_batched_tokens=N_BATCHED,
             kv_cache_memory_bytes=self.kv_bytes,
             disable_log_stats=True,
             **chosen.arguments,
@@ -110,7 +110,7 @@ class TurnsWorker:
             sampler.forward = ForcedAcceptance(sampler, chosen.acceptance)
         self.text = text
         self.prompt = torch.randint(10, 1000, (max_context,), generator=torch.Generator().manual_seed(0)).tolist()
-        self.params = SamplingParams(temperature=0, max_tokens=N_TAIL - 64, ignore_eos=True, detokenize=False)
+        self.params = SamplingParams(temperature=0, max_tokens=N_ANSWER, ignore_eos=True, detokenize=False)
         self.n_prepared = 0
 
     def describe(self) -> dict[str, Any]:

@@ -5,6 +5,9 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 
+from vllm_sparq.config import NAMESPACE, Options, parse_options
+from vllm_sparq.console import UsageError
+
 
 def numbers_from(least: int) -> Callable[[str], list[int]]:
     """A parser of numbers with commas between them, each at least so large."""
@@ -32,3 +35,17 @@ def layer_shape(text: str) -> tuple[int, int, int]:
     if head_dim % 16:
         raise argparse.ArgumentTypeError(f"{text!r}: head size {head_dim} is not a multiple of 16")
     return heads, kv_heads, head_dim
+
+
+def sparq_options(args: argparse.Namespace) -> Options:
+    """What SparQ reads.
+
+    Raises:
+        UsageError: a number that it has no use for.
+    """
+    names = ("compression", "r", "k", "ranking")
+    given = {name: getattr(args, name) for name in names}
+    try:
+        return parse_options({NAMESPACE: {**given, "dense_below": 0}})
+    except ValueError as error:
+        raise UsageError(f"bench ops: {error}") from None

@@ -23,7 +23,7 @@ from vllm_sparq.attention_backends.engine import LONG_BLOCK_SIZE, PREFERRED_BLOC
 from vllm_sparq.benchmarks.common.lines import check_out
 from vllm_sparq.benchmarks.common.records import append_records, case_key, provenance, recorded, skipped_note
 from vllm_sparq.benchmarks.ops import prefill
-from vllm_sparq.benchmarks.ops.arguments import layer_shape, numbers_from
+from vllm_sparq.benchmarks.ops.arguments import layer_shape, numbers_from, sparq_options
 from vllm_sparq.benchmarks.ops.cell import Cell, Tensors
 from vllm_sparq.benchmarks.ops.methods import METHODS, format_of
 from vllm_sparq.benchmarks.ops.stopwatch import CLOCKS, Stopwatch
@@ -157,11 +157,10 @@ def cells(args: argparse.Namespace) -> list[Cell]:
     """
     if bad := next((n for n in args.block_size if n % BLOCK_SIZE_MULTIPLE), None):
         raise UsageError(f"--block-size {bad} cannot be cut into pages: give a multiple of {BLOCK_SIZE_MULTIPLE}")
-    found = []
+    options, found = sparq_options(args), []
     for heads, kv_heads, head_dim in args.shape or [(32, 8, 128)]:
         if args.r is not None and args.r > head_dim:
             raise UsageError(f"--r {args.r} must be 1 to the head size, {head_dim}")
-        options = Options(compression=args.compression, r=args.r, k=args.k, ranking=args.ranking, dense_below=0)
         sizes = dict(heads=heads, kv_heads=kv_heads, head_dim=head_dim)
         dtype, every = DTYPES[args.dtype], itertools.product(args.batch, args.context, args.block_size)
         found += [Cell(context=s, batch=b, block_size=n, **sizes, dtype=dtype, options=options) for b, s, n in every]
@@ -373,6 +372,11 @@ def main(args: argparse.Namespace) -> int:
             if args.out is not None:
                 append_records(args.out, [{**row, **about} for row in new])
             rows += new
+    if todo and not rows:
+        raise UsageError(
+            f"--methods {','.join(args.methods)}: none of them runs {op.describe(todo[0])} in this shape and type, so "
+            "nothing was measured: name another method, or another --shape or --dtype"
+        )
     old = [known[key] for cell, row in zip(wanted, keys, strict=True) if cell not in todo for key in row]
     if old:
         console.print(

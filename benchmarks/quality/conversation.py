@@ -13,17 +13,27 @@ from __future__ import annotations
 import argparse
 import math
 from dataclasses import replace
-from pathlib import Path
 
 from rich.table import Table
 
 from vllm_sparq.benchmarks.common.methods import DENSE, Method
+from vllm_sparq.benchmarks.common.model_shape import ModelShape
 from vllm_sparq.benchmarks.quality.bits_per_byte import corpus_text, difference, windows
 from vllm_sparq.benchmarks.quality.engine import Engine, Run
 from vllm_sparq.benchmarks.quality.evaluate import methods_at, scored
 from vllm_sparq.benchmarks.tasks.generated import Example
 from vllm_sparq.benchmarks.tiny_model import WEIGHTS
-from vllm_sparq.console import check_model, comma_names, make_console
+from vllm_sparq.console import (
+    DTYPES,
+    UsageError,
+    check_model,
+    comma_names,
+    make_console,
+    place,
+    positive,
+    whole_number,
+)
+from vllm_sparq.layout import BLOCK_SIZE_MULTIPLE
 
 
 def turns_of(window: Example, tokenizer: object, n_turns: int) -> list[Example]:
@@ -67,14 +77,32 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `vllm-sparq research conversation`."""
     parser.description = __doc__
     add = parser.add_argument
-    add("--model", type=Path, default=WEIGHTS, help="a model folder (default: the bundled model)")
+    add("--model", type=place, default=WEIGHTS, help="a model folder (default: the bundled model)")
     add("--methods", type=comma_names, default=["sparq"], help="beside dense (default: sparq)")
     add("--compression", type=comma_names, default=["8"], help="of methods that take one (default: 8)")
-    add("--length", type=int, default=2048, help="tokens of a conversation (default: 2048)")
-    add("--turns", type=int, default=4, help="turns of a conversation (default: 4)")
-    add("--n", type=int, default=24, help="conversations (default: 24)")
-    add("--block-size", type=int, default=32, help="tokens per block (default: 32)")
-    add("--dtype", default="bfloat16", help="element type of the model (default: bfloat16)")
+    add("--length", type=positive, default=2048, help="tokens of a conversation (default: 2048)")
+    add("--turns", type=whole_number(2), default=4, help="turns of a conversation, 2 or more (default: 4)")
+    add("--n", type=positive, default=24, help="conversations (default: 24)")
+    add("--block-size", type=positive, default=32, help="tokens per block (default: 32)")
+    add("--dtype", choices=DTYPES, default="bfloat16", help="element type of the model (default: bfloat16)")
+
+
+def check(args: argparse.Namespace) -> None:
+    """Refuse conversations that cannot be had, before a model is loaded.
+
+    Raises:
+        UsageError: the first of what does not fit.
+    """
+    limit = ModelShape.of(args.model, args.dtype).max_model_len
+    if not 2 * args.turns <= args.length <= limit:
+        raise UsageError(
+            f"--length {args.length}: {args.turns} turns need a prompt and an answer each, and the model has {limit} "
+            f"positions: use {2 * args.turns} to {limit}"
+        )
+    if args.block_size % BLOCK_SIZE_MULTIPLE:
+        raise UsageError(
+            f"--block-size {args.block_size} cannot be cut into pages: give a multiple of {BLOCK_SIZE_MULTIPLE}"
+        )
 
 
 def main(args: argparse.Namespace) -> int:
@@ -82,7 +110,8 @@ def main(args: argparse.Namespace) -> int:
     from transformers import AutoTokenizer
 
     args.model = check_model(args.model)
-
+    check(args)
+    methods = methods_at(args.methods, args.compression, {})[1:]
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     pieces = windows(args.model, corpus_text(args.length * args.n), args.length, args.n)
     conversations = [turns_of(piece, tokenizer, args.turns) for piece in pieces]
@@ -94,7 +123,7 @@ def main(args: argparse.Namespace) -> int:
     warm = replace(cold, engine_args={**engine_args, "enable_prefix_caching": True})
     dense, cached = measure(Method.named(DENSE), warm, conversations)
     table.add_row(DENSE, "on", f"{math.fsum(dense) / len(dense):.4f}", "", f"{cached:.0%}")
-    for method in methods_at(args.methods, args.compression, {})[1:]:
+    for method in methods:
         shared = replace(method, options={**method.options, "sharing": "all"})
         for name, run, one in (("off", cold, method), ("on", warm, method), ("on, sharing all", warm, shared)):
             found, cached = measure(one, run, conversations)

@@ -23,6 +23,7 @@ from typing import Any
 from vllm_sparq.benchmarks.quality.cells import CONFIDENCE, interval
 from vllm_sparq.console import (
     DTYPES,
+    UsageError,
     check_model,
     comma_names,
     comma_numbers,
@@ -201,6 +202,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=place, metavar="FILE", help="add a JSON line for each row of the table")
 
 
+def check_scores(tasks: Sequence[str]) -> None:
+    """Refuse tasks that are measured in bits: the table is of points, of which more are better.
+
+    Raises:
+        UsageError: the first of them.
+    """
+    from vllm_sparq.benchmarks.quality.prompts import MEASURED_TASKS
+    from vllm_sparq.benchmarks.tasks.metrics import MEASURED
+
+    for name in tasks:
+        task, _, metric = name.partition(":")
+        if task in MEASURED_TASKS or metric in MEASURED:
+            raise UsageError(
+                f"--tasks {name} is measured in bits, and this table is of points: name tasks that are answered, such "
+                "as repetition, or use `vllm-sparq eval`"
+            )
+
+
 def main(args: argparse.Namespace) -> int:
     """Answer, count, print."""
     from rich.progress import Progress
@@ -218,6 +237,7 @@ def main(args: argparse.Namespace) -> int:
     os.environ.setdefault("TQDM_DISABLE", "1")
     run = Run(model=check_model(args.model or WEIGHTS), dtype=args.dtype)
     check_tasks(args.tasks)
+    check_scores(args.tasks)
     if args.out is not None:
         check_out(args.out)
     wanted = Wanted(model=run.model, tasks=args.tasks, lengths=args.lengths, n=args.n, seed=args.seed)

@@ -59,6 +59,13 @@ def test_a_slow_method_is_called_slower_than_dense() -> None:
     assert measured[3]["speedup_vs_vllm"] < 0.5 < 1.5 < measured[2]["speedup_vs_vllm"]
 
 
+@pytest.mark.parametrize("n_tokens", [1, 4])
+def test_one_step_is_its_own_spread(n_tokens: int) -> None:
+    engines: Any = {"dense": Sleeper(0.002), "no attention": Sleeper(0.001), "sparq": Sleeper(0.002, n_tokens)}
+    measured = engine_bench.measure_case(Case(context=8, batch=1), engines, rounds=1, steps=1)
+    assert all(one["p10_tpot_ms"] == one["p90_tpot_ms"] == one["median_tpot_ms"] for one in measured)
+
+
 def test_methods_and_options_add_up_and_dense_is_always_there() -> None:
     found = engines(["kivi", "dense", "sparq+int4", "kivi"], [{"r": 8}])
     assert [engine.name for engine in found] == ["dense", "no attention", "kivi", "sparq+int4", 'sparq {"r": 8}']
@@ -143,6 +150,15 @@ def test_layers_without_full_attention_may_stay_with_vllm() -> None:
         (["--model", "nowhere"], "--model nowhere: no such folder"),
         (["--context", "200000"], "need 201024 positions, and the model has 131072: use --context 130048 or less"),
         (["--input-len", "140000"], "the model has 131072: use --input-len 130944 or less"),
+        (
+            ["--rounds", "30", "--steps", "32"],
+            "--rounds 30 and --steps 32 are 992 steps with the turn that warms up, and",
+        ),
+        (
+            ["--options", '{"lossless": true}', "--steps", "40"],
+            "240 steps of up to 4 tokens with the turn that warms up",
+        ),
+        (["--choice", "off", "--batch", "2", "--steps", "958"], "--steps 958 is more than a request has tokens for"),
         (["--text", "."], "--text needs a model that can read: give --model"),
         (["--acceptance", "1.5"], "argument --acceptance: '1.5' must be 1 or less"),
         (["--input-len", "0"], "argument --input-len: '0' must be 1 or more"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from tests.benchmarks.commands import exit_code
 from vllm_sparq.benchmarks.engine import pressure as pressure_bench
 from vllm_sparq.benchmarks.engine.pressure import Trace, engines, summary
 from vllm_sparq.cli import main
@@ -39,6 +40,34 @@ def test_figures_by_hand() -> None:
     assert found["mean_tpot_ms"] == 1250.0
     assert found["mean_itl_ms"] == pytest.approx((1000 + 2000 + 1000) / 3, abs=1e-3)
     assert found["mean_ttft_ms"] == 750.0
+
+
+def test_the_least_trace_has_figures() -> None:
+    trace = Trace(n=2, rate=1.0, prompt_len=2, output_len=4, pool=1.0)
+    for prompt, n_output in ((prompt, n) for _, prompt, n in trace.requests()):
+        assert prompt
+        assert n_output >= 2
+    found = summary({"0": [1.0, 2.0], "1": [2.0, 3.0]}, {"0": 0.5, "1": 1.0})
+    assert found["p99_itl_ms"] == 1000
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--n", "1"], "argument --n: '1' must be 2 or more"),
+        (["--prompt-len", "1"], "argument --prompt-len: '1' must be 2 or more"),
+        (["--output-len", "1"], "argument --output-len: '1' must be 4 or more"),
+        (
+            ["--engine-args", '{"max_model_len": 4096}'],
+            "'max_model_len' is set by this command itself: use --prompt-len",
+        ),
+        (["--engine-args", '{"additional_config": {}}'], "'additional_config' is set by this command itself: use --me"),
+        (["--engine-args", '{"enforce_eager": false}'], "'enforce_eager' is set by this command itself: leave it out"),
+    ],
+)
+def test_bad_usage(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert exit_code("bench", "pressure", *words) == 2
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.engine

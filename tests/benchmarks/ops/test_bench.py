@@ -10,6 +10,7 @@ from platform import machine
 import pytest
 import torch
 
+from tests.benchmarks.commands import exit_code
 from vllm_sparq.benchmarks.ops import bench as ops_bench
 from vllm_sparq.benchmarks.ops.cell import Cell, Tensors
 from vllm_sparq.benchmarks.ops.methods import METHODS
@@ -260,3 +261,17 @@ def test_vllm_takes_its_kernel_of_the_same_instruction_set(
     if kernel == "amx":
         with pytest.raises(RuntimeError, match="which Linux does not grant: take --dtype fp16 or fp32"):
             vllm_kernel(cell, 64)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--methods", "vllm", "--shape", "16/16/16"], "--methods vllm: none of them runs batch 1, 64 tokens"),
+        (["--methods", "sparq", "--k", "2000000000"], "sparq option k=2000000000 is not usable"),
+    ],
+)
+def test_what_cannot_be_measured_is_told_in_a_line(
+    words: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert exit_code("bench", "ops", "--context", "64", "--repeats", "1", *words) == 2
+    assert message in capsys.readouterr().err

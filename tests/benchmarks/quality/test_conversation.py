@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
+
+from tests.benchmarks.commands import exit_code
 from vllm_sparq.benchmarks.quality.conversation import turns_of
 from vllm_sparq.benchmarks.tasks.generated import Example
 
@@ -23,3 +26,20 @@ def test_turns_by_hand() -> None:
     for turn in turns:
         assert (*turn.prompt_ids, *turn.answer_ids) == tuple(range(len(turn.prompt_ids) + 2))
         assert turn.max_tokens == 2
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--n", "0"], "argument --n: '0' must be 1 or more"),
+        (["--turns", "1"], "argument --turns: '1' must be 2 or more"),
+        (["--dtype", "int3"], "argument --dtype: invalid choice: 'int3'"),
+        (["--length", "7"], "--length 7: 4 turns need a prompt and an answer each, and the model has 4096 positions"),
+        (["--length", "5000"], "--length 5000: 4 turns need a prompt and an answer each"),
+        (["--block-size", "33"], "--block-size 33 cannot be cut into pages: give a multiple of"),
+        (["--methods", "sparrow"], "unknown method 'sparrow'"),
+    ],
+)
+def test_bad_usage(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert exit_code("research", "conversation", *words) == 2
+    assert message in capsys.readouterr().err

@@ -62,6 +62,12 @@ def test_a_mass_is_measured_beside_the_k_that_reads_as_much() -> None:
     assert mass_curve.table([adaptive, fixed]).row_count == 2
 
 
+@pytest.mark.parametrize("task", ["text", "needle:likelihood"])
+def test_bits_are_no_points(task: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["research", "mass", "--tasks", f"repetition,{task}", "--lengths", "400", "--n", "1"]) == 2
+    assert f"--tasks {task} is measured in bits, and this table is of points" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("text", ["0", "1", "0.9,x", "-0.5"])
 def test_shares_that_mean_nothing_are_refused(text: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
