@@ -71,6 +71,10 @@ class ModelShape:
         name = dtype
         if dtype == "auto":
             name = str(text.dtype or config.dtype or torch.float32).removeprefix("torch.")
+            if (
+                name == "float32"
+            ):  # vLLM takes the first type of its platform for these; asked for, it runs them as such
+                name = "bfloat16"
         return cls(
             n_layers=sum(kind == "full_attention" for kind in kinds),
             n_heads=n_heads,

@@ -221,3 +221,14 @@ def free_port() -> int:
         probe.bind((HOST, 0))
         port: int = probe.getsockname()[1]
     return port
+
+
+def is_taken(port: int) -> bool:
+    """Whether another program listens there, whose answers would be taken for those of a server of ours."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as servers do: connections that end are no matter
+        try:
+            probe.bind((HOST, port))
+        except OSError:
+            return True
+        return False

@@ -26,7 +26,7 @@ class CacheShape(ModelShape):
         options = method.parsed
         layout = page_layout(options, self.heads, PREFERRED_BLOCK_SIZE, self.dtype)
         per_token = layout.bytes_per_token * self.n_kv_heads * self.n_layers
-        return per_token * _kept(options, context) / context
+        return per_token * kept_tokens(options, context) / context
 
     def moved(self, method: Method, context: int) -> int:
         """Bytes of cache that one output token reads at a context of so many tokens, all layers.
@@ -37,13 +37,13 @@ class CacheShape(ModelShape):
             return self.dense_bytes * method.given(context)
         options = method.parsed
         read, layout = options.read_of(self.heads), page_layout(options, self.heads, PREFERRED_BLOCK_SIZE, self.dtype)
-        kept = _kept(options, context)
+        kept = kept_tokens(options, context)
         n_dense = min(options.dense_layers, self.n_layers)
         dense, sparse = DenseRead().bytes_moved(layout, kept), read.bytes_moved(layout, kept)
         return self.n_kv_heads * int(dense * n_dense + sparse * (self.n_layers - n_dense))
 
 
-def _kept(options: Options, context: int) -> int:
+def kept_tokens(options: Options, context: int) -> int:
     """Tokens of a context that stay while an answer to a prompt of so many tokens is written."""
     retention = options.retained(PREFERRED_BLOCK_SIZE)
     return context if retention is None else min(context, retention.budget_of(context))

@@ -20,6 +20,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from vllm_sparq.benchmarks.common.engine_arguments import refuse
 from vllm_sparq.benchmarks.common.methods import DENSE, Method
 from vllm_sparq.benchmarks.quality.divergence import distribution_file
 from vllm_sparq.benchmarks.quality.engine import Engine, Output, Run, same_cache
@@ -42,6 +43,16 @@ from vllm_sparq.console import (
     place,
     positive,
 )
+
+GIVEN = {
+    "model": "--model",
+    "dtype": "--dtype",
+    "attention_backend": "--methods",
+    "additional_config": "--methods and --options",
+    "kv_cache_dtype": "block formats as in --methods int8",
+    "logits_processors": "",
+}
+"""Arguments of vLLM's that the command sets itself or that its bytes of cache are counted by: what to use instead."""
 
 GROUP = 32
 """Examples of a task and length that are answered in one batch."""
@@ -211,7 +222,7 @@ def summary(
     for record in records:
         method = by_name[record["method"]]
         record |= dict(backend=method.backend or "vllm", options=method.options, model=run.model.name, dtype=run.dtype)
-        record |= about
+        record |= {**about, "engine_args": run.engine_args}
         if "score" in record:
             context = max(1, round(record["prompt_tokens"] + record["output_tokens"] / 2))
             record["kv_bytes_moved"] = shape.moved(method, context)
@@ -312,6 +323,7 @@ def prepare(args: argparse.Namespace, console: Any) -> tuple[Run, list[Example]]
     from vllm_sparq.benchmarks.quality.prompts import Wanted, check_tasks, read_haystack, read_text
     from vllm_sparq.benchmarks.tasks.papers import expand
 
+    refuse(args.engine_args, GIVEN)
     tasks = expand(args.tasks)
     check_tasks(tasks)
     args.model = check_model(args.model)

@@ -6,6 +6,7 @@ import argparse
 import json
 import math
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from typing import Any
 
 from vllm_sparq import processes
 from vllm_sparq.benchmarks.common.cache_layout import CacheLayout
+from vllm_sparq.benchmarks.common.engine_arguments import refuse, words_given
 from vllm_sparq.benchmarks.common.fingerprint import fingerprint
 from vllm_sparq.benchmarks.common.lines import check_out
 from vllm_sparq.benchmarks.common.methods import DENSE, Method
@@ -47,9 +49,27 @@ from vllm_sparq.console import (
     serve_words,
 )
 
+SHORT = {"half": "float16", "float": "float32"}
+"""Other names that vLLM has for element types."""
+
 PREEMPTIONS = "vllm:num_preemptions_total"
 QUERIES, HITS = "vllm:prefix_cache_queries_total", "vllm:prefix_cache_hits_total"
 CACHE = "vllm:cache_config_info"
+
+GIVEN = {
+    "model": "--model",
+    "config": "",
+    "served_model_name": "",
+    "host": "",
+    "port": "",
+    "attention_backend": "--methods",
+    "attention_config": "--methods",
+    "additional_config": "--methods and --options",
+    "worker_extension_cls": "",
+    "kv_cache_memory_bytes": "--kv-cache-mib",
+    "kv_cache_dtype": "block formats as in --methods int8",
+}
+"""Arguments of `vllm serve` that the command sets itself or that its bytes of cache are counted by."""
 
 WARM_UP = "warm-up"
 """Stands for a rate where the seed of the first requests is drawn."""
@@ -111,35 +131,38 @@ def main(args: argparse.Namespace) -> int:
     """A server per method, a client per rate; print the table, write the lines."""
     console = make_console()
     model = check_model(args.model)
+    refuse((name for name, _ in words_given(args.serve_args)), GIVEN, "--serve-args")
     check_lengths(args, model)
     if args.out:
         check_out(args.out)
     methods = [Method.named(method.name, args.options) for method in with_dense(args.methods)]
     keys = {(m.name, rate): key_of(args, model, m, rate) for m in methods for rate in args.request_rate}
     known = recorded(args.out, keys.values(), again=args.again)
-    records = []
-    folder = Path(tempfile.mkdtemp(prefix="vllm-sparq-serve-"))
+    records: list[dict[str, Any]] = []
+    folder, failed = Path(tempfile.mkdtemp(prefix="vllm-sparq-serve-")), False
     try:
         for method in methods:
             todo = [rate for rate in args.request_rate if keys[method.name, rate] not in known]
             if not todo:
                 continue
             with console.status(f"{method.name}: starting vllm serve ...") as status:
-                found = []
-                for result in measure(args, model, method, todo, folder):
+                for n_done, result in enumerate(measure(args, model, method, todo, folder), start=1):
                     result["key"] = keys[method.name, float(result["rate"])]
-                    found.append(result | provenance())
+                    records.append(result | provenance())
                     if args.out:
-                        append_records(args.out, found[-1:])
-                    status.update(f"{method.name}: {len(found)} of {len(todo)} rates done ...")
-            records += found
+                        append_records(args.out, records[-1:])
+                    status.update(f"{method.name}: {n_done} of {len(todo)} rates done ...")
     except (ServerError, WrongAttentionError) as error:
+        failed = True
         console.print(f"✗ {error}", style="red", highlight=False, markup=False, soft_wrap=True)
-        return 1
-    console.print(table([*known.values(), *records], args.request_rate))
+    finally:
+        if not failed:  # the message says where the logs are
+            shutil.rmtree(folder, ignore_errors=True)
+    if known or records:
+        console.print(table([*known.values(), *records], args.request_rate))
     if known:
         console.print(skipped_note(known.values()), highlight=False, soft_wrap=True)
-    return 0
+    return int(failed)
 
 
 def check_lengths(args: argparse.Namespace, model: Path) -> None:
@@ -180,12 +203,14 @@ def threads_of(model: Path) -> int:
 
 def layout_of(args: argparse.Namespace, model: Path, method: Method) -> CacheLayout:
     """How the server of a method will cut its cache."""
-    given = {}
-    for option in ("--block-size", "--max-model-len"):
-        words = [word for both in args.serve_args for word in both.split("=", 1)]
-        if option in words[:-1]:
-            given[option] = given_number(words[words.index(option) + 1], f"--serve-args: {option}")
-    shape = ModelShape.of(model)
+    words = {name: value for name, value in words_given(args.serve_args) if value is not None}
+    given = {
+        option: given_number(words[option], f"--serve-args: {option}")
+        for option in ("--block-size", "--max-model-len")
+        if option in words
+    }
+    dtype = words.get("--dtype", "auto")
+    shape = ModelShape.of(model, SHORT.get(dtype, dtype))
     return CacheLayout.of(
         method,
         shape,
@@ -260,6 +285,9 @@ def measure(
                 "block_size": int(labels["block_size"]),
                 "kv_bytes_per_token": layout_of(args, model, method).kv_bytes_per_token,
                 "threads": threads_of(model),
+                "serve_args": args.serve_args,
+                "kv_cache_mib": args.kv_cache_mib,
+                "seed": args.seed,
                 "sparq": {
                     "method": method.name,
                     "options": method.options,

@@ -16,7 +16,15 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from vllm_sparq.benchmarks.common.lines import check_out, replace_text
 from vllm_sparq.benchmarks.common.model_shape import ModelShape
-from vllm_sparq.benchmarks.common.server import WORKER_REPORT, Completion, Server, ServerError, wait_until_healthy
+from vllm_sparq.benchmarks.common.server import (
+    WORKER_REPORT,
+    Completion,
+    Server,
+    ServerError,
+    is_taken,
+    wait_until_healthy,
+)
+from vllm_sparq.benchmarks.quality.cache_bytes import kept_tokens
 from vllm_sparq.benchmarks.serving.demo_report import Row, Run, Side, print_run, run_as_json
 from vllm_sparq.benchmarks.tasks import generated as tasks
 from vllm_sparq.benchmarks.tiny_model import WEIGHTS
@@ -104,6 +112,12 @@ def main(args: argparse.Namespace) -> int:
         read = args.sparq.read_of(shape.heads)
     except ValueError as error:
         raise UsageError(f"--sparq: {error}") from None
+    for port in () if args.port is None else (args.port, args.port + 1):
+        if is_taken(port):
+            raise UsageError(
+                f"--port {args.port}: the servers need {args.port} and {args.port + 1}, and another program listens on "
+                f"{port}: give another, or leave --port out for free ones"
+            )
     examples = make_questions(args.model, shape, args.lengths, args.questions, args.seed)
     console = make_console()
     folder = Path(tempfile.mkdtemp(prefix="vllm-sparq-demo-"))
@@ -164,8 +178,12 @@ def make_questions(
 
 
 def tokens_read(options: Options, read: Read, shape: ModelShape, context_len: int) -> int:
-    """Cached tokens that a decode step reads per KV head, on average over the layers; with a mass the most."""
-    if read.is_dense(context_len):
+    """Cached tokens that a decode step reads per KV head, on average over the layers; with a mass the most.
+
+    No more than are kept, where tokens are evicted. With lossless every answer is verified, over all tokens.
+    """
+    context_len = kept_tokens(options, context_len)
+    if options.lossless or read.is_dense(context_len):
         return context_len
     n_dense = min(options.dense_layers, shape.n_layers)
     n_sparse = shape.n_layers - n_dense

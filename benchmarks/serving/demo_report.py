@@ -199,6 +199,17 @@ def _what_was_read(run: Run) -> str:
     longest = run.longest()
     n_read = round(sum(row.n_read for row in longest) / len(longest))
     context = round(sum(row.context_len for row in longest) / len(longest))
+    if run.options.lossless:
+        return (
+            f"SparQ drafted tokens, and dense attention over all of {context:,} tokens of context verified every one: "
+            "with lossless its answers are given."
+        )
+    if run.options.retention != "all" and n_read < context:
+        return (
+            f"At {context:,} tokens of context a SparQ step read {n_read:,} of them, "
+            f"[bold]{context / n_read:.1f} times fewer[/] than a dense one: of what retention "
+            f"{run.options.retention!r} had kept."
+        )
     if n_read == context:
         return f"With these options a SparQ step reads all of {context:,} tokens of context."
     ranked_by = run.read.describe(run.options, run.heads)[0]

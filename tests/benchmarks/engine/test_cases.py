@@ -98,3 +98,11 @@ def test_threads_are_those_of_the_cores_that_we_may_use() -> None:
         for words, env in (([], {**free, "OMP_NUM_THREADS": "1"}), (["taskset", "-c", core], free))
     ]
     assert found == ["1\n", "1\n"]
+
+
+def test_a_checkpoint_of_float32_is_counted_as_it_runs(twins: list[Path]) -> None:
+    """vLLM runs it in the first type of its platform, unless it is told to keep float32."""
+    config = json.loads((twins[0] / "config.json").read_text()) | {"dtype": "float32", "torch_dtype": "float32"}
+    (twins[0] / "config.json").write_text(json.dumps(config))
+    kept, usual = (ModelShape.of(twins[0], dtype).dense_bytes for dtype in ("float32", "auto"))
+    assert kept == 2 * usual

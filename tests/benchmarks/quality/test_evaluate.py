@@ -355,6 +355,12 @@ def test_texts_that_cannot_be_read(tmp_path: Path) -> None:
         (["--tasks", "squad"], "give --data DIR with squad/dev-v1.1.json"),
         (["--haystack", "nowhere"], "no text at nowhere"),
         (["--out", __file__], "(it is a file): give a folder that can be written"),
+        (
+            ["--engine-args", '{"dtype": "float32"}'],
+            "--engine-args: 'dtype' is set by this command itself: use --dtype",
+        ),
+        (["--engine-args", '{"attention-backend": "KIVI"}'], "is set by this command itself: use --methods"),
+        (["--engine-args", '{"kv_cache_dtype": "fp8"}'], "is set by this command itself: use block formats"),
     ],
 )
 def test_bad_usage(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,6 +6,7 @@ import argparse
 import io
 import json
 import math
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from rich.console import Console
 
 from tests.benchmarks.commands import exit_code
 from vllm_sparq.benchmarks.common.methods import Method
-from vllm_sparq.benchmarks.common.server import WORKER_REPORT
+from vllm_sparq.benchmarks.common.server import WORKER_REPORT, ServerError
 from vllm_sparq.benchmarks.serving import bench as serve_bench
 from vllm_sparq.benchmarks.tiny_model import WEIGHTS
 from vllm_sparq.cli import main
@@ -35,6 +36,16 @@ def parse(*words: str) -> argparse.Namespace:
             ["--input-len", "4090"],
             "--input-len 4090 and --output-len 64 need more positions than the 4096 of the model",
         ),
+        (
+            ["--serve-args", '["--additional_config", "{}"]'],
+            "'--additional-config' is set by this command itself: use --",
+        ),
+        (
+            ["--serve-args", '["--attention-backend=KIVI"]'],
+            "'--attention-backend' is set by this command itself: use --",
+        ),
+        (["--serve-args", '["--additional-config.sparq.k", "4"]'], "is set by this command itself: use --methods"),
+        (["--serve-args", '["--dtype", "int3"]'], "--dtype 'int3' is not usable"),
         (["--num-prompts", "0"], "argument --num-prompts: '0' must be 1 or more"),
     ],
 )
@@ -69,6 +80,48 @@ def test_a_block_size_of_the_servers_is_part_of_the_case() -> None:
     sparq, given = Method.named("sparq"), ('["--block-size", "64"]', '["--block-size=64"]', '["--max-num-seqs", "2"]')
     layouts = [serve_bench.layout_of(parse("--serve-args", words), WEIGHTS, sparq) for words in given]
     assert [layout.block_size for layout in layouts] == [64, 64, 128]
+
+
+@pytest.mark.parametrize("words", ['["--dtype", "float32"]', '["--dtype=float32"]', '["--dtype", "float"]'])
+def test_bytes_are_those_of_the_type_that_runs(words: str) -> None:
+    dense = Method.named("dense")
+    usual, wide = (serve_bench.layout_of(parse("--serve-args", one), WEIGHTS, dense) for one in ("[]", words))
+    assert wide.kv_bytes_per_token == 2 * usual.kv_bytes_per_token
+
+
+def test_a_context_is_given_in_both_spellings(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = []
+    monkeypatch.setattr(serve_bench.CacheLayout, "of", lambda *rest, max_model_len, **more: given.append(max_model_len))
+    for words in ('["--max-model-len", "512"]', '["--max_model_len", "512"]', '["--max_model_len=512"]'):
+        serve_bench.layout_of(parse("--serve-args", words), WEIGHTS, Method.named("sparq"))
+    assert given == [512, 512, 512]
+
+
+@pytest.mark.parametrize("fails", [True, False])
+def test_rates_that_were_measured_are_shown(
+    fails: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    server = {"kv_capacity_tokens": 1000, "preemptions": 0, "prefix_cache_hit_rate": 0.0, "attention": "4 × Impl"}
+
+    def measure(args: object, model: object, method: Method, *rest: object) -> Iterator[dict[str, object]]:
+        if fails and method.name == "sparq":
+            raise ServerError("it fell")
+        rate = {
+            "model": "m",
+            "num_prompts": 4,
+            "mean_ttft_ms": 1.0,
+            "mean_tpot_ms": 2.0,
+            "p99_itl_ms": 3.0,
+            "rate": "inf",
+        }
+        yield {**rate, "sparq": server, "method": method.name, "output_throughput": 98.7}
+
+    monkeypatch.setattr(serve_bench, "measure", measure)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    assert main(["bench", "serve"]) == fails
+    said = capsys.readouterr().out
+    assert "98.7" in said
+    assert ("it fell" in said) == fails == bool(list(tmp_path.iterdir()))
 
 
 def test_each_rate_has_prompts_of_its_own_in_any_order() -> None:

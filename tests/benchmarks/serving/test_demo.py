@@ -5,9 +5,11 @@ from __future__ import annotations
 import io
 import json
 import signal
+import socket
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +91,9 @@ def test_questions_alternate_over_even_depths_and_fit() -> None:
         (dict(dense_below=0, dense_layers=2), 4096, round((2 * 4096 + 2 * 449) / 4)),
         (dict(dense_below=0, dense_layers=9), 4096, 4096),
         (dict(read="dense"), 4096, 4096),
+        (dict(read="dense", retention="window", budget=256), 3900, 256),
+        (dict(dense_below=0, retention="heavy_hitter", budget=256), 3900, 256),
+        (dict(dense_below=0, lossless=True), 3900, 3900),
     ],
 )
 def test_tokens_read(given: dict[str, Any], context: int, expected: int) -> None:
@@ -127,6 +132,31 @@ def test_the_table_shows_both_answers_and_what_was_read() -> None:
     assert "SparQ answered 1 of 1 in full, dense attention 0 (mean score 1.00 and 0.00)" in flat
     assert "read 257 of them, 3.9 times fewer" in flat
     assert "10.0 ms with SparQ and 20.0 ms with dense attention (0.50 times as long)" in flat
+
+
+@pytest.mark.parametrize(
+    ("given", "n_read", "said"),
+    [
+        ({"retention": "window", "budget": 256, "read": "dense"}, 256, "had kept"),
+        ({"lossless": True}, 1001, "dense attention over all of 1,001 tokens of context verified every one"),
+    ],
+)
+def test_what_was_read_is_of_what_was_kept_or_verified(given: dict[str, Any], n_read: int, said: str) -> None:
+    run = made_up_run(" 12345.", " 99999.")
+    run = replace(run, options=options(**given), rows=[replace(run.rows[0], n_read=n_read)])
+    text = " ".join(printed(run).split())
+    assert said in text
+    assert "after ranking them all" not in text
+    assert "reads all of" not in text
+
+
+def test_a_taken_port_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        assert exit_code("demo", "--port", str(port - 1)) == 2
+    assert f"another program listens on {port}: give another" in capsys.readouterr().err
 
 
 def test_a_passage_counts_by_how_far_it_is_right() -> None:
