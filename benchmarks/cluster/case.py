@@ -9,9 +9,10 @@ from typing import Any
 
 from vllm_sparq.benchmarks.cluster.prompts import Survey
 from vllm_sparq.benchmarks.cluster.replicas import THIS_NODE, Pool
-from vllm_sparq.benchmarks.common.records import case_key, origin_of, provenance
+from vllm_sparq.benchmarks.common.fingerprint import fingerprint
+from vllm_sparq.benchmarks.common.records import VERSIONS, case_key, origin_of, provenance
 
-CODE = ("commit", "dirty", "torch", "vllm", "vllm-sparq")
+CODE = ("commit", "dirty", "changes", *VERSIONS)
 """What of `provenance` this process knows of replicas on other machines, too: what they must share to be measured."""
 
 
@@ -45,7 +46,7 @@ class Measurement:
 
 def case_of(args: argparse.Namespace, pool: Pool, found: Survey) -> dict[str, Any]:
     """What decides the answers, and beside that what decides how fast they come."""
-    from vllm_sparq.benchmarks.quality.store import digest, fingerprint
+    from vllm_sparq.benchmarks.quality.store import digest
 
     answers = {
         "model": pool.model.name,

@@ -71,9 +71,7 @@ class ModelShape:
         name = dtype
         if dtype == "auto":
             name = str(text.dtype or config.dtype or torch.float32).removeprefix("torch.")
-            if (
-                name == "float32"
-            ):  # vLLM takes the first type of its platform for these; asked for, it runs them as such
+            if name == "float32":  # unless asked for, vLLM takes the first type of its platform for these
                 name = "bfloat16"
         return cls(
             n_layers=sum(kind == "full_attention" for kind in kinds),

@@ -83,7 +83,8 @@ class Case:
         """What a decode step reads: the engine's, but for what this case says of it."""
         found: Any = self.options.read_of(self.heads_shape)
         said = {name: getattr(self, name) for name in ("alpha_floor", "least_k")} if self.ranking != "bounds" else {}
-        return replace(found, **{name: value for name, value in said.items() if value is not None})
+        read: SparqRead | SpansRead = replace(found, **{k: value for k, value in said.items() if value is not None})
+        return read
 
 
 SINK = 30.0

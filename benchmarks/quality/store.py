@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from vllm_sparq.benchmarks.common.fingerprint import fingerprint as fingerprint
+from vllm_sparq.benchmarks.common.fingerprint import fingerprint
 from vllm_sparq.benchmarks.common.lines import check_out, make_folder, replace_lines
 from vllm_sparq.benchmarks.common.methods import Method
 from vllm_sparq.benchmarks.common.records import SCHEMA, append_records, origin_of, provenance, read_records

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from vllm_sparq.benchmarks.common.records import dense_beside
 
-Record = Mapping[str, Any]
+Record = dict[str, Any]
 
 SETTINGS = (
     *("bench", "command", "model", "weights", "fingerprint", "dtype", "seed", "temperature", "ignore_eos"),
@@ -43,7 +43,8 @@ def identity(record: Record) -> str:
 def dense_of(record: Record, records: Sequence[Record]) -> Record | None:
     """The newest line of dense that was asked the same, of the same code on the same machine; None if there is none."""
     alike = [other for other in records if _of_engine(other) == _of_engine(record)]
-    return dense_beside(record, alike, SETTINGS)
+    found = dense_beside(record, alike, SETTINGS)
+    return None if found is None else dict(found)
 
 
 def _of_engine(record: Record) -> dict[str, Any]:

@@ -142,7 +142,8 @@ def prepare(args: argparse.Namespace) -> tuple[Workload, Run, list[Example]]:
 
 def open_study(args: argparse.Namespace, run: Run, workload: Workload, examples: Sequence[Example]) -> Any:
     """A new search, or the one that was begun for the same model, examples and workload, here and with this code."""
-    from vllm_sparq.benchmarks.quality.store import digest, fingerprint
+    from vllm_sparq.benchmarks.common.fingerprint import fingerprint
+    from vllm_sparq.benchmarks.quality.store import digest
 
     optuna, journal = (optional(name, "the search") for name in ("optuna", "optuna.storages.journal"))
     optuna.logging.set_verbosity(optuna.logging.ERROR)
