@@ -25,7 +25,7 @@ METHOD = ("method", "options", "arguments", "engine_arguments", "block_size", "r
 MACHINE = ("cpu", "isa", "gpu", "threads")
 
 ALIKE = {
-    "engine": ("model", "weights", "dtype", *MACHINE),
+    "engine": ("model", "weights", "dtype", "commit", *MACHINE),
     "serve": ("model", "weights", "rate", "num_prompts", "input_len", "output_len", "serve_args", *MACHINE),
     "ray": ("model", "fingerprint", "runner", "rows", "data", "input_len", "output_len", *MACHINE),
     "ops": ("heads", "kv_heads", "head_dim", "batch", "dtype", "clock", "compression", "ranking", *MACHINE),
