@@ -13,7 +13,8 @@ from statistics import fmean
 from typing import Any
 
 from vllm_sparq.benchmarks.common.lines import replace_text
-from vllm_sparq.benchmarks.common.records import dense_beside, read_records
+from vllm_sparq.benchmarks.common.records import read_records
+from vllm_sparq.benchmarks.reporting.runs import BUNDLED, SHAPE, dense_of, of_model
 
 RESULTS = Path(__file__).parents[1] / "results"
 FOLDER = Path(__file__).parents[2] / "docs" / "figures"
@@ -76,7 +77,7 @@ def speed_lines(records: Sequence[Record]) -> tuple[dict[str, list[Point]], list
     """
     found = {
         (r["method"], r["context"]): r
-        for r in records
+        for r in of_model(SHAPE, records)
         if r.get("bench") == "engine" and r["batch"] == BATCH and not r["dirty"]
     }
     contexts = sorted(context for method, context in found if method == SPARQ)
@@ -91,14 +92,14 @@ def answer_lines(records: Sequence[Record]) -> dict[str, list[Point]]:
     """Family -> (bytes read per output token, dense = 1; score of 100), means over all tasks of `eval`."""
     found = {
         (r["method"], r["task"]): r
-        for r in records
+        for r in of_model(BUNDLED, records)
         if r.get("bench") == "quality" and r["length"] == LENGTH and not r["dirty"] and r["task"] != "text"
     }
     tasks = list(dict.fromkeys(task for method, task in found if method == "sparq 1/8"))
 
     def point(method: str) -> Point:
         mine = [found[method, task] for task in tasks]
-        rows = [(r, d) for r in mine if (d := dense_beside(r, records))]
+        rows = [(r, d) for r in mine if (d := dense_of(r, records))]
         return fmean(r["kv_bytes_moved"] / d["kv_bytes_moved"] for r, d in rows), fmean(r["score"] for r, _ in rows)
 
     return {family: [point(method) for method in methods] for family, methods in ANSWERS.items()}

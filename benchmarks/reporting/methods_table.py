@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from vllm_sparq.benchmarks.common.records import dense_beside
+from vllm_sparq.benchmarks.reporting.runs import BUNDLED, SHAPE, dense_of, of_model
 from vllm_sparq.config import Options
 
 Record = Mapping[str, Any]
@@ -140,15 +140,15 @@ def methods_rows(records: Sequence[Record]) -> list[str]:
 
 def speed(row: Row, records: Sequence[Record]) -> str:
     """Times vLLM's speed: per output token through the engine, and of the attention op alone; newest run of each."""
-    token = newest(records, bench="engine", method=row.engine, context=CONTEXT, batch=BATCH)
+    token = newest(of_model(SHAPE, records), bench="engine", method=row.engine, context=CONTEXT, batch=BATCH)
     op = newest(records, bench="ops", method=row.op, context=CONTEXT, compression=Options().compression, **LAYER)
     return ", ".join(ABSENT if found is None else f"{found['speedup_vs_vllm']:.1f}x" for found in (token, op))
 
 
 def memory(row: Row, records: Sequence[Record]) -> str:
     """Bytes of KV cache kept, dense = 1."""
-    found = newest(records, method=row.text, **MEMORY)
-    dense = dense_beside(found, records) if found else None
+    found = newest(of_model(BUNDLED, records), method=row.text, **MEMORY)
+    dense = dense_of(found, records) if found else None
     return ABSENT if found is None or dense is None else f"{found['kv_bytes_held'] / dense['kv_bytes_held']:.2f}"
 
 

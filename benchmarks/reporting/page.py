@@ -7,6 +7,7 @@ import base64
 import html
 import io
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,20 +16,8 @@ from vllm_sparq.benchmarks.common.lines import check_out, make_folder, replace_t
 from vllm_sparq.benchmarks.common.methods import DENSE
 from vllm_sparq.benchmarks.common.records import read_records
 from vllm_sparq.benchmarks.engine.cases import SKIPPED
-from vllm_sparq.benchmarks.reporting.settings import ALIKE, identity, most_alike, told
-from vllm_sparq.benchmarks.reporting.tables import (
-    Record,
-    Row,
-    Rows,
-    engine_table,
-    ops_table,
-    prefill_table,
-    pressure_table,
-    quality_table,
-    ray_table,
-    requests_table,
-    serve_table,
-)
+from vllm_sparq.benchmarks.reporting.runs import apart, commit_of, kind_of, names_apart, newest, title_of
+from vllm_sparq.benchmarks.reporting.tables import NO_DENSE, Record, Row, tabulate
 from vllm_sparq.console import UsageError, place
 
 NUMBER = re.compile(r"[-+]?[\d.,]+(%|x|$| at once|, slower| \.\. |, breaks)")
@@ -56,7 +45,8 @@ answers. Where a method loses, it says <span class="slower">slower than dense</s
 """
 
 GLOSSARY = {
-    DENSE: "vLLM's own attention and cache; the baseline of every table",
+    DENSE: "vLLM's own attention and cache; the baseline of every table. Where single ops are timed, this is our op "
+    "that reads everything, and vLLM's is called vllm",
     "sparq": "reads the tokens that a small copy of the keys ranks highest",
     "quest": "reads spans of 16 neighbouring tokens, those whose keys may match best by their bounds",
     "infllm": "reads the first tokens, the newest, and spans between, looked up by a few of their keys",
@@ -128,113 +118,114 @@ def write_documents() -> int:
 
 def build(records: Sequence[Record]) -> tuple[str, dict[str, bytes]]:
     """The page, which needs no other file, and its pictures as PNG."""
-    from vllm_sparq.benchmarks.reporting.plots import draw
-
-    groups = {bench: newest([r for r in records if bench_of(r) == bench]) for bench in SECTIONS}
-    groups["examples"] = [
-        r for r in records if r.get("task") == "needle" and r.get("depth") is not None and "score" in r
-    ]
     pictures: dict[str, bytes] = {}
     parts = []
-    for bench, (title, text, tabulate, drawn) in SECTIONS.items():
-        here = groups[bench]
-        figures = []
-        for name, chosen in drawn.items():
-            wanted = chosen(groups)
-            if wanted:
-                picture = draw(name, wanted)
-                pictures[name] = png_of(picture.figure)
-                shared = told(bench, wanted) if bench in ALIKE else ""
-                caption = f"{picture.caption} Shown: {shared}." if shared else picture.caption
-                figures.append(figure_html(name, caption, pictures[name]))
-        if here or figures:
-            parts.append(f"<h2 id='{bench}'>{title}</h2>\n<p>{text}</p>\n" + "".join(figures))
-            if here:
-                parts.append(table_html(*tabulate(here)))
+    for kind, (title, text, drawn) in SECTIONS.items():
+        here = [record for record in records if kind_of(record) == kind]
+        body = figure_of("needles", list(filter(is_needle, records)), pictures) if kind == "quality" else ""
+        groups = apart(kind, newest(here))
+        names = names_apart(kind)
+        telling = [name for name, values in zip(names, zip(*groups, strict=True), strict=False) if len(set(values)) > 1]
+        for values in sorted(groups):
+            mine = [one for one in here if tuple(apart(kind, [one])) == (values,)]
+            about = {name: value for name, value in zip(names, values, strict=True) if name in telling}
+            body += f"<h3>{html.escape(heading(about))}</h3>\n" if about else ""
+            body += "".join(figure_of(name, list(filter(fits, mine)), pictures) for name, fits in drawn.items())
+            table = tabulate(kind, mine, here, telling)
+            body += table_html(table.head, table.rows)
+        if body:
+            parts.append(f"<h2 id='{kind}'>{title}</h2>\n<p>{text}</p>\n{body}")
     return page_html(records, parts), pictures
 
 
-def bench_of(record: Mapping[str, Any]) -> str:
-    """The kind of a line; lines of `bench ops` did not say theirs at first."""
-    return str(record.get("bench") or ("ops" if "median_us" in record else ""))
+def heading(about: Mapping[str, str]) -> str:
+    """What the lines of a table share and those of its neighbours do not."""
+    return ", ".join(
+        value or f"{title_of(name)} not recorded" for name, value in about.items() if value or name != "gpu"
+    )
 
 
-def newest(records: Sequence[Record]) -> list[Record]:
-    """The last of the lines that measured the same, in the order in which each was first measured."""
-    found: dict[str, Record] = {}
-    for record in records:
-        found[identity(record)] = record
-    return list(found.values())
+def figure_of(name: str, records: Sequence[Record], pictures: dict[str, bytes]) -> str:
+    """A picture, which joins the others under a name of its own; empty if there is nothing to draw."""
+    from vllm_sparq.benchmarks.reporting.plots import draw
+
+    if not records:
+        return ""
+    picture = draw(name, records)
+    n_before = sum(other == name or other.startswith(f"{name}-") for other in pictures)
+    name = f"{name}-{n_before + 1}" if n_before else name
+    pictures[name] = png_of(picture.figure)
+    codes = {commit_of(record) for record in newest(records)}
+    mixed = f" Points are of {len(codes)} commits, which the table names: a method was in turns with those of its own."
+    return figure_html(name, picture.caption + (mixed if len(codes) > 1 else ""), pictures[name])
 
 
-Table = Callable[[Sequence[Record]], Rows]
-Choose = Callable[[Mapping[str, Sequence[Record]]], Sequence[Record]]
+def is_needle(record: Record) -> bool:
+    """Whether a line is an example with a fact that was hidden somewhere."""
+    return record.get("task") == "needle" and record.get("depth") is not None and "score" in record
 
 
-def has_bytes(record: Record) -> bool:
-    """Whether a line has a score of 100, more being better, and the bytes that it took."""
+def has_points_and_bytes(record: Record) -> bool:
+    """Whether a line has a score of 100, of which more is better, and the bytes that it took."""
     return {"kv_bytes_moved", "kv_bytes_held", "score"} <= record.keys() and not record.get("lower_is_better")
 
 
-SECTIONS: dict[str, tuple[str, str, Table, dict[str, Choose]]] = {
+def every(_: Record) -> bool:
+    """Where a picture shows all lines of a kind."""
+    return True
+
+
+Fits = Callable[[Record], bool]
+
+SECTIONS: dict[str, tuple[str, str, dict[str, Fits]]] = {
     "engine": (
         "Time per output token",
         "The whole engine, methods in turns on the same machine. The bound is the speed-up of an attention op that "
         "takes no time; at short contexts there is little to gain, since a step is mostly weights.",
-        engine_table,
-        {"engine-speed": lambda groups: most_alike("engine", groups["engine"])},
+        {"engine-speed": every},
     ),
     "requests": (
         "Whole requests",
         "<code>vllm bench latency</code> and <code>vllm bench throughput</code>, an engine of each method after the "
         "other. A method that stores tokens small, or fewer of them, answers more requests at a time.",
-        requests_table,
         {},
     ),
     "pressure": (
         "A pool that is too small",
         "Answers that outgrow the KV cache, the same trace for all. vLLM preempts requests and computes them again; "
         "evicting methods keep fewer tokens, or give up more of them under pressure.",
-        pressure_table,
         {},
     ),
     "serve": (
         "Serving",
         "<code>vllm bench serve</code> against a real server of each method. TTFT: time to the first token; TPOT: time "
         "per later token; ITL: the gap between two tokens.",
-        serve_table,
-        {"capacity": lambda groups: most_alike("serve", groups["serve"])},
+        {"capacity": every},
     ),
     "ray": (
         "Offline generation on several replicas",
         "One data set of prompts, shared out over a fixed pool of engines by Ray. Every row says which replica and "
         "which attention class made it.",
-        ray_table,
-        {"scaling": lambda groups: most_alike("ray", groups["ray"])},
+        {"scaling": every},
     ),
     "quality": (
         "Answers",
-        "What a method costs in answers: generated tasks on the same prompts, scores of 100.",
-        quality_table,
-        {
-            "needles": lambda groups: groups["examples"],
-            "quality-bytes": lambda groups: most_alike("quality", [r for r in groups["quality"] if has_bytes(r)]),
-        },
+        "What a method costs in answers, on the same prompts. Scores are of 100, more is better, but for the metric "
+        "<code>bits_per_byte</code>: text that is given, in bits, fewer is better, and a plus beside dense is a loss.",
+        {"quality-bytes": has_points_and_bytes},
     ),
     "ops": (
         "One attention op",
         "One layer, one output token, from a cold processor cache.",
-        ops_table,
-        {name: lambda groups: most_alike("ops", groups["ops"]) for name in ("ops-speed", "ops-bandwidth")},
+        {"ops-speed": every, "ops-bandwidth": every},
     ),
     "ops_prefill": (
         "A chunk of a prompt",
         "One layer, from a cold processor cache: new tokens of a prompt attend to those before, in blocks of a format.",
-        prefill_table,
         {},
     ),
 }
-"""Kind of result -> title, what it is, its table, its pictures and what they are drawn from."""
+"""Kind of line -> title, what it is, its pictures and which lines these show."""
 
 
 def png_of(figure: Any) -> bytes:
@@ -262,7 +253,7 @@ def table_html(head: Row, rows: Sequence[Row]) -> str:
     above = "; ".join(f"{name}: {cell}" for name, cell in same.items() if cell)
     columns = {name: cells for name, cells in columns.items() if name not in same}
     kinds = {
-        name: " class='number'" if all(NUMBER.match(cell) for cell in cells if cell) else ""
+        name: " class='number'" if all(NUMBER.match(cell) for cell in cells if cell not in ("", NO_DENSE)) else ""
         for name, cells in columns.items()
     }
     out = [f"<p>{html.escape(above)}</p>\n" if above else "", "<table><thead><tr>"]
@@ -283,10 +274,13 @@ def page_html(records: Sequence[Record], parts: Sequence[str]) -> str:
         return html.escape(", ".join(sorted(value for value in values if value)) or "not recorded")
 
     gpus = f", {seen('gpu')}" if any(record.get("gpu") for record in records) else ""
+    left_out = Counter(kind for kind in map(kind_of, records) if kind and kind not in SECTIONS)
+    kinds = ", ".join(f"{n} of <code>{html.escape(kind)}</code>" for kind, n in left_out.items())
+    rest = f" Without a table here: {kinds}." if kinds else ""
     dirty = " Some come from a tree with uncommitted changes." if any(r.get("dirty") for r in records) else ""
     about = (
         f"<p>{len(records)} results. Machine: {seen('cpu')}{gpus}. vLLM {seen('vllm')}, torch {seen('torch')}, "
-        f"vllm-sparq {seen('vllm-sparq')} at commit {seen('commit')}.{dirty}</p>"
+        f"vllm-sparq {seen('vllm-sparq')} at commit {seen('commit')}.{dirty}{rest}</p>"
     )
     words = "".join(f"<tr><td><b>{html.escape(k)}</b></td><td>{html.escape(v)}</td></tr>" for k, v in GLOSSARY.items())
     return (

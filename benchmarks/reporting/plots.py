@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
@@ -17,8 +16,9 @@ from matplotlib.figure import Figure
 
 from vllm_sparq.benchmarks.common.methods import DENSE
 from vllm_sparq.benchmarks.engine.cases import SKIPPED
+from vllm_sparq.benchmarks.reporting.runs import dense_of, labelled
 
-Records = Sequence[dict[str, Any]]
+Records = Sequence[Mapping[str, Any]]
 
 COLOURS = ("#333333", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c564b", "#7f7f7f")
 """Distinct for colour-blind readers too; the first one is dense's."""
@@ -34,28 +34,25 @@ class Picture:
     figure: Figure
 
 
-def style(methods: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """Method -> colour and marker, dense first."""
-    ordered = sorted(set(methods), key=lambda name: (name not in (DENSE, "vllm"), name))
+def style(labels: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Label of a line -> colour and marker, those of dense first; no two of 81 look the same."""
+    ordered = sorted(set(labels), key=lambda label: (label.partition(" (")[0] not in (DENSE, "vllm"), label))
     return {
-        name: {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)]}
-        for i, name in enumerate(ordered)
+        label: {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[(i + i // len(COLOURS)) % len(MARKERS)]}
+        for i, label in enumerate(ordered)
     }
 
 
 def line(records: Records, x: str, y: str) -> tuple[list[float], list[float]]:
-    """Means of y over x, sorted by x."""
-    values: dict[float, list[float]] = defaultdict(list)
-    for record in records:
-        if record.get(y) is not None:
-            values[record[x]].append(record[y])
-    return sorted(values), [fmean(values[at]) for at in sorted(values)]
+    """What was measured, in the order of x; never a mean of two lines."""
+    points = sorted((record[x], record[y]) for record in records if record.get(y) is not None)
+    return [at for at, _ in points], [value for _, value in points]
 
 
 def fitted(records: Records, y: str = "median_tpot_ms") -> tuple[float, float] | None:
     """Slope and intercept of y over the context; None of fewer than two contexts."""
     contexts, times = line(records, "context", y)
-    if len(contexts) < 2:
+    if len(set(contexts)) < 2:
         return None
     slope, intercept = np.polyfit(contexts, times, 1)
     return float(slope), float(intercept)
@@ -67,14 +64,6 @@ def break_even(mine: tuple[float, float], dense: tuple[float, float]) -> float |
     if gained <= 0:
         return None
     return max(0.0, lost / gained)
-
-
-def by_method(records: Records) -> dict[str, list[dict[str, Any]]]:
-    """Method -> its records."""
-    found: dict[str, list[dict[str, Any]]] = defaultdict(list)
-    for record in records:
-        found[record["method"]].append(record)
-    return dict(found)
 
 
 def contexts_axis(axis: Any, contexts: Sequence[float]) -> None:
@@ -92,13 +81,15 @@ def engine_speed(records: Records) -> Figure:
     batches = sorted({record["batch"] for record in records})
     size = (max(6.5, 4.2 * len(batches) + 1), 4.4)
     figure, axes = plt.subplots(1, len(batches), figsize=size, squeeze=False, layout="constrained")
-    looks = style([record["method"] for record in records if record["method"] != SKIPPED])
+    lines = labelled(records, ("context", "batch"))
+    looks = style([label for label, mine in lines.items() if mine[0]["method"] != SKIPPED])
     for axis, batch in zip(axes[0], batches, strict=True):
-        here = [record for record in records if record["batch"] == batch]
-        for method, mine in by_method(here).items():
-            look = {"color": "#999999", "linestyle": "--"} if method == SKIPPED else looks[method]
-            axis.plot(*line(mine, "context", "median_tpot_ms"), label=method, **look)
-        contexts_axis(axis, [record["context"] for record in here])
+        for label, mine in lines.items():
+            look = looks.get(label, {"color": "#999999", "linestyle": "--"})
+            here = [record for record in mine if record["batch"] == batch]
+            if here:
+                axis.plot(*line(here, "context", "median_tpot_ms"), label=label, **look)
+        contexts_axis(axis, [record["context"] for record in records if record["batch"] == batch])
         axis.set_ylim(bottom=0)
         axis.set_title(f"batch {batch}")
     axes[0][0].set_ylabel("time per output token (ms)")
@@ -109,17 +100,18 @@ def engine_speed(records: Records) -> Figure:
 
 def ops_speed(records: Records) -> Figure:
     """Speed of one attention op beside vLLM's over the context."""
-    figure, axis = plt.subplots(figsize=(7, 4.2))
     timed = [record for record in records if record.get("speedup_vs_vllm") is not None]
-    looks = style([record["method"] for record in timed])
-    for method, mine in by_method(timed).items():
-        axis.plot(*line(mine, "context", "speedup_vs_vllm"), label=method, **looks[method])
+    lines = labelled(timed, ("context",))
+    figure, axis = plt.subplots(figsize=(7, 4.2 + 0.17 * max(0, len(lines) - 12)))
+    looks = style(list(lines))
+    for label, mine in lines.items():
+        axis.plot(*line(mine, "context", "speedup_vs_vllm"), label=label, **looks[label])
     contexts_axis(axis, [record["context"] for record in timed])
     axis.set_yscale("log", base=2)
     axis.set_yticks([0.5, 1, 2, 4, 8, 16, 32], ["0.5x", "1x", "2x", "4x", "8x", "16x", "32x"])
     axis.axhline(1, color="#999999", linewidth=1)
     axis.set_ylabel("speed, times vLLM's own op")
-    axis.legend(fontsize=8, ncols=2)
+    figure.legend(fontsize=8, ncols=2, loc="outside lower center")
     return figure
 
 
@@ -129,10 +121,9 @@ def ops_bandwidth(records: Records) -> Figure:
     here = [
         r for r in records if r["context"] == longest and r.get("bandwidth_gb_per_s") and "write" not in r["method"]
     ]
-    names = list(dict.fromkeys(record["method"] for record in here))
-    shares = [100 * fmean(r["gb_per_s"] / r["bandwidth_gb_per_s"] for r in here if r["method"] == n) for n in names]
-    figure, axis = plt.subplots(figsize=(7, 0.32 * len(names) + 1.2))
-    axis.barh(names[::-1], shares[::-1], color=COLOURS[1])
+    shares = {name: r["gb_per_s"] / r["bandwidth_gb_per_s"] for name, (r,) in labelled(here, ()).items()}
+    figure, axis = plt.subplots(figsize=(7, 0.32 * len(shares) + 1.2))
+    axis.barh(list(shares)[::-1], [100 * share for share in shares.values()][::-1], color=COLOURS[1])
     axis.axvline(100, color="#999999", linewidth=1)
     axis.set_xlabel(f"bytes a method must move, over its time, in % of a plain read of memory ({longest:,} tokens)")
     return figure
@@ -141,10 +132,11 @@ def ops_bandwidth(records: Records) -> Figure:
 def capacity(records: Records) -> Figure:
     """Output tokens per second over the tokens that the KV cache holds."""
     figure, axis = plt.subplots(figsize=(6.5, 4.2))
-    looks = style([record["method"] for record in records])
-    for method, mine in by_method(records).items():
+    lines = labelled(records, ("rate", "request_rate"))
+    looks = style(list(lines))
+    for label, mine in lines.items():
         tokens = [record["sparq"]["kv_capacity_tokens"] for record in mine]
-        axis.plot(tokens, [record["output_throughput"] for record in mine], label=method, linestyle="", **looks[method])
+        axis.plot(tokens, [record["output_throughput"] for record in mine], label=label, linestyle="", **looks[label])
     axis.set_xlabel("tokens that the KV cache holds, at equal memory")
     axis.set_ylabel("output tokens per second")
     axis.set_xlim(0, 1.1 * axis.dataLim.xmax)
@@ -157,9 +149,11 @@ def capacity(records: Records) -> Figure:
 def scaling(records: Records) -> Figure:
     """Output tokens per second over the number of replicas."""
     figure, axis = plt.subplots(figsize=(6.5, 4.2))
-    looks = style([record["method"] for record in records])
-    for method, mine in by_method(records).items():
-        axis.plot(*line(mine, "replicas", "output_tokens_per_second"), label=method, **looks[method])
+    # The rows that a replica is handed at a time follow from how many replicas there are, and so do the machines.
+    lines = labelled(records, ("replicas", "batch_size", "machines", "cores"))
+    looks = style(list(lines))
+    for label, mine in lines.items():
+        axis.plot(*line(mine, "replicas", "output_tokens_per_second"), label=label, **looks[label])
     axis.set_xticks(sorted({record["replicas"] for record in records}))
     axis.set_xlabel("replicas")
     axis.set_ylabel("output tokens per second, all replicas")
@@ -198,23 +192,29 @@ def needles(examples: Records) -> Figure:
     return figure
 
 
+def quality_points(records: Records, field: str) -> dict[str, list[tuple[float, float]]]:
+    """Label -> (bytes, dense = 1; score) of each task and length; dense is of the same model, code and machine."""
+    over = ("task", "length", "metric", "lower_is_better", "n", "text")
+    found: dict[str, list[tuple[float, float]]] = {}
+    for label, mine in labelled(records, over).items():
+        pairs = [(one, dense) for one in mine if (dense := dense_of(one, records)) is not None]
+        found[label] = [(one[field] / dense[field], one["score"]) for one, dense in pairs if dense.get(field)]
+    return {label: points for label, points in found.items() if points}
+
+
 def quality_bytes(records: Records) -> Figure:
     """Score over the bytes that an output token makes the engine read, and over those that a token is kept in."""
-    figure, axes = plt.subplots(1, 2, figsize=(10, 4.2), sharey=True)
-    looks = style([record["method"] for record in records])
-    dense = {(r["task"], r.get("length")): r for r in records if r["method"] == DENSE}
-    for axis, field, label in zip(axes, ("kv_bytes_moved", "kv_bytes_held"), ("read", "kept"), strict=True):
-        for method, mine in by_method(records).items():
-            known = [(r, dense[r["task"], r.get("length")]) for r in mine if (r["task"], r.get("length")) in dense]
-            shares = [one[field] / beside[field] for one, beside in known]
-            axis.plot(
-                shares, [one["score"] for one, _ in known], label=method, linestyle="", alpha=0.8, **looks[method]
-            )
+    figure, axes = plt.subplots(1, 2, figsize=(10, 5), sharey=True)
+    looks = style([label for field in ("kv_bytes_moved", "kv_bytes_held") for label in quality_points(records, field)])
+    for axis, field, name in zip(axes, ("kv_bytes_moved", "kv_bytes_held"), ("read", "kept"), strict=True):
+        for label, points in quality_points(records, field).items():
+            axis.plot(*zip(*points, strict=True), label=label, linestyle="", alpha=0.8, **looks[label])
         axis.set_xscale("log", base=2)
-        axis.set_xlabel(f"bytes of KV cache {label} per token, dense = 1")
+        axis.set_xlabel(f"bytes of KV cache {name} per token, dense = 1")
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("score (of 100)")
-    axes[0].legend(fontsize=8)
+    handles = dict(zip(*reversed(axes[0].get_legend_handles_labels()), strict=True))
+    figure.legend(handles.values(), handles.keys(), fontsize=7, ncols=5, loc="outside lower center")
     return figure
 
 

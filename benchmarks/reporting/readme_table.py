@@ -16,7 +16,7 @@ from typing import Any
 from vllm_sparq.attention_backends.engine import PREFERRED_BLOCK_SIZE, preferred_block_size
 from vllm_sparq.benchmarks.common.lines import replace_text
 from vllm_sparq.benchmarks.common.methods import DENSE, Method
-from vllm_sparq.benchmarks.common.records import comparable, dense_beside, read_records
+from vllm_sparq.benchmarks.common.records import comparable, read_records
 from vllm_sparq.benchmarks.engine.cases import N_TAIL, SKIPPED
 from vllm_sparq.benchmarks.reporting.gpu_table import (
     gpu_check_rows,
@@ -28,6 +28,7 @@ from vllm_sparq.benchmarks.reporting.isa_table import AMX, PAPER, isa_rows
 from vllm_sparq.benchmarks.reporting.methods_table import LAYER, methods_rows
 from vllm_sparq.benchmarks.reporting.prefill_table import prefill_rows
 from vllm_sparq.benchmarks.reporting.real_table import real_rows
+from vllm_sparq.benchmarks.reporting.runs import BUNDLED, SHAPE, case, dense_of, of_model
 from vllm_sparq.config import Options
 from vllm_sparq.console import UsageError
 
@@ -121,7 +122,8 @@ def engine_rows(records: Sequence[Record]) -> list[str]:
 
     Blocks are what engines choose.
     """
-    found = of_one_machine([r for r in records if r.get("bench") == "engine" and _of_chosen_blocks(r)])
+    of_engines = [r for r in of_model(SHAPE, records) if r.get("bench") == "engine" and _of_chosen_blocks(r)]
+    found = of_one_machine(of_engines)
     newest = {(r["context"], r["batch"], r["method"]): r for r in found}
     names = ["context", "batch", "vLLM", "SparQ, r = 16, k = 128", "share of the bound", *BESIDE, "bound"]
     lines = [f"| {' | '.join(names)} |", "|" + "---|" * len(names)]
@@ -185,7 +187,7 @@ def mixed_rows(records: Sequence[Record]) -> list[str]:
 def pressure_rows(records: Sequence[Record]) -> list[str]:
     """Markdown: a line per engine of the newest run of the trace that overfills the pool."""
     found = [r for r in records if r.get("bench") == "pressure" and r["output_len"] == 700]
-    newest = {r["method"]: r for r in found if comparable(r, found[-1])}
+    newest = {r["method"]: r for r in found if comparable(r, found[-1]) and case(r) == case(found[-1])}
     lines = [
         "| | requests/s | p99 time per output token | p99 time to first token | preempted |",
         "|---|---|---|---|---|",
@@ -202,9 +204,9 @@ def pressure_rows(records: Sequence[Record]) -> list[str]:
 def memory_rows(records: Sequence[Record]) -> list[str]:
     """Markdown: throughput of whole requests in the same memory, a line per method, a column per workload."""
     found = of_one_machine([r for r in records if r.get("bench") == "requests" and r["command"] == "throughput"])
-    case = ("model", "input_len", "output_len", "num_prompts", "kv_cache_bytes")
-    cases = list(dict.fromkeys(tuple(r[name] for name in case) for r in found))
-    newest = {(tuple(r[name] for name in case), r["method"]): r for r in found}
+    names = ("model", "input_len", "output_len", "num_prompts", "kv_cache_bytes")
+    cases = list(dict.fromkeys(tuple(r[name] for name in names) for r in found))
+    newest = {(tuple(r[name] for name in names), r["method"]): r for r in found}
     titles = [f"{prompt:,} + {answer:,} tokens, {n} requests, {size >> 20} MiB" for _, prompt, answer, n, size in cases]
     lines = [f"| | {' | '.join(titles)} |", "|" + "---|" * (len(cases) + 1)]
     for method in dict.fromkeys(r["method"] for r in found):
@@ -215,7 +217,7 @@ def memory_rows(records: Sequence[Record]) -> list[str]:
                 cells.append("")
                 continue
             rate, at_a_time = r["tokens_per_second"], r["sparq"]["max_concurrency"]
-            dense = dense_beside(r, found, ("bench", "command", *case))
+            dense = dense_of(r, found)
             speed = f", {_times(rate / dense['tokens_per_second'])}" if dense and method != DENSE else ""
             cells.append(f"{rate:,.0f} tokens/s{speed}; {at_a_time:.1f} at a time")
         lines.append(f"| {'vLLM' if method == DENSE else f'`{method}`'} | {' | '.join(cells)} |")
@@ -224,7 +226,7 @@ def memory_rows(records: Sequence[Record]) -> list[str]:
 
 def quality_rows(records: Sequence[Record]) -> list[str]:
     """Markdown: scores with their intervals, a line per method, dense first; bytes are means over the tasks."""
-    toy = [r for r in records if r.get("bench") == "quality" and r["task"] in TASKS]
+    toy = [r for r in of_model(BUNDLED, records) if r.get("bench") == "quality" and r["task"] in TASKS]
     found = {(r["method"], r["task"]): r for r in toy if r["length"] == LENGTH}
     lines = [f"| | bytes read / kept | {' | '.join(TASKS)} |", "|" + "---|" * (len(TASKS) + 2)]
     for method in dict.fromkeys(method for method, _ in found):
@@ -232,7 +234,7 @@ def quality_rows(records: Sequence[Record]) -> list[str]:
         if title is None or any((method, task) not in found for task in TASKS):
             continue  # stands in a table of its own, or is not measured yet
         mine = [found[method, task] for task in TASKS]
-        pairs = [(r, dense) for r in mine if (dense := dense_beside(r, records))]
+        pairs = [(r, dense) for r in mine if (dense := dense_of(r, records))]
         shares = [fmean(r[field] / dense[field] for r, dense in pairs) for field in ("kv_bytes_moved", "kv_bytes_held")]
         scores = [_with_interval(r) for r in mine]
         lines.append(f"| {title} | {shares[0]:.2f} / {shares[1]:.2f} | {' | '.join(scores)} |")
@@ -249,7 +251,7 @@ def _answering(method: str) -> str | None:
 
 def contexts_rows(records: Sequence[Record]) -> list[str]:
     """Markdown: dense and SparQ at 1/8, a line per task, a column per length; the newest of each."""
-    of_sparq = [r for r in records if r.get("bench") == "quality" and r["method"] == SPARQ_8]
+    of_sparq = [r for r in of_model(BUNDLED, records) if r.get("bench") == "quality" and r["method"] == SPARQ_8]
     found = {(r["task"], r["length"]): r for r in of_sparq if r["task"] in BY_CONTEXT}
     lengths = sorted({length for _, length in found})
     lines = [f"| task | {' | '.join(f'{n:,}' for n in lengths)} |", "|" + "---|" * (len(lengths) + 1)]
@@ -257,7 +259,7 @@ def contexts_rows(records: Sequence[Record]) -> list[str]:
         cells = []
         for length in lengths:
             one = found.get((task, length))
-            dense = dense_beside(one, records) if one else None
+            dense = dense_of(one, records) if one else None
             cells.append("" if one is None or dense is None else f"{dense['score']:.1f} / {_with_difference(one)}")
         lines.append(f"| {task}, dense / SparQ | {' | '.join(cells)} |")
     return lines
@@ -266,7 +268,8 @@ def contexts_rows(records: Sequence[Record]) -> list[str]:
 def blocks_rows(records: Sequence[Record]) -> list[str]:
     """Markdown: what the table of answers does not hold of quantized blocks, scores by task; the newest of each."""
     benches = ("quality", "kivi_simulation")
-    found = {(r["method"], r["task"]): r for r in records if r.get("bench") in benches and r["length"] == LENGTH}
+    of_toy = [r for r in of_model(BUNDLED, records) if r.get("bench") in benches and r["length"] == LENGTH]
+    found = {(r["method"], r["task"]): r for r in of_toy}
     lines = [f"| | {' | '.join(TASKS)} |", "|" + "---|" * (len(TASKS) + 1)]
     for name, method in BLOCKS.items():
         mine = [found.get((method, task)) for task in TASKS]

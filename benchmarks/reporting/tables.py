@@ -1,261 +1,301 @@
-"""The tables of a report: records of one kind as a heading and rows of text."""
+"""The tables of a report: lines of one kind as a heading and rows of text.
+
+Each kind says what its rows are called and what was found. What else tells the rows of a table apart gets a column of
+its own, so that no two are called the same.
+"""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from vllm_sparq.benchmarks.common.methods import DENSE
 from vllm_sparq.benchmarks.common.proof import speed_note
+from vllm_sparq.benchmarks.common.records import comparable
 from vllm_sparq.benchmarks.engine import requests as requests_bench
 from vllm_sparq.benchmarks.engine.cases import SKIPPED
-from vllm_sparq.benchmarks.reporting.settings import ALIKE, dense_of
+from vllm_sparq.benchmarks.reporting.runs import (
+    METHOD,
+    commit_of,
+    dense_of,
+    differing,
+    identity,
+    names_apart,
+    newest,
+    settings,
+    text_of,
+    title_of,
+)
 
-Record = dict[str, Any]
+Record = Mapping[str, Any]
+Records = Sequence[Record]
 Row = Sequence[str]
-Rows = tuple[Row, Sequence[Row]]
+Cells = dict[str, str]
+
+NO_DENSE = "no dense run of this case"
+"""In place of a ratio."""
+
+PLACES = {True: 3, False: 1}
+"""Whether fewer are better (bits, where a hundredth says a lot; else points of 100) -> decimals."""
 
 
-def beside_dense(record: Record, records: Sequence[Record], value: str) -> str:
-    """The ``value`` of a record beside that of dense where all that was asked, code and machine agree; else empty."""
+@dataclass(frozen=True)
+class Kind:
+    """What the rows of a kind hold.
+
+    Attributes:
+        called: the cells that say what was measured, but for model, machine and method.
+        fields: those of a line that these cells show.
+        found: the cells of a line's figures, among all lines of the kind.
+        order: fields by which the rows are sorted; those that agree stay as they were measured.
+    """
+
+    called: Callable[[Record], Cells]
+    fields: tuple[str, ...]
+    found: Callable[[Record, Records], Cells]
+    order: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of text under a heading; the first ``n_called`` columns say what a row is of."""
+
+    head: Row
+    rows: Sequence[Row]
+    n_called: int
+
+
+def tabulate(kind: str, lines: Records, everything: Records, said: Collection[str] = ()) -> Table:
+    """A row for each of the newest lines.
+
+    Args:
+        kind: of `KINDS`.
+        lines: those of the table.
+        everything: all lines of the kind, among which that of dense may be.
+        said: fields that stand above the table and need no column.
+    """
+    about = KINDS[kind]
+    lines = sorted(newest(lines), key=lambda r: [_rank(r.get(name)) for name in about.order])
+    first = [name for name in names_apart(kind) if name not in said and any(r.get(name) for r in lines)]
+    shown = {*first, *said, *about.fields, "bench", "method"}
+    more = [name for name in differing(lines) if name not in shown]
+    of_case = [name for name in more if name not in METHOD]
+    called = [
+        {
+            **{title_of(name): text_of(r.get(name)) for name in first},
+            **about.called(r),
+            **{title_of(name): text_of(settings(r).get(name)) for name in of_case},
+            "method": str(r["method"]),
+        }
+        for r in lines
+    ]
+    for name in _needed([name for name in more if name in METHOD], lines, called):
+        for r, cells in zip(lines, called, strict=True):
+            cells[title_of(name)] = text_of(settings(r).get(name))
+    found = [{**about.found(r, everything), "commit": commit_of(r)} for r in lines]
+    rows = [(*cells.values(), *figures.values()) for cells, figures in zip(called, found, strict=True)]
+    return Table(head=(*called[0], *found[0]), rows=rows, n_called=len(called[0]))
+
+
+def _needed(names: Sequence[str], lines: Records, called: Sequence[Cells]) -> list[str]:
+    """Those of a method's settings in which rows differ that are called the same so far."""
+    alike: dict[tuple[str, ...], list[Record]] = {}
+    for line, cells in zip(lines, called, strict=True):
+        alike.setdefault(tuple(cells.values()), []).append(line)
+    needed = {name for same in alike.values() for name in differing(same)}
+    return [name for name in names if name in needed]
+
+
+def _rank(value: Any) -> tuple[bool, float, str]:
+    """Numbers by size, before names; what is absent comes last."""
+    number = isinstance(value, int | float)
+    return value is None, float(value) if number else 0.0, "" if number else str(value)
+
+
+def beside_dense(record: Record, records: Records, value: str) -> str:
+    """The ``value`` of a record beside that of dense for the same case, of the same code and machine."""
     dense = dense_of(record, records)
-    return "" if dense is None else speed_note(record[value] / dense[value])
+    return NO_DENSE if dense is None else speed_note(record[value] / dense[value])
 
 
-def machine(record: Record) -> Row:
-    """Cells of `ON`."""
-    return str(record.get("gpu") or record.get("cpu") or ""), str(record.get("isa") or ""), shown(record, "threads")
+def _layer(r: Record) -> Cells:
+    return {"heads": f"{r['heads']}/{r['kv_heads']}/{r['head_dim']}", "batch": f"{r['batch']}"}
 
 
-ON = ("machine", "instructions", "threads")
+def _times(r: Record, name: str) -> str:
+    return "" if r.get(name) is None else f"{r[name]:.2f}x"
 
 
-def shown(record: Record, name: str) -> str:
-    """A number or a name, or nothing where the record has none."""
-    value = record.get(name)
-    return "" if value is None else f"{value:,}" if isinstance(value, int) else str(value)
+def _ops_called(r: Record) -> Cells:
+    known = settings(r)
+    read = {name: text_of(known.get(name)) for name in ("compression", "r", "k")}
+    return {**_layer(r), "context": f"{r['context']:,}", **read, "block": text_of(r.get("block_size"))}
 
 
-def ops_table(records: Sequence[Record]) -> Rows:
-    """A row per machine, shape, batch, context and method."""
-    what = (*ON, "heads", "batch", "type", "compression", "r", "k", "context", "method", "block")
-    head = (*what, "µs", "GB/s", "of memory", "times vLLM's op", "times our dense op")
-    rows = [
-        (
-            *machine(r),
-            f"{r['heads']}/{r['kv_heads']}/{r['head_dim']}",
-            f"{r['batch']}",
-            *(shown(r, name) for name in ("dtype", "compression", "r", "k")),
-            f"{r['context']:,}",
-            r["method"],
-            f"{r.get('block_size') or ''}",
-            f"{r['median_us']:,.1f}",
-            f"{r['gb_per_s']:.1f}",
-            f"{r['gb_per_s'] / r['bandwidth_gb_per_s']:.0%}",
-            "" if r.get("speedup_vs_vllm") is None else f"{r['speedup_vs_vllm']:.2f}x",
-            "" if r.get("speedup_vs_dense") is None else speed_note(r["speedup_vs_dense"]),
-        )
-        for r in records
-    ]
-    return head, rows
+def _ops_found(r: Record, _: Records) -> Cells:
+    bandwidth = r.get("bandwidth_gb_per_s")
+    return {
+        "µs": f"{r['median_us']:,.1f}",
+        "GB/s": f"{r['gb_per_s']:.1f}",
+        "of memory": f"{r['gb_per_s'] / bandwidth:.0%}" if bandwidth else "",
+        "times vLLM's op": _times(r, "speedup_vs_vllm"),
+        "times our dense op": "" if r.get("speedup_vs_dense") is None else speed_note(r["speedup_vs_dense"]),
+    }
 
 
-def prefill_table(records: Sequence[Record]) -> Rows:
-    """A row per machine, shape, tokens before, chunk and method."""
-    head = (*ON, "heads", "batch", "before", "chunk", "method", "ms", "of the peak", "times vLLM's op")
-    rows = [
-        (
-            *machine(r),
-            f"{r['heads']}/{r['kv_heads']}/{r['head_dim']}",
-            f"{r['batch']}",
-            f"{r['context']:,}",
-            f"{r['chunk']:,}",
-            r["method"],
-            f"{r['median_us'] / 1e3:,.1f}",
-            f"{r['share_of_bound']:.0%}",
-            "" if r.get("speedup_vs_vllm") is None else f"{r['speedup_vs_vllm']:.2f}x",
-        )
-        for r in records
-    ]
-    return head, rows
+def _prefill_called(r: Record) -> Cells:
+    return {**_layer(r), "before": f"{r['context']:,}", "chunk": f"{r['chunk']:,}"}
 
 
-def engine_table(records: Sequence[Record]) -> Rows:
-    """A row per context, batch and method, with the fitted line of each batch and method."""
+def _prefill_found(r: Record, _: Records) -> Cells:
+    return {
+        "ms": f"{r['median_us'] / 1e3:,.1f}",
+        "of the peak": f"{r['share_of_bound']:.0%}",
+        "times vLLM's op": _times(r, "speedup_vs_vllm"),
+    }
+
+
+def _engine_called(r: Record) -> Cells:
+    return {"context": f"{r['context']:,}", "batch": f"{r['batch']}", "block": text_of(r.get("block_size"))}
+
+
+def _engine_found(r: Record, records: Records) -> Cells:
+    return {
+        "ms per token": f"{r['median_tpot_ms']:.1f}",
+        "beside dense": "" if r["method"] == SKIPPED else speed_note(r["speedup_vs_vllm"]),
+        "of the bound": f"{r['share_of_bound']:.0%}",
+        "ms per 1k tokens": fit(r, records),
+        "KV cache, tokens": text_of(r.get("kv_capacity_tokens")),
+        "attention that ran": r.get("attention", ""),
+    }
+
+
+def fit(record: Record, records: Records) -> str:
+    """The line through a method's times over the context, and from where it lies below dense's of the same run.
+
+    Of lines that differ in the context alone, of one code and machine.
+    """
     from vllm_sparq.benchmarks.reporting.plots import break_even, fitted
 
-    head = (*ON, "model", "context", "batch", "method", "block", "ms per token", "beside dense", "of the bound")
-    rows = []
-    for r in sorted(records, key=lambda r: (r["model"], r["batch"], r["context"])):
-        case = [r.get(name) for name in ("batch", *ALIKE["engine"])]
-        alike = [o for o in records if [o.get(name) for name in ("batch", *ALIKE["engine"])] == case]
-        mine = fitted([o for o in alike if o["method"] == r["method"]])
-        dense = fitted([o for o in alike if o["method"] == DENSE])
-        even = break_even(mine, dense) if mine and dense and r["method"] not in (DENSE, SKIPPED) else None
-        rows.append(
-            (
-                *machine(r),
-                r["model"],
-                f"{r['context']:,}",
-                f"{r['batch']}",
-                r["method"],
-                f"{r.get('block_size') or ''}",
-                f"{r['median_tpot_ms']:.1f}",
-                "" if r["method"] == SKIPPED else speed_note(r["speedup_vs_vllm"]),
-                f"{r['share_of_bound']:.0%}",
-                ("" if mine is None else f"{1024 * mine[0]:.2f}")
-                + ("" if even is None else f", breaks even at {even:,.0f}"),
-                f"{r['kv_capacity_tokens']:,}" if r.get("kv_capacity_tokens") else "",
-                r.get("attention", ""),
-            )
-        )
-    return (*head, "ms per 1k tokens", "KV cache, tokens", "attention that ran"), rows
+    def alike(method: str, but: Collection[str]) -> list[Record]:
+        same = [one for one in records if one["method"] == method and comparable(one, record)]
+        return newest([one for one in same if identity(one, but) == identity(record, but)])
+
+    own = alike(record["method"], ("context",))
+    mine = fitted(own)
+    if mine is None:
+        return ""
+    dense = None if record["method"] in (DENSE, SKIPPED) else fitted(alike(DENSE, ("context", *METHOD)))
+    even = None if dense is None else break_even(mine, dense)
+    if even is None:
+        return f"{1024 * mine[0]:.2f}"
+    least = min(one["context"] for one in own)
+    where = f"below {least:,}" if even < least else f"at {even:,.0f}"
+    return f"{1024 * mine[0]:.2f}, breaks even {where}"
 
 
-def serve_table(records: Sequence[Record]) -> Rows:
-    """A row per rate, requests and method."""
-    head = (
-        *ON,
-        "model",
-        "requests",
-        "tokens",
-        "requests/s",
-        "method",
-        "output tokens/s",
-        "beside dense",
-        "TTFT ms",
-        "TPOT ms",
-        "p99 ITL ms",
-    )
-    rows = []
-    for r in records:
-        rows.append(
-            (
-                *machine(r),
-                r["model"],
-                shown(r, "num_prompts"),
-                " + ".join(filter(None, (shown(r, "input_len"), shown(r, "output_len")))),
-                f"{r['rate']}",
-                r["method"],
-                f"{r['output_throughput']:,.1f}",
-                beside_dense(r, records, "output_throughput"),
-                f"{r['mean_ttft_ms']:,.0f}",
-                f"{r['mean_tpot_ms']:,.1f}",
-                f"{r['p99_itl_ms']:,.1f}",
-                f"{r['sparq']['kv_capacity_tokens']:,}",
-                f"{r['sparq']['max_concurrency']:.1f}",
-                f"{r['sparq']['preemptions']}",
-                r["sparq"]["attention"],
-            )
-        )
-    return (*head, "KV cache, tokens", "longest requests at a time", "preemptions", "attention that ran"), rows
+def _serve_called(r: Record) -> Cells:
+    lengths = [text_of(r[name]) for name in ("input_len", "output_len") if r.get(name) is not None]
+    return {"requests": text_of(r.get("num_prompts")), "tokens": " + ".join(lengths), "requests/s": f"{r['rate']}"}
 
 
-def ray_table(records: Sequence[Record]) -> Rows:
-    """A row per pool and method."""
-    head = ("model", "replicas", "runner", "method", "rows", "output tokens/s", "beside dense", "rows per replica")
-    rows = []
-    for r in records:
-        rows.append(
-            (
-                r["model"],
-                f"{r['replicas']}",
-                r["runner"],
-                r["method"],
-                f"{r['rows']:,}",
-                f"{r['output_tokens_per_second']:,.1f}",
-                beside_dense(r, records, "output_tokens_per_second"),
-                " + ".join(str(one["rows"]) for one in r["per_replica"].values()),
-                r["attention"],
-            )
-        )
-    return (*head, "attention that ran"), rows
+def _serve_found(r: Record, records: Records) -> Cells:
+    return {
+        "output tokens/s": f"{r['output_throughput']:,.1f}",
+        "beside dense": beside_dense(r, records, "output_throughput"),
+        "TTFT ms": f"{r['mean_ttft_ms']:,.0f}",
+        "TPOT ms": f"{r['mean_tpot_ms']:,.1f}",
+        "p99 ITL ms": f"{r['p99_itl_ms']:,.1f}",
+        "KV cache, tokens": f"{r['sparq']['kv_capacity_tokens']:,}",
+        "longest requests at a time": f"{r['sparq']['max_concurrency']:.1f}",
+        "preemptions": f"{r['sparq']['preemptions']}",
+        "attention that ran": r["sparq"]["attention"],
+    }
 
 
-def quality_table(records: Sequence[Record]) -> Rows:
-    """A row per model, task, length and method; scores of 100, or what is measured in its own unit."""
-    head = (
-        "model",
-        "type",
-        "text",
-        "task",
-        "tokens",
-        "method",
-        "prompts",
-        "score",
-        "95% interval",
-        "beside dense",
-        "its interval",
-    )
-    rows = []
-    for r in records:
-        length, score = r.get("length", r.get("context")), r.get("score")
-        scale = 1 if "metric" in r else 100  # lines of the first version hold shares
-        places = 3 if r.get("lower_is_better") else 1
-        rows.append(
-            (
-                shown(r, "model"),
-                shown(r, "dtype"),
-                shown(r, "text"),
-                r["task"],
-                "" if length is None else f"{length:,}",
-                r["method"],
-                f"{r['n']}",
-                "" if score is None else f"{scale * score:.{places}f}",
-                f"{r['low']:.{places}f} .. {r['high']:.{places}f}" if "low" in r else "",
-                *differences(r, places),
-                f"{r['output_tokens']:.1f}" if "output_tokens" in r else "",
-                f"{r['kv_bytes_moved']:,.0f}" if "kv_bytes_moved" in r else "",
-                f"{r['kv_bytes_held']:,.1f}" if "kv_bytes_held" in r else "",
-            )
-        )
-    return (*head, "tokens of an answer", "bytes read per token", "bytes kept per token"), rows
+def _ray_called(r: Record) -> Cells:
+    return {"replicas": f"{r['replicas']}", "runner": r["runner"], "rows": f"{r['rows']:,}"}
 
 
-def differences(record: Record, places: int) -> Row:
-    """From dense on the same prompts, and its interval; empty where there is none."""
-    if record.get("difference") is None:
-        return "", ""
-    low, high = record["difference_low"], record["difference_high"]
-    return f"{record['difference']:+.{places}f}", f"{low:+.{places}f} .. {high:+.{places}f}"
+def _ray_found(r: Record, records: Records) -> Cells:
+    return {
+        "output tokens/s": f"{r['output_tokens_per_second']:,.1f}",
+        "beside dense": beside_dense(r, records, "output_tokens_per_second"),
+        "rows per replica": " + ".join(str(one["rows"]) for one in r["per_replica"].values()),
+        "attention that ran": r["attention"],
+    }
 
 
-def requests_table(records: Sequence[Record]) -> Rows:
-    """A row per case and method."""
-    rows = [requests_bench.columns(r, dense_of(r, records)) for r in records]
-    cells = [(*machine(r), r["model"], *row.values()) for r, row in zip(records, rows, strict=True)]
-    return (*ON, "model", *rows[0]), cells
+def _quality_called(r: Record) -> Cells:
+    length = r.get("length", r.get("context"))
+    return {"task": r["task"], "tokens": text_of(length), "metric": r.get("metric", ""), "prompts": f"{r['n']}"}
 
 
-def pressure_table(records: Sequence[Record]) -> Rows:
-    """A row per trace and method."""
-    head = (
-        "model",
-        "requests",
-        "MB of KV cache",
-        "engine",
-        "method",
-        "requests/s",
-        "beside dense",
-        "p99 TTFT ms",
-        "p99 TPOT ms",
-    )
-    rows = [
-        (
-            r["model"],
-            f"{r['n']} of about {r['prompt_len']:,} + {r['output_len']:,} tokens, {r['rate']:g} a second",
-            f"{r['pool']:g}",
-            json.dumps(r.get("engine_args") or {}),
-            r["method"],
-            f"{r['request_throughput']:.2f}",
-            beside_dense(r, records, "request_throughput"),
-            f"{r['p99_ttft_ms']:,.0f}",
-            f"{r['p99_tpot_ms']:,.1f}",
-            f"{r['kv_capacity_tokens']:,}",
-            f"{r['preemptions']}",
-            r["attention"],
-        )
-        for r in records
-    ]
-    return (*head, "KV cache, tokens", "preemptions", "attention that ran"), rows
+def _quality_found(r: Record, _: Records) -> Cells:
+    scale = 1 if "metric" in r else 100  # lines of the first version hold shares
+    places = PLACES[bool(r.get("lower_is_better"))]
+
+    def interval(low: str, high: str, sign: str = "") -> str:
+        return "" if r.get(low) is None else f"{r[low]:{sign}.{places}f} .. {r[high]:{sign}.{places}f}"
+
+    return {
+        "score": "" if r.get("score") is None else f"{scale * r['score']:.{places}f}",
+        "95% interval": interval("low", "high"),
+        "beside dense": "" if r.get("difference") is None else f"{r['difference']:+.{places}f}",
+        "its interval": interval("difference_low", "difference_high", "+"),
+        "tokens of an answer": f"{r['output_tokens']:.1f}" if "output_tokens" in r else "",
+        "bytes read per token": f"{r['kv_bytes_moved']:,.0f}" if "kv_bytes_moved" in r else "",
+        "bytes kept per token": f"{r['kv_bytes_held']:,.1f}" if "kv_bytes_held" in r else "",
+    }
+
+
+REQUESTS = ("prompt + answer", "requests")
+"""Of the columns that the command's own table has, those that say what was asked."""
+
+
+def _requests_called(r: Record) -> Cells:
+    return {name: requests_bench.columns(r, None)[name] for name in REQUESTS}
+
+
+def _requests_found(r: Record, records: Records) -> Cells:
+    dense = dense_of(r, records)
+    cells = {k: v for k, v in requests_bench.columns(r, dense).items() if k not in (*REQUESTS, "method")}
+    return cells if dense else {**cells, "beside dense": NO_DENSE}
+
+
+def _pressure_called(r: Record) -> Cells:
+    asked = f"{r['n']} of about {r['prompt_len']:,} + {r['output_len']:,} tokens, {r['rate']:g} a second"
+    return {"requests": asked, "MB of KV cache": f"{r['pool']:g}"}
+
+
+def _pressure_found(r: Record, records: Records) -> Cells:
+    return {
+        "requests/s": f"{r['request_throughput']:.2f}",
+        "beside dense": beside_dense(r, records, "request_throughput"),
+        "p99 TTFT ms": f"{r['p99_ttft_ms']:,.0f}",
+        "p99 TPOT ms": f"{r['p99_tpot_ms']:,.1f}",
+        "KV cache, tokens": f"{r['kv_capacity_tokens']:,}",
+        "preemptions": f"{r['preemptions']}",
+        "attention that ran": r["attention"],
+    }
+
+
+_LAYER = ("heads", "kv_heads", "head_dim", "batch", "context")
+
+KINDS = {
+    "ops": Kind(_ops_called, (*_LAYER, "compression", "r", "k", "block_size"), _ops_found, _LAYER),
+    "ops_prefill": Kind(_prefill_called, (*_LAYER, "chunk"), _prefill_found, (*_LAYER, "chunk")),
+    "engine": Kind(_engine_called, ("context", "batch", "block_size"), _engine_found, ("batch", "context")),
+    "serve": Kind(_serve_called, ("num_prompts", "input_len", "output_len", "rate", "request_rate"), _serve_found),
+    "ray": Kind(_ray_called, ("replicas", "runner", "rows"), _ray_found, ("rows", "runner", "replicas")),
+    "quality": Kind(
+        _quality_called,
+        ("task", "length", "context", "metric", "lower_is_better", "n"),
+        _quality_found,
+        ("task", "length", "text"),
+    ),
+    "requests": Kind(_requests_called, ("input_len", "output_len", "num_prompts", "batch", "command"), _requests_found),
+    "pressure": Kind(_pressure_called, ("n", "prompt_len", "output_len", "rate", "pool"), _pressure_found),
+}
+"""Kind of line -> its table."""

@@ -6,21 +6,14 @@ import json
 import re
 import shutil
 import subprocess
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from vllm_sparq.benchmarks.common.records import read_records
 from vllm_sparq.benchmarks.reporting import page as report
 from vllm_sparq.benchmarks.reporting import plots as report_plots
-from vllm_sparq.benchmarks.reporting import settings, tables
-from vllm_sparq.benchmarks.reporting.tables import Rows
 from vllm_sparq.cli import main
-
-Table = Callable[[Sequence[dict[str, Any]]], Rows]
 
 RESULTS = Path(__file__).parents[3] / "benchmarks" / "results"
 
@@ -88,9 +81,9 @@ def test_everything_is_on_the_page_and_loses_where_it_loses(tmp_path: Path) -> N
 
 
 def test_the_newest_of_the_same_measurement_counts() -> None:
-    old, new = ({"bench": "ray", "method": "dense", "replicas": 1, "v": v} for v in (1, 2))
-    other = {"bench": "ray", "method": "dense", "replicas": 2, "v": 3}
-    assert [one["v"] for one in report.newest([old, other, new])] == [2, 3]
+    old, new = ({"bench": "ray", "method": "dense", "replicas": 1, "seconds": s} for s in (1, 2))
+    other = {"bench": "ray", "method": "dense", "replicas": 2, "seconds": 3}
+    assert [one["seconds"] for one in report.newest([old, other, new])] == [2, 3]
 
 
 def test_lines_and_where_they_cross() -> None:
@@ -156,94 +149,8 @@ window.addEventListener('load', () => {
 
 
 def test_own_results_make_a_page() -> None:
+    from vllm_sparq.benchmarks.common.records import read_records
+
     page, pictures = report.build(read_records(RESULTS))
     assert {"engine-speed", "ops-speed", "ops-bandwidth"} <= pictures.keys()
     assert "Llama-3.2-1B shape" in page
-
-
-def kinds() -> Iterator[tuple[str, Rows]]:
-    """The tables of the repository's own results."""
-    lines = read_records(RESULTS)
-    for bench, (_, _, tabulate, _) in report.SECTIONS.items():
-        if here := report.newest([line for line in lines if report.bench_of(line) == bench]):
-            yield bench, tabulate(here)
-
-
-def test_rows_can_be_told_apart() -> None:
-    """By what stands before the figures: up to the method, and the size of its blocks."""
-    seen = []
-    for bench, (head, rows) in kinds():
-        n = head.index("method") + 1 + ("block" in head)
-        again = [cells for cells, count in Counter(tuple(row[:n]) for row in rows).items() if count > 1]
-        assert not again, (bench, again[:3])
-        seen.append(bench)
-    assert {"ops", "engine", "quality", "requests", "pressure", "serve"} <= set(seen)
-
-
-def of(bench: str, method: str, **more: Any) -> dict[str, Any]:
-    """One of `records`, with other settings or figures."""
-    found = next(line for line in records() if (line.get("bench"), line.get("method")) == (bench, method))
-    return found | more
-
-
-def ratios(rows: Rows) -> list[str]:
-    head, cells = rows
-    return [row[head.index("beside dense")] for row in cells]
-
-
-@pytest.mark.parametrize(
-    ("bench", "tabulate", "figure", "setting"),
-    [
-        ("serve", tables.serve_table, "output_throughput", {"num_prompts": 256}),
-        ("serve", tables.serve_table, "output_throughput", {"serve_args": ["--max-num-seqs", "4"]}),
-        ("pressure", tables.pressure_table, "request_throughput", {"engine_args": {"max_num_seqs": 4}}),
-        ("ray", tables.ray_table, "output_tokens_per_second", {"batch_size": 4}),
-        ("ray", tables.ray_table, "output_tokens_per_second", {"engine_arguments": {"max_num_seqs": 4}}),
-        ("requests", tables.requests_table, "tokens_per_second", {"engine_args": {"max_num_seqs": 4}}),
-    ],
-)
-def test_dense_is_asked_the_same(bench: str, tabulate: Table, figure: str, setting: dict[str, Any]) -> None:
-    """Whatever setting two pairs differ in; and the lines of both are there."""
-    lines = [
-        of(bench, method, **chosen, **{figure: speed})
-        for chosen, speeds in (({}, (100.0, 90.0)), (setting, (400.0, 380.0)))
-        for method, speed in zip(("dense", "sparq"), speeds, strict=True)
-    ]
-    assert report.newest(lines) == lines
-    assert [text.split("x")[0] for text in ratios(tabulate(lines))] == ["1.00", "0.90", "1.00", "0.95"]
-    alone = tabulate([lines[0], lines[3]])
-    assert ratios(alone)[1] == ""
-
-
-def test_arguments_of_a_method_are_no_setting() -> None:
-    dense = of("ray", "dense", engine_arguments={"max_num_seqs": 4, "worker_extension_cls": "w"})
-    ours = of("ray", "sparq", engine_arguments={"max_num_seqs": 4, "attention_backend": "CUSTOM"})
-    assert ratios(tables.ray_table([dense, ours]))[1] == "4.00x"
-
-
-def test_what_is_measured_has_its_own_places() -> None:
-    """Bits of a byte differ in the third."""
-    bits = dict(task="text", score=1.0461, low=0.9504, high=1.1, lower_is_better=True, difference=0.0141)
-    bits |= dict(difference_low=0.004, difference_high=0.0244)
-    head, (row,) = tables.quality_table([of("quality", "sparq", **bits)])
-    cells = dict(zip(head, row, strict=True))
-    assert (cells["score"], cells["beside dense"], cells["its interval"]) == ("1.046", "+0.014", "+0.004 .. +0.024")
-
-
-def test_a_picture_shows_lines_of_one_kind() -> None:
-    """Of one model, machine and set of options: the others are in the table."""
-    mine = [of("ops", method, isa="avx512", compression=8.0) for method in ("vllm", "dense", "sparq")]
-    other = [of("ops", method, isa="avx2", compression=8.0, speedup_vs_vllm=9.0) for method in ("vllm", "dense")]
-    figure = report_plots.draw("ops-speed", settings.most_alike("ops", [*other, *mine])).figure
-    assert {y for line in figure.axes[0].get_lines()[:-1] for y in line.get_ydata()} == {1.0}
-    page, _ = report.build([*other, *mine])
-    assert "compression 8.0, a &lt;fast&gt; processor, avx512." in page
-
-
-def test_bits_are_no_score_of_100() -> None:
-    bits = of("quality", "sparq", lower_is_better=True)
-    assert not report.has_bytes(bits)
-    assert report.has_bytes(of("quality", "sparq"))
-    two = [of("quality", "dense", model=model, kv_bytes_moved=n) for model, n in (("a", 8e6), ("a", 8e6), ("b", 1e6))]
-    figure = report_plots.draw("quality-bytes", settings.most_alike("quality", two)).figure
-    assert [x for line in figure.axes[0].get_lines() for x in line.get_xdata()] == [1.0, 1.0]

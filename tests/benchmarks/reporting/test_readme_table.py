@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -75,6 +76,24 @@ def test_a_line_of_uncommitted_changes_reaches_no_table(changed: dict[str, objec
         assert (filled(text, names, [*records, *clean]) != text) == bool(measured(path))
 
 
+def test_another_model_and_other_requests_reach_no_table() -> None:
+    """Spoilt copies that are newer: answers of another model, its time per token, and a trace with other arguments."""
+
+    def is_copied(record: dict[str, Any]) -> bool:
+        toy = record.get("bench") == "quality" and record["task"] in TASKS
+        return toy or (record.get("bench") == "engine" and not record["options"].get("lossless"))
+
+    records = read_records(RESULTS)
+    spoilt = [{k: 7 * v if type(v) is float else v for k, v in r.items()} for r in records if is_copied(r)]
+    others = [record | {"model": "another"} for record in spoilt]
+    trace = next(r for r in records if r.get("bench") == "pressure" and r["output_len"] == 700)
+    others.insert(0, trace | {"n": 5, "request_throughput": 1e6, "method": "another"})
+    for path, names in DOCUMENTS.items():
+        text = path.read_text(encoding="utf-8")
+        assert filled(text, names, [*others, *records]) == text
+        assert filled(text, names, [*records, *others[1:]]) == text
+
+
 def test_no_ratio_of_two_commits_machines_or_instruction_sets() -> None:
     case = {"bench": "requests", "command": "throughput", "model": "m", "input_len": 8, "output_len": 8}
     case |= {"num_prompts": 2, "kv_cache_bytes": 1 << 20, "sparq": {"max_concurrency": 2.0}}
@@ -122,7 +141,15 @@ def test_every_table_has_its_document() -> None:
 
 def test_capped_positions_are_lm_infinite_among_the_answers() -> None:
     """Other options than these, and methods that are not measured at all tasks, have no line there."""
-    case = {"bench": "quality", "length": 1024, "score": 50.0, "low": 40.0, "high": 60.0, "model": "m", "dirty": False}
+    case = {
+        "bench": "quality",
+        "length": 1024,
+        "score": 50.0,
+        "low": 40.0,
+        "high": 60.0,
+        "model": "weights",
+        "dirty": False,
+    }
     case |= {"kv_bytes_moved": 100, "kv_bytes_held": 100}
     capped = 'streaming 1/2 {"positions": "capped", "budget": 512}'
     methods = ("dense", capped, 'streaming 1/2 {"budget": 512}', "sparq+int4 1/8")
