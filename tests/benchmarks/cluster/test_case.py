@@ -26,7 +26,7 @@ from vllm_sparq.console import UsageError
 
 N_ROWS = 4
 
-HERE = {"commit": "c1", "dirty": False, "cpu": "laptop", "cores": 64, "isa": "avx2", "torch": "2", "vllm": "0.32"}
+HERE = {"commit": "c1", "dirty": False, "cpu": "laptop", "cores": 64, "isa": "avx2", **records.versions()}
 NODE = HERE | {"cpu": "node", "cores": 8}
 
 
