@@ -57,6 +57,17 @@ def test_quantized_pages_are_read(implementation: str, case: Case) -> None:
     torch.testing.assert_close(got.cpu(), want, **tolerances.OUT[case.dtype])
 
 
+@pytest.mark.parametrize("format", ["model", "int8", "int4", "kivi4", "kivi2"])
+@pytest.mark.parametrize("group", [5, 6, 7, 8, 9, 16])
+def test_query_groups_of_any_size(format: str, group: int) -> None:
+    """The C++ kernels take a few heads at a time, evenly: every remainder there is."""
+    case = Case(
+        heads=2 * group, kv_heads=2, block_size=64, dtype=torch.bfloat16, format=format, ranking=None, lens=(203, 64)
+    )
+    got, want = build(case).decode(load("dense_decode", "cpu")), build(case).decode(reference)
+    torch.testing.assert_close(got, want, **tolerances.OUT[case.dtype])
+
+
 @pytest.mark.parametrize(
     ("implementation", "case"), each(LONG_FORMATS, tiny=LONG_FORMATS[2:3], implementations=QUANTIZED)
 )

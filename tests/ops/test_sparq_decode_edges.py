@@ -49,3 +49,22 @@ def test_what_is_read_of_a_cut_context_is_cut_too(format: str, more: dict[str, A
     case = Case(heads=4, kv_heads=1, head_size=64, block_size=128, lens=(2100, 40), format=format)
     read = SparqRead(r=16, min_k=1500, alpha_floor=0.1, **more)
     assert_right(load("sparq_decode", "cpu"), case, case.tokens(), read)
+
+
+@pytest.mark.parametrize("format", ["model", "int8", "int4", "kivi4"])
+@pytest.mark.parametrize("group", [5, 6, 7, 9])
+def test_query_groups_of_any_size(format: str, group: int) -> None:
+    """What ranks and what attends to a list take a few heads at a time, evenly."""
+    ranking = None if format == "kivi4" else "int4"
+    case = Case(
+        heads=2 * group,
+        kv_heads=2,
+        block_size=64,
+        dtype=torch.bfloat16,
+        format=format,
+        ranking=ranking,
+        value_sum=True,
+        lens=(333,),
+    )
+    read = SparqRead(r=16, min_k=100, alpha_floor=0.1, group_reduce="probs")
+    assert_right(load("sparq_decode", "cpu"), case, case.tokens(), read)

@@ -187,7 +187,7 @@ void attend_coded_tokens(const CodeKernels& kernels, const Group& group, const S
     next.take(sequence, tokens + first + tile.n, n - first - tile.n);
     next.prefetch(pages, kernels);
     if (pages.channel_keys) {
-      const KeyColumns columns(pages.head_size, columns_memory, group, logits, stride);
+      const KeyColumns columns(columns_memory, group, logits, stride);
       const uint8_t* const next_page = next.n > 0 ? next.page[0] : nullptr;
       score_columns(coded, tile, next_page, page_rows, columns, page_logits, logits, stride);
     } else {

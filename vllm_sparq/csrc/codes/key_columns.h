@@ -64,9 +64,9 @@ class KeyColumns {
   static constexpr int AT_ONCE = 16;
 
   // Rows [AT_ONCE, D] in `memory`.
-  KeyColumns(int head_size, float* memory, const Group& group, float* logits, int stride)
-      : d_(head_size), group_(group), logits_(logits), stride_(stride) {
-    for (int i = 0; i < AT_ONCE; ++i) rows_[i] = (const uint8_t*)(memory + (size_t)i * head_size);
+  KeyColumns(float* memory, const Group& group, float* logits, int stride)
+      : group_(group), logits_(logits), stride_(stride) {
+    for (int i = 0; i < AT_ONCE; ++i) rows_[i] = (const uint8_t*)(memory + (size_t)i * group.head_size);
   }
 
   // Where K of the token goes whose logits become number `at` of each head.
@@ -79,15 +79,14 @@ class KeyColumns {
     const int n_padded = (n_ + W - 1) / W * W;
     for (int h = 0; h < group_.n_heads; ++h) {
       alignas(64) float logits[AT_ONCE];
-      dot_tile<FloatMac<float>, float, 1, 0>(group_.codes.whole + (size_t)h * group_.codes.stride, d_, rows_, n_padded,
-                                             nullptr, logits, AT_ONCE);
+      dot_tile<FloatMac<float>, float, 1, 0>(group_.codes.whole + (size_t)h * group_.codes.stride, group_.head_size,
+                                             rows_, n_padded, nullptr, logits, AT_ONCE);
       for (int i = 0; i < n_; ++i) logits_[(size_t)h * stride_ + at_[i]] = logits[i];
     }
     n_ = 0;
   }
 
  private:
-  int d_;
   const Group& group_;
   float* logits_;
   int stride_;
