@@ -154,7 +154,7 @@ def assert_right(
     Args:
         run, case, tokens, read, on: the op, and what it is given, where.
         rounds: it multiplies what the codes of quantized pages stand for in the model's type: see `tolerances.OUT`.
-        probes: find out what it reads; else it is taken to read what the reference does.
+        probes: find out what it reads; else it is taken to read what the oracle does.
     """
     world, group = build(case, tokens, device=on), case.heads // case.kv_heads
     got = world.decode(run, read=read).cpu()

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.ops import tolerances
 from tests.ops.cases import ALL, KERNELS, Case, World, build, each, load
 from tests.ops.cases import device_of as device
 from tests.ops.rounding import rounded_dense_decode
@@ -55,7 +56,7 @@ def assert_close(got: World, want: World, tolerance: dict[str, float]) -> None:
 
 
 def assert_paid(world: World, n_rows: Iterable[int]) -> None:
-    """Over the tokens of each request, one for each of its rows, however logits are rounded; sinks would take a part."""
+    """Over the tokens of each request, one for each of its rows, however logits are rounded (sinks take a part)."""
     assert not world.case.sinks
     for scores, n in zip(scores_of(world), n_rows, strict=True):
         paid = torch.full((world.case.kv_heads,), float(n))
@@ -225,15 +226,24 @@ def test_a_score_is_written_by_one_program(case: Case, monkeypatch: pytest.Monke
     assert not shared
 
 
-LOCAL = scored(Case(heads=2, kv_heads=1, ranking="model", lens=(64,), value_sum=False))
+LOCAL = Case(heads=2, kv_heads=1, ranking="model", lens=(64,), value_sum=False, positions=True)
+EVICTED = (
+    *(LOCAL, scored(LOCAL)),
+    replace(LOCAL, ranking="int4", block_size=32, dtype=torch.bfloat16),
+    replace(LOCAL, ranking="int8", dtype=torch.float16),
+    replace(LOCAL, ranking="int4"),
+)
+"""Pages that were evicted from by age, which add nothing up, and by attention."""
 
 
-@pytest.mark.parametrize("implementation", ALL)
+@pytest.mark.parametrize(("implementation", "case"), each(EVICTED))
 @pytest.mark.parametrize("limit", [dict(min_k=7), dict(min_k=20, mass=1e-9)], ids=["k", "mass"])
-def test_newest_tokens_are_found_by_position(implementation: str, limit: dict[str, Any]) -> None:
+def test_newest_tokens_are_found_by_position(implementation: str, case: Case, limit: dict[str, Any]) -> None:
     """After an eviction the newest tokens may lie in any slot: a read of local tokens alone must find them."""
     read = SparqRead(r=1, local=7, dense_below=0, **limit)
-    world = with_scores(LOCAL, device(implementation))
+    world = build(case, device=device(implementation))
+    if case.attention:
+        world.pages.attention[:] = BEFORE
     generator = torch.Generator().manual_seed(3)
     page, place = slots_of(world, 0, 64)
     order = torch.cat([torch.randperm(63, generator=generator), torch.tensor([63])]).int().to(world.buffer.device)
@@ -241,5 +251,5 @@ def test_newest_tokens_are_found_by_position(implementation: str, limit: dict[st
     got = world.decode(load("sparq_decode", implementation), read=read)
     newest = (order >= 56).nonzero()[:, 0]
     keys, values = world.pages.keys[page, 0, place][newest].float(), world.pages.values[page, 0, place][newest].float()
-    weights = torch.softmax(LOCAL.scale * world.query[0].float() @ keys.T, -1)
-    torch.testing.assert_close(got[0].float(), weights @ values, rtol=1e-5, atol=1e-5)
+    weights = torch.softmax(case.scale * world.query[0].float() @ keys.T, -1)
+    torch.testing.assert_close(got[0].float(), weights @ values, **tolerances.OUT[case.dtype])
