@@ -25,6 +25,7 @@ class Shape:
     mass: float | None = None
     n_requests: int = 2
     new_tokens: int = 4096
+    positions: bool = False
     tracked: bool = False  # positions and scores
     sinks: bool = False  # one learned number a head in the softmax
     soft_cap: float | None = None
@@ -107,6 +108,7 @@ SHAPES = (
         tracked=True,
         ops=("sparq_decode",),
     ),
+    Shape(head_size=128, dtype="bfloat16", ranking="int4", positions=True, alpha_floor=1.0, ops=ALL),
     Shape(head_size=80, dtype="float32", ranking="int4", format="int4", block_size=48, tracked=True, ops=("evict",)),
     Shape(head_size=128, dtype="bfloat16", ranking=None, format="kivi2", tracked=True, ops=("write", *DENSE)),
     Shape(head_size=256, dtype="float16", ranking=None, format="kivi4", block_size=256, tracked=True, ops=("evict",)),
@@ -154,7 +156,7 @@ def pages_of(shape: Shape) -> Pages:
         ranking=shape.ranking,
         value_sum=shape.alpha_floor < 1,
         format=shape.format,
-        positions=shape.tracked,
+        positions=shape.positions or shape.tracked,
         attention=shape.tracked,
     )
     return Pages.empty(1, shape.kv_heads, layout)
@@ -206,7 +208,7 @@ def launch_all(shape: Shape) -> None:
     cache = torch.empty(2, 1, shape.kv_heads, shape.block_size, d, dtype=dtype).transpose(2, 3)
     softmax = {"sinks": torch.empty(shape.heads) if shape.sinks else None, "soft_cap": shape.soft_cap}
     calls = {
-        "write": lambda: write(key, key, pages, table, starts, lens, lens if shape.tracked else None),
+        "write": lambda: write(key, key, pages, table, starts, lens, lens if pages.layout.positions else None),
         "prefill": lambda: prefill(query, key, key, pages, table, starts, lens, scale=1.0, out=query, **softmax),
         "dense_decode": lambda: dense_decode(one, pages, table, lens, scale=1.0, out=one, **softmax),
         "sparq_decode": lambda: sparq_decode(one, pages, table, lens, read=read, scale=1.0, out=one, **softmax),
@@ -243,7 +245,7 @@ def launch_start(shape: Shape) -> None:
     warm_up.warm_prefills(prefill, pages, shape.heads, width)
     if pages.layout.quantized is not None:
         warm_up.warm_restores(pages, width)
-    if shape.tracked:
+    if pages.layout.positions:
         warm_up.warm_evictions(evict, pages, width)
 
 

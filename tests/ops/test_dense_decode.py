@@ -14,9 +14,7 @@ from tests.ops.cases import ALL, HUGE_BYTE, KERNELS, Case, Tokens, build, each, 
 from tests.ops.cases import device_of as device
 from tests.ops.rounding import rounded_dense_decode
 from tests.ops.shapes import FORMATS, SHAPES, TINY, TINY_FORMATS
-from vllm_sparq.layout import Pages
 from vllm_sparq.ops.dense_decode.reference import dense_decode as reference
-from vllm_sparq.reads import SparqRead
 
 LONG = (
     Case(heads=8, kv_heads=2, head_size=128, block_size=128, dtype=torch.bfloat16, lens=(900, 3, 0, 513)),
@@ -109,33 +107,6 @@ def test_dense_decode_by_hand(implementation: str) -> None:
     world = build(case, Tokens([query], [key], [value]), device=device(implementation))
     out = world.decode(load("dense_decode", implementation)).cpu()
     torch.testing.assert_close(out[0], torch.tensor([20.0, 16.0])[:, None].repeat(1, 16))
-
-
-@pytest.mark.parametrize("implementation", ALL)
-@pytest.mark.parametrize("fmt", ["model", "int8", "kivi4"])
-def test_caches_beyond_two_gigabytes(implementation: str, fmt: str) -> None:
-    """All four ops on pages whose addresses need 64 bits: pages 3 GB apart, of which little is ever touched."""
-    group = 16 if fmt == "kivi4" else None
-    case, on = Case(lens=(20,), new=(20,), ranking="model", format=fmt, group_size=group), device(implementation)
-    tokens = case.tokens()
-    near = build(case, tokens, written="context", device=on)
-    page_bytes, far = case.layout.page_bytes, 3 * 10**9 // 64 * 64
-    buffer = torch.empty(3 * far + 4 * page_bytes, dtype=torch.uint8, device=on)
-    table, read = near.block_table.clone(), SparqRead(r=16, min_k=8, alpha_floor=0.0)
-    table[0, :4] = torch.tensor([2, 0, 1, 3])
-    data = buffer.as_strided((4, 2, page_bytes), (far, page_bytes, 1), 0)
-    world = replace(near, pages=Pages(data, case.layout), block_table=table, query=near.query[19:20])
-    near = replace(near, query=near.query[19:20])
-    for one in (near, world):
-        one.write(load("write", implementation))
-    for op, options in [("dense_decode", {}), ("sparq_decode", {"read": read})]:
-        run = load(op, implementation)
-        assert world.decode(run, **options).equal(near.decode(run, **options))
-    last = replace(tokens, query=[tokens.query[0][19:]])
-    context = build(replace(case, new=(1,)), last, written="context", device=on)
-    run = load("prefill", implementation)
-    got = replace(context, pages=world.pages, block_table=table).prefill(run)
-    assert got.equal(context.prefill(run))
 
 
 @pytest.mark.parametrize("implementation", ALL)
