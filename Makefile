@@ -98,7 +98,7 @@ arm: $(READY)  ## a wheel for aarch64, and the op tests over its kernels under q
 		bdist_wheel --dist-dir $(ARM)/wheel --bdist-dir $(ARM)/build/wheel
 	$(BIN)/python -m zipfile -e $(ARM)/wheel/*.whl $(ARM)/installed
 	$(ARM_TEST) tests/ops/test_instruction_sets.py
-	$(ARM_TEST) tests/ops/test_write*.py tests/ops/test_prefill.py tests/ops/test_*decode.py tests/ops/test_evict.py -k "cpu and (reference or right)"
+	$(ARM_TEST) tests/ops -k "(cpu or turned) and not quantized_pages_are_read" $(addprefix --ignore=tests/ops/test_,$(addsuffix .py,dispatch instruction_sets native))
 
 mutations: $(READY)  ## faults put into a copy of the sources, one by one: whether the tests find them
 	$(BIN)/python tests/mutations.py

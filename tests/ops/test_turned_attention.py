@@ -23,25 +23,32 @@ DECODES = (3, 1, 48, 17, 33, 300, 16), (1, 1, 1, 1, 20, 1, 16)
 SINKS = torch.tensor([0.5, -3.0, 4.0, 20.0])
 
 
-def world(dtype: torch.dtype = torch.float32, n_turned: int = 4, *, step: Any = (LENS, NEW)) -> dict[str, Any]:
-    lens_of, new = step
+def world(
+    dtype: torch.dtype = torch.float32,
+    n_turned: int = 4,
+    *,
+    step: Any = (LENS, NEW),
+    heads: tuple[int, int, int] = (4, 2, 64),
+) -> dict[str, Any]:
+    """Arguments of the op; ``heads`` are H, G and D."""
+    (lens_of, new), (n_heads, n_kv_heads, d) = step, heads
     blocks = -(-max(lens_of) // 16)
     generator = torch.Generator().manual_seed(3)
 
     def randn(*shape: int) -> torch.Tensor:
         return torch.randn(shape, generator=generator)
 
-    layout = PageLayout(head_size=64, block_size=16, dtype=dtype, positions=True)
-    pages = Pages.empty(len(lens_of) * blocks + 5, 2, layout)
+    layout = PageLayout(head_size=d, block_size=16, dtype=dtype, positions=True)
+    pages = Pages.empty(len(lens_of) * blocks + 5, n_kv_heads, layout)
     pages.data.fill_(0xFF)  # NaN
     ids = torch.randperm(len(pages.data), generator=generator)
     table = ids[: len(lens_of) * blocks].view(len(lens_of), blocks).int()
     starts = torch.tensor([0, *new]).cumsum(0).int()
     lens = torch.tensor(lens_of).int()
     all_starts = torch.tensor([0, *lens_of]).cumsum(0).int()
-    key, value = (randn(sum(lens_of), 2, 64).to(dtype) for _ in range(2))
+    key, value = (randn(sum(lens_of), n_kv_heads, d).to(dtype) for _ in range(2))
     write(key, value, pages, table, all_starts, lens)
-    query, turned = randn(sum(new), 4, 64).to(dtype), randn(sum(new), n_turned, 4, 64)
+    query, turned = randn(sum(new), n_heads, d).to(dtype), randn(sum(new), n_turned, n_heads, d)
     return dict(query=query, turned=turned, pages=pages, block_table=table, query_start_loc=starts, seq_lens=lens)
 
 
@@ -63,6 +70,16 @@ def test_it_is_the_reference(step: Any, n_turned: int, dtype: torch.dtype, softm
     found = run(threaded(cpu.turned_attention, THREADS), given, **softmax)
     torch.testing.assert_close(found, want, **tolerances.OUT[dtype])
     assert bool(want.isfinite().all())
+
+
+@pytest.mark.parametrize("heads", [(1, 1, 80), (8, 1, 128), (5, 1, 256), (6, 3, 112)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_other_heads(heads: tuple[int, int, int], dtype: torch.dtype) -> None:
+    """Groups of one, of few and of many, and sizes that are no power of two."""
+    given = world(dtype, step=DECODES, heads=heads)
+    want = run(reference.turned_attention, given)
+    found = run(threaded(cpu.turned_attention, THREADS), given)
+    torch.testing.assert_close(found, want, **tolerances.OUT[dtype])
 
 
 def test_one_long_context_is_cut_among_threads() -> None:
