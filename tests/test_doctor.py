@@ -54,6 +54,15 @@ def test_for_people_it_ends_with_a_verdict(monkeypatch: pytest.MonkeyPatch, caps
     assert "operations" not in out  # they need a vLLM that can be used
 
 
+def test_the_verdict_has_the_options_that_were_asked_about_without_a_model(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("vllm_sparq.doctor.command.checks", lambda *_: [])
+    assert cli.main(["doctor", "--attention-backend", "h2o", "--options", '{"budget": 64}']) == 0
+    command = """vllm serve ... --attention-backend h2o --additional-config '{"sparq": {"budget": 64}}'"""
+    assert capsys.readouterr().out.rstrip().endswith(f"All is well: {command}")
+
+
 def test_a_bypassed_platform_is_found() -> None:
     """And said even where the terminal knows nothing but ASCII."""
     code = "import sys; from vllm_sparq.cli import main; sys.exit(main(['doctor', '--quick', '--json']))"

@@ -174,12 +174,9 @@ def print_verdict(n_wrong: int, args: argparse.Namespace) -> None:
         text = "1 thing is" if n_wrong == 1 else f"{n_wrong} things are"
         console.print(f"[bold red]✗[/] {text} wrong: look for ✗ above.")
         return
-    name = args.attention_backend
-    if args.model is None:
-        console.print(f"[bold green]✓[/] All is well: vllm serve ... --attention-backend {name}")
-        return
-    command = ["vllm", "serve", args.model, "--attention-backend", name]
+    model = "..." if args.model is None else shlex.quote(args.model)
+    chosen = ["--attention-backend", args.attention_backend]
     if args.options:
-        command += ["--additional-config", json.dumps({NAMESPACE: args.options})]
-    line = shlex.join(command + args.serve_args)
+        chosen += ["--additional-config", json.dumps({NAMESPACE: args.options})]
+    line = f"vllm serve {model} {shlex.join(chosen + args.serve_args)}"
     console.print(f"[bold green]✓[/] All is well: {escape(line)}", markup=True)
