@@ -100,3 +100,30 @@ def test_usage_errors_and_signals_become_exit_codes(
     fail(processes.Stopped(15))
     assert cli.main(["demo"]) == 143
     assert capsys.readouterr().err == "vllm-sparq demo: stopped by SIGTERM\n"
+
+
+@pytest.mark.parametrize(
+    ("command", "option", "example"),
+    [
+        ("doctor", "--options", '{"compression": 4}'),
+        ("doctor", "--serve-args", '["--dtype", "auto"]'),
+        ("demo", "--sparq", '{"compression": 4}'),
+        ("eval", "--options", '{"compression": 4}'),
+        ("eval", "--engine-args", '{"max_model_len": 4096}'),
+        ("tune", "--engine-args", '{"max_model_len": 4096}'),
+        ("bench engine", "--choice", '{"compression": 4}'),
+        ("bench serve", "--serve-args", '["--dtype", "auto"]'),
+        ("bench pressure", "--engine-args", '{"max_model_len": 4096}'),
+        ("bench ray", "--engine-args", '{"max_model_len": 4096}'),
+        ("bench ray", "--runtime-env", '{"env_vars": {"NAME": "value"}}'),
+    ],
+)
+def test_what_is_not_json_is_answered_by_what_the_option_takes(
+    command: str, option: str, example: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An example of other options, pasted, would be refused or mean nothing."""
+    assert run(*command.split(), option, "dtype=auto") == 2
+    assert f"write for example '{example}', in single quotes" in capsys.readouterr().err
+    parser = argparse.ArgumentParser()
+    importlib.import_module(cli.COMMANDS[command][0]).add_arguments(parser)
+    parser.parse_args([option, example])

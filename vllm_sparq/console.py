@@ -29,6 +29,11 @@ MOST = 2**31 - 1
 DTYPES = ("bfloat16", "float16", "float32", "auto")
 """Element types that engines of ours run in, as vLLM names them; auto: the one that the model names."""
 
+OPTIONS_EXAMPLE = '{"compression": 4}'
+WORDS_EXAMPLE = '["--dtype", "auto"]'
+ARGUMENTS_EXAMPLE = '{"max_model_len": 4096}'
+"""JSON that a message shows, by what its argument takes: options, words of `vllm serve`, arguments of vLLM's."""
+
 
 class UsageError(ValueError):
     """What the user asked for cannot be done as written; said in one line, exit code 2."""
@@ -125,37 +130,35 @@ def comma_shares(text: str) -> list[float]:
     return found
 
 
-def json_value(text: str) -> Any:
-    """For argparse: whatever a JSON text says."""
+def json_value(text: str, example: str = OPTIONS_EXAMPLE) -> Any:
+    """Whatever a JSON text says; ``example`` is what its argument takes."""
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
         raise argparse.ArgumentTypeError(
-            f"{shown(text)} is not JSON ({error}): write for example '{{\"compression\": 4}}', in single quotes"
+            f"{shown(text)} is not JSON ({error}): write for example '{example}', in single quotes"
         ) from None
 
 
-def json_object(text: str) -> dict[str, Any]:
+def json_object(text: str, example: str = OPTIONS_EXAMPLE) -> dict[str, Any]:
     """For argparse: a JSON object."""
-    found = json_value(text)
+    found = json_value(text, example)
     if not isinstance(found, dict):
-        raise argparse.ArgumentTypeError(f"{shown(text)} is not a JSON object, such as '{{\"compression\": 4}}'")
+        raise argparse.ArgumentTypeError(f"{shown(text)} is not a JSON object, such as '{example}'")
     return found
 
 
 def serve_words(text: str) -> list[str]:
     """For argparse: arguments of `vllm serve`, a JSON list of words."""
-    found = json_value(text)
+    found = json_value(text, WORDS_EXAMPLE)
     if not isinstance(found, list) or not all(isinstance(word, str | int | float) for word in found):
-        raise argparse.ArgumentTypeError(
-            f"""{shown(text)} is not a JSON list of words, such as '["--dtype", "auto"]'"""
-        )
+        raise argparse.ArgumentTypeError(f"{shown(text)} is not a JSON list of words, such as '{WORDS_EXAMPLE}'")
     return [str(word) for word in found]
 
 
 def llm_arguments(text: str) -> dict[str, Any]:
     """For argparse: arguments of vLLM's, a JSON object; the numbers that we read as well are checked here."""
-    found = json_object(text)
+    found = json_object(text, ARGUMENTS_EXAMPLE)
     for name in ("max_model_len", "block_size", "kv_cache_memory_bytes"):
         value = found.get(name, 1)
         if type(value) is not int or value < 1:
@@ -170,7 +173,7 @@ def given_options(text: str) -> dict[str, Any]:
     given = json_value(text)
     if not isinstance(given, dict):
         raise argparse.ArgumentTypeError(
-            f"must be an object of options, got {text[:N_SHOWN]}: write for example '{{\"compression\": 4}}'"
+            f"must be an object of options, got {text[:N_SHOWN]}: write for example '{OPTIONS_EXAMPLE}'"
         )
     found: Any = given[NAMESPACE] if list(given) == [NAMESPACE] else given
     if not isinstance(found, dict):

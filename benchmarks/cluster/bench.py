@@ -115,7 +115,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--retries", type=natural, default=2, help="of rows that failed and of replicas that died (default: 2)")
     add("--ship", type=place, metavar="WHEEL", help="a wheel of this plugin for nodes that lack it")
-    add("--runtime-env", type=json_object, default={}, metavar="JSON", help="more of Ray's runtime_env")
+    add("--runtime-env", type=runtime_env, default={}, metavar="JSON", help="more of Ray's runtime_env")
+
+
+def runtime_env(text: str) -> dict[str, Any]:
+    """For argparse: a JSON object of Ray's."""
+    return json_object(text, '{"env_vars": {"NAME": "value"}}')
 
 
 def main(args: argparse.Namespace) -> int:

@@ -35,7 +35,7 @@ from vllm_sparq.benchmarks.common.proof import WrongAttentionError, check_attent
 from vllm_sparq.benchmarks.gpu import engines, session, site, worker
 from vllm_sparq.benchmarks.gpu.engine_worker import GpuEngineWorker
 from vllm_sparq.benchmarks.gpu.engines import EngineJob
-from vllm_sparq.console import UsageError, comma_names, json_object
+from vllm_sparq.console import UsageError, comma_names, llm_arguments
 
 BENCH = "gpu_engine"
 
@@ -70,7 +70,7 @@ def parser() -> argparse.ArgumentParser:
     )
     made.add_argument("--rounds", type=int, default=1, help="starts of each engine with graphs (default 1)")
     made.add_argument("--minutes", type=float, default=9.0, help="be done within this (default 9)")
-    made.add_argument("--arguments", type=json_object, default={}, metavar="JSON", help="of vLLM's, for every engine")
+    made.add_argument("--arguments", type=llm_arguments, default={}, metavar="JSON", help="of vLLM's, for every engine")
     made.add_argument("--list", action="store_true", help="name the engines, in the order of their worth, and end")
     made.add_argument("--commit", help="of this code, where the tree is a copy without git; you vouch that it is clean")
     return made
