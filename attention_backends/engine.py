@@ -15,7 +15,7 @@ import torch
 from vllm.platforms import current_platform
 
 from vllm_sparq.backends import BACKENDS
-from vllm_sparq.config import NAMESPACE, Options, parse_options
+from vllm_sparq.config import NAMESPACE, Options, check_place, parse_options
 from vllm_sparq.formats import FORMATS
 from vllm_sparq.layout import PageLayout
 from vllm_sparq.reads import CUDA_BREAK_EVEN, DIALS, READS, HeadShape, Read, SparseRead
@@ -74,6 +74,7 @@ class PagedEngine:
                 f"the backends {' and '.join(selected)} are presets of the same options and cannot be mixed: "
                 "select one, and set what differs in --additional-config '{\"sparq\": {...}}'"
             )
+        check_place(vllm_config.additional_config or {})
         given = (vllm_config.additional_config or {}).get(NAMESPACE, {})
         options = on_platform(_parsed(json.dumps(given, default=repr), selected[0]))
         block_size = (vllm_config.additional_config or {}).get(BLOCK_SIZE, vllm_config.cache_config.block_size)

@@ -363,3 +363,24 @@ def test_drafts_without_lossless_are_refused() -> None:
     ):
         parse(drafts=5)
     assert parse(drafts=5, lossless=True).drafts == 5
+
+
+@pytest.mark.parametrize(
+    ("given", "right"),
+    [
+        ({"compression": 4}, '{"sparq": {"compression": 4}}'),
+        ({"other": 1, "budget": 64}, '{"sparq": {"budget": 64}}'),
+        ({"spark": {"compression": 4}}, '{"sparq": {"compression": 4}}'),
+        ({"SPARQ": {"r": 8}}, '{"sparq": {"r": 8}}'),
+        ({"h2o": {"budget": 64}}, '{"sparq": {"budget": 64}}'),
+    ],
+)
+def test_options_where_nothing_reads_them_are_refused(given: dict[str, Any], right: str) -> None:
+    """The engine would start without them and say nothing."""
+    with pytest.raises(OptionsError, match=rf"read by nothing.* write --additional-config '{re.escape(right)}'"):
+        parse_options(given)
+
+
+def test_what_belongs_to_others_is_left_to_them() -> None:
+    assert parse_options({"sparq": {"r": 8}, "compression": 4, "k": {"a": 1}}).r == 8
+    assert parse_options({"spark": "a word", "parts": {"a": 1}, "other": {"compression": 4}}) == parse_options({})

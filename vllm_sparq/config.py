@@ -9,6 +9,7 @@ into numbers for one model. Nothing here knows about vLLM or tensors.
 from __future__ import annotations
 
 import difflib
+import json
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
@@ -186,6 +187,7 @@ def parse_options(additional_config: Mapping[str, Any] | None, backend: str = "s
     Raises:
         OptionsError: an unknown key, a wrong type or a value out of range; the message names value, rule and remedy.
     """
+    check_place(additional_config or {})
     given = (additional_config or {}).get(NAMESPACE, {})
     if not isinstance(given, Mapping):
         raise OptionsError(
@@ -199,6 +201,29 @@ def parse_options(additional_config: Mapping[str, Any] | None, backend: str = "s
     _check_read(options)
     _check_retention(options)
     return options
+
+
+def check_place(additional_config: Mapping[str, Any]) -> None:
+    """Refuse options that stand where nothing reads them: beside our key, or below another name for it.
+
+    Raises:
+        OptionsError: our key is missing, and another one is an option of ours, or names us and holds options.
+    """
+    if NAMESPACE in additional_config:
+        return  # what is beside it belongs to others
+    for key, value in additional_config.items():
+        name = str(key)
+        options: Mapping[str, Any] | None = {name: value} if name in Options.model_fields else None
+        if isinstance(value, Mapping) and (
+            name.lower() in PRESETS or difflib.get_close_matches(name.lower(), [NAMESPACE], cutoff=0.75)
+        ):
+            options = value
+        if options is not None:
+            right = json.dumps({NAMESPACE: options}, default=repr)
+            raise OptionsError(
+                f"additional_config[{name!r}] is read by nothing: options go below the key "
+                f"\"{NAMESPACE}\", whatever the backend; write --additional-config '{right}'"
+            )
 
 
 def _check_read(options: Options) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from vllm_sparq.attention_backends import engine
-from vllm_sparq.config import Options
+from vllm_sparq.config import Options, OptionsError
 
 
 def config(**options: Any) -> Any:
@@ -38,3 +38,10 @@ def test_options_are_parsed_once_per_process(monkeypatch: pytest.MonkeyPatch) ->
     assert other is not None
     assert other.options.compression == 5.0
     assert len(parsed) == 2
+
+
+def test_options_beside_our_key_are_refused_at_start() -> None:
+    misplaced = config()
+    misplaced.additional_config = {"compression": 4}
+    with pytest.raises(OptionsError, match="is read by nothing"):
+        engine.PagedEngine.of(misplaced)
