@@ -165,9 +165,13 @@ def position_refusals(vllm_config: Any, engine: PagedEngine) -> list[str]:
     assert retention is not None
     seen = retention.budget_of(0) + retention.segment
     if seen > trained:
+        most = trained - retention.segment
+        fits = (
+            f"use budget <= {most}, or say" if most >= retention.least_budget else "no budget is small enough, so say"
+        )
         reasons.append(
             f"sparq option budget={retention.budget_of(0)} and the {retention.segment} tokens of a prompt that come "
-            f"between two evictions are {seen}, more than the {trained} that the model was trained for: use budget <= "
-            f"{trained - retention.segment}, or say in the option trained what it was trained for"
+            f"between two evictions are {seen}, more than the {trained} that the model was trained for: {fits} in "
+            "the option trained what it was trained for"
         )
     return reasons

@@ -88,6 +88,25 @@ def test_configurations_are_refused_before_weights_load(config: dict[str, Any], 
     assert message is None or re.search(message, found[0])
 
 
+@pytest.mark.parametrize(
+    ("trained", "remedy"),
+    [
+        (1279, "use budget <= 1023, or say in the option"),
+        (262, "use budget <= 6, or"),
+        (261, "no budget is small enough"),
+    ],
+)
+def test_a_budget_beyond_training_is_told_one_that_can_be(trained: int, remedy: str) -> None:
+    given = {"positions": "capped", "prefill": "bounded", "trained": trained}
+    engine = PagedEngine(backend="streaming", options=parse_options({"sparq": given}, "streaming"), block_size=128)
+    text = SimpleNamespace(rope_parameters={"rope_type": "default"})
+    (found,) = position_refusals(SimpleNamespace(model_config=SimpleNamespace(hf_text_config=text)), engine)
+    assert remedy in found
+    if "use budget" in remedy:
+        least = int(found.split("use budget <= ")[1].split(",")[0])
+        parse_options({"sparq": given | {"budget": least}}, "streaming").retained(128)
+
+
 def by(positions: str) -> list[list[int]]:
     """Of a request with three rows from position 10 on in slots 4 to 6, and one with a row at 2 in slot 2."""
     turning = Turning(positions, 2, 8, Rope(torch.ones(1), neox=True))
