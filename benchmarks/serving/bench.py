@@ -47,6 +47,7 @@ from vllm_sparq.console import (
     positive,
     real_number,
     serve_words,
+    shown,
 )
 
 SHORT = {"half": "float16", "float": "float32"}
@@ -70,6 +71,9 @@ GIVEN = {
     "kv_cache_dtype": "block formats as in --methods int8",
 }
 """Arguments of `vllm serve` that the command sets itself or that its bytes of cache are counted by."""
+
+SERVICE_LEVELS = ("ttft", "tpot", "e2el")
+"""What `vllm bench serve --goodput` knows."""
 
 WARM_UP = "warm-up"
 """Stands for a rate where the seed of the first requests is drawn."""
@@ -101,7 +105,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--input-len", type=positive, default=512, metavar="TOKENS", help="of a random prompt (default: 512)")
     add("--output-len", type=positive, default=64, metavar="TOKENS", help="of every answer (default: 64)")
     add("--max-concurrency", type=positive, help="requests that the client has open at a time (default: no limit)")
-    add("--goodput", nargs="+", metavar="KEY:MS", help="service levels, such as ttft:500 tpot:50")
+    add("--goodput", nargs="+", type=service_level, metavar="KEY:MS", help="service levels, such as ttft:500 tpot:50")
     add("--kv-cache-mib", type=positive, help="KV cache of each server, the same for all (default: 256 on a CPU)")
     add("--serve-args", type=serve_words, default=[], metavar="JSON", help="more arguments of `vllm serve`, as a list")
     add("--options", type=json_object, default={}, metavar="JSON", help="sparq options on top of every method")
@@ -114,6 +118,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--out", type=place, help="append one JSON line per method and rate")
     add("--again", action="store_true", help="measure cases that --out holds already")
+
+
+def service_level(text: str) -> str:
+    """For argparse: a service level that vLLM's client takes."""
+    key, _, limit = text.partition(":")
+    try:
+        is_usable = key in SERVICE_LEVELS and 0 <= float(limit) < math.inf
+    except ValueError:
+        is_usable = False
+    if not is_usable:
+        raise argparse.ArgumentTypeError(
+            f"{shown(text)} is no service level: give {', '.join(SERVICE_LEVELS)} and milliseconds, such as ttft:500"
+        )
+    return text
 
 
 def rates(text: str) -> list[float]:

@@ -46,6 +46,10 @@ def parse(*words: str) -> argparse.Namespace:
         ),
         (["--serve-args", '["--additional-config.sparq.k", "4"]'], "is set by this command itself: use --methods"),
         (["--serve-args", '["--dtype", "int3"]'], "--dtype 'int3' is not usable"),
+        (["--goodput", "ttf:500"], "argument --goodput: 'ttf:500' is no service level: give ttft, tpot, e2el and"),
+        (["--goodput", "ttft:500", "tpot"], "argument --goodput: 'tpot' is no service level"),
+        (["--goodput", "e2el:fast"], "argument --goodput: 'e2el:fast' is no service level"),
+        (["--goodput", "ttft:-1"], "argument --goodput: 'ttft:-1' is no service level"),
         (["--num-prompts", "0"], "argument --num-prompts: '0' must be 1 or more"),
     ],
 )
