@@ -51,7 +51,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     quality.add_model_arguments(parser)
     parser.add_argument("--text", type=place, help="text file or folder that loss is measured on (default: the corpus)")
     parser.add_argument(
-        "--max-loss", type=real_number(), default=0.01, help="bits per byte, and share of needles (default: 0.01)"
+        "--max-loss",
+        type=real_number(least=0),
+        default=0.01,
+        help="bits per byte, and share of needles (default: 0.01)",
     )
     parser.add_argument(
         "--context", type=positive, help="tokens of a request (default: half the model's, 8192 at most)"

@@ -214,6 +214,7 @@ def test_a_grid_is_dense_and_all_pairs() -> None:
         (["sweep", "--method", "int4"], "ranks no tokens"),
         (["sweep", "--k", "0"], "argument --k: '0' must be 1 or more"),
         (["tune", "--max-loss", "nan"], "argument --max-loss: 'nan' is not a number"),
+        (["tune", "--max-loss", "-1"], "argument --max-loss: '-1' must be 0 or more"),
         (["tune", "--trials", "0"], "argument --trials: '0' must be 1 or more"),
         (["tune", "--context", "4096"], "--context 4096"),
         (["tune", "--text", "nowhere"], "no text at nowhere"),
