@@ -46,13 +46,13 @@ def asked_for(extra_args: Mapping[str, Any] | None) -> str | None:
     if not extra_args:
         return None
     whole, dot = extra_args.get(NAMESPACE), f"{NAMESPACE}."
-    options = {name.removeprefix(dot): value for name, value in extra_args.items() if name.startswith(dot)}
+    options = {name.removeprefix(dot): value for name, value in extra_args.items() if str(name).startswith(dot)}
     if whole == OFF and options:
         raise OptionsError(f'"{NAMESPACE}": "{OFF}" and {", ".join(options)} contradict each other: leave one out')
     if whole == OFF:
         return json.dumps(OFF)
     if isinstance(whole, Mapping):
-        options = {**whole, **options}
+        options = {**{str(name): value for name, value in whole.items()}, **options}
     elif whole is not None:
         raise OptionsError(f'"{NAMESPACE}": {whole!r} is neither "{OFF}" nor an object of options: {REMEDY}')
     return json.dumps(options, sort_keys=True, default=repr) if options else None

@@ -88,6 +88,8 @@ def test_where_the_engine_s_own_options_do(extra_args: dict[str, Any] | None, of
         ({"sparq.mass": 0.5, "sparq.k": 64}, {}, ["min_k=256", "set min_k below k"]),
         ({"sparq.format": "int4"}, {}, ['"sparq.format": "int4"', "compression, sparq.r", "--additional-config"]),
         ({"sparq.topk": 5}, {}, ['"sparq.topk": 5', "a request may set"]),
+        ({"sparq": {1: 2, "r": 4}}, {}, ['"sparq.1": 2', "a request may set"]),
+        ({1: 2, "sparq.topk": 5}, {}, ['"sparq.topk": 5', "a request may set"]),
         ({"sparq": "on"}, {}, ["'on' is neither", '"off"']),
         ({"sparq": [1]}, {}, ["[1] is neither"]),
         ({"sparq": "off", "sparq.k": 5}, {}, ["contradict"]),
