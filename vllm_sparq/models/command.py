@@ -37,6 +37,9 @@ def main(args: argparse.Namespace) -> int:
     find(args.name)
     if args.action == "get":
         console = make_console()
+        if is_here(args.name):
+            console.print(f"{args.name} is in {folder_of(args.name)}", highlight=False, markup=False, soft_wrap=True)
+            return 0
         get(args.name, agree=args.agree, say=lambda text: console.print(text, highlight=False, soft_wrap=True))
         return 0
     if not is_here(args.name):
