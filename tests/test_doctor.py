@@ -63,6 +63,20 @@ def test_the_verdict_has_the_options_that_were_asked_about_without_a_model(
     assert capsys.readouterr().out.rstrip().endswith(f"All is well: {command}")
 
 
+@pytest.mark.parametrize(
+    ("words", "remedy"),
+    [
+        (["--attention-backend", "h2o"], "give doctor's own --attention-backend instead"),
+        (["--additional-config", '{"sparq": {"compression": 4}}'], "give what it says of sparq as --options instead"),
+    ],
+)
+def test_arguments_that_decide_what_is_described_are_its_own(tmp_path: Path, words: list[str], remedy: str) -> None:
+    """Else the figures are of other options than the command below them."""
+    section = model_section(model_folder(tmp_path), Options(), serve_args=words)
+    assert not section.is_well
+    assert f"{words[0]} among --serve-args is not described: {remedy}" in texts(section, "✗")
+
+
 def test_a_bypassed_platform_is_found() -> None:
     """And said even where the terminal knows nothing but ASCII."""
     code = "import sys; from vllm_sparq.cli import main; sys.exit(main(['doctor', '--quick', '--json']))"

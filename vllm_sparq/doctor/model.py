@@ -25,6 +25,13 @@ FULL_KINDS = ("full_attention", "attention", "hybrid")
 CONTEXTS = (1024, 4096, 16384, 65536, 131072)
 
 
+OWN = {
+    "attention_backend": "doctor's own --attention-backend",
+    "additional_config": "what it says of sparq as --options",
+}
+"""Arguments of `vllm serve` that decide what is described, and how doctor is told."""
+
+
 def model_section(model: str, options: Options, backend: str = "sparq", serve_args: Sequence[str] = ()) -> Section:
     """The report, from the model's configuration alone.
 
@@ -45,6 +52,10 @@ def model_section(model: str, options: Options, backend: str = "sparq", serve_ar
     except ValueError as error:
         section.bad(f"vLLM does not take {shlex.join(serve_args)}: {error}")
         return section
+    for name, own in OWN.items():
+        if name in arguments:
+            section.bad(f"--{name.replace('_', '-')} among --serve-args is not described: give {own} instead")
+            return section
     try:
         config = EngineArgs(**arguments).create_model_config()
     except Exception as error:  # vLLM raises many kinds, all of them about this model
