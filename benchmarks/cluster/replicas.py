@@ -26,7 +26,7 @@ from vllm_sparq.benchmarks.common.methods import Method
 from vllm_sparq.benchmarks.common.proof import Report, WrongAttentionError, check_attention
 from vllm_sparq.benchmarks.common.records import provenance
 from vllm_sparq.benchmarks.common.server import WORKER_REPORT
-from vllm_sparq.config import NAMESPACE, Options
+from vllm_sparq.config import NAMESPACE, Options, OptionsError, check_place
 from vllm_sparq.console import UsageError
 
 SPARE_CPUS = 2
@@ -155,6 +155,10 @@ def _additional(more: Mapping[str, Any]) -> Mapping[str, Any]:
         raise UsageError(
             f'engine argument additional_config {found!r} must be an object, such as {{"{NAMESPACE}": {{...}}}}'
         )
+    try:
+        check_place(found)
+    except OptionsError as error:
+        raise UsageError(f"engine argument {error}") from None
     return found
 
 

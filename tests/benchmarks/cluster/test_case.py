@@ -267,6 +267,7 @@ def test_options_among_engine_arguments_join_those_of_the_method(ray: Cluster, g
         ("sparq", {"additional_config": {"sparq": {"read": "spans"}}}, "read 'spans' contradicts the method 'sparq'"),
         ("h2o", {"additional_config": {"sparq": {"retention": "window"}}}, "stands for 'heavy_hitter'"),
         ("sparq", {"additional_config": {"sparq": {"compresion": 4}}}, "compresion"),
+        ("sparq", {"additional_config": {"compression": 4}}, "is read by nothing"),
         ("sparq", {"additional_config": {"sparq": 4}}, "must be an object of options"),
         ("dense", {"additional_config": [4]}, "must be an object"),
         ("sparq", {"attention_backend": "FLASH_ATTN"}, "FLASH_ATTN contradicts the method 'sparq'"),
