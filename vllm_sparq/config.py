@@ -211,19 +211,20 @@ def check_place(additional_config: Mapping[str, Any]) -> None:
     """
     if NAMESPACE in additional_config:
         return  # what is beside it belongs to others
-    for key, value in additional_config.items():
-        name = str(key)
-        options: Mapping[str, Any] | None = {name: value} if name in Options.model_fields else None
-        if isinstance(value, Mapping) and (
-            name.lower() in PRESETS or difflib.get_close_matches(name.lower(), [NAMESPACE], cutoff=0.75)
-        ):
-            options = value
-        if options is not None:
-            right = json.dumps({NAMESPACE: options}, default=repr)
-            raise OptionsError(
-                f"additional_config[{name!r}] is read by nothing: options go below the key "
-                f"\"{NAMESPACE}\", whatever the backend; write --additional-config '{right}'"
-            )
+    flat = {str(key): value for key, value in additional_config.items() if key in Options.model_fields}
+    below = {
+        str(key): value
+        for key, value in additional_config.items()
+        if isinstance(value, Mapping)
+        and (str(key).lower() in PRESETS or difflib.get_close_matches(str(key).lower(), [NAMESPACE], cutoff=0.75))
+    }
+    if flat or below:
+        name, options = (next(iter(flat)), flat) if flat else next(iter(below.items()))
+        right = json.dumps({NAMESPACE: options}, default=repr)
+        raise OptionsError(
+            f'additional_config[{name!r}] is read by nothing: options go below the key "{NAMESPACE}", whatever the '
+            f"backend; write --additional-config '{right}', or add \"{NAMESPACE}\": {{}} if it is for another plugin"
+        )
 
 
 def _check_read(options: Options) -> None:
