@@ -14,6 +14,7 @@ from vllm.utils.torch_utils import get_kv_cache_quant_algo_string
 from vllm_sparq.attention_backends.engine import LOCAL_KINDS, PagedEngine, heads_of
 from vllm_sparq.attention_backends.positions import position_refusals
 from vllm_sparq.attention_backends.speculation import speculation_refusals
+from vllm_sparq.backends import PRESETS
 from vllm_sparq.config import Options, OptionsError, check_budget
 from vllm_sparq.layout import BLOCK_SIZE_MULTIPLE
 from vllm_sparq.reads import READS, SparseRead
@@ -152,6 +153,12 @@ def _option_refusals(vllm_config: Any) -> list[str]:
         return []  # refused for what it is, which no option changes
     reasons = _format_refusals(vllm_config, engine) + speculation_refusals(vllm_config, engine)
     reasons += position_refusals(vllm_config, engine)
+    n_layers, n_dense = getattr(model.hf_text_config, "num_hidden_layers", None), engine.options.dense_layers
+    if n_layers and n_dense >= n_layers and n_dense != PRESETS[engine.backend].options.get("dense_layers", 0):
+        reasons.append(
+            f"dense_layers={n_dense} leaves none of the model's {n_layers} layers to be read sparsely: use less than "
+            f"{n_layers}, or read 'dense'"
+        )
     if current_platform.is_cuda() and READS[engine.options.read].own_ranking:
         reasons.append(
             f"read={engine.options.read!r} runs on CPU alone so far: use read 'sparq' or 'spans', as the backends "

@@ -332,4 +332,5 @@ def _explain(finding: Mapping[str, Any]) -> str:
         return f"unknown sparq option {name!r}.{hint} Known options: {', '.join(known)}"
     field = Options.model_fields[name]
     allowed = ALLOWED.get(name) or finding["msg"].lower()
-    return f"sparq option {name}={finding['input']!r} is not usable: {allowed}. {field.description}"
+    meaning = (field.description or "").partition("\n\n")[0]  # the rest is for docs/options.md
+    return f"sparq option {name}={finding['input']!r} is not usable: {allowed}. {meaning}"

@@ -63,7 +63,10 @@ class MixedCase(Case):
 
 def choice(text: str) -> dict[str, Any] | str:
     """For argparse: ``off``, or options in JSON."""
-    return OFF if text == OFF else json_object(text)
+    try:
+        return OFF if text == OFF else json_object(text)
+    except argparse.ArgumentTypeError as error:
+        raise argparse.ArgumentTypeError(f"{error}, or the word {OFF}") from None
 
 
 def name_of(chosen: dict[str, Any] | str | None) -> str:

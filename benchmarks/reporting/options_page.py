@@ -21,9 +21,9 @@ PAGE = Path(__file__).parents[2] / "docs" / "options.md"
 TITLE = """\
 # Options
 
-Keys of `additional_config["sparq"]`: `--additional-config '{"sparq": {"compression": 4}}'` on the command line,
-`additional_config={"sparq": {"compression": 4}}` in Python. Unknown keys, values out of range and options that mean
-nothing together are refused before the model loads, with the value, the rule and the remedy.
+Keys of `additional_config["sparq"]`, whatever the backend: `--additional-config '{"sparq": {"compression": 4}}'` on the
+command line, `additional_config={"sparq": {"compression": 4}}` in Python. Unknown keys, values out of range and
+options that mean nothing together are refused before the model loads, with the value, the rule and the remedy.
 
 What options come to for one model: `vllm-sparq doctor --model MODEL --options '{"compression": 4}'`.
 
@@ -47,7 +47,8 @@ A preview, on CPU, for engines that read sparsely. `SamplingParams.extra_args` i
 A choice is about what decode steps read, never about what pages hold or which tokens stay. A request that sets
 `compression` does without the engine's `r` and `k`. What cannot be is refused when the request arrives, with the value,
 the rule and the remedy: HTTP 400 (where vLLM streams, its 200 may be sent by then, and the reason is in the stream), in
-Python vLLM's `VLLMValidationError`. On CUDA every choice is refused. `/metrics` counts requests that choose:
+Python vLLM's `VLLMValidationError`. On CUDA every choice is refused. Of other keys than `sparq` and
+`sparq.*` nothing is known, so nothing is said; vLLM's beam search hands no choice on. `/metrics` counts who chooses:
 `vllm:sparq_dense_requests_total` and `vllm:sparq_tuned_requests_total`; they stay 0 for an engine on another host than
 its front end.
 """.replace("NAMES", ", ".join(f"`sparq.{name}`" for name in TURNED[1:]))

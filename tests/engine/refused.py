@@ -60,6 +60,9 @@ CASES: dict[str, Case] = {
     "options that are no object": options([4], r"must be an object of options, got \[4\].*write for example"),
     "r beyond the head": options({"r": 65}, r"r=65 is larger than the model's head size 64: use r <= 64"),
     "k of nothing": options({"k": 0}, r"k=0 is not usable: .*greater than or equal to 1"),
+    "no sparse layer": options(
+        {"read": "spans", "dense_layers": 4}, r"dense_layers=4 leaves none of the model's 4 layers .*use less than 4"
+    ),
     "compression below 1": options({"compression": 0.5}, r"compression=0.5 .*greater than or equal to 1"),
     "r in words": options({"r": "many"}, r"r='many' .*valid integer"),
     "no such format": options({"format": "int3"}, r"format='int3' is not usable: .*'kivi4', 'k4v2' or 'kivi2'"),

@@ -81,6 +81,7 @@ def test_the_overhead_is_the_median_of_turns() -> None:
     ("words", "message"),
     [
         (["--choice", "on"], "argument --choice: 'on' is not JSON"),
+        (["--choice", "on"], "in single quotes, or the word off"),
         (["--choice", "[]"], "argument --choice: '[]' is not a JSON object"),
         (["--choice", '{"format": "int4"}'], '--choice {"format": "int4"}: "sparq.format": "int4": a request may set'),
         (["--choice", '{"k": 128}'], 'is what engine \'sparq {"r": 16, "k": 128}\' does anyway: choose something else'),
