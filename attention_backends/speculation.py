@@ -92,8 +92,13 @@ def lossless_refusals(vllm_config: Any, engine: PagedEngine) -> list[str]:
         )
     if envs.VLLM_USE_V2_MODEL_RUNNER:
         reasons.append("needs vLLM's model runner V1, since V2 takes no proposers: unset VLLM_USE_V2_MODEL_RUNNER")
-    if vllm_config.lora_config is not None or model.uses_mrope or model.is_hybrid:
-        reasons.append("does not know adapters, M-RoPE and layers with a state: use another model, or leave LoRA out")
+    for found, what, remedy in (
+        (vllm_config.lora_config is not None, "LoRA adapters", "--enable-lora"),
+        (model.uses_mrope, "positions of several dimensions (M-RoPE)", "lossless"),
+        (model.is_hybrid, "layers with a state", "lossless"),
+    ):
+        if found:
+            reasons.append(f"does not know {what}: leave {remedy} out")
     kinds = set(getattr(model.hf_text_config, "layer_types", None) or ())
     if len(kinds) > 1:
         reasons.append(f"needs layers of one kind, and this model's are {', '.join(sorted(kinds))}: leave lossless out")

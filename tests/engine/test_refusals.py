@@ -6,6 +6,7 @@ One table of configurations (`tests.engine.refused`), which goes through vLLM's 
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import re
@@ -13,14 +14,19 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
-from tests.engine.refused import CASES, COMPRESSED_TENSORS, MODELOPT, Case, altered, backend_flags, flags
+from tests.engine.refused import CASES, COMPRESSED_TENSORS, DENSE, MODELOPT, Case, altered, backend_flags, flags
 from tests.engine.support import MODEL
+from vllm_sparq.attention_backends.refusals import engine_refusals
 
 pytestmark = pytest.mark.engine
+
+ALIBI = rf"ALiBi adds a bias to the scores{DENSE}"
 
 
 def start(model: Path = MODEL, options: Any = None, **engine_args: Any) -> Any:
@@ -50,6 +56,74 @@ def test_there_are_thirty() -> None:
 
 def test_good_model_is_not_refused() -> None:
     start()
+
+
+CHANGED: dict[str, tuple[str, Any, str]] = {
+    "decode context parallelism": (
+        "parallel_config.decode_context_parallel_size",
+        2,
+        r"--decode-context-parallel-size 2 splits a request's tokens over workers.*: set it to 1",
+    ),
+    "prefill context parallelism": (
+        "parallel_config.prefill_context_parallel_size",
+        4,
+        r"--prefill-context-parallel-size 4 splits a request's tokens over workers.*: set it to 1",
+    ),
+    "attention that is not causal": (
+        "attention_config.use_non_causal",
+        True,
+        rf"non-causal attention \(use_non_causal\) is not supported{DENSE}",
+    ),
+    "drafts trimmed on the device": (
+        "speculative_config",
+        SimpleNamespace(enable_adaptive_verification=True, method="ngram"),
+        r"enable_adaptive_verification trims drafts on the device.*: leave it out of --speculative-config",
+    ),
+    "reference sliding windows": (
+        "model_config.model_arch_config.rswa_window",
+        512,
+        rf"reference sliding windows \(rswa_window=512\) are not supported{DENSE}",
+    ),
+    "64 bits": (
+        "model_config.dtype",
+        torch.float64,
+        r"dtype torch\.float64 is not bfloat16, float16 or float32: set --dtype",
+    ),
+    "ALiBi of Falcon": ("model_config.hf_text_config.alibi", True, ALIBI),
+    "ALiBi by use_alibi": ("model_config.hf_text_config.use_alibi", True, ALIBI),
+    "ALiBi of MPT": ("model_config.hf_text_config.attn_config", {"alibi": True}, ALIBI),
+    "ALiBi of MPT, in an object": ("model_config.hf_text_config.attn_config", SimpleNamespace(alibi=True), ALIBI),
+    "ALiBi as a position embedding": ("model_config.hf_text_config.position_embedding", "ALiBi", ALIBI),
+    "ALiBi as a type of them": ("model_config.hf_text_config.position_embedding_type", "alibi", ALIBI),
+}
+"""What no checkpoint of ours says, or takes more devices -> what is changed of a good configuration, and the reason."""
+
+
+@pytest.mark.parametrize("name", CHANGED)
+def test_one_change_of_a_good_configuration_is_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As vLLM's platform and our worker ask: for one reason, which the change is."""
+    where, value, message = CHANGED[name]
+    config = start()
+    assert not engine_refusals(config)
+    *path, attribute = where.split(".")
+    monkeypatch.setattr(functools.reduce(getattr, path, config), attribute, value, raising=False)
+    (reason,) = engine_refusals(config)
+    assert re.match(message, reason), reason
+
+
+@pytest.mark.parametrize(
+    ("attribute", "value"),
+    [
+        ("alibi", False),
+        ("attn_config", {"alibi": False}),
+        ("position_embedding", "rope"),
+        ("position_embedding_type", "rope"),
+    ],
+)
+def test_who_says_that_there_is_no_alibi_is_believed(attribute: str, value: Any) -> None:
+    config = start()
+    setattr(config.model_config.hf_text_config, attribute, value)
+    assert not engine_refusals(config)
 
 
 def test_images_are_refused_with_the_flag_that_serves_text(monkeypatch: pytest.MonkeyPatch) -> None:
