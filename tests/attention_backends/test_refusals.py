@@ -138,7 +138,7 @@ def test_slopes_of_alibi_are_refused_when_the_layer_is_built() -> None:
 def test_a_cache_of_another_backend_is_not_read() -> None:
     layers = {"model.layers.3.attn": SimpleNamespace(impl=SimpleNamespace())}
     config = SimpleNamespace(compilation_config=SimpleNamespace(static_forward_context=layers))
-    message = rf"^vllm-sparq cannot start: a layer shares the KV cache of model\.layers\.3\.attn, which runs on another"
+    message = r"^vllm-sparq cannot start: a layer shares the KV cache of model\.layers\.3\.attn, which runs on another"
     with pytest.raises(NotImplementedError, match=rf"{message} backend: {DENSE}$"):
         impl._source_of(config, "model.layers.3.attn")
     assert impl._source_of(config, None) is None
