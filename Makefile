@@ -25,7 +25,7 @@ $(READY): requirements/cpu.lock pyproject.toml setup.py packaging/vllm_cpu_name/
 demo: $(READY)  ## a real `vllm serve` with SparQ on the bundled model, beside dense, answering questions
 	$(BIN)/vllm-sparq demo
 
-# mypy keeps one core busy for a minute: it runs beside the tests, and what it says comes after what they say.
+# mypy keeps a core busy for a minute, the first time: it runs beside the tests, and what it says comes after what they say.
 test: lint  ## what CI runs: lint, types, every test but those of test-long
 	@mkdir -p build
 	@$(MAKE) --no-print-directory types >build/types.log 2>&1 & types=$$!; trap "kill $$types 2>/dev/null" EXIT INT TERM; \
@@ -40,10 +40,11 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	@$(BIN)/clang-format --dry-run --Werror $(filter %.h %.cpp,$(SOURCES))
 
+# Links are made anew, so that what has gone is gone there too; what mypy knows of unchanged files is kept beside them.
 types: $(READY)  ## mypy, over the packages as they install
 	rm -rf build/types && mkdir -p build/types/vllm_sparq
 	ln -s $(CURDIR)/vllm_sparq/* $(CURDIR)/attention_backends $(CURDIR)/scheduler $(CURDIR)/benchmarks build/types/vllm_sparq/
-	cd build/types && $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml -p vllm_sparq
+	cd build/types && $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml --cache-dir $(CURDIR)/build/mypy -p vllm_sparq
 
 # In the order of tests/conftest.py, the longest files first: xdist would begin with those of the most tests.
 unit: $(READY)
