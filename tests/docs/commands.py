@@ -12,6 +12,8 @@ from collections.abc import Iterator, Mapping
 from itertools import pairwise
 from typing import Any
 
+import yaml
+
 from tests.docs.markdown import ROOT, code_lines, files_and_folders, inline_code
 from vllm_sparq import cli
 from vllm_sparq.attention_backends.choices import OFF, asked_for, chosen
@@ -81,6 +83,15 @@ def parsing_problem(words: list[str]) -> str | None:
 def making_problem(words: list[str]) -> str | None:
     targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.M)
     return next((f"there is no target {word}" for word in words if word not in targets), None)
+
+
+def made_by_ci(event: str) -> list[str]:
+    """What the workflow's jobs call `make` for when an event starts it: all of them, or those that name this one."""
+    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text(encoding="utf-8"))
+    assert event in workflow[True], f"ci.yml knows no {event}"  # YAML 1.1 reads the key `on` as a boolean
+    jobs = [job for job in workflow["jobs"].values() if event in job.get("if", event)]
+    commands = [step.get("run", "") for job in jobs for step in job["steps"]]
+    return [command.removeprefix("make ") for command in commands if command.startswith("make ")]
 
 
 def serving_problem(words: list[str]) -> str | None:

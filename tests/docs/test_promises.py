@@ -1,4 +1,4 @@
-"""docs/promises.md names a test for every promise, and each exists."""
+"""docs/promises.md names a test for every promise, and each exists; one of them at least is run at every push."""
 
 from __future__ import annotations
 
@@ -9,23 +9,52 @@ from pathlib import Path
 
 import pytest
 
+from tests.docs.commands import made_by_ci
 from tests.docs.markdown import ROOT, documents, table_rows
+
+PROMISES = (ROOT / "docs" / "promises.md").read_text(encoding="utf-8")
+NIGHTLY = "*nightly*"
+"""What rows say that no test of `make unit` proves."""
 
 NODE = re.compile(r"`(tests/[\w/]+\.py)::(\w+)`")
 
 
 @cache
-def functions_of(file: str) -> frozenset[str]:
-    """Names of the test functions of a file, those of classes too; none if there is no such file."""
+def functions_of(file: str) -> dict[str, frozenset[str]]:
+    """Test functions of a file, those of classes too -> their marks and the file's; none if there is no such file.
+
+    A mark of some cases of a test is none of the test's.
+    """
     path = ROOT / file
     if not path.is_file():
-        return frozenset()
-    nodes = ast.walk(ast.parse(path.read_text(encoding="utf-8")))
-    return frozenset(
-        node.name
-        for node in nodes
+        return {}
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    of_file = {
+        mark
+        for node in tree.body
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "pytestmark"
+        for mark in re.findall(r"pytest\.mark\.(\w+)", ast.unparse(node.value))
+    }
+    return {
+        node.name: frozenset(of_file.union(m.attr for m in node.decorator_list if isinstance(m, ast.Attribute)))
+        for node in ast.walk(tree)
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) and node.name.startswith("test_")
-    )
+    }
+
+
+def is_run_at_every_push(file: str, name: str) -> bool:
+    """Whether `make unit` has it; what is inside tests/cuda is run by a test there."""
+    return functions_of(file)[name].isdisjoint({"long", "real"})
+
+
+def wrongly_nightly(rows: list[list[str]]) -> list[str]:
+    """Promises that no test of `make unit` proves and that do not say so, or that say so and have one."""
+    wrong = []
+    for cells in rows:
+        is_run = any(is_run_at_every_push(file, name) for file, name in NODE.findall(cells[1]))
+        if is_run == (NIGHTLY in "".join(cells)):
+            wrong.append(cells[0])
+    return wrong
 
 
 def missing(text: str) -> list[str]:
@@ -34,10 +63,31 @@ def missing(text: str) -> list[str]:
 
 
 def test_every_promise_names_a_test() -> None:
-    rows = list(table_rows((ROOT / "docs" / "promises.md").read_text(encoding="utf-8")))
+    rows = list(table_rows(PROMISES))
     assert len(rows) > 25
     bare = [cells[0] for cells in rows if not NODE.search(cells[1])]
     assert not bare, f"promises without a test: {bare}"
+
+
+def test_what_is_proven_at_night_alone_is_called_so() -> None:
+    wrong = wrongly_nightly(list(table_rows(PROMISES)))
+    assert not wrong, f"rows of docs/promises.md with {NIGHTLY}, or without it, and wrongly so: {wrong}"
+    assert NIGHTLY in PROMISES.split("\n## ")[0], "the word is not explained"
+
+
+def test_ci_runs_long_tests_at_night() -> None:
+    assert "test-long" in made_by_ci("schedule")
+    assert "test-long" not in made_by_ci("push")
+
+
+def test_a_promise_without_its_word_is_found() -> None:
+    here, long = "tests/docs/test_promises.py", "tests/docs/test_examples.py"
+    by_day = ["a", f"`{here}::test_a_promise_without_its_word_is_found`", "all"]
+    by_night = ["b", f"`{long}::test_serve`", "all"]
+    assert not wrongly_nightly([by_day, [*by_night, NIGHTLY], [*by_day, by_night[1]]])
+    assert wrongly_nightly([[*by_day, NIGHTLY], by_night]) == ["a", "b"]
+    everything = ["c", "`tests/benchmarks/test_killed_commands.py::test_whoever_is_killed`"]
+    assert wrongly_nightly([everything]) == ["c"]
 
 
 @pytest.mark.parametrize("path", documents(), ids=lambda path: str(path.relative_to(ROOT)))
