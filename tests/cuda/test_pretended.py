@@ -2,31 +2,62 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import re
+import signal
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
+import psutil
 import pytest
 
-pytestmark = [pytest.mark.engine, pytest.mark.slow]
+LIMIT_S = 1700.0
+pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.timeout(LIMIT_S + 100)]
 
 ROOT = Path(__file__).parents[2]
 INSIDE = "tests/cuda/inside"
 
 
-def run(*arguments: str, **environment: str) -> str:
-    """What pytest prints inside; fails with it."""
+def run(*arguments: str, seconds: float = LIMIT_S) -> None:
+    """Have pytest run inside; what it prints is shown if a test fails or is skipped."""
     command = [sys.executable, "-m", "pytest", "-p", "tests.cuda.plugin", "-p", "no:cacheprovider", "-q", "-n", "0"]
+    code, said = ended([*command, *arguments], seconds)
+    assert code == 0, said[-8000:]
+    assert all_passed(said), said[-4000:]
+
+
+def ended(command: Sequence[str], seconds: float) -> tuple[int, str]:
+    """Exit code and output of a command that leaves nobody behind, however it ends.
+
+    Raises:
+        subprocess.TimeoutExpired: it took longer than ``seconds``.
+    """
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
-    done = subprocess.run(
-        [*command, *arguments], cwd=ROOT, env={**inherited, **environment}, capture_output=True, text=True, check=False
+    process = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env=inherited,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
     )
-    assert done.returncode == 0, (done.stdout + done.stderr)[-8000:]
-    assert re.search(r"\d+ passed", done.stdout), done.stdout[-2000:]
-    return done.stdout
+    try:
+        said, _ = process.communicate(timeout=seconds)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    return process.returncode, said
+
+
+def all_passed(said: str) -> bool:
+    """Whether tests passed, by pytest's last lines, and none was skipped, for which nothing inside has a reason."""
+    return bool(re.search(r"\b\d+ passed", said)) and not re.search(r"\b\d+ (skipped|xfailed|xpassed)", said)
 
 
 def test_inside() -> None:
@@ -38,6 +69,30 @@ def test_inside() -> None:
 def test_more_inside() -> None:
     """More kernels in its graphs."""
     run(INSIDE, "-m", "long")
+
+
+@pytest.mark.parametrize(
+    ("said", "is_well"),
+    [
+        ("69 passed, 5 deselected in 300.51s (0:05:00)", True),
+        ("68 passed, 1 skipped, 5 deselected in 2.3s", False),
+        ("68 passed, 1 xfailed in 2.3s", False),
+        ("5 deselected in 2.3s", False),
+        ("1 skipped in 2.3s", False),
+    ],
+)
+def test_what_is_skipped_inside_is_found(said: str, is_well: bool) -> None:
+    assert all_passed(said) == is_well
+
+
+def test_what_takes_too_long_inside_is_ended() -> None:
+    """With the processes that it has started."""
+    child = f"import time; time.sleep(99)  # of {os.getpid()}"
+    parent = f"import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', {child!r}]); time.sleep(99)"
+    with pytest.raises(subprocess.TimeoutExpired):
+        ended([sys.executable, "-c", parent], seconds=3)
+    started = [p for p in psutil.process_iter(["cmdline", "status"]) if child in (p.info["cmdline"] or ())]
+    assert not [p for p in started if p.info["status"] != psutil.STATUS_ZOMBIE]
 
 
 ELSEWHERE = {
@@ -89,4 +144,4 @@ def test_engines() -> None:
     """Every test of engines but those that start other processes, which would not be pretended."""
     names = itertools.chain.from_iterable(ELSEWHERE.values())
     left_out = [f"--{'deselect' if '::' in name else 'ignore'}=tests/engine/{name}" for name in names]
-    run("tests/engine", *left_out, "-m", "not long and not real")
+    run("tests/engine", *left_out, "-m", "not long and not real", seconds=2900)
