@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -17,7 +18,7 @@ from typing import Any
 import pytest
 
 from vllm_sparq import processes
-from vllm_sparq.benchmarks.common.server import HOST, Server, ServerError, free_port, wait_until_healthy
+from vllm_sparq.benchmarks.common.server import HOST, Server, ServerError, free_port, is_taken, wait_until_healthy
 
 # A leader and a child that both ignore polite requests; the child says when they are ready.
 STUBBORN = """
@@ -135,6 +136,14 @@ def test_a_server_that_never_answers_is_given_up(tmp_path: Path) -> None:
     assert processes.group_members(server.process.pid) == []
 
 
+def test_a_port_is_taken_while_somebody_listens() -> None:
+    with socket.socket() as other:
+        other.bind((HOST, 0))
+        other.listen()
+        assert is_taken(other.getsockname()[1])
+    assert not all(is_taken(free_port()) for _ in range(9))  # other programs may be quick, but not each time
+
+
 class FakeVllm(BaseHTTPRequestHandler):
     """Answers as vLLM does; its metrics lag behind, as vLLM's may."""
 
@@ -165,10 +174,9 @@ class FakeVllm(BaseHTTPRequestHandler):
 @pytest.fixture
 def fake(tmp_path: Path) -> Iterator[Server]:
     FakeVllm.asked, FakeVllm.n_done, FakeVllm.n_told = [], 7, 7
-    port = free_port()
-    with ThreadingHTTPServer((HOST, port), FakeVllm) as httpd:
+    with ThreadingHTTPServer((HOST, 0), FakeVllm) as httpd:
         threading.Thread(target=httpd.serve_forever, daemon=True).start()
-        server = Server("sparq", tmp_path, [], folder=tmp_path, port=port)
+        server = Server("sparq", tmp_path, [], folder=tmp_path, port=httpd.server_port)
         server.command = [sys.executable, "-c", "import time; time.sleep(100)"]
         with server:
             wait_until_healthy([server], timeout_s=30)
