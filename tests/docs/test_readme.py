@@ -10,6 +10,10 @@ import pytest
 from tests.docs.commands import commands, made_by_ci, served
 from tests.docs.markdown import ROOT
 from tests.docs.test_promises import missing
+from vllm_sparq.attention_backends.engine import PagedEngine
+from vllm_sparq.benchmarks.quality.cache_bytes import kept_tokens
+from vllm_sparq.config import parse_options
+from vllm_sparq.reads import HeadShape
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 MAX_WORDS = 900
@@ -76,6 +80,20 @@ def test_python_takes_what_the_readme_shows() -> None:
     assert given == {"attention_backend": "sparq", "additional_config": {"sparq": {"compression": 4}}}
 
 
+N_PROMPT = 1500
+"""Tokens of a prompt that the README's commands rank, quantize or evict; shorter ones they read and keep in full."""
+
+
+@pytest.mark.parametrize("command", serving())
+def test_what_its_servers_do_is_done_to_a_prompt_of_that_length(command: str) -> None:
+    backend, given = served(command)
+    options = parse_options({"sparq": given}, backend)
+    read = PagedEngine(backend=backend, options=options, block_size=128).read(
+        HeadShape(head_size=64, n_heads=8, n_kv_heads=2)
+    )
+    assert options.format != "model" or not read.is_dense(N_PROMPT) or kept_tokens(options, N_PROMPT) < N_PROMPT
+
+
 @pytest.mark.engine
 @pytest.mark.parametrize("command", serving())
 def test_servers_of_the_readme_run_our_attention(command: str) -> None:
@@ -87,4 +105,4 @@ def test_servers_of_the_readme_run_our_attention(command: str) -> None:
     with running_engine(backend, options) as llm:
         report: dict[str, Any] = llm.collective_rpc("attention_report")[0]
         assert {layer["backend"] for layer in report.values()} == {backend.upper()}
-        assert len(Prompts.answers(llm, [list(range(5, 205))], n_tokens=4)[0]) == 4
+        assert len(Prompts.answers(llm, [[5 + i % 997 for i in range(N_PROMPT)]], n_tokens=4)[0]) == 4
