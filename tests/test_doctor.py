@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -300,8 +301,13 @@ def test_a_configuration_that_is_none(config: str, reason: str, tmp_path: Path, 
 
 @pytest.mark.engine
 def test_a_real_engine_runs_our_class_in_a_spawned_worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("VLLM_SPARQ_TESTS_FORK")
+    """The engine core is forked, which users' is not: what it has loaded takes as long as the worker's."""
+    monkeypatch.setenv("VLLM_SPARQ_TESTS_FORK", "core")
     report = engine_check.check_engine(tmp_path)
+    registering = r"\(VllmWorker-0 .*Registered new attention backend: QUEST"
+    assert re.search(
+        registering, (tmp_path / "engine.log").read_text()
+    )  # by itself, in a process that inherits nothing
     assert {(layer["backend"], layer["impl"]) for layer in report["layers"].values()} == {("SPARQ", "PagedImpl")}
     assert len(report["layers"]) == 2
     assert report["n_tokens"] == engine_check.N_TOKENS

@@ -4,7 +4,8 @@ Loading vLLM makes more than a million objects, of which hardly one becomes garb
 every 700 of them and through all there are again and again: a tenth of the eight seconds that each process takes.
 
 And an engine of vLLM's is three processes, each of which loads it. With `VLLM_SPARQ_TESTS_FORK=1` vLLM forks the second
-and the third, as it does by default on other platforms than the CPU's, which spawns whatever a user asks for.
+and the third, as it does by default on other platforms than the CPU's, which spawns whatever a user asks for; with
+`VLLM_SPARQ_TESTS_FORK=core` the second alone, so that workers come to our plugin as users' do.
 """
 
 import gc
@@ -19,9 +20,12 @@ _get_context = multiprocessing.get_context
 
 def _forking(method=None):
     """`multiprocessing.get_context`, which forks where vLLM would spawn if the environment says so."""
-    asked_by_vllm = sys._getframe(1).f_globals["__name__"] == "vllm.utils.system_utils"
-    forks = method == "spawn" and asked_by_vllm and os.environ.get("VLLM_SPARQ_TESTS_FORK") == "1"
-    return _get_context("fork" if forks else method)
+    asks = sys._getframe(1)
+    if method == "spawn" and asks.f_globals["__name__"] == "vllm.utils.system_utils":
+        which = os.environ.get("VLLM_SPARQ_TESTS_FORK")
+        if which == "1" or (which == "core" and asks.f_back.f_globals["__name__"] == "vllm.v1.engine.utils"):
+            return _get_context("fork")
+    return _get_context(method)
 
 
 multiprocessing.get_context = _forking
