@@ -61,6 +61,12 @@ def environment() -> None:
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 
 
+def random_prompts(*lengths: int, seed: int = 1) -> list[list[int]]:
+    """Answers to these change with all that is read."""
+    rng = random.Random(seed)
+    return [[rng.randrange(3, 1000) for _ in range(n)] for n in lengths]
+
+
 class Prompts:
     """Prompts as token ids, and greedy answers to them."""
 
@@ -103,3 +109,55 @@ class Prompts:
     def alone(llm: Any, prompts: list[list[int]]) -> list[list[int]]:
         """The same of each prompt while nothing else is in the engine: the yardstick of the other runs."""
         return [Prompts.answers(llm, [prompt])[0] for prompt in prompts]
+
+
+N_CROWDED = 120
+CROWD = (150, 180, 200, 220, 230, 250)
+ROOMY: dict[str, Any] = dict(block_size=32, max_model_len=640, max_num_batched_tokens=640)
+CROWDED: dict[str, Any] = dict(num_gpu_blocks_override=45, **ROOMY)
+"""A pool that holds the prompts of `CROWD`, and not their answers of `N_CROWDED` tokens."""
+
+
+def replayed(llm: Any) -> list[int]:
+    """How many output tokens each preempted request has to compute again: a list that grows with every preemption."""
+    scheduler, found = llm.llm_engine.engine_core.engine_core.scheduler, list[int]()
+    preempt = scheduler._preempt_request
+
+    def counted(request: Any, *args: Any, **kwargs: Any) -> None:
+        found.append(request.num_output_tokens)
+        preempt(request, *args, **kwargs)
+
+    scheduler._preempt_request = counted
+    return found
+
+
+def throwing_out(llm: Any, after: int) -> list[int]:
+    """Every request is preempted once, when it has said so many tokens; how many were, step by step."""
+    scheduler, found, known = llm.llm_engine.engine_core.engine_core.scheduler, list[int](), set[str]()
+    plan = scheduler.schedule
+
+    def schedule(*args: Any, **kwargs: Any) -> Any:
+        out = [r for r in scheduler.running if r.num_output_tokens >= after and r.request_id not in known]
+        for request in out:
+            scheduler.running.remove(request)
+            scheduler._preempt_request(request, 0.0)
+        known.update(request.request_id for request in out)
+        found.extend([len(out)] if out else [])
+        return plan(*args, **kwargs)
+
+    scheduler.schedule = schedule
+    return found
+
+
+def assert_preemption_does_not_matter(engine: Any, backend: str, options: dict[str, Any]) -> None:
+    """Requests thrown out for want of room, and all at once late in their answers, come back and answer as they did."""
+    batch = random_prompts(*CROWD)
+    with engine(backend, options, **CROWDED) as llm:
+        replays = replayed(llm)
+        together = Prompts.answers(llm, batch, N_CROWDED)
+    assert max(replays, default=0) > 16, f"replayed output tokens: {replays}"
+    with engine(backend, options, async_scheduling=False, **ROOMY) as llm:
+        assert Prompts.answers(llm, batch, N_CROWDED) == together
+        thrown_out = throwing_out(llm, after=100)
+        assert Prompts.answers(llm, batch, N_CROWDED) == together
+    assert sum(thrown_out) == len(batch)

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import random
 from typing import Any
 
 import pytest
 import torch
 
-from tests.engine.support import EXACT, Prompts, rarely
-from vllm_sparq.layout import PageLayout
+from tests.engine.support import EXACT, MODEL, Prompts, assert_preemption_does_not_matter, rarely
+from tests.engine.test_capacity import capacity_of
 
 pytestmark = pytest.mark.engine
 
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "flexgen": ("flexgen", {}),
-    "kivi2": ("kivi", {"format": "kivi2"}),
-    "sparq over int8": ("sparq", {**EXACT["sparse"], "format": "int8"}),
+    "kivi2": ("kivi", {"format": "kivi2", "group_size": 16}),
+    "sparq over int8": ("sparq", {**EXACT["sparse"], "format": "int8", "group_reduce": "probs"}),
     "sparq over kivi4": ("kivi", {**EXACT["sparse"], "read": "sparq"}),
     "spans over int4": ("flexgen", EXACT["sparse spans"]),
     "k8v4": ("flexgen", {"format": "k8v4"}),
@@ -24,7 +23,6 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "spans over kivi2": ("quest", {**EXACT["sparse spans"], "format": "kivi2", "dense_layers": 0}),
 }
 RUNS: dict[str, dict[str, Any]] = {
-    "in one batch": dict(max_num_batched_tokens=2048),
     "chunks of 64": dict(max_num_batched_tokens=64, max_num_seqs=8),
     "prefix caching": dict(enable_prefix_caching=True, max_num_batched_tokens=256),
 }
@@ -46,16 +44,29 @@ def test_same_answers(method: str, engine: Any, some: list[list[int]]) -> None:
     backend, options = METHODS[method]
     with engine(backend, options) as llm:
         alone = Prompts.alone(llm, some)
+        assert Prompts.answers(llm, some) == alone, "in one batch"
     for run, settings in RUNS.items():
         with engine(backend, options, **settings) as llm:
             assert Prompts.answers(llm, some) == alone, run
-            assert Prompts.answers(llm, some) == alone, f"{run}, again"
+            if run == "prefix caching":
+                assert Prompts.answers(llm, some) == alone, "from cached blocks"
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("method", ["flexgen", "sparq over k4v2"])
+def test_compiled(method: str, engine: Any, some: list[list[int]]) -> None:
+    backend, options = METHODS[method]
+    with engine(backend, options) as llm:
+        eager = Prompts.answers(llm, some)
+    with engine(backend, options, enforce_eager=False) as llm:
+        assert Prompts.answers(llm, some) == eager
 
 
 def test_quantization_shows(engine: Any, prompts: Prompts, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two bits change some answers of this model: the codes are really what is read, of V that is really rotated."""
     found = {}
-    coded = {"kivi2": METHODS["kivi2"], "k4v2": ("kivi", {"format": "k4v2"})}
+    exact = {"format": "kivi2", "group_size": 16, "chunk": "exact"}
+    coded = {"kivi2": ("kivi", exact), "k4v2": ("kivi", {"format": "k4v2"})}
     for name, (backend, options) in {"dense": ("CPU_ATTN", {}), **coded}.items():
         with engine(backend, options) as llm:
             found[name] = prompts.answers(llm, prompts.mixed)
@@ -64,6 +75,9 @@ def test_quantization_shows(engine: Any, prompts: Prompts, monkeypatch: pytest.M
     for name in coded:
         assert found[name] != found["dense"]
         assert [found[name][i] for i in short] == [found["dense"][i] for i in short], "one unfinished block is exact"
+    first = {name: [answer[0] for answer in answers] for name, answers in found.items()}
+    assert first["kivi2"] == first["dense"], "a prompt of one chunk sees its tokens exactly"
+    assert first["k4v2"] != first["dense"], "or else they would show nothing"
     for turn in ("rotated", "turned_back"):
         monkeypatch.setattr(f"vllm_sparq.attention_backends.impl.{turn}", torch.clone)
     with engine(*coded["k4v2"]) as llm:
@@ -84,19 +98,7 @@ def test_prefix_cache_is_hit(engine: Any, prompts: Prompts) -> None:
 @pytest.mark.parametrize("method", rarely(METHODS, "flexgen", "k8v4", "sparq over k4v2", "spans over kivi2"))
 def test_preemption(method: str, engine: Any) -> None:
     """A pool that cannot hold all requests: those thrown out come back with the K and V that they had."""
-    rng = random.Random(1)
-    batch = [[rng.randrange(3, 1000) for _ in range(n)] for n in (150, 180, 200, 220, 230, 250)]
-    block_format = {"flexgen": "int4", "kivi2": "kivi2"}.get(method, method.split()[-1])
-    bounds = "bounds" if method.startswith("spans") else None
-    layout = PageLayout(head_size=64, block_size=64, dtype=torch.float32, format=block_format, ranking=bounds)
-    n_blocks = 3 * (4 + layout.n_staging_blocks) + 2  # room for three to begin, not for three to end
-    pool = dict(num_gpu_blocks_override=n_blocks, block_size=64, max_model_len=640, max_num_batched_tokens=640)
-    backend, options = METHODS[method]
-    with engine(backend, options, **pool, disable_log_stats=False) as llm:
-        together = Prompts.answers(llm, batch, n_tokens=150)
-        assert value(llm, "vllm:num_preemptions") > 0
-    with engine(backend, options, **{**pool, "num_gpu_blocks_override": None}) as llm:
-        assert Prompts.answers(llm, batch, n_tokens=150) == together
+    assert_preemption_does_not_matter(engine, *METHODS[method])
 
 
 @pytest.mark.long
@@ -112,18 +114,16 @@ def test_tensor_parallel(prompts: Prompts, engine: Any) -> None:
     assert {layer["backend"] for report in reports for layer in report.values()} == {"SPARQ"}
 
 
-def test_capacity(engine: Any) -> None:
-    """Tokens in the same memory, as vLLM itself counts them."""
+def test_capacity() -> None:
+    """Tokens in the same memory, by numbers that `tests.engine.test_capacity` finds in running engines."""
     promised = {"int8": 1.9, "k8v4": 2.4, "int4": 3.5, "kivi4": 3.1, "k4v2": 4.1, "kivi2": 5.0}
-    common = dict(dtype="bfloat16", block_size=128, kv_cache_memory_bytes=64 << 20)
 
-    def tokens(backend: str, options: dict[str, Any]) -> int:
-        with engine(backend, options, **common) as llm:
-            return int(llm.llm_engine.vllm_config.cache_config.num_gpu_blocks) * 128
+    def n_blocks(backend: str, options: dict[str, Any]) -> int:
+        return int(capacity_of(MODEL, backend, options, 64 << 20, block_size=128).n_blocks)
 
-    dense = tokens("CPU_ATTN", {})
+    dense = n_blocks("CPU_ATTN", {})
     for name, ratio in promised.items():
-        assert tokens("sparq", {"format": name, "read": "dense"}) >= ratio * dense, name
+        assert n_blocks("sparq", {"format": name, "read": "dense"}) >= ratio * dense, name
 
 
 def test_a_default_block_size_that_backends_may_change_is_not_refused(

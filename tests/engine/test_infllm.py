@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.engine.support import EXACT, MODEL, Prompts, rarely
+from tests.engine.support import EXACT, MODEL, Prompts, assert_preemption_does_not_matter, rarely
 from tests.engine.test_sameness import RUNS
 
 pytestmark = pytest.mark.engine
@@ -42,15 +42,7 @@ def test_same_answers(run: str, engine: Any, prompts: Prompts, alone: list[list[
 
 def test_preemption(engine: Any) -> None:
     """Requests thrown out in the middle of an answer come back: all their queries are added up anew."""
-    rng = random.Random(1)
-    batch = [[rng.randrange(3, 1000) for _ in range(n)] for n in (150, 180, 200, 220, 230, 250)]
-    pool = dict(num_gpu_blocks_override=20, max_model_len=640, max_num_batched_tokens=640)
-    with engine("sparq", SPARSE, **pool, disable_log_stats=False) as llm:
-        answers = Prompts.answers(llm, batch, n_tokens=380)
-        metrics = {m.name: m.value for m in llm.get_metrics() if hasattr(m, "value")}
-        assert metrics["vllm:num_preemptions"] > 0
-    with engine("sparq", SPARSE, **{**pool, "num_gpu_blocks_override": None}) as llm:
-        assert Prompts.answers(llm, batch, n_tokens=380) == answers
+    assert_preemption_does_not_matter(engine, "sparq", SPARSE)
 
 
 def test_aborts(engine: Any) -> None:
