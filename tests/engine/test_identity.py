@@ -11,7 +11,7 @@ from tests.engine.support import EXACT, Prompts, rarely
 
 pytestmark = pytest.mark.engine
 
-N_PROMPTS = 48
+N_PROMPTS = 32
 READS = {
     "full sparq": EXACT["full"],
     "full sparq, where a mass has nothing to leave out": EXACT["full"] | {"mass": 0.5},
@@ -27,6 +27,7 @@ READS = {
         "budget": 5000,
         "prefill": "bounded",
     },
+    "window, all of them": {"read": "dense", "retention": "window", "budget": 5000, "prefill": "bounded"},
 }
 
 
