@@ -94,8 +94,18 @@ def test_request_longer_than_the_model(server: Server) -> None:
     assert server.is_healthy()
 
 
-def test_pool_is_returned(server: Server) -> None:
-    """When nobody asks any more, no block is in use."""
+def test_pool_is_returned(server: Server, prompts: Prompts) -> None:
+    """When nobody asks any more, no block is in use: of who was answered and of who left."""
+
+    async def usage_of_two() -> float:
+        async with httpx.AsyncClient(base_url=f"http://{HOST}:{server.port}", timeout=60) as client:
+            answered = asyncio.create_task(ask(client, prompts.of_length(300)))
+            await ask(client, prompts.of_length(200), leave_after=5)
+            usage = metric(server, "vllm:kv_cache_usage_perc")
+            await answered
+            return usage
+
+    assert asyncio.run(usage_of_two()) > 0
     assert metric(server, "vllm:num_requests_running") == 0
     assert metric(server, "vllm:kv_cache_usage_perc") == 0
 
