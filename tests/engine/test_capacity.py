@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +72,20 @@ def capacity_of(folder: Path, backend: str, options: dict[str, Any], memory_byte
     return capacity(config, memory_bytes)
 
 
+@pytest.fixture(scope="module")
+def known(folders: dict[str, Path]) -> Callable[..., Any]:
+    """The same of a model by name; each is computed once."""
+    found: dict[tuple[str, str, str], Any] = {}
+
+    def of(model: str, backend: str, options: dict[str, Any]) -> Any:
+        key = model, backend, json.dumps(options)
+        if key not in found:
+            found[key] = capacity_of(folders[model], backend, options)
+        return found[key]
+
+    return of
+
+
 RUNNING = [("plain", DENSE), ("1:1", DENSE), *((model, METHODS["int4"]) for model in MODELS), ("5:1", METHODS["kivi4"])]
 RUNNING += [("1:1", METHODS["kivi2"]), ("5:1", METHODS["kivi2"])]
 RUNNING += [("1:1", METHODS["h2o over int4"]), ("1:1", ("sparq", {})), ("full first", METHODS["h2o over int4"])]
@@ -78,10 +93,10 @@ RUNNING += [("1:1", METHODS["h2o over int4"]), ("1:1", ("sparq", {})), ("full fi
 
 @pytest.mark.parametrize(("model", "method"), RUNNING, ids=lambda value: value if isinstance(value, str) else value[0])
 def test_the_numbers_are_a_running_engine_s(
-    model: str, method: tuple[str, dict[str, Any]], folders: dict[str, Path], engine: Any
+    model: str, method: tuple[str, dict[str, Any]], folders: dict[str, Path], known: Callable[..., Any], engine: Any
 ) -> None:
     backend, options = method
-    found = capacity_of(folders[model], backend, options)
+    found = known(model, backend, options)
     with engine(backend, options, model=str(folders[model]), kv_cache_memory_bytes=MEMORY, **ARGUMENTS) as llm:
         cache = llm.llm_engine.vllm_config.cache_config
         assert found.max_concurrency == cache.kv_cache_max_concurrency
@@ -98,20 +113,20 @@ def full_bytes(found: Any, *, ours: bool = True) -> float:
 @pytest.mark.parametrize("model", ["1:1", "5:1"])
 @pytest.mark.parametrize("name", METHODS)
 def test_sliding_windows_take_a_tenth_of_what_a_format_saves_at_most(
-    name: str, model: str, folders: dict[str, Path]
+    name: str, model: str, known: Callable[..., Any]
 ) -> None:
     """And the model as a whole holds more requests than dense, for every format."""
     backend, options = METHODS[name]
-    alone = capacity_of(folders["plain"], backend, options)
-    mixed = capacity_of(folders[model], backend, options)
+    alone = known("plain", backend, options)
+    mixed = known(model, backend, options)
     assert full_bytes(mixed) <= full_bytes(alone) / 0.9
-    assert mixed.max_concurrency > capacity_of(folders[model], *DENSE).max_concurrency
+    assert mixed.max_concurrency > known(model, *DENSE).max_concurrency
 
 
-def test_how_many_requests_a_mixed_model_holds(folders: dict[str, Path]) -> None:
+def test_how_many_requests_a_mixed_model_holds(known: Callable[..., Any]) -> None:
     """Of 2,048 tokens in 48 MiB, where blocks of one length for all layers give 10.4 (int4, kivi4) and 10.7."""
-    found = {name: capacity_of(folders["1:1"], *METHODS[name]).max_concurrency for name in METHODS}
-    assert capacity_of(folders["1:1"], *DENSE).max_concurrency == pytest.approx(11.64, abs=0.005)
+    found = {name: known("1:1", *METHODS[name]).max_concurrency for name in METHODS}
+    assert known("1:1", *DENSE).max_concurrency == pytest.approx(11.64, abs=0.005)
     assert found["int4"] == pytest.approx(17.45, abs=0.005)
     assert found["kivi4"] == pytest.approx(17.07, abs=0.005)
     assert found["kivi2"] == pytest.approx(18.51, abs=0.005)
