@@ -55,8 +55,8 @@ def hits(llm: Any) -> float:
 def test_a_turn_answers_alike_cold_and_warm(method: str, engine: Any) -> None:
     backend, options = METHODS[method]
     with engine(backend, options, block_size=32, enable_prefix_caching=True, disable_log_stats=False) as llm:
-        prompt = tokens(1, 300)
-        question = [*prompt, *Prompts.answers(llm, [prompt], 300)[0], *tokens(2, 40)]
+        prompt = tokens(1, 150)
+        question = [*prompt, *Prompts.answers(llm, [prompt], 150)[0], *tokens(2, 40)]
         before = hits(llm)
         first = answer_of(llm, question)
         n_hits = hits(llm) - before
@@ -65,30 +65,30 @@ def test_a_turn_answers_alike_cold_and_warm(method: str, engine: Any) -> None:
         for again in (first, answer_of(llm, question)):
             assert again.token_ids == cold.token_ids
             assert likely(again) == about(cold)
-    assert n_hits == (576 if method in SHARING else 288)  # whole blocks of prompt and answer, or of the prompt
+    assert n_hits == (288 if method in SHARING else 128)  # whole blocks of prompt and answer, or of the prompt
 
 
 def test_decoded_blocks_are_shared_where_the_user_wants_it(engine: Any) -> None:
     options = {**EXACT["sparse"], "sharing": "all"}
     with engine("sparq", options, block_size=32, enable_prefix_caching=True, disable_log_stats=False) as llm:
-        prompt = tokens(1, 300)
-        question = [*prompt, *Prompts.answers(llm, [prompt], 300)[0], *tokens(2, 40)]
+        prompt = tokens(1, 150)
+        question = [*prompt, *Prompts.answers(llm, [prompt], 150)[0], *tokens(2, 40)]
         before = hits(llm)
         first = answer_of(llm, question)
-        assert hits(llm) - before == 576
+        assert hits(llm) - before == 288
         assert llm.reset_prefix_cache()
         assert likely(answer_of(llm, question)) != about(first)
 
 
 def test_what_short_contexts_decode_is_shared(engine: Any) -> None:
     """Below `dense_below` a decode step reads everything, so that the blocks hold what a prompt would have written."""
-    options = {**EXACT["sparse"], "dense_below": 480}
+    options = {**EXACT["sparse"], "dense_below": 240}
     with engine("sparq", options, block_size=32, enable_prefix_caching=True, disable_log_stats=False) as llm:
-        prompt = tokens(1, 300)
-        question = [*prompt, *Prompts.answers(llm, [prompt], 300)[0], *tokens(2, 40)]
+        prompt = tokens(1, 150)
+        question = [*prompt, *Prompts.answers(llm, [prompt], 150)[0], *tokens(2, 40)]
         before = hits(llm)
         first = answer_of(llm, question)
-        assert hits(llm) - before == 448  # 479 tokens are read densely
+        assert hits(llm) - before == 224  # 239 tokens are read densely
         assert llm.reset_prefix_cache()
         assert likely(answer_of(llm, question)) == about(first)
 
@@ -97,18 +97,18 @@ def test_what_short_contexts_decode_is_shared(engine: Any) -> None:
 def test_a_preempted_request_takes_no_prompt_for_its_answer(method: str, engine: Any) -> None:
     """Another's prompt has filled the cache with the tokens of its answer, as a prompt writes them."""
     backend, options = METHODS[method]
-    prompt = tokens(1, 300)
+    prompt = tokens(1, 150)
     with engine(backend, options, block_size=32, enable_prefix_caching=True, async_scheduling=False) as llm:
-        alone = answer_of(llm, prompt, 300)
+        alone = answer_of(llm, prompt, 150)
         assert llm.reset_prefix_cache()
-        answer_of(llm, [*prompt, *alone.token_ids[:200]], 1)  # its blocks are cached from here on
+        answer_of(llm, [*prompt, *alone.token_ids[:100]], 1)  # its blocks are cached from here on
         core, scheduler = llm.llm_engine, llm.llm_engine.engine_core.engine_core.scheduler
-        core.add_request("a", {"prompt_token_ids": prompt}, params(300))
+        core.add_request("a", {"prompt_token_ids": prompt}, params(150))
         n_said, last = 0, None
         while core.has_unfinished_requests():
             for last in core.step():
                 n_said = len(last.outputs[0].token_ids)
-            if n_said == 200:
+            if n_said == 100:
                 (request,) = scheduler.running
                 scheduler.running.remove(request)
                 scheduler._preempt_request(request, 0.0)
