@@ -121,6 +121,7 @@ ELSEWHERE = {
     ),
     "layers on backends of vLLM's own, whose kernels are not here": (
         "test_capacity.py",
+        "test_formats.py::test_capacity",
         "test_models.py::test_hybrid_model",  # inside/test_models.py is about it
         "test_models.py::test_head_sizes[48]",
         "test_models.py::test_codes_of_other_head_sizes[48]",
@@ -131,7 +132,6 @@ ELSEWHERE = {
     ),
     "logits that are NaN, of which the interpreter makes an error": (
         "test_poison.py::test_poison_is_seen",
-        "test_formats.py::test_capacity",  # stock vLLM's first run over memory that an earlier test had poisoned
     ),
     "what vLLM chooses and refuses itself differs by platform": ("test_refusals.py", "test_schedulers.py"),
 }
