@@ -130,9 +130,7 @@ ELSEWHERE = {
         "test_found.py",
         "test_states.py",  # inside/test_states.py is about it, with convolutions
     ),
-    "logits that are NaN, of which the interpreter makes an error": (
-        "test_poison.py::test_poison_is_seen",
-    ),
+    "logits that are NaN, of which the interpreter makes an error": ("test_poison.py::test_poison_is_seen",),
     "what vLLM chooses and refuses itself differs by platform": ("test_refusals.py", "test_schedulers.py"),
 }
 """Why tests of engines are not asked here -> which."""
