@@ -157,7 +157,7 @@ def _option_refusals(vllm_config: Any) -> list[str]:
     if n_layers and n_dense >= n_layers and n_dense != PRESETS[engine.backend].options.get("dense_layers", 0):
         reasons.append(
             f"dense_layers={n_dense} leaves none of the model's {n_layers} layers to be read sparsely: use less than "
-            f"{n_layers}, or read 'dense'"
+            f"{n_layers}, or read='dense'"
         )
     if current_platform.is_cuda() and READS[engine.options.read].own_ranking:
         reasons.append(
