@@ -14,7 +14,7 @@ from vllm.v1.sample.ops.topk_topp_sampler import apply_top_k_top_p
 from vllm.v1.worker.cpu_worker import CPUWorker
 
 from vllm_sparq.attention_backends.worker import SparqWorkerMixin
-from vllm_sparq.ops import native
+from vllm_sparq.ops.huge_pages import advise_huge_pages
 
 logger = init_logger("vllm.sparq")
 
@@ -86,7 +86,7 @@ class SparqCpuWorker(SparqWorkerMixin, CPUWorker):
         layers = self.vllm_config.compilation_config.static_forward_context.values()
         caches = [layer.kv_cache for layer in layers if isinstance(getattr(layer, "kv_cache", None), torch.Tensor)]
         storages = {cache.untyped_storage().data_ptr(): cache for cache in caches if cache.numel()}
-        n_declined = sum(not native.advise_huge_pages(cache) for cache in storages.values())
+        n_declined = sum(not advise_huge_pages(cache) for cache in storages.values())
         if n_declined:
             logger.info_once("no 2 MB pages for the KV cache: long contexts read up to a fifth slower")
         return result

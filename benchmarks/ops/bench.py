@@ -8,23 +8,21 @@ from __future__ import annotations
 import argparse
 import itertools
 import os
-import statistics
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from vllm_sparq.attention_backends.engine import LONG_BLOCK_SIZE, PREFERRED_BLOCK_SIZE
 from vllm_sparq.benchmarks.common.lines import check_out
-from vllm_sparq.benchmarks.common.records import append_records, case_key, provenance, recorded, skipped_note
-from vllm_sparq.benchmarks.ops import prefill
+from vllm_sparq.benchmarks.common.records import append_records, provenance, recorded, skipped_note
+from vllm_sparq.benchmarks.ops import builds, decode, prefill
 from vllm_sparq.benchmarks.ops.arguments import layer_shape, numbers_from, sparq_options
-from vllm_sparq.benchmarks.ops.cell import Cell, Tensors
+from vllm_sparq.benchmarks.ops.cell import Call, Cell
 from vllm_sparq.benchmarks.ops.methods import METHODS, format_of
 from vllm_sparq.benchmarks.ops.stopwatch import CLOCKS, Stopwatch
 from vllm_sparq.config import Options
@@ -53,6 +51,10 @@ its format. "peak" compares its multiply-adds with what the instruction that our
 
   vllm-sparq bench ops --op prefill                            2,048 tokens, after 0, 8k and 32k
   vllm-sparq bench ops --op prefill --chunk 512 --context 4096 --methods vllm,dense
+
+Whether a change of the kernels pays, two builds in one process tell:
+  cp -r vllm_sparq/lib /tmp/before                             then change the kernels, and compile them
+  vllm-sparq bench ops --methods sparq,int4 --beside /tmp/before
 
 On a busy machine wall time means little. Then take
   OMP_WAIT_POLICY=passive vllm-sparq bench ops --clock cpu
@@ -118,6 +120,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threads", type=positive, help="threads of every op (default: what torch would use)")
     parser.add_argument("--repeats", type=positive, default=15, help="rounds (default: 15)")
     parser.add_argument("--clock", choices=CLOCKS, default="wall", help="see below (default: wall)")
+    parser.add_argument(
+        "--beside",
+        type=place,
+        metavar="DIR",
+        help="compare our kernels with those of another build, the vllm_sparq/lib of another checkout or a copy of it: "
+        "each call by both, in turns over the same pages",
+    )
     parser.add_argument("--out", type=place, metavar="FILE", help="append one JSON object per method and shape")
     parser.add_argument("--again", action="store_true", help="measure cells that --out holds already")
 
@@ -130,15 +139,24 @@ def _methods(text: str) -> list[str]:
     return names
 
 
+def _check_beside(args: argparse.Namespace) -> None:
+    if args.methods and "vllm" in args.methods:
+        raise UsageError("--beside compares kernels of ours: leave vllm out of --methods")
+    if args.out is not None:
+        raise UsageError("--beside compares two builds here and now, which makes no record: leave --out out")
+
+
 def settle(args: argparse.Namespace) -> Op:
     """What is timed; fills in what was not asked for.
 
     Raises:
-        UsageError: a method or a context that this op does not have.
+        UsageError: a method or a context that this op does not have, or that cannot be compared.
     """
     op = OPS[args.op]
     args.context = args.context or list(op.contexts)
-    args.methods = args.methods or list(op.methods)
+    if args.beside is not None:
+        _check_beside(args)
+    args.methods = args.methods or [name for name in op.methods if args.beside is None or name != "vllm"]
     if other := next((name for name in args.methods if name not in op.methods), None):
         raise UsageError(
             f"--methods {other}: prompts are read densely, whatever reads them later; of --op {args.op} use some of "
@@ -177,146 +195,6 @@ def cells(args: argparse.Namespace) -> list[Cell]:
     return found
 
 
-def describe(cell: Cell) -> str:
-    return f"batch {cell.batch}, {cell.context:,} tokens"
-
-
-def measure(cell: Cell, methods: Sequence[str], repeats: int, watch: Stopwatch, tick: Callable[[], None]) -> list[dict]:
-    """One row per method that can run, all of them measured round by round."""
-    tensors = Tensors.build(cell)
-    calls = {name: watch.best(METHODS[name].calls(tensors)) for name in methods}
-    ready = {name: call for name, call in calls.items() if call is not None}
-    samples: dict[str, list[float]] = {name: [] for name in ready}
-    bandwidth = []
-    for _ in range(repeats):
-        bandwidth.append(watch.bandwidth())
-        for name, call in ready.items():
-            samples[name].append(watch.sample(call))
-        tick()
-    return summarize(cell, {name: (call.impl, samples[name]) for name, call in ready.items()}, bandwidth, watch)
-
-
-def summarize(
-    cell: Cell, measured: dict[str, tuple[str, list[float]]], bandwidth: Sequence[float], watch: Stopwatch
-) -> list[dict[str, Any]]:
-    """The rows of one cell."""
-    medians = {name: statistics.median(samples) for name, (_, samples) in measured.items()}
-    rows = []
-    for name, (impl, samples) in measured.items():
-        moved = METHODS[name].bytes_moved(cell)
-        ranked = sorted(samples)
-        rows.append(
-            dict(
-                bench="ops",
-                key=key_of(cell, name, watch),
-                method=name,
-                impl=impl,
-                context=cell.context,
-                batch=cell.batch,
-                heads=cell.heads,
-                kv_heads=cell.kv_heads,
-                head_dim=cell.head_dim,
-                **METHODS[name].cache_fields(cell),
-                dtype=str(cell.dtype).removeprefix("torch."),
-                r=cell.read_over(format_of(name)).r,
-                k=cell.read_over(format_of(name)).k(cell.context),
-                compression=cell.compression,
-                ranking=cell.ranking,
-                threads=watch.threads,
-                clock=watch.clock,
-                median_us=round(medians[name], 2),
-                p10_us=round(ranked[len(ranked) // 10], 2),
-                p90_us=round(ranked[-1 - len(ranked) // 10], 2),
-                bytes_moved=moved,
-                gb_per_s=round(moved / 1e3 / medians[name], 3),
-                bandwidth_gb_per_s=round(statistics.median(bandwidth), 2),
-                speedup_vs_vllm=_ratio(medians, "vllm", name),
-                speedup_vs_dense=_ratio(medians, "dense", name),
-            )
-        )
-    return rows
-
-
-def key_of(cell: Cell, method: str, watch: Stopwatch) -> str:
-    """Of the record of one method in one cell."""
-    fields = dict(
-        method=method,
-        **{name: getattr(cell, name) for name in ("context", "batch", "heads", "kv_heads", "head_dim", "ranking")},
-        **METHODS[method].cache_fields(cell),
-        dtype=str(cell.dtype),
-        r=cell.read_over(format_of(method)).r,
-        k=cell.read_over(format_of(method)).k(cell.context),
-        threads=watch.threads,
-        clock=watch.clock,
-    )
-    return case_key("ops", fields)
-
-
-def _ratio(medians: dict[str, float], base: str, name: str) -> float | None:
-    return round(medians[base] / medians[name], 2) if base in medians and not name.startswith("write") else None
-
-
-def break_even(rows: Sequence[dict[str, Any]]) -> dict[tuple[int, ...], int | None]:
-    """(batch, H, G, D, N) -> the shortest measured context from which SparQ was never slower than our dense op."""
-    found: dict[tuple[int, ...], int | None] = {}
-    lost: set[tuple[int, ...]] = set()
-    for row in sorted(rows, key=lambda row: -row["context"]):
-        if row["method"] != "sparq" or row["speedup_vs_dense"] is None:
-            continue
-        key = (row["batch"], row["heads"], row["kv_heads"], row["head_dim"], row["block_size"])
-        found.setdefault(key, None)
-        if row["speedup_vs_dense"] < 1:
-            lost.add(key)
-        elif key not in lost:
-            found[key] = row["context"]
-    return found
-
-
-def table(rows: Sequence[dict[str, Any]], watch: Stopwatch) -> Table:
-    view = Table(box=box.SIMPLE_HEAD, title=f"one layer, one decode step, {watch.threads} threads, {watch.clock} time")
-    for name in (
-        "shape",
-        "batch",
-        "context",
-        "method",
-        "block",
-        "µs",
-        "p10 .. p90",
-        "GB/s",
-        "memory",
-        "x vLLM",
-        "x dense",
-    ):
-        view.add_column(name, justify="left" if name in ("shape", "method") else "right", no_wrap=name != "p10 .. p90")
-    before = None
-    for row in rows:
-        cell = (f"{row['heads']}/{row['kv_heads']}/{row['head_dim']}", str(row["batch"]), f"{row['context']:,}")
-        if before not in (None, cell):
-            view.add_section()
-        ratios = [f"{r:.2f}" if r is not None else "" for r in (row["speedup_vs_vllm"], row["speedup_vs_dense"])]
-        view.add_row(
-            *(cell if cell != before else ("", "", "")),
-            row["method"],
-            f"{row['block_size'] or ''}",
-            f"{row['median_us']:,.0f}" if row["median_us"] >= 100 else f"{row['median_us']:.1f}",
-            f"{row['p10_us']:,.0f} .. {row['p90_us']:,.0f}",
-            f"{row['gb_per_s']:.1f}",
-            f"{100 * row['gb_per_s'] / row['bandwidth_gb_per_s']:.0f}%",
-            *ratios,
-        )
-        before = cell
-    return view
-
-
-def summary(rows: Sequence[dict[str, Any]]) -> list[str]:
-    lines = [f"memory: {statistics.median(row['bandwidth_gb_per_s'] for row in rows):.1f} GB/s"]
-    for (batch, *shape, block_size), context in break_even(rows).items():
-        where = "at no context measured" if context is None else f"from {context:,} tokens on"
-        layer = "/".join(map(str, shape))
-        lines.append(f"batch {batch}, {layer}, blocks of {block_size}: SparQ beats our dense op {where}")
-    return lines
-
-
 @dataclass(frozen=True)
 class Op:
     """What can be timed: names of its methods, contexts where none are named, and functions on its cells and rows."""
@@ -326,6 +204,7 @@ class Op:
     cells: Callable[[argparse.Namespace], list[Any]]
     describe: Callable[[Any], str]
     key_of: Callable[[Any, str, Stopwatch], str]
+    ready_calls: Callable[[Any, Sequence[str], Stopwatch], dict[str, Call]]
     measure: Callable[[Any, Sequence[str], int, Stopwatch, Callable[[], None]], list[dict[str, Any]]]
     table: Callable[[Sequence[dict[str, Any]], Stopwatch], Table]
     summary: Callable[[Sequence[dict[str, Any]]], list[str]]
@@ -333,7 +212,15 @@ class Op:
 
 OPS = {
     "decode": Op(
-        METHODS, (1024, 4096, 16384, 65536), cells, describe, key_of, lambda *args: measure(*args), table, summary
+        METHODS,
+        decode.CONTEXTS,
+        cells,
+        decode.describe,
+        decode.key_of,
+        decode.ready_calls,
+        lambda *args: decode.measure(*args),
+        decode.table,
+        decode.summary,
     ),
     "prefill": Op(
         prefill.METHODS,
@@ -341,11 +228,41 @@ OPS = {
         lambda args: prefill.chunks(cells(args), args.chunk),
         prefill.describe,
         prefill.key_of,
+        prefill.ready_calls,
         prefill.measure,
         prefill.table,
         prefill.summary,
     ),
 }
+
+
+def compare(args: argparse.Namespace, op: Op, cells: Sequence[Any], watch: Stopwatch, console: Console) -> int:
+    """What `--beside` shows: each call by the kernels of two builds."""
+    other, pairs = builds.library_in(args.beside), []
+    with _progress(console) as progress:
+        task = progress.add_task("measuring", total=len(cells) * args.repeats)
+        for cell in cells:
+            where = op.describe(cell)
+            progress.update(task, description=where)
+            calls = op.ready_calls(cell, args.methods, watch)
+            pairs += builds.measure(where, calls, other, args.repeats, watch, lambda: progress.advance(task))
+    if not pairs:
+        raise _nothing_ran(args, op.describe(cells[0]))
+    console.print(f"{provenance()['cpu']}: {native.find().reason}")
+    console.print(builds.table(pairs, args.beside, watch))
+    return 0
+
+
+def _nothing_ran(args: argparse.Namespace, where: str) -> UsageError:
+    return UsageError(
+        f"--methods {','.join(args.methods)}: none of them runs {where} in this type, so nothing was measured: "
+        "name another method, or another --shape or --dtype"
+    )
+
+
+def _progress(console: Console) -> Progress:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    return Progress(*columns, console=console, transient=True)
 
 
 def main(args: argparse.Namespace) -> int:
@@ -358,13 +275,14 @@ def main(args: argparse.Namespace) -> int:
     op, console = settle(args), Console()
     wanted = op.cells(args)
     watch = Stopwatch(args.clock, torch.get_num_threads())
+    if args.beside is not None:
+        return compare(args, op, wanted, watch, console)
     keys = [[op.key_of(cell, name, watch) for name in args.methods] for cell in wanted]
     known = recorded(args.out, [key for row in keys for key in row], again=args.again)
     todo = [cell for cell, row in zip(wanted, keys, strict=True) if not known.keys() >= set(row)]
     about, rows = provenance(), []
     console.print(f"{about['cpu']}: {native.find().reason}")
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True) as progress:
+    with _progress(console) as progress:
         task = progress.add_task("measuring", total=len(todo) * args.repeats)
         for cell in todo:
             progress.update(task, description=op.describe(cell))
@@ -373,10 +291,7 @@ def main(args: argparse.Namespace) -> int:
                 append_records(args.out, [{**row, **about} for row in new])
             rows += new
     if todo and not rows:
-        raise UsageError(
-            f"--methods {','.join(args.methods)}: none of them runs {op.describe(todo[0])} in this shape and type, so "
-            "nothing was measured: name another method, or another --shape or --dtype"
-        )
+        raise _nothing_ran(args, op.describe(todo[0]))
     old = [known[key] for cell, row in zip(wanted, keys, strict=True) if cell not in todo for key in row]
     if old:
         console.print(

@@ -12,8 +12,8 @@ from vllm_sparq.attention_backends.engine import PREFERRED_BLOCK_SIZE
 from vllm_sparq.config import Options
 from vllm_sparq.formats import FORMATS
 from vllm_sparq.layout import RANKING_BITS, PageLayout, Pages
-from vllm_sparq.ops import native
 from vllm_sparq.ops.dispatch import choose
+from vllm_sparq.ops.huge_pages import advise_huge_pages
 from vllm_sparq.reads import DenseRead, HeadShape, Read, SpansRead, SparqRead
 
 
@@ -60,6 +60,11 @@ class Cell:
     @property
     def read(self) -> SparqRead:
         return self.read_over("model")
+
+    @property
+    def shape(self) -> str:
+        """As --shape takes it."""
+        return f"{self.heads}/{self.kv_heads}/{self.head_dim}"
 
     @property
     def scale(self) -> float:
@@ -122,7 +127,7 @@ class Cache:
     def zeros(cls, cell: Cell, layout: PageLayout) -> Cache:
         n_blocks = -(-cell.context // cell.block_size) + layout.n_staging_blocks
         pages = Pages.empty(cell.batch * n_blocks, cell.kv_heads, layout)
-        native.advise_huge_pages(pages.data)
+        advise_huge_pages(pages.data)
         pages.data.zero_()
         table = torch.randperm(cell.batch * n_blocks, dtype=torch.int32)
         return cls(pages, table.view(cell.batch, n_blocks))

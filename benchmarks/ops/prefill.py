@@ -122,16 +122,21 @@ def peak(dtype: torch.dtype, watch: Stopwatch) -> float:
 
 
 def describe(chunk: Chunk) -> str:
-    return f"batch {chunk.cell.batch}, {chunk.rows:,} tokens after {chunk.before:,}"
+    return f"{chunk.cell.shape}, batch {chunk.cell.batch}, {chunk.rows:,} tokens after {chunk.before:,}"
+
+
+def ready_calls(chunk: Chunk, methods: Sequence[str], watch: Stopwatch) -> dict[str, Call]:
+    """Of the methods that can run, each at its best setting."""
+    tensors = chunk.tensors()
+    calls = {name: watch.best(chunk.calls(name, tensors), trials=1) for name in methods}
+    return {name: call for name, call in calls.items() if call is not None}
 
 
 def measure(
     chunk: Chunk, methods: Sequence[str], repeats: int, watch: Stopwatch, tick: Callable[[], None]
 ) -> list[dict[str, Any]]:
     """One row per method that can run, all of them measured round by round."""
-    tensors = chunk.tensors()
-    calls = {name: watch.best(chunk.calls(name, tensors), trials=1) for name in methods}
-    ready = {name: call for name, call in calls.items() if call is not None}
+    ready = ready_calls(chunk, methods, watch)
     samples: dict[str, list[float]] = {name: [] for name in ready}
     peaks = []
     for _ in range(repeats):

@@ -13,6 +13,7 @@ import torch
 
 from vllm_sparq.benchmarks.ops.cell import Call, Cell, Tensors
 from vllm_sparq.ops import native
+from vllm_sparq.ops.huge_pages import advise_huge_pages
 
 VLLM_ASKS = ("_is_avx512_supported", "_is_avx512_bf16_supported", "_is_amx_tile_supported")
 """The questions about the CPU, of ``torch.cpu``, by which vLLM chooses its library and its attention's kernel."""
@@ -77,7 +78,7 @@ def vllm_calls(t: Tensors, splits: Sequence[bool] = (False, True)) -> Iterator[C
     for block_size in (32, 64, 128, 256):
         n_blocks = -(-cell.context // block_size)
         cache = torch.empty(cell.batch * n_blocks, cell.kv_heads, 2 * block_size, cell.head_dim, dtype=cell.dtype)
-        native.advise_huge_pages(cache)
+        advise_huge_pages(cache)
         cache[:] = torch.randn(cache.shape[1:], dtype=cell.dtype)
         keys, values = cache.chunk(2, dim=2)
         table = torch.randperm(len(cache), dtype=torch.int32).view(cell.batch, n_blocks)

@@ -10,9 +10,10 @@ from __future__ import annotations
 import ctypes
 import enum
 import functools
-import mmap
 import os
 import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -30,9 +31,6 @@ LIBRARIES = Path(os.environ.get("VLLM_SPARQ_LIBRARIES") or Path(__file__).parent
 
 OVERRIDE = "VLLM_SPARQ_ISA"
 """Environment variable that restricts the search to one instruction set, for tests and measurements."""
-
-_HUGE = 2 << 20
-_MADV_COLLAPSE = 25  # since Linux 6.1; not in Python's mmap module yet
 
 STORAGE = ("channel_keys", "staged_per_page")
 SLOPE = ("min_k", "slope", "slope_divisor")
@@ -268,14 +266,37 @@ def check_abi(path: Path) -> None:
         )
 
 
-@functools.cache
+_instead: Path | None = None
+
+
+@contextmanager
+def another_build(path: Path) -> Iterator[None]:
+    """Within, the ops call this library: two builds are compared best over the same pages, in turns.
+
+    Raises:
+        OSError: it cannot be loaded, or was compiled from sources with another interface.
+    """
+    global _instead
+    check_abi(path)
+    before, _instead = _instead, path
+    try:
+        yield
+    finally:
+        _instead = before
+
+
 def function(name: str) -> Any:
     """One of `FUNCTIONS`, which return nothing.
 
     Raises:
         RuntimeError: there is no library to take it from.
     """
-    symbol = getattr(library(), name)
+    return _function(name, _instead)
+
+
+@functools.cache
+def _function(name: str, instead: Path | None) -> Any:
+    symbol = getattr(library() if instead is None else ctypes.CDLL(str(instead)), name)
     symbol.argtypes = [C_TYPES[letter] for letter in FUNCTIONS[name]]
     symbol.restype = None
     return symbol
@@ -344,23 +365,6 @@ def _codes_struct(layout: PageLayout, name: str) -> CodesStruct:
     for view in (getattr(page, f"{name}_codes"), getattr(page, f"{name}_scales")):
         found += [view.data_ptr() - page.data.data_ptr(), view.stride(2) * view.element_size()]
     return CodesStruct(*found, coding.bits, coding.scale_numbers == 2, layout.group(name), coding.midpoints)
-
-
-def advise_huge_pages(memory: torch.Tensor) -> bool:
-    """Put 2 MB pages under a KV cache; False where Linux declines. Contents stay as they are.
-
-    Pages of different heads and blocks lie far apart, so small pages cost a walk each: 2 MB pages took 20% off a SparQ
-    read at 64k tokens and 7% off a dense one. Memory that has been written already is collapsed at once, which takes
-    about 2.6 seconds per GB.
-    """
-    storage = memory.untyped_storage()
-    first = -(-storage.data_ptr() // _HUGE) * _HUGE
-    n_bytes = (storage.data_ptr() + storage.nbytes() - first) // _HUGE * _HUGE
-    if n_bytes <= 0 or not hasattr(mmap, "MADV_HUGEPAGE"):
-        return False
-    madvise = ctypes.CDLL(None, use_errno=True).madvise
-    region = ctypes.c_void_p(first), ctypes.c_size_t(n_bytes)
-    return bool(madvise(*region, mmap.MADV_HUGEPAGE) == 0 and madvise(*region, _MADV_COLLAPSE) == 0)
 
 
 def tensor(x: torch.Tensor) -> TensorStruct:

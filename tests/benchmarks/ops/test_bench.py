@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from vllm_sparq.benchmarks.ops import bench as ops_bench
+from vllm_sparq.benchmarks.ops import decode
 from vllm_sparq.benchmarks.ops.cell import Cell, Tensors
 from vllm_sparq.benchmarks.ops.methods import METHODS
 from vllm_sparq.benchmarks.ops.vllm_op import vllm_kernel
@@ -179,7 +180,7 @@ def test_break_even_is_the_last_crossing() -> None:
         return dict(method=method, context=context, speedup_vs_dense=ratio, **shape)
 
     ours = [row(512, 1.2), row(1024, 0.9), row(2048, 1.1), row(4096, 3.0), row(512, 0.5, method="dense")]
-    assert ops_bench.break_even([*ours, row(4096, 0.8, batch=8), row(2048, 2.0, batch=8)]) == {
+    assert decode.break_even([*ours, row(4096, 0.8, batch=8), row(2048, 2.0, batch=8)]) == {
         (1, 4, 2, 64, 128): 2048,
         (8, 4, 2, 64, 128): None,
     }
@@ -267,7 +268,10 @@ def test_vllm_takes_its_kernel_of_the_same_instruction_set(
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--methods", "vllm", "--shape", "16/16/16"], "--methods vllm: none of them runs batch 1, 64 tokens"),
+        (
+            ["--methods", "vllm", "--shape", "16/16/16"],
+            "--methods vllm: none of them runs 16/16/16, batch 1, 64 tokens",
+        ),
         (["--methods", "sparq", "--k", "2000000000"], "sparq option k=2000000000 is not usable"),
     ],
 )
