@@ -88,10 +88,11 @@ sanitize: $(READY)  ## the op tests over CPU kernels compiled with the address a
 		LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so)" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 		$(BIN)/pytest -n 2 --capture=sys tests/ops --ignore tests/ops/test_triton_aot.py -k "cpu and not other_instruction_sets"
 
-# Compiled by a cross compiler and run by an emulator, which says nothing of its speed and is slow: most of the cases that
-# tests/ops/test_dispatch.py takes for the lesser instruction sets of x86.
+# Compiled by a cross compiler and run by an emulator, which says nothing of its speed and is slow: a case takes seconds, so one in
+# five runs of those that tests/ops/test_dispatch.py takes for the lesser instruction sets of x86. A worker of pytest-xdist would
+# start the Python of this machine, unless told.
 ARM := build/arm
-ARM_CASES := reference or right or approximate or position or sinks or represent or turned or groups or edges
+ARM_WORKERS := --dist load --tx '2*popen//python=$(CURDIR)/$(ARM)/python'
 ARM_TEST = VLLM_SPARQ_LIBRARIES=$(CURDIR)/$(ARM)/installed/vllm_sparq/lib $(ARM)/python -m pytest -q -p no:cacheprovider
 arm: $(READY)  ## a wheel for aarch64, and the op tests over its kernels under qemu-user (Debian 12: g++-aarch64-linux-gnu, qemu-user)
 	PIP=$(BIN)/pip packaging/arm/python.sh $(ARM)
@@ -100,7 +101,7 @@ arm: $(READY)  ## a wheel for aarch64, and the op tests over its kernels under q
 		bdist_wheel --dist-dir $(ARM)/wheel --bdist-dir $(ARM)/build/wheel
 	$(BIN)/python -m zipfile -e $(ARM)/wheel/*.whl $(ARM)/installed
 	$(ARM_TEST) tests/ops/test_instruction_sets.py
-	$(ARM_TEST) tests/ops -k "(cpu or turned) and ($(ARM_CASES))" $(addprefix --ignore=tests/ops/test_,$(addsuffix .py,codec dispatch native))
+	$(ARM_TEST) $(ARM_WORKERS) tests/ops -k "cpu or turned" -p tests.every --every 5 $(addprefix --ignore=tests/ops/test_,$(addsuffix .py,codec dispatch native))
 
 mutations: $(READY)  ## faults put into a copy of the sources, one by one: whether the tests find them
 	$(BIN)/python tests/mutations.py
