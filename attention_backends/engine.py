@@ -19,7 +19,7 @@ from vllm_sparq.config import NAMESPACE, Options, check_place, parse_options
 from vllm_sparq.formats import FORMATS
 from vllm_sparq.layout import PageLayout
 from vllm_sparq.reads import CUDA_BREAK_EVEN, DIALS, READS, HeadShape, Read, SparseRead
-from vllm_sparq.retention import RETENTIONS, Retention
+from vllm_sparq.retention import RETENTIONS, Retention, adds_up_attention
 
 PREFERRED_BLOCK_SIZE = 128
 """Tokens per block where the user sets none: rows of int4 codes are whole cache lines then."""
@@ -162,7 +162,7 @@ def page_layout(options: Options, heads: HeadShape, block_size: int, dtype: torc
     Raises:
         ValueError: pages that cannot be cut so.
     """
-    needs, policy = READS[options.read].needs(options, grouped=heads.grouped), RETENTIONS[options.retention]
+    needs = READS[options.read].needs(options, grouped=heads.grouped)
     return PageLayout(
         head_size=heads.head_size,
         block_size=block_size,
@@ -171,8 +171,8 @@ def page_layout(options: Options, heads: HeadShape, block_size: int, dtype: torc
         group_size=options.group_size,
         ranking=needs.ranking,
         value_sum=needs.value_sum,
-        positions=policy is not None,
-        attention=policy is not None and policy.rank == "attention",
+        positions=RETENTIONS[options.retention] is not None,
+        attention=adds_up_attention(options.retention),
     )
 
 

@@ -18,7 +18,7 @@ from vllm_sparq.layout import Pages
 from vllm_sparq.ops import restore
 from vllm_sparq.ops.dispatch import OVERRIDE, Choice
 from vllm_sparq.reads import HeadShape
-from vllm_sparq.retention import RETENTIONS
+from vllm_sparq.retention import adds_up_attention
 
 
 class PromptAttention:
@@ -40,12 +40,12 @@ class PromptAttention:
         sinks: torch.Tensor | None,
         soft_cap: float | None,
     ) -> None:
-        dtype, policy = vllm_config.model_config.dtype, RETENTIONS[engine.options.retention]
+        dtype = vllm_config.model_config.dtype
         flash = flash_choice(
             dtype=dtype,
             head_size=heads.head_size,
             format=engine.options.format,
-            tracked=policy is not None and policy.rank == "attention",
+            tracked=adds_up_attention(engine.options.retention),
             forced=os.environ.get(OVERRIDE),
             sinks=sinks,
             soft_cap=soft_cap,

@@ -18,7 +18,7 @@ from vllm_sparq.backends import PRESETS
 from vllm_sparq.config import Options, OptionsError, check_budget
 from vllm_sparq.layout import BLOCK_SIZE_MULTIPLE
 from vllm_sparq.reads import READS, SparseRead
-from vllm_sparq.retention import RETENTIONS
+from vllm_sparq.retention import RETENTIONS, adds_up_attention
 from vllm_sparq.scheduler.spec import SHARED_POOL
 
 HEAD_SIZES = (32, 48, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
@@ -176,9 +176,9 @@ def chosen_by_query_heads(options: Options) -> dict[str, str]:
     choosing = {}
     if issubclass(READS[options.read], SparseRead):
         choosing[f"read={options.read!r}"] = "read 'dense'"
-    policy = RETENTIONS[options.retention]
-    if policy is not None and policy.rank == "attention":
-        choosing[f"retention={options.retention!r}"] = "retention 'window'"
+    if adds_up_attention(options.retention):
+        others = [repr(name) for name in RETENTIONS if RETENTIONS[name] and not adds_up_attention(name)]
+        choosing[f"retention={options.retention!r}"] = f"retention {' or '.join(others)}"
     return choosing
 
 

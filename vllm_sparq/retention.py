@@ -30,6 +30,9 @@ PHASES = "sparq_phases"
 Rank = Literal["attention", "age"]
 """What decides who goes first: least ``attention`` so far (heavy hitters stay), or ``age`` (a window stays)."""
 
+BY_ATTENTION: frozenset[Rank] = frozenset({"attention"})
+"""Ranks for which pages add up the attention that each token gets, by all query heads of a KV head."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Phase:
@@ -78,6 +81,12 @@ RETENTIONS: dict[str, Policy | None] = {
 }
 """Value of the option ``retention`` -> its rule. ``heavy_hitter``: H2O (arXiv 2306.14048); ``window``: StreamingLLM
 (arXiv 2309.17453), whose four sinks stay."""
+
+
+def adds_up_attention(retention: str) -> bool:
+    """Whether pages add up attention under this value of the option ``retention``."""
+    policy = RETENTIONS[retention]
+    return policy is not None and policy.rank in BY_ATTENTION
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,7 +9,7 @@ import torch
 from vllm_sparq.layout import Pages
 from vllm_sparq.ops.checks import check_table, require
 from vllm_sparq.ops.dispatch import choose
-from vllm_sparq.retention import Rank
+from vllm_sparq.retention import BY_ATTENTION, Rank
 
 
 def evict(
@@ -57,8 +57,8 @@ def evict(
     require(pages.layout.positions, "evict needs pages with positions; this layout has none")
     require(rank in get_args(Rank), f"rank must be one of {list(get_args(Rank))}, got {rank!r}")
     require(
-        pages.layout.attention or rank != "attention",
-        "evict by rank='attention' needs pages that add it up; this layout does not, so use rank='age'",
+        pages.layout.attention or rank not in BY_ATTENTION,
+        f"evict by rank={rank!r} needs pages that add it up; this layout does not, so use rank='age'",
     )
     check_table(block_table, seq_lens.shape[0], seq_lens=seq_lens, kept_lens=kept_lens, recent_from=recent_from)
     run = choose("evict", pages.data.device.type).load()

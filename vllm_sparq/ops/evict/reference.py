@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import assert_never
+
 import torch
 
 from vllm_sparq.layout import Pages
@@ -52,7 +54,12 @@ def survivors(
     """Step 1: bool [S], who stays."""
     page, place = slots
     positions = pages.positions[page, head, place]
-    ranks = pages.attention[page, head, place].nan_to_num(-torch.inf) if rank == "attention" else positions.float()
+    if rank == "attention":
+        ranks = pages.attention[page, head, place].nan_to_num(-torch.inf)
+    elif rank == "age":
+        ranks = positions.float()
+    else:
+        assert_never(rank)
     ranks = torch.where((positions < sinks) | (positions >= recent_from), torch.inf, ranks)
     by_age = positions.sort(stable=True).indices
     order = by_age[ranks[by_age].sort(descending=True, stable=True).indices]
