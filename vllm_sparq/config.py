@@ -261,7 +261,8 @@ def _check_retention(options: Options) -> None:
         )
     if policy is None:
         meaningless = ("budget", "recent", "sinks", "prefill", "pressure")
-        _refuse(options, meaningless, "while all tokens stay: add retention 'heavy_hitter' or 'window'")
+        evicting = [repr(name) for name, other in RETENTIONS.items() if other is not None]
+        _refuse(options, meaningless, f"while all tokens stay: add retention {' or '.join(evicting)}")
         return
     if policy.recent is not None and options.recent is not None:
         raise OptionsError(
