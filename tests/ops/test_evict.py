@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import replace
+from typing import get_args
 
 import pytest
 import torch
@@ -138,6 +140,17 @@ def test_one_token_goes_at_a_time(implementation: str, case: Case) -> None:
     assert_same_tokens(got, want, list(case.lens))
 
 
+@pytest.mark.parametrize(("implementation", "rank"), each(get_args(Rank), implementations=KERNELS))
+def test_each_rank_is_the_reference(implementation: str, rank: Rank) -> None:
+    """Over the same pages, so that a kernel which does not know a rank is found."""
+    case = Case(positions=True, attention=True, ranking=None, value_sum=False, lens=(1, 40, 37))
+    got, want = with_scores(case, on=device(implementation)), with_scores(case)
+    for world, name in ((got, implementation), (want, "reference")):
+        run_evict(world, load("evict", name), [1, 20, 36], sinks=2, recent=3, rank=rank)
+    got.block_table, got.pages = got.block_table.cpu(), replace(got.pages, data=got.pages.data.cpu())
+    assert_same_tokens(got, want, [1, 20, 36])
+
+
 @pytest.mark.parametrize("implementation", [pytest.param(name, id=name) for name in (*KERNELS, "reference")])
 def test_by_hand(implementation: str) -> None:
     """Ten tokens, five stay: token 0 (a sink), 8 and 9 (recent), and those with scores 9 and, of two 7s, the older."""
@@ -218,5 +231,5 @@ def test_attention_that_was_not_added_up_cannot_decide() -> None:
     lens = int32([37]), int32([20]), int32([36])
     with pytest.raises(ValueError, match=r"rank='attention' needs pages that add it up; .* use rank='age'"):
         contract(world.pages, world.block_table, *lens, sinks=0, rank="attention")
-    with pytest.raises(ValueError, match=r"rank must be one of \['attention', 'age'\], got 'luck'"):
+    with pytest.raises(ValueError, match=re.escape(f"rank must be one of {[*get_args(Rank)]}, got 'luck'")):
         contract(world.pages, world.block_table, *lens, sinks=0, rank="luck")  # type: ignore[arg-type]

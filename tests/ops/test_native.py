@@ -10,6 +10,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from tests.ops.cases import Case, build, load, write_in_chunks
 from vllm_sparq.formats import FORMATS, Coding, Format
 from vllm_sparq.layout import Pages
 from vllm_sparq.ops import instruction_sets, native
+from vllm_sparq.retention import Rank
 
 COMPILER = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
 
@@ -92,6 +94,10 @@ def test_swapped_enum_values_in_python_alone_are_found(kind: type) -> None:
     (first, a), (second, b), *rest = python.enums[kind.__name__].items()
     mutant = replace(python, enums={**python.enums, kind.__name__: {first: b, second: a, **dict(rest)}})
     assert differences(of_source(source()), mutant)[0].startswith(f"enums: {kind.__name__}")
+
+
+def test_kernels_know_the_ranks_of_retentions() -> None:
+    assert [rank.name for rank in native.Rank] == [*get_args(Rank)]
 
 
 @pytest.mark.parametrize("isa", instruction_sets.of_machine(platform.machine()))
