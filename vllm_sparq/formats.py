@@ -25,6 +25,17 @@ class Coding:
     scale_numbers: int = 2
     midpoints: bool = False
 
+    def __post_init__(self) -> None:
+        if self.bits not in (2, 4, 8):
+            raise ValueError(f"no op reads codes of {self.bits} bits: use 2, 4 or 8")
+        if self.group % 8:
+            raise ValueError(f"group {self.group} is not a multiple of 8 elements: use one, or 0 for the whole head")
+        if self.scale_numbers == 1 and (self.bits != 8 or self.midpoints):
+            raise ValueError(
+                f"codes with a scale alone are of 8 bits without midpoints, got bits={self.bits} and "
+                f"midpoints={self.midpoints}: use scale_numbers 2"
+            )
+
     def default_group(self, head_size: int) -> int:
         """The largest sensible group for a head size: ``group``, or the largest part of the head that is below it.
 
@@ -50,6 +61,12 @@ class Format:
     key: Coding
     value: Coding
     rotated: bool = False
+
+    def __post_init__(self) -> None:
+        if self.value.channels:
+            raise ValueError("a group of V is channels of one token, for reads of few tokens: leave channels to K")
+        if self.key.channels and self.key.scale_numbers == 1:
+            raise ValueError("K by channel has a zero point in every op: use scale_numbers 2")
 
     @property
     def channel_keys(self) -> bool:

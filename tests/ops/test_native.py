@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import get_args
@@ -18,8 +19,7 @@ import torch
 from tests.ops import tolerances
 from tests.ops.c_interface import differences, of_python, of_source, source
 from tests.ops.cases import Case, build, load, write_in_chunks
-from vllm_sparq.formats import FORMATS, Coding, Format
-from vllm_sparq.layout import Pages
+from vllm_sparq.formats import FORMATS, TOKEN_4, Coding, Format
 from vllm_sparq.ops import instruction_sets, native
 from vllm_sparq.retention import Rank
 
@@ -166,6 +166,7 @@ def test_the_number_of_the_interface_depends_on_all_of_it(change: str, monkeypat
     assert native.abi() != before
 
 
+BY_CHANNEL = Coding(bits=4, group=32, channels=True)
 NEW_FORMATS = {
     "zero8": Format(Coding(bits=8, group=64), Coding(bits=8, group=64)),
     "token2": Format(Coding(bits=2, group=32), Coding(bits=2, group=32)),
@@ -190,13 +191,20 @@ def test_a_format_is_a_row_of_the_table(name: str, dtype: torch.dtype, monkeypat
     torch.testing.assert_close(out, reference, **tolerances.OUT[dtype])
 
 
-def test_a_format_that_no_kernel_reads_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(FORMATS, "signed4", Format(signed := Coding(bits=4, group=0, scale_numbers=1), signed))
-    case = Case(head_size=64, block_size=32, format="signed4", ranking=None, value_sum=False)
-    with pytest.raises(
-        NotImplementedError, match=r"format 'signed4' has Format\(key=Coding\(bits=4, .*2, 4 or 8 bits with a zero"
-    ):
-        native.pages_struct(Pages.empty(1, 1, case.layout))
+@pytest.mark.parametrize(
+    ("row", "told"),
+    [
+        (lambda: Coding(bits=6, group=16), "codes of 6 bits: use 2, 4 or 8"),
+        (lambda: Coding(bits=4, group=4), "group 4 is not a multiple of 8 elements: use one"),
+        (lambda: Coding(bits=4, group=0, scale_numbers=1), "got bits=4 and midpoints=False: use scale_numbers 2"),
+        (lambda: Coding(bits=8, group=0, scale_numbers=1, midpoints=True), "midpoints=True: use scale_numbers 2"),
+        (lambda: Format(BY_CHANNEL, BY_CHANNEL), "leave channels to K"),
+        (lambda: Format(replace(BY_CHANNEL, bits=8, scale_numbers=1), TOKEN_4), "K by channel .* scale_numbers 2"),
+    ],
+)
+def test_a_row_that_no_op_reads_is_refused(row: Callable[[], object], told: str) -> None:
+    with pytest.raises(ValueError, match=told):
+        row()
 
 
 def test_the_libraries_may_lie_elsewhere(tmp_path: Path) -> None:

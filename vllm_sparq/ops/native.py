@@ -340,15 +340,6 @@ def _storage(layout: PageLayout) -> tuple[int, ...]:
     fmt = layout.quantized
     if fmt is None:
         return (0,) * len(STORAGE)
-    if any(
-        coding.bits not in ((2, 4, 8) if coding.scale_numbers == 2 else (8,))
-        or (coding.channels and (coding.scale_numbers != 2 or coding is not fmt.key))
-        for coding in (fmt.key, fmt.value)
-    ):
-        raise NotImplementedError(
-            f"format {layout.format!r} has {fmt}: the CPU kernels take codes of 2, 4 or 8 bits with a zero point, and "
-            f"signed ones of 8 bits whose groups lie along a token. VLLM_SPARQ_IMPL=reference takes any."
-        )
     return fmt.channel_keys, layout.staged_per_page
 
 
