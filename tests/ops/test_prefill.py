@@ -11,7 +11,7 @@ from tests.ops import tolerances
 from tests.ops.cases import ALL, HUGE_BYTE, KERNELS, Case, Tokens, build, each, load
 from tests.ops.cases import device_of as device
 from tests.ops.rounding import multiplied
-from tests.ops.shapes import FORMATS, SHAPES, TINY, TINY_FORMATS
+from tests.ops.shapes import FORMATS, QUANTIZED_FORMATS, SHAPES, TINY, TINY_FORMATS
 from vllm_sparq.ops.codec import decode_page
 from vllm_sparq.ops.prefill.reference import prefill as reference
 
@@ -57,7 +57,7 @@ CODED = (
     *(replace(case, new=tuple(min(s, b + 2) for b, s in enumerate(case.lens))) for case in FORMATS),
     *(
         replace(_LONG, format=fmt, dtype=dtype, block_size=block_size)
-        for fmt in ("int8", "int4", "kivi4", "kivi2", "k8v4", "k4v2")
+        for fmt in QUANTIZED_FORMATS
         for dtype, block_size in ((torch.bfloat16, 128), (torch.float16, 96), (torch.float32, 256))
     ),
 )
@@ -93,9 +93,7 @@ def test_prefill_of_quantized_pages_is_the_reference(implementation: str, case: 
         torch.testing.assert_close(got, rounded(case, implementation), **tolerance)
 
 
-@pytest.mark.parametrize(
-    ("implementation", "fmt"), each(["int8", "int4", "kivi4", "kivi2", "k8v4", "k4v2"], tiny=["int4", "kivi2"])
-)
+@pytest.mark.parametrize(("implementation", "fmt"), each(QUANTIZED_FORMATS, tiny=["int4", "kivi2"]))
 def test_only_groups_that_are_not_finite_read_as_nan(implementation: str, fmt: str) -> None:
     """One NaN in V spoils its group of one token, which all rows see; and no other channel."""
     case = Case(lens=(70,), new=(3,), format=fmt, block_size=32, ranking=None, value_sum=False, dtype=torch.bfloat16)

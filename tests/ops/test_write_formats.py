@@ -10,7 +10,7 @@ import torch
 from tests.ops import tolerances
 from tests.ops.cases import ALL, HUGE_BYTE, KERNELS, UNUSED, Case, Tokens, World, build, each, load, write_in_chunks
 from tests.ops.cases import device_of as device
-from tests.ops.shapes import FORMATS, TINY_FORMATS
+from tests.ops.shapes import FORMATS, QUANTIZED_FORMATS, TINY_FORMATS
 from vllm_sparq.layout import Pages
 from vllm_sparq.ops.codec import decode_page
 from vllm_sparq.ops.write.reference import write as reference
@@ -245,9 +245,7 @@ def test_chunks_are_the_whole(implementation: str, case_and_cuts: tuple[Case, li
     assert parts.buffer.cpu()[mask].equal(whole.buffer.cpu()[mask])
 
 
-@pytest.mark.parametrize(
-    ("implementation", "fmt"), each(["int8", "int4", "kivi4", "kivi2", "k8v4", "k4v2"], tiny=["int8", "kivi2"])
-)
+@pytest.mark.parametrize(("implementation", "fmt"), each(QUANTIZED_FORMATS, tiny=["int8", "kivi2"]))
 def test_staging_stays_within_the_contract(implementation: str, fmt: str) -> None:
     """Full blocks of the context, and pages of requests that bring nothing, keep every byte; over noise."""
     case = Case(format=fmt, lens=(90, 64, 40), new=(3, 0, 0), block_size=32, dtype=torch.float16, ranking=None)
