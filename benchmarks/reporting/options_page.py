@@ -6,7 +6,7 @@ A checkout's file is written anew; a test compares it with what the code says.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,9 @@ from vllm_sparq.attention_backends.choices import TURNED
 from vllm_sparq.backends import PRESETS
 from vllm_sparq.benchmarks.common.lines import replace_text
 from vllm_sparq.config import MOST_TOKENS, Options
+from vllm_sparq.formats import FORMATS
 from vllm_sparq.reads import READS
+from vllm_sparq.retention import RETENTIONS
 
 PAGE = Path(__file__).parents[2] / "docs" / "options.md"
 
@@ -91,15 +93,21 @@ SECTIONS: dict[str, tuple[str, tuple[str, ...]]] = {
 }
 """Heading -> what holds for all of it, and its options in the order of the page."""
 
-EVICTING = "`retention` `heavy_hitter`, `window`"
+
+def those(option: str, names: Iterable[str]) -> str:
+    """Values of an option that is a table's."""
+    return f"`{option}` {', '.join(f'`{name}`' for name in names)}"
+
+
+EVICTING = those("retention", (name for name, policy in RETENTIONS.items() if policy))
 APPLIES = {
     "read": "all",
     "format": "all",
-    "group_size": "`format` `int4`, `kivi4`, `kivi2`, `k8v4`, `k4v2`",
-    "chunk": "`format` `int8`, `int4`, `kivi4`, `kivi2`, `k8v4`, `k4v2`",
+    "group_size": those("format", (name for name, how in FORMATS.items() if how and how.has_groups)),
+    "chunk": those("format", (name for name, how in FORMATS.items() if how)),
     "retention": "all",
     "budget": EVICTING,
-    "recent": "`retention` `heavy_hitter`",
+    "recent": those("retention", (name for name, policy in RETENTIONS.items() if policy and policy.recent is None)),
     "sinks": EVICTING,
     "prefill": EVICTING,
     "positions": "`retention` `window`",
@@ -114,8 +122,8 @@ APPLIES = {
 
 def applies(name: str) -> str:
     """Where an option means something."""
-    reads = [f"`{read}`" for read, kind in READS.items() if name in kind.dials]
-    return f"`read` {', '.join(reads)}" if reads else APPLIES[name]
+    reads = [read for read, kind in READS.items() if name in kind.dials]
+    return those("read", reads) if reads else APPLIES[name]
 
 
 def page() -> str:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from vllm_sparq.backends import PRESETS
 from vllm_sparq.benchmarks.common.lines import check_out, make_folder, replace_text
 from vllm_sparq.benchmarks.common.methods import DENSE
 from vllm_sparq.benchmarks.common.records import read_records
@@ -19,6 +20,7 @@ from vllm_sparq.benchmarks.engine.cases import SKIPPED
 from vllm_sparq.benchmarks.reporting.runs import apart, commit_of, kind_of, names_apart, newest, title_of
 from vllm_sparq.benchmarks.reporting.tables import NO_DENSE, Record, Row, tabulate
 from vllm_sparq.console import UsageError, place
+from vllm_sparq.formats import FORMATS
 
 NUMBER = re.compile(r"[-+]?[\d.,]+(%|x|$| at once|, slower| \.\. |, breaks)")
 """How the text of a figure begins."""
@@ -47,14 +49,9 @@ answers. Where a method loses, it says <span class="slower">slower than dense</s
 GLOSSARY = {
     DENSE: "vLLM's own attention and cache; the baseline of every table. Where single ops are timed, this is our op "
     "that reads everything, and vLLM's is called vllm",
-    "sparq": "reads the tokens that a small copy of the keys ranks highest",
-    "quest": "reads spans of 16 neighbouring tokens, those whose keys may match best by their bounds",
-    "infllm": "reads the first tokens, the newest, and spans between, looked up by a few of their keys",
-    "kivi": "stores keys per channel and values per token in 4 bits, reads all",
-    "h2o": "keeps the tokens that had the most attention, and the newest",
-    "streaming": "keeps the first four tokens and the newest",
-    "flexgen": "stores keys and values per token in 4 bits, reads all",
-    "int8, k8v4, int4, kivi4, k4v2, kivi2": "how full blocks are stored; with a plus, how they are read: sparq+int4",
+    **{name: preset.summary for name, preset in PRESETS.items()},
+    ", ".join(name for name, how in FORMATS.items() if how is not None): "how full blocks are stored; with a plus, "
+    "how they are read: sparq+int4",
     SKIPPED: "an engine whose output tokens attend to nothing: the limit of any speed-up, not a method",
 }
 
