@@ -8,6 +8,7 @@ sparq+int4                  the axes compose: read few tokens of int4 blocks
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,8 +18,20 @@ from vllm_sparq.config import NAMESPACE, Options, parse_options
 from vllm_sparq.console import UsageError
 from vllm_sparq.formats import FORMATS
 from vllm_sparq.reads import READS, DenseRead, Read
+from vllm_sparq.retention import RETENTIONS
 
 DENSE = "dense"
+
+
+def meant_elsewhere(name: str) -> str:
+    """What to write for a read or a retention, which is no method by its own name; empty for any other name."""
+    for option, table in (("read", READS), ("retention", RETENTIONS)):
+        if name in table:
+            backends = [backend for backend, preset in PRESETS.items() if preset.options.get(option) == name]
+            given = f"add --options '{json.dumps({option: name})}'"
+            remedy = f"name {backends[0]}, which starts with it, or {given}" if backends else given
+            return f". {name!r} is a value of the option {option}: {remedy} to another"
+    return ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +62,7 @@ class Method:
         if unknown:
             raise UsageError(
                 f"unknown method {unknown[0]!r}: name {DENSE}, a backend ({', '.join(PRESETS)}), a block format "
-                f"({', '.join(FORMATS)}), or several as in sparq+int4"
+                f"({', '.join(FORMATS)}), or several as in sparq+int4{meant_elsewhere(unknown[0])}"
             )
         if len(parts) == 1 and name in PRESETS:
             meant: dict[str, Any] = {}

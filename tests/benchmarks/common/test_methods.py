@@ -26,5 +26,9 @@ def test_names_stand_for_backends_and_options() -> None:
 def test_what_means_nothing_is_refused() -> None:
     with pytest.raises(UsageError, match=r"unknown method 'sparc'.*sparq"):
         Method.named("sparc")
+    with pytest.raises(UsageError, match=r"'window' is a value of the option retention: name streaming, .* or add"):
+        Method.named("sparq+window")
+    with pytest.raises(UsageError, match=r"""'all' is a value .* retention: add --options '{"retention": "all"}' to"""):
+        Method.named("all")
     with pytest.raises(UsageError, match=r"method 'sparq'.*compresion.*Did you mean"):
         Method.named("sparq", {"compresion": 4.0})
