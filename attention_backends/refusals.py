@@ -153,12 +153,7 @@ def _option_refusals(vllm_config: Any) -> list[str]:
         return []  # refused for what it is, which no option changes
     reasons = _format_refusals(vllm_config, engine) + speculation_refusals(vllm_config, engine)
     reasons += position_refusals(vllm_config, engine)
-    n_layers, n_dense = getattr(model.hf_text_config, "num_hidden_layers", None), engine.options.dense_layers
-    if n_layers and n_dense >= n_layers and n_dense != PRESETS[engine.backend].options.get("dense_layers", 0):
-        reasons.append(
-            f"dense_layers={n_dense} leaves none of the model's {n_layers} layers to be read sparsely: use less than "
-            f"{n_layers}, or read='dense'"
-        )
+    reasons += _dense_layer_refusals(model, engine)
     if current_platform.is_cuda() and READS[engine.options.read].own_ranking:
         reasons.append(
             f"read={engine.options.read!r} runs on CPU alone so far: use read 'sparq' or 'spans', as the backends "
@@ -169,6 +164,20 @@ def _option_refusals(vllm_config: Any) -> list[str]:
     except ValueError as error:
         reasons.append(str(error))
     return reasons
+
+
+def _dense_layer_refusals(model: Any, engine: PagedEngine) -> list[str]:
+    """A sparse read that no layer would do. Layers of a drafting model are not meant: theirs changes no answer."""
+    n_layers, n_dense = getattr(model.hf_text_config, "num_hidden_layers", None), engine.options.dense_layers
+    sparse = issubclass(READS[engine.options.read], SparseRead)
+    if not sparse or not n_layers or n_dense < n_layers or model.runner_type == "draft":
+        return []
+    default = PRESETS[engine.backend].options.get("dense_layers")
+    of_whom = f" (the default of {engine.backend})" if n_dense == default else ""
+    return [
+        f"dense_layers={n_dense}{of_whom} leaves none of the model's {n_layers} layers to be read sparsely: use less "
+        f"than {n_layers}, such as \"dense_layers\": 0, or read='dense'"
+    ]
 
 
 def chosen_by_query_heads(options: Options) -> dict[str, str]:

@@ -121,7 +121,10 @@ class Options(BaseModel):
     Probabilities, and the mean value that auto adds to them, keep answers better and take 1.1 to 1.5 times as long.
     """
     dense_layers: int = Field(default=0, ge=0)
-    """First layers of the model that always read densely. quest: 2."""
+    """First layers of the model that always read densely. quest: 2.
+
+    The model must have more: of one with two layers, quest asks for "dense_layers": 0 or 1.
+    """
     dense_below: Literal["auto"] | Annotated[int, Field(ge=0, le=MOST_TOKENS)] = "auto"
     """Contexts shorter than this many tokens are read densely.
 

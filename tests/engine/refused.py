@@ -64,6 +64,11 @@ CASES: dict[str, Case] = {
     "no sparse layer": options(
         {"read": "spans", "dense_layers": 4}, r"dense_layers=4 leaves none of the model's 4 layers .*use less than 4"
     ),
+    "no sparse layer, by a preset": Case(
+        r"dense_layers=2 \(the default of quest\) leaves none of the model's 2 layers .*such as \"dense_layers\": 0",
+        model=dict(num_hidden_layers=2),
+        arguments=dict(attention_config={"backend": "QUEST"}),
+    ),
     "compression below 1": options({"compression": 0.5}, r"compression=0.5 .*greater than or equal to 1"),
     "r in words": options({"r": "many"}, r"r='many' .*valid integer"),
     "no such format": options({"format": "int3"}, rf"format='int3' is not usable: .*or {[*FORMATS][-1]!r}"),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -144,9 +143,8 @@ def test_hybrid_model(tmp_path: Path, token_prompts: list[list[int]], engine: An
 def test_dense_layers(
     engine: Any, prompts: Prompts, sparse_alone: dict[int, list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """All layers dense, which an engine refuses but by a preset's default, is dense attention; none is not."""
-    preset = SimpleNamespace(options={"dense_layers": 4})
-    monkeypatch.setattr("vllm_sparq.attention_backends.refusals.PRESETS", {"sparq": preset})
+    """All layers dense, which an engine refuses, would be dense attention; none is not."""
+    monkeypatch.setattr("vllm_sparq.attention_backends.refusals._dense_layer_refusals", lambda *_: [])
     with engine("sparq", {**EXACT["sparse"], "dense_layers": 4}) as llm:
         answers = prompts.answers(llm, prompts.mixed)
     with engine("CPU_ATTN") as llm:

@@ -126,6 +126,17 @@ def test_who_says_that_there_is_no_alibi_is_believed(attribute: str, value: Any)
     assert not engine_refusals(config)
 
 
+def test_dense_layers_may_be_all_of_a_drafting_model_or_of_a_dense_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a drafting model reads changes no answer, and where nothing is read sparsely nothing is missing."""
+    assert not engine_refusals(start(options={"read": "dense", "dense_layers": 4}))
+    config = start(options={"dense_layers": 3})
+    monkeypatch.setattr(config.model_config.hf_text_config, "num_hidden_layers", 1)
+    (reason,) = engine_refusals(config)
+    assert "dense_layers=3 leaves none of the model's 1 layers" in reason
+    monkeypatch.setattr(config.model_config, "runner_type", "draft")
+    assert not [reason for reason in engine_refusals(config) if "dense_layers" in reason]
+
+
 def test_images_are_refused_with_the_flag_that_serves_text(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of Gemma 3 and 4, which see an image's tokens in both directions; building one takes torchvision."""
     from vllm.config import ModelConfig

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.engine
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "all read": ("sparq", {"compression": 1, "k": 4096, "dense_below": 0}),
     "sparq": ("sparq", {"compression": 8, "min_k": 16, "dense_below": 0}),
-    "quest": ("quest", {"k": 64, "dense_below": 0}),
+    "quest": ("quest", {"k": 64, "dense_below": 0, "dense_layers": 0}),
     "infllm": ("infllm", {"k": 224, "local": 128, "dense_below": 0}),
     "flexgen": ("flexgen", {}),
     "kivi2": ("kivi", {"format": "kivi2"}),

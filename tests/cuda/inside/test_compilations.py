@@ -15,7 +15,7 @@ from tests.ops.keys import keys
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "sparq": ("sparq", {"r": 8, "dense_below": 512, "mean_value": "on"}),
     "sparq over kivi4": ("sparq", {"r": 8, "dense_below": 0, "format": "kivi4", "dense_layers": 1}),
-    "quest": ("quest", {"dense_below": 0}),
+    "quest": ("quest", {"dense_below": 0, "dense_layers": 0}),
     "h2o over int4": ("h2o", {"budget": 512, "format": "int4"}),
 }
 

@@ -19,7 +19,7 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "sparq with a mass": ("sparq", {**SPARSE, "mass": 0.7, "min_k": 4}),
     "sparq over int4": ("sparq", {**SPARSE, "format": "int4"}),
     "sparq over kivi4": ("sparq", {**SPARSE, "format": "kivi4"}),
-    "quest": ("quest", {"k": 16, "dense_below": 0}),
+    "quest": ("quest", {"k": 16, "dense_below": 0, "dense_layers": 0}),
     "flexgen": ("flexgen", {}),
     "kivi": ("kivi", {}),
     "h2o": ("h2o", {"budget": 64, "recent": 16}),
