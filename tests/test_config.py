@@ -150,7 +150,16 @@ def test_positions_ask_for_what_they_need(changes: dict[str, Any], message: str)
 
 def test_local() -> None:
     assert [parse(k=k).read_of(LLAMA).n_local(1000) for k in (1, 3, 4, 7, 8, 128)] == [1, 1, 2, 2, 3, 33]
-    assert [parse(k=8, local=n).read_of(LLAMA).n_local(1000) for n in (0, 1, 8, 9, 10**6)] == [1, 2, 9, 9, 9]
+    assert [parse(k=8, local=n).read_of(LLAMA).n_local(1000) for n in (0, 1, 8)] == [1, 2, 9]
+    # A k of 256 up to 2,340 tokens and of 7/64 of more: what there is no room for is not read.
+    assert [parse(local=300).read_of(LLAMA).n_local(n) for n in (2000, 2700, 8000)] == [257, 296, 301]
+
+
+@pytest.mark.parametrize(("k", "local"), [(8, 9), (1, 64), (1, 2)])
+def test_more_newest_tokens_than_are_read_are_refused(k: int, local: int) -> None:
+    with pytest.raises(OptionsError, match=f"local={local} is more than k={k}.*: use local <= {k}, or k >= {local}$"):
+        parse(k=k, local=local)
+    parse(k=local, local=local)
 
 
 @pytest.mark.parametrize(

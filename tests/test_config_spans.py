@@ -108,6 +108,18 @@ def test_refusals(options: dict[str, Any], message: str) -> None:
             parse_options({"sparq": {**read, **options}}, backend)
 
 
+@pytest.mark.parametrize(("k", "most"), [(1, 144), (224, 176), (240, 192), (1000, 944)])
+def test_the_longest_window_of_infllm_is_not_cut(k: int, most: int) -> None:
+    """All but the first span and one that is looked up."""
+    read = parse_options({"sparq": {"k": k, "local": most}}, "infllm").read_of(
+        HeadShape(head_size=64, n_heads=8, n_kv_heads=2)
+    )
+    assert isinstance(read, InfllmRead)
+    assert read.n_newest(4096) == most // 16 + 1 == read.n_spans(4096) - 2
+    with pytest.raises(OptionsError, match=f"use local <= {most}, or"):
+        parse_options({"sparq": {"k": k, "local": most + 1}}, "infllm")
+
+
 def test_h2o_with_pages_is_refused() -> None:
     with pytest.raises(OptionsError, match="retention='heavy_hitter'"):
         parse_options({"sparq": {"read": "spans"}}, "h2o")
@@ -133,6 +145,8 @@ def test_infllm_by_hand() -> None:
     [
         ({"r": 16}, "r=16 means nothing with read 'infllm'"),
         ({"local": 64}, "local=64 is too small: .* so use local >= 128"),
+        ({"k": 224, "local": 177}, "local=177 leaves no span of k=224 to look up: .* use local <= 176, or k >= 240$"),
+        ({"k": 1, "local": 145}, "local=145 leaves no span .* 192 tokens .* use local <= 144, or k >= 208$"),
         ({"format": "int4"}, "format='int4' leaves codes where .* use format 'model'"),
         ({"retention": "window"}, "retention='window' puts tokens .* representatives say nothing: .* retention 'all'"),
         ({"sharing": "all"}, "sharing='all' means nothing with read 'infllm': .* leave it out"),

@@ -98,6 +98,7 @@ class Options(BaseModel):
     local: int | None = Field(default=None, ge=0, le=MOST_TOKENS)
     """How many of the k are the newest tokens, whatever their rank. Default: a quarter of k, infllm: two thirds.
 
+    No more than a k that is set; a context whose k compression sets to less reads as many as fit into that.
     With read infllm they are 128 at least.
     """
     min_k: int = Field(default=256, ge=1, le=MOST_TOKENS)

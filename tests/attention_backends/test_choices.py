@@ -86,6 +86,7 @@ def test_where_the_engine_s_own_options_do(extra_args: dict[str, Any] | None, of
             for n in (MOST_TOKENS + 1, 2**31, 2**63 - 1, 2**63, 2**64 - 1)
         ),
         ({"sparq.mass": 0.5, "sparq.k": 64}, {}, ["min_k=256", "set min_k below k"]),
+        ({"sparq.k": 16}, {"local": 64}, ['"sparq.k": 16', "local=64 is more than k=16", "or k >= 64"]),
         ({"sparq.format": "int4"}, {}, ['"sparq.format": "int4"', "compression, sparq.r", "--additional-config"]),
         ({"sparq.topk": 5}, {}, ['"sparq.topk": 5', "a request may set"]),
         ({"sparq": {1: 2, "r": 4}}, {}, ['"sparq.1": 2', "a request may set"]),

@@ -59,6 +59,9 @@ CASES: dict[str, Case] = {
         {"comprssion": 4}, r"unknown sparq option 'comprssion'. Did you mean 'compression'\?.*dense_below"
     ),
     "options that are no object": options([4], r"must be an object of options, got \[4\].*write for example"),
+    "more of the newest than are read": options(
+        {"k": 64, "local": 65}, r"local=65 is more than k=64.*use local <= 64, or k >= 65"
+    ),
     "r beyond the head": options({"r": 65}, r"r=65 is larger than the model's head size 64: use r <= 64"),
     "k of nothing": options({"k": 0}, r"k=0 is not usable: .*greater than or equal to 1"),
     "no sparse layer": options(

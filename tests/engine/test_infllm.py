@@ -26,7 +26,7 @@ def test_what_is_looked_up_matters(engine: Any, prompts: Prompts, alone: list[li
     """Answers differ from those of the same tokens in the window, and from dense ones, where there is so much."""
     with engine("CPU_ATTN") as llm:
         dense = prompts.answers(llm, prompts.mixed)
-    with engine("sparq", {**SPARSE, "local": 4096}) as llm:
+    with engine("sparq", {**SPARSE, "local": 176}) as llm:
         window = prompts.answers(llm, prompts.mixed)
     assert dense[:4] == window[:4] == alone[:4]  # everything is read
     for other in (dense, window):

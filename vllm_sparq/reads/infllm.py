@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from vllm_sparq.reads.base import HeadShape, SparseRead
-from vllm_sparq.reads.spans import SPAN_TOKENS, SpansRead
+from vllm_sparq.reads.spans import SPAN_TOKENS, SpansRead, spans_of
 
 if TYPE_CHECKING:
     from vllm_sparq.config import Options
@@ -42,6 +42,8 @@ class InfllmRead(SpansRead):
                 f"sparq option local={options.local} is too small: with read {options.read!r} a span is looked up once "
                 f"the queries of {least} later tokens have chosen its representatives, so use local >= {least}"
             )
+        elif options.local is not None and options.k is not None:
+            yield from cls._too_long_a_window(options.local, options.k)
         if options.format != "model":
             yield (
                 f"sparq option format={options.format!r} leaves codes where read {options.read!r} chooses "
@@ -56,6 +58,17 @@ class InfllmRead(SpansRead):
             yield (
                 f"sparq option lossless=True takes drafts back, and read {options.read!r} has added up their queries "
                 "by then: set read 'sparq' or 'spans', or leave lossless out"
+            )
+
+    @classmethod
+    def _too_long_a_window(cls, local: int, k: int) -> Iterator[str]:
+        """What `n_newest` would cut, where k is the same in every context."""
+        n_spans, n_newest, n_others = max(cls.least, k // SPAN_TOKENS), spans_of(local) + 1, cls.n_first + 1
+        if n_newest + n_others > n_spans:
+            yield (
+                f"sparq option local={local} leaves no span of k={k} to look up: of the {n_spans * SPAN_TOKENS} tokens "
+                f"that are read {cls.n_first * SPAN_TOKENS} are the first, and {SPAN_TOKENS} at least are looked up: "
+                f"use local <= {(n_spans - n_others - 1) * SPAN_TOKENS}, or k >= {(n_newest + n_others) * SPAN_TOKENS}"
             )
 
     @classmethod

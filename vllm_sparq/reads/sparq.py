@@ -61,6 +61,11 @@ class SparqRead(SparseRead):
                 f"sparq option mass={options.mass} means nothing with k={options.k} and min_k={options.min_k}, the "
                 "most and the least tokens that it may read: set min_k below k, or leave mass out"
             )
+        if options.local is not None and options.k is not None and options.local > options.k:
+            yield (
+                f"sparq option local={options.local} is more than k={options.k}, and the newest tokens are some of "
+                f"the k: use local <= {options.k}, or k >= {options.local}"
+            )
 
     @classmethod
     def resolve(cls, options: Options, heads: HeadShape) -> Self:
