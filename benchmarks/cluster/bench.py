@@ -26,7 +26,7 @@ from vllm_sparq.benchmarks.cluster.replicas import (
     with_options,
 )
 from vllm_sparq.benchmarks.cluster.summary import summary, table
-from vllm_sparq.benchmarks.common.lines import check_out, make_folder
+from vllm_sparq.benchmarks.common.lines import check_folder, check_out, make_folder
 from vllm_sparq.benchmarks.common.methods import Method
 from vllm_sparq.benchmarks.common.proof import WrongAttentionError, with_dense
 from vllm_sparq.benchmarks.common.records import append_records, read_records, recorded, skipped_note
@@ -125,6 +125,8 @@ def runtime_env(text: str) -> dict[str, Any]:
 
 def main(args: argparse.Namespace) -> int:
     """Run every method over all prompts, print the table, write the lines."""
+    check_folder(args.out)
+    check_out(args.record, "--record")
     console = make_console()
     model = check_model(args.model)
     check_engine_args(args)
@@ -136,8 +138,6 @@ def main(args: argparse.Namespace) -> int:
     args.batch_size = args.batch_size or max(1, min(MAX_BATCH, found.n_rows // (4 * args.replicas)))
     asked = [Measurement.of(args, pool_of(args, method, model), found) for method in methods]
     make_folder(args.out)
-    if args.record is not None:
-        check_out(args.record, "--record")
     known = recorded(args.record, [one.key for one in asked], again=args.again)
     records = list(known.values())
     if known:

@@ -25,17 +25,42 @@ N_TAIL_BYTES = 1 << 16
 """Bytes that are read at a time to find where the last whole line ends."""
 
 
-def check_out(path: Path, option: str = "--out") -> None:
-    """Refuse a file that lines cannot be added to, before anything is measured; what it made for that it removes.
+def check_out(path: Path | None, option: str = "--out") -> None:
+    """Refuse a file that lines cannot be added to: the first thing that a command does. Leaves nothing behind.
 
     Raises:
         UsageError: it is no regular file, or the system does not let us write there.
     """
+    if path is None:
+        return
+    if not path.parent.is_dir():
+        try:
+            _try_nearest(path.parent)
+        except OSError as error:
+            raise _not_writable(path, option, error) from None
+        return
     existed = path.exists()
     with _locked(path, option):
         pass
     if not existed:
         path.unlink(missing_ok=True)
+
+
+def check_folder(folder: Path | None, option: str = "--out", files: Iterable[str] = ()) -> None:
+    """The same of a folder, and of files in it that lines are added to.
+
+    Raises:
+        UsageError: it, or one of the files, cannot be made or written.
+    """
+    if folder is None:
+        return
+    try:
+        _try_nearest(folder)
+    except OSError as error:
+        raise _not_usable(folder, option, error) from None
+    for path in (folder / name for name in files):
+        if os.path.lexists(path):
+            check_out(path, option)
 
 
 def make_folder(folder: Path, option: str = "--out") -> None:
@@ -46,11 +71,31 @@ def make_folder(folder: Path, option: str = "--out") -> None:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
+        _try_nearest(folder)
     except OSError as error:
-        reason = "it is a file" if isinstance(error, FileExistsError) else error.strerror
-        raise UsageError(f"{option} {folder} cannot be used ({reason}): give a folder that can be written") from None
+        raise _not_usable(folder, option, error) from None
+
+
+def _try_nearest(folder: Path) -> None:
+    """Write a file without a name into it, or into what it would be made in."""
+    nearest = next(one for one in (folder, *folder.parents) if os.path.lexists(one))
+    with tempfile.TemporaryFile(dir=nearest):
+        pass
+
+
+def _not_usable(folder: Path, option: str, error: OSError) -> UsageError:
+    is_file = isinstance(error, (FileExistsError, NotADirectoryError)) and os.path.lexists(folder)
+    reason = "it is a file" if is_file else _reason(error)
+    return UsageError(f"{option} {folder} cannot be used ({reason}): give a folder that can be written")
+
+
+def _not_writable(path: Path, option: str, error: OSError) -> UsageError:
+    return UsageError(f"{option} {path} cannot be written ({_reason(error)}): give a file in a folder that can")
+
+
+def _reason(error: OSError) -> str | None:
+    above = isinstance(error, (FileExistsError, NotADirectoryError))
+    return "a folder above it is a file" if above else error.strerror
 
 
 def append_lines(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
@@ -152,11 +197,7 @@ def _locked(path: Path, option: str = "--out") -> Iterator[int]:
             path.parent.mkdir(parents=True, exist_ok=True)
             file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         except OSError as error:
-            above = isinstance(error, (FileExistsError, NotADirectoryError))
-            reason = "a folder above it is a file" if above else error.strerror
-            raise UsageError(
-                f"{option} {path} cannot be written ({reason}): give a file in a folder that can"
-            ) from None
+            raise _not_writable(path, option, error) from None
         try:
             if not stat.S_ISREG(os.fstat(file).st_mode):
                 raise UsageError(f"{option} {path} is no file that lines can be added to: give another one")

@@ -234,12 +234,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Measure, print the table, write the lines."""
+    check_out(args.out)
     console = make_console()
     model = Model.of(args.model, args.layers)
     options = args.options or ([] if args.methods else [DEFAULT_OPTIONS])
     chosen = engines(args.methods, options, args.block_size, args.acceptance)
-    if args.out:
-        check_out(args.out)
     if args.choice:
         return mixed.main(args, [engine for engine in chosen if engine.method.backend is not None], model)
     if args.input_len is not None:

@@ -18,7 +18,6 @@ from typing import Any
 
 from vllm_sparq.benchmarks.common.cache_layout import CacheLayout
 from vllm_sparq.benchmarks.common.engine_process import EngineProcess
-from vllm_sparq.benchmarks.common.lines import check_out
 from vllm_sparq.benchmarks.common.proof import WrongAttentionError
 from vllm_sparq.benchmarks.common.records import append_records, case_key, provenance, recorded, skipped_note
 from vllm_sparq.benchmarks.common.threads import engine_threads
@@ -195,8 +194,6 @@ def main(args: argparse.Namespace, found: list[Engine], model: Model) -> int:
             f"--steps {args.steps} is more than a request has tokens for: use {N_ANSWER - N_FIRST - 1} or less"
         )
     model.check_length("--context", max(args.context), N_TAIL)
-    if args.out:
-        check_out(args.out)
     room = Case(context=max(args.context), batch=max(args.batch))
     cases = [
         MixedCase(context=context, batch=batch, choices=choices) for context in args.context for batch in args.batch

@@ -196,13 +196,12 @@ def main(args: argparse.Namespace) -> int:
     """Run the trace through each engine, print the table, write the lines."""
     from rich.console import Console
 
+    check_out(args.out)
     refuse(args.engine_args, GIVEN)
     console, model = Console(), check_model(args.model)
     trace = Trace(
         n=args.n, rate=args.rate, prompt_len=args.prompt_len, output_len=args.output_len, pool=args.pool, seed=args.seed
     )
-    if args.out:
-        check_out(args.out)
     case = {**asdict(trace), "model": model.name, "engine_args": args.engine_args}
     shape, rows = ModelShape.of(model, args.engine_args.get("dtype", "auto")), []
     for method in engines(args.methods):

@@ -164,8 +164,7 @@ def main(words: Sequence[str] | None = None) -> int:
         if args.list:
             print(*cells.lines(wanted), sep="\n")
             return 0
-        if args.out:
-            check_out(args.out)
+        check_out(args.out)
         return check(args, wanted, budget)
     except ValueError as error:
         print(f"gpu_check.py: {error}", file=sys.stderr)

@@ -88,8 +88,7 @@ def main(words: Sequence[str] | None = None) -> int:
         if args.list:
             print(*(f"{job.name:<24} about {job.seconds:.0f} s" for job in planned), sep="\n")
             return 0
-        if args.out:
-            check_out(args.out)
+        check_out(args.out)
         import torch
 
         if not torch.cuda.is_available():

@@ -266,10 +266,9 @@ def _progress(console: Console) -> Progress:
 
 
 def main(args: argparse.Namespace) -> int:
+    check_out(args.out)
     if args.clock == "cpu" and os.environ.get("OMP_WAIT_POLICY", "").lower() != "passive":
         raise UsageError("--clock cpu would count threads that wait: start with OMP_WAIT_POLICY=passive")
-    if args.out is not None:
-        check_out(args.out)
     if args.threads is not None:
         torch.set_num_threads(args.threads)
     op, console = settle(args), Console()

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_sparq.benchmarks.common.engine_arguments import refuse
+from vllm_sparq.benchmarks.common.lines import check_folder
 from vllm_sparq.benchmarks.common.methods import DENSE, Method
 from vllm_sparq.benchmarks.quality.divergence import distribution_file
 from vllm_sparq.benchmarks.quality.engine import Engine, Output, Run, same_cache
@@ -300,8 +301,9 @@ examples:
 def main(args: argparse.Namespace) -> int:
     """Answer, score, write, print."""
     from vllm_sparq.benchmarks.quality.cells import table
-    from vllm_sparq.benchmarks.quality.store import Store
+    from vllm_sparq.benchmarks.quality.store import FILES, Store
 
+    check_folder(args.out, files=FILES)
     console = make_console()
     methods = methods_at(args.methods, args.compression, args.options)
     run, examples = prepare(args, console)

@@ -231,6 +231,7 @@ def main(args: argparse.Namespace) -> int:
     from vllm_sparq.benchmarks.quality.prompts import Wanted, check_tasks
     from vllm_sparq.benchmarks.tiny_model import WEIGHTS
 
+    check_out(args.out)
     console = make_console()
     os.environ.update(HF_HUB_OFFLINE="1", VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_LOGGING_LEVEL="ERROR")
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
@@ -238,8 +239,6 @@ def main(args: argparse.Namespace) -> int:
     run = Run(model=check_model(args.model or WEIGHTS), dtype=args.dtype)
     check_tasks(args.tasks)
     check_scores(args.tasks)
-    if args.out is not None:
-        check_out(args.out)
     wanted = Wanted(model=run.model, tasks=args.tasks, lengths=args.lengths, n=args.n, seed=args.seed)
     examples = wanted.examples(ModelShape.of(run.model, run.dtype).max_model_len)
     curve = Curve(run, {"r": args.r, "local": args.local, "min_k": args.min_k})

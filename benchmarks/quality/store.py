@@ -16,6 +16,9 @@ from vllm_sparq.benchmarks.common.records import SCHEMA, append_records, origin_
 from vllm_sparq.benchmarks.quality.engine import Run
 from vllm_sparq.benchmarks.tasks.generated import Example
 
+FILES = ("examples.jsonl", "cells.jsonl")
+"""Of lines, in the folder."""
+
 
 def digest(*parts: Any) -> str:
     """Sixteen hexadecimal digits of what can be written as JSON."""
@@ -35,7 +38,7 @@ class Store:
 
     def __init__(self, folder: Path, run: Run) -> None:
         make_folder(folder)
-        self.examples_path, self.cells_path = folder / "examples.jsonl", folder / "cells.jsonl"
+        self.examples_path, self.cells_path = (folder / name for name in FILES)
         for path in (self.examples_path, self.cells_path):
             check_out(path)
         self.origin = provenance()

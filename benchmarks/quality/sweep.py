@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from vllm_sparq.benchmarks.common.lines import check_folder
 from vllm_sparq.benchmarks.common.methods import DENSE, Method
 from vllm_sparq.benchmarks.quality import evaluate as quality
 from vllm_sparq.benchmarks.quality.engine import Run
@@ -59,8 +60,9 @@ examples:
 
 def main(args: argparse.Namespace) -> int:
     """Answer, score, write, print."""
-    from vllm_sparq.benchmarks.quality.store import Store
+    from vllm_sparq.benchmarks.quality.store import FILES, Store
 
+    check_folder(args.out, files=FILES)
     console = make_console()
     methods = grid(args.method, args.r, args.k, args.options)
     run, examples = quality.prepare(args, console)

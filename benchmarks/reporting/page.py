@@ -82,6 +82,7 @@ def main(args: argparse.Namespace) -> int:
         raise UsageError("give a folder of results, or one file")
     if not args.results.exists():
         raise UsageError(f"{args.results}: there is no such file or folder")
+    check_out(args.out)
     records = read_records(args.results)
     if not records:
         raise UsageError(
@@ -90,7 +91,6 @@ def main(args: argparse.Namespace) -> int:
     folder = args.out.with_suffix("")
     if folder == args.out:
         raise UsageError(f"--out {args.out} needs a suffix, such as .html: its pictures go to the folder of that name")
-    check_out(args.out)
     make_folder(folder)
     page, pictures = build(records)
     replace_text(args.out, page)

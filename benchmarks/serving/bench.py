@@ -147,12 +147,11 @@ def rates(text: str) -> list[float]:
 
 def main(args: argparse.Namespace) -> int:
     """A server per method, a client per rate; print the table, write the lines."""
+    check_out(args.out)
     console = make_console()
     model = check_model(args.model)
     refuse((name for name, _ in words_given(args.serve_args)), GIVEN, "--serve-args")
     check_lengths(args, model)
-    if args.out:
-        check_out(args.out)
     methods = [Method.named(method.name, args.options) for method in with_dense(args.methods)]
     keys = {(m.name, rate): key_of(args, model, m, rate) for m in methods for rate in args.request_rate}
     known = recorded(args.out, keys.values(), again=args.again)

@@ -98,8 +98,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Run the demo."""
-    if args.json is not None:
-        check_out(args.json, "--json")
+    check_out(args.json, "--json")
     started = time.monotonic()
     args.model = check_model(args.model)
     if not (args.model / "tokenizer.json").is_file():

@@ -33,13 +33,12 @@ def checked(args: argparse.Namespace) -> None:
     Raises:
         UsageError: no model, an unknown task, or records that cannot be written.
     """
+    check_out(args.out)
     args.model = check_model(args.model)
     ModelShape.of(args.model)
     unknown = [task for task in args.tasks if task not in GENERATED]
     if unknown:
         raise UsageError(f"unknown task {unknown[0]!r}: choose from {', '.join(GENERATED)}")
-    if args.out is not None:
-        check_out(args.out)
 
 
 def cells_of(args: argparse.Namespace, max_model_len: int) -> Iterator[list[Example]]:

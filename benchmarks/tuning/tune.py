@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from vllm_sparq.benchmarks.common.lines import make_folder, mend, replace_text
+from vllm_sparq.benchmarks.common.lines import check_folder, make_folder, mend, replace_text
 from vllm_sparq.benchmarks.common.methods import DENSE
 from vllm_sparq.benchmarks.common.optional import optional
 from vllm_sparq.benchmarks.common.records import origin_of, provenance
@@ -84,6 +84,7 @@ examples:
 
 def main(args: argparse.Namespace) -> int:
     """Search, show, choose."""
+    check_folder(args.out, files=[JOURNAL])
     started = time.monotonic()
     console = make_console()
     workload, run, examples = prepare(args)
