@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_sparq.backends import PRESETS
-from vllm_sparq.benchmarks.common.lines import check_out, make_folder, replace_text
+from vllm_sparq.benchmarks.common.lines import check_folder, check_out, make_folder, replace_text
 from vllm_sparq.benchmarks.common.methods import DENSE
 from vllm_sparq.benchmarks.common.records import read_records
 from vllm_sparq.benchmarks.engine.cases import SKIPPED
@@ -66,7 +66,12 @@ examples:
   vllm-sparq report --documents
 """
     parser.add_argument("results", type=place, nargs="?", help="a folder of results, or one file")
-    parser.add_argument("--out", type=place, default=Path("report.html"), help="the page (default: report.html)")
+    parser.add_argument(
+        "--out",
+        type=place,
+        default=Path("report.html"),
+        help="the page, its pictures within; beside it, as PNG, in a folder: PAGE-pictures (default: report.html)",
+    )
     parser.add_argument(
         "--documents",
         action="store_true",
@@ -83,20 +88,21 @@ def main(args: argparse.Namespace) -> int:
     if not args.results.exists():
         raise UsageError(f"{args.results}: there is no such file or folder")
     check_out(args.out)
+    folder = args.out.with_name(f"{args.out.stem}-pictures")  # not the stem: a page is named after its records' folder
+    check_folder(folder)
     records = read_records(args.results)
     if not records:
         raise UsageError(
             f"{args.results} holds no results: `vllm-sparq bench ... --out {args.results}/x.jsonl` makes some"
         )
-    folder = args.out.with_suffix("")
-    if folder == args.out:
-        raise UsageError(f"--out {args.out} needs a suffix, such as .html: its pictures go to the folder of that name")
-    make_folder(folder)
     page, pictures = build(records)
     replace_text(args.out, page)
+    if pictures:
+        make_folder(folder)
     for name, png in pictures.items():
         (folder / f"{name}.png").write_bytes(png)
-    print(f"{args.out}: {len(records)} results; {len(pictures)} pictures in {folder}{'' if pictures else ' (none)'}")
+    where = f"{len(pictures)} pictures, also in {folder}" if pictures else "no pictures"
+    print(f"{args.out}: {len(records)} results, {where}")
     return 0
 
 

@@ -65,7 +65,7 @@ def test_everything_is_on_the_page_and_loses_where_it_loses(tmp_path: Path) -> N
     out = tmp_path / "page.html"
     assert main(["report", str(write(tmp_path / "results", records())), "--out", str(out)]) == 0
     page = out.read_text()
-    pictures = {path.stem for path in (tmp_path / "page").glob("*.png")}
+    pictures = {path.stem for path in (tmp_path / "page-pictures").glob("*.png")}
     assert pictures == set(report_plots.PICTURES)
     assert page.count("<img ") == len(pictures)
     assert page.count("data:image/png;base64,") == len(pictures)
@@ -78,6 +78,17 @@ def test_everything_is_on_the_page_and_loses_where_it_loses(tmp_path: Path) -> N
         assert all(("slower than dense" in row) == ("int4" in row) for row in rows)
     assert "a &lt;fast&gt; processor" in page
     assert "uncommitted" in page
+
+
+@pytest.mark.parametrize("name", ["results.html", "results"])
+def test_pictures_go_beside_the_page(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And never among the records, whose folder a page is easily named after."""
+    results = write(tmp_path / "results", records())
+    (tmp_path / "elsewhere").mkdir()
+    out = (tmp_path if name.endswith(".html") else tmp_path / "elsewhere") / name
+    assert main(["report", str(results), "--out", str(out)]) == 0
+    assert [path.name for path in results.iterdir()] == ["x.jsonl"]
+    assert len(list((out.parent / "results-pictures").glob("*.png"))) == len(report_plots.PICTURES)
 
 
 def test_the_newest_of_the_same_measurement_counts() -> None:
