@@ -27,7 +27,8 @@ Keys of `additional_config["sparq"]`, whatever the backend: `--additional-config
 command line, `additional_config={"sparq": {"compression": 4}}` in Python. Unknown keys, values out of range and
 options that mean nothing together are refused before the model loads, with the value, the rule and the remedy.
 
-What options come to for one model: `vllm-sparq doctor --model MODEL --options '{"compression": 4}'`.
+What options come to for one model: `vllm-sparq doctor --model MODEL --options '{"compression": 4}'`. How much memory to
+give its cache: [the size of the cache](how-it-works.md#the-size-of-the-cache).
 
 This page is generated from `vllm_sparq/config.py` by `vllm-sparq report --documents`.
 """
