@@ -75,9 +75,11 @@ def test_what_is_proven_at_night_alone_is_called_so() -> None:
     assert NIGHTLY in PROMISES.split("\n## ")[0], "the word is not explained"
 
 
-def test_ci_runs_long_tests_at_night() -> None:
-    assert "test-long" in made_by_ci("schedule")
-    assert "test-long" not in made_by_ci("push")
+@pytest.mark.parametrize("target", ["test-long", "real"])
+def test_ci_runs_it_at_night(target: str) -> None:
+    assert target in made_by_ci("schedule")
+    assert target not in made_by_ci("push")
+    assert f"`make {target}`" in PROMISES.split("\n## ")[0]
 
 
 def test_a_promise_without_its_word_is_found() -> None:
