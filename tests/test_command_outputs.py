@@ -12,7 +12,7 @@ from tests.benchmarks.commands import exit_code
 from vllm_sparq import cli
 from vllm_sparq.console import place
 
-READ = {"--model", "--text", "--haystack", "--data", "--ship", "results"}
+READ = {"--model", "--text", "--haystack", "--data", "--ship", "--beside", "results"}
 """Options whose path is read; any other is written."""
 
 
