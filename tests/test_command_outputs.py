@@ -25,6 +25,7 @@ def paths_of(command: str) -> list[str]:
 
 
 WRITTEN = [(command, option) for command in cli.COMMANDS for option in paths_of(command) if option not in READ]
+OF_MODELS = [one for one in WRITTEN if "--model" in paths_of(one[0])]
 
 
 def words_of(command: str, option: str, out: Path, folder: Path) -> list[str]:
@@ -45,7 +46,7 @@ def test_commands_that_write_are_here() -> None:
 
 
 @pytest.mark.parametrize("where", ["below a file", "where nobody can write", "in folders that nobody can make"])
-@pytest.mark.parametrize(("command", "option"), WRITTEN, ids=" ".join)
+@pytest.mark.parametrize(("command", "option"), WRITTEN, ids=[" ".join(one) for one in WRITTEN])
 def test_it_is_said_before_a_model_is_looked_at(
     command: str, option: str, where: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -58,7 +59,7 @@ def test_it_is_said_before_a_model_is_looked_at(
     assert "give a f" in said  # a file, or a folder
 
 
-@pytest.mark.parametrize(("command", "option"), [one for one in WRITTEN if "--model" in paths_of(one[0])], ids=" ".join)
+@pytest.mark.parametrize(("command", "option"), OF_MODELS, ids=[" ".join(one) for one in OF_MODELS])
 def test_a_command_that_is_refused_leaves_nothing_there(
     command: str, option: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
