@@ -15,11 +15,13 @@ help:  ## what can be made
 
 setup: $(READY)  ## .venv with everything, from the lock; compiles the CPU kernels
 
+# The kernels need none of what is installed, and both take minutes: they are compiled meanwhile.
 $(READY): requirements/cpu.lock pyproject.toml setup.py packaging/vllm_cpu_name/pyproject.toml $(SOURCES)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --no-deps -r requirements/cpu.lock
+	$(BIN)/pip install --quiet --no-deps $$(grep -E '^(setuptools|wheel)==' requirements/cpu.lock)
+	$(BIN)/pip install --quiet --no-deps --no-build-isolation --editable . & kernels=$$!; trap "kill $$kernels 2>/dev/null" EXIT INT TERM; \
+		$(BIN)/pip install --quiet --no-deps -r requirements/cpu.lock && wait $$kernels
 	$(BIN)/pip install --quiet --no-deps --no-build-isolation ./packaging/vllm_cpu_name
-	$(BIN)/pip install --quiet --no-deps --no-build-isolation --editable .
 	touch $@
 
 demo: $(READY)  ## a real `vllm serve` with SparQ on the bundled model, beside dense, answering questions
