@@ -16,10 +16,10 @@ from vllm.platforms import current_platform
 
 from vllm_sparq.backends import BACKENDS
 from vllm_sparq.config import NAMESPACE, Options, check_place, parse_options
-from vllm_sparq.formats import FORMATS
+from vllm_sparq.formats import QUANTIZED
 from vllm_sparq.layout import PageLayout
 from vllm_sparq.reads import CUDA_BREAK_EVEN, DIALS, READS, HeadShape, Read, SparseRead
-from vllm_sparq.retention import RETENTIONS, Retention, adds_up_attention
+from vllm_sparq.retention import EVICTING, Retention, adds_up_attention
 
 PREFERRED_BLOCK_SIZE = 128
 """Tokens per block where the user sets none: rows of int4 codes are whole cache lines then."""
@@ -88,7 +88,7 @@ class PagedEngine:
     @property
     def quantized(self) -> bool:
         """Whether full blocks hold codes."""
-        return FORMATS[self.options.format] is not None
+        return self.options.format in QUANTIZED
 
     @property
     def shares_blocks(self) -> bool:
@@ -152,7 +152,7 @@ def preferred_block_size(options: Options, max_model_len: int) -> int:
     Not longer where blocks are quantized or evicted from: what waits for quantization, and what a budget must hold,
     grows with the block.
     """
-    pays = READS[options.read].prefers_long_blocks(options) and RETENTIONS[options.retention] is None
+    pays = READS[options.read].prefers_long_blocks(options) and options.retention not in EVICTING
     return LONG_BLOCK_SIZE if pays and max_model_len >= LONG_CONTEXT else PREFERRED_BLOCK_SIZE
 
 
@@ -171,7 +171,7 @@ def page_layout(options: Options, heads: HeadShape, block_size: int, dtype: torc
         group_size=options.group_size,
         ranking=needs.ranking,
         value_sum=needs.value_sum,
-        positions=RETENTIONS[options.retention] is not None,
+        positions=options.retention in EVICTING,
         attention=adds_up_attention(options.retention),
     )
 

@@ -18,7 +18,7 @@ from vllm_sparq.backends import PRESETS
 from vllm_sparq.config import Options, OptionsError, check_budget
 from vllm_sparq.layout import BLOCK_SIZE_MULTIPLE
 from vllm_sparq.reads import READS, SparseRead
-from vllm_sparq.retention import RETENTIONS, adds_up_attention
+from vllm_sparq.retention import EVICTING, adds_up_attention
 from vllm_sparq.scheduler.spec import SHARED_POOL
 
 HEAD_SIZES = (32, 48, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
@@ -186,7 +186,7 @@ def chosen_by_query_heads(options: Options) -> dict[str, str]:
     if issubclass(READS[options.read], SparseRead):
         choosing[f"read={options.read!r}"] = "read 'dense'"
     if adds_up_attention(options.retention):
-        others = [repr(name) for name in RETENTIONS if RETENTIONS[name] and not adds_up_attention(name)]
+        others = [repr(name) for name in EVICTING if not adds_up_attention(name)]
         choosing[f"retention={options.retention!r}"] = f"retention {' or '.join(others)}"
     return choosing
 

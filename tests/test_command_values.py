@@ -103,7 +103,7 @@ def _nothing_starts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     for module, name in (
         ("doctor.command", "checks"),
         ("models.folders", "fetch"),
-        ("benchmarks.ops.decode", "measure"),
+        ("benchmarks.ops.decode", "ready_calls"),
         ("benchmarks.cluster.bench", "cluster"),
         ("benchmarks.simulation.reads", "load"),
         ("benchmarks.simulation.kivi", "load_plain"),

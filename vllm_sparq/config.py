@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from vllm_sparq.backends import PRESETS
 from vllm_sparq.formats import FORMATS
 from vllm_sparq.reads import READS, HeadShape, PageNeeds, Read
-from vllm_sparq.retention import RETENTIONS, Retention
+from vllm_sparq.retention import EVICTING, RETENTIONS, Retention
 
 DEFAULT_BUDGET = 1024
 """Tokens that a request keeps per KV head where tokens are evicted and the user names no budget."""
@@ -265,8 +265,7 @@ def _check_retention(options: Options) -> None:
         )
     if policy is None:
         meaningless = ("budget", "recent", "sinks", "prefill", "pressure")
-        evicting = [repr(name) for name, other in RETENTIONS.items() if other is not None]
-        _refuse(options, meaningless, f"while all tokens stay: add retention {' or '.join(evicting)}")
+        _refuse(options, meaningless, f"while all tokens stay: add retention {' or '.join(map(repr, EVICTING))}")
         return
     if policy.recent is not None and options.recent is not None:
         raise OptionsError(

@@ -102,3 +102,6 @@ FORMATS: dict[str, Format | None] = {
 K is what breaks on real models, by outlier channels in 4 bits per token and by 2 bits at all; V does not: ``k8v4`` and
 ``k4v2`` spend their bits there (docs/decisions/0013, 0017).
 """
+
+QUANTIZED: dict[str, Format] = {name: how for name, how in FORMATS.items() if how is not None}
+"""Those that store codes."""

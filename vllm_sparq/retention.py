@@ -82,11 +82,13 @@ RETENTIONS: dict[str, Policy | None] = {
 """Value of the option ``retention`` -> its rule. ``heavy_hitter``: H2O (arXiv 2306.14048); ``window``: StreamingLLM
 (arXiv 2309.17453), whose four sinks stay."""
 
+EVICTING: dict[str, Policy] = {name: policy for name, policy in RETENTIONS.items() if policy is not None}
+"""Those by which tokens go."""
+
 
 def adds_up_attention(retention: str) -> bool:
     """Whether pages add up attention under this value of the option ``retention``."""
-    policy = RETENTIONS[retention]
-    return policy is not None and policy.rank in BY_ATTENTION
+    return retention in EVICTING and EVICTING[retention].rank in BY_ATTENTION
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -189,7 +189,7 @@ def cells(args: argparse.Namespace) -> list[Cell]:
         need = 4 * cell.dense_bytes + sum(2 * cell.bytes_moved(DenseRead(), name) for name in formats)
         if need > 0.8 * free:
             raise UsageError(
-                f"context {cell.context} x batch {cell.batch} at {cell.heads}/{cell.kv_heads}/{cell.head_dim} needs "
+                f"context {cell.context} x batch {cell.batch} at {cell.shape} needs "
                 f"about {need / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free: ask for less --context or --batch"
             )
     return found
@@ -218,7 +218,7 @@ OPS = {
         decode.describe,
         decode.key_of,
         decode.ready_calls,
-        lambda *args: decode.measure(*args),
+        decode.measure,
         decode.table,
         decode.summary,
     ),
@@ -248,7 +248,6 @@ def compare(args: argparse.Namespace, op: Op, cells: Sequence[Any], watch: Stopw
             pairs += builds.measure(where, calls, other, args.repeats, watch, lambda: progress.advance(task))
     if not pairs:
         raise _nothing_ran(args, op.describe(cells[0]))
-    console.print(f"{provenance()['cpu']}: {native.find().reason}")
     console.print(builds.table(pairs, args.beside, watch))
     return 0
 
@@ -274,13 +273,14 @@ def main(args: argparse.Namespace) -> int:
     op, console = settle(args), Console()
     wanted = op.cells(args)
     watch = Stopwatch(args.clock, torch.get_num_threads())
+    about = provenance()
+    console.print(f"{about['cpu']}: {native.find().reason}")
     if args.beside is not None:
         return compare(args, op, wanted, watch, console)
     keys = [[op.key_of(cell, name, watch) for name in args.methods] for cell in wanted]
     known = recorded(args.out, [key for row in keys for key in row], again=args.again)
     todo = [cell for cell, row in zip(wanted, keys, strict=True) if not known.keys() >= set(row)]
-    about, rows = provenance(), []
-    console.print(f"{about['cpu']}: {native.find().reason}")
+    rows = []
     with _progress(console) as progress:
         task = progress.add_task("measuring", total=len(todo) * args.repeats)
         for cell in todo:

@@ -15,9 +15,10 @@ from rich import box
 from rich.table import Table
 
 from vllm_sparq.benchmarks.ops.cell import Call
-from vllm_sparq.benchmarks.ops.stopwatch import Stopwatch
+from vllm_sparq.benchmarks.ops.stopwatch import Stopwatch, microseconds, spread
 from vllm_sparq.console import UsageError
 from vllm_sparq.ops import native
+from vllm_sparq.ops.dispatch import choose
 
 
 @dataclass(frozen=True)
@@ -47,10 +48,10 @@ def library_in(folder: Path) -> Path:
     Raises:
         UsageError: no compiled kernels are in use, or that build lacks theirs, or has another interface.
     """
-    found = native.find()
-    if found.library is None:
-        raise UsageError(f"--beside {folder} compares compiled kernels: {found.reason}")
-    path = (folder / found.library.name).resolve()
+    chosen, library = choose("dense_decode", "cpu"), native.find().library
+    if chosen.implementation != "cpu" or library is None:
+        raise UsageError(f"--beside {folder} compares compiled kernels, and none are in use: {chosen.reason}")
+    path = (folder / library.name).resolve()
     if not path.is_file():
         raise UsageError(
             f"--beside {folder} holds no {path.name}, the kernels that run here: give the vllm_sparq/lib of another "
@@ -85,19 +86,14 @@ def table(pairs: Sequence[Pair], folder: Path, watch: Stopwatch) -> Table:
     for pair in pairs:
         if before not in ("", pair.where):
             view.add_section()
-        ratios = pair.ratios
+        low, high = spread(pair.ratios)
         view.add_row(
             pair.where if pair.where != before else "",
             pair.method,
-            _microseconds(pair.this),
-            _microseconds(pair.other),
-            f"{statistics.median(ratios):.3f}x",
-            f"{ratios[len(ratios) // 10]:.2f} .. {ratios[-1 - len(ratios) // 10]:.2f}",
+            microseconds(statistics.median(pair.this)),
+            microseconds(statistics.median(pair.other)),
+            f"{statistics.median(pair.ratios):.3f}x",
+            f"{low:.2f} .. {high:.2f}",
         )
         before = pair.where
     return view
-
-
-def _microseconds(samples: Sequence[float]) -> str:
-    median = statistics.median(samples)
-    return f"{median:,.0f}" if median >= 100 else f"{median:.1f}"

@@ -12,7 +12,7 @@ from rich.table import Table
 from vllm_sparq.benchmarks.common.records import case_key
 from vllm_sparq.benchmarks.ops.cell import Call, Cell, Tensors
 from vllm_sparq.benchmarks.ops.methods import METHODS, format_of
-from vllm_sparq.benchmarks.ops.stopwatch import Stopwatch
+from vllm_sparq.benchmarks.ops.stopwatch import Stopwatch, microseconds, spread
 
 CONTEXTS = (1024, 4096, 16384, 65536)
 """Tokens of each request, where none are named."""
@@ -23,22 +23,14 @@ def describe(cell: Cell) -> str:
 
 
 def ready_calls(cell: Cell, methods: Sequence[str], watch: Stopwatch) -> dict[str, Call]:
-    """Of the methods that can run, each at its best setting."""
     tensors = Tensors.build(cell)
-    calls = {name: watch.best(METHODS[name].calls(tensors)) for name in methods}
-    return {name: call for name, call in calls.items() if call is not None}
+    return watch.ready({name: METHODS[name].calls(tensors) for name in methods})
 
 
 def measure(cell: Cell, methods: Sequence[str], repeats: int, watch: Stopwatch, tick: Callable[[], None]) -> list[dict]:
     """One row per method that can run, all of them measured round by round."""
     ready = ready_calls(cell, methods, watch)
-    samples: dict[str, list[float]] = {name: [] for name in ready}
-    bandwidth = []
-    for _ in range(repeats):
-        bandwidth.append(watch.bandwidth())
-        for name, call in ready.items():
-            samples[name].append(watch.sample(call))
-        tick()
+    bandwidth, samples = watch.rounds(ready, repeats, watch.bandwidth, tick)
     return summarize(cell, {name: (call.impl, samples[name]) for name, call in ready.items()}, bandwidth, watch)
 
 
@@ -49,8 +41,7 @@ def summarize(
     medians = {name: statistics.median(samples) for name, (_, samples) in measured.items()}
     rows = []
     for name, (impl, samples) in measured.items():
-        moved = METHODS[name].bytes_moved(cell)
-        ranked = sorted(samples)
+        moved, (p10, p90) = METHODS[name].bytes_moved(cell), spread(samples)
         rows.append(
             dict(
                 bench="ops",
@@ -71,8 +62,8 @@ def summarize(
                 threads=watch.threads,
                 clock=watch.clock,
                 median_us=round(medians[name], 2),
-                p10_us=round(ranked[len(ranked) // 10], 2),
-                p90_us=round(ranked[-1 - len(ranked) // 10], 2),
+                p10_us=round(p10, 2),
+                p90_us=round(p90, 2),
                 bytes_moved=moved,
                 gb_per_s=round(moved / 1e3 / medians[name], 3),
                 bandwidth_gb_per_s=round(statistics.median(bandwidth), 2),
@@ -144,7 +135,7 @@ def table(rows: Sequence[dict[str, Any]], watch: Stopwatch) -> Table:
             *(cell if cell != before else ("", "", "")),
             row["method"],
             f"{row['block_size'] or ''}",
-            f"{row['median_us']:,.0f}" if row["median_us"] >= 100 else f"{row['median_us']:.1f}",
+            microseconds(row["median_us"]),
             f"{row['p10_us']:,.0f} .. {row['p90_us']:,.0f}",
             f"{row['gb_per_s']:.1f}",
             f"{100 * row['gb_per_s'] / row['bandwidth_gb_per_s']:.0f}%",

@@ -10,7 +10,7 @@ import torch
 
 from vllm_sparq.benchmarks.ops.cell import Cache, Call, Cell, Tensors
 from vllm_sparq.benchmarks.ops.vllm_op import vllm_calls
-from vllm_sparq.formats import FORMATS
+from vllm_sparq.formats import FORMATS, QUANTIZED
 from vllm_sparq.layout import PageLayout
 from vllm_sparq.ops.dispatch import choose
 from vllm_sparq.reads import DenseRead
@@ -93,8 +93,6 @@ def quest_method(format: str, summary: str) -> Method:
         lambda c: c.layout_as(format, bounds=True),
     )
 
-
-QUANTIZED = tuple(name for name, fmt in FORMATS.items() if fmt is not None)
 
 METHODS: dict[str, Method] = {
     "vllm": Method("vLLM's own dense op, at its best setting", vllm_calls, lambda c: c.dense_bytes, lambda c: None),

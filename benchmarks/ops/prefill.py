@@ -15,10 +15,11 @@ from rich.table import Table
 
 from vllm_sparq.benchmarks.common.records import case_key
 from vllm_sparq.benchmarks.ops.cell import Cache, Call, Cell, Tensors
-from vllm_sparq.benchmarks.ops.methods import QUANTIZED, our_impl
-from vllm_sparq.benchmarks.ops.stopwatch import Stopwatch
+from vllm_sparq.benchmarks.ops.methods import our_impl
+from vllm_sparq.benchmarks.ops.stopwatch import Stopwatch, spread
 from vllm_sparq.benchmarks.ops.vllm_op import vllm_calls
 from vllm_sparq.console import UsageError
+from vllm_sparq.formats import QUANTIZED
 from vllm_sparq.ops import native
 from vllm_sparq.ops.dispatch import choose
 
@@ -126,10 +127,8 @@ def describe(chunk: Chunk) -> str:
 
 
 def ready_calls(chunk: Chunk, methods: Sequence[str], watch: Stopwatch) -> dict[str, Call]:
-    """Of the methods that can run, each at its best setting."""
     tensors = chunk.tensors()
-    calls = {name: watch.best(chunk.calls(name, tensors), trials=1) for name in methods}
-    return {name: call for name, call in calls.items() if call is not None}
+    return watch.ready({name: chunk.calls(name, tensors) for name in methods}, trials=1)
 
 
 def measure(
@@ -137,13 +136,7 @@ def measure(
 ) -> list[dict[str, Any]]:
     """One row per method that can run, all of them measured round by round."""
     ready = ready_calls(chunk, methods, watch)
-    samples: dict[str, list[float]] = {name: [] for name in ready}
-    peaks = []
-    for _ in range(repeats):
-        peaks.append(peak(chunk.cell.dtype, watch))
-        for name, call in ready.items():
-            samples[name].append(watch.sample(call))
-        tick()
+    peaks, samples = watch.rounds(ready, repeats, lambda: peak(chunk.cell.dtype, watch), tick)
     return summarize(chunk, {name: (call.impl, samples[name]) for name, call in ready.items()}, peaks, watch)
 
 
@@ -154,7 +147,7 @@ def summarize(
     medians = {name: statistics.median(samples) for name, (_, samples) in measured.items()}
     most, rows = statistics.median(peaks), []
     for name, (impl, samples) in measured.items():
-        ranked, rate = sorted(samples), chunk.multiply_adds / medians[name]
+        (p10, p90), rate = spread(samples), chunk.multiply_adds / medians[name]
         rows.append(
             dict(
                 bench="ops_prefill",
@@ -162,8 +155,8 @@ def summarize(
                 impl=impl,
                 **_fields(chunk, name, watch),
                 median_us=round(medians[name], 1),
-                p10_us=round(ranked[len(ranked) // 10], 1),
-                p90_us=round(ranked[-1 - len(ranked) // 10], 1),
+                p10_us=round(p10, 1),
+                p90_us=round(p90, 1),
                 multiply_adds=chunk.multiply_adds,
                 gmac_per_s=round(rate / 1e3, 2),
                 peak_gmac_per_s=round(most / 1e3, 2),

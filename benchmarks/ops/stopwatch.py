@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -51,3 +51,32 @@ class Stopwatch:
         """The fastest of several settings in a short trial; None of none."""
         tried = [(statistics.median(self.sample(call) for _ in range(trials)), call) for call in calls]
         return min(tried, key=lambda trial: trial[0])[1] if tried else None
+
+    def ready(self, calls: Mapping[str, Iterable[Call]], trials: int = TRIALS) -> dict[str, Call]:
+        """Of the methods that can run, each at its best setting."""
+        best = {name: self.best(settings, trials) for name, settings in calls.items()}
+        return {name: call for name, call in best.items() if call is not None}
+
+    def rounds(
+        self, calls: Mapping[str, Call], repeats: int, limit: Callable[[], float], tick: Callable[[], None]
+    ) -> tuple[list[float], dict[str, list[float]]]:
+        """What the machine can do, by ``limit``, and the microseconds of every call: once each in every round."""
+        limits: list[float] = []
+        samples: dict[str, list[float]] = {name: [] for name in calls}
+        for _ in range(repeats):
+            limits.append(limit())
+            for name, call in calls.items():
+                samples[name].append(self.sample(call))
+            tick()
+        return limits, samples
+
+
+def spread(samples: Iterable[float]) -> tuple[float, float]:
+    """Their 10th and their 90th percentile."""
+    ranked = sorted(samples)
+    return ranked[len(ranked) // 10], ranked[-1 - len(ranked) // 10]
+
+
+def microseconds(median: float) -> str:
+    """For a table."""
+    return f"{median:,.0f}" if median >= 100 else f"{median:.1f}"

@@ -14,9 +14,9 @@ from vllm_sparq.attention_backends.choices import TURNED
 from vllm_sparq.backends import PRESETS
 from vllm_sparq.benchmarks.common.lines import replace_text
 from vllm_sparq.config import MOST_TOKENS, Options
-from vllm_sparq.formats import FORMATS
+from vllm_sparq.formats import QUANTIZED
 from vllm_sparq.reads import READS
-from vllm_sparq.retention import RETENTIONS
+from vllm_sparq.retention import EVICTING
 
 PAGE = Path(__file__).parents[2] / "docs" / "options.md"
 
@@ -100,20 +100,20 @@ def those(option: str, names: Iterable[str]) -> str:
     return f"`{option}` {', '.join(f'`{name}`' for name in names)}"
 
 
-EVICTING = those("retention", (name for name, policy in RETENTIONS.items() if policy))
+EVICTS = those("retention", EVICTING)
 APPLIES = {
     "read": "all",
     "format": "all",
-    "group_size": those("format", (name for name, how in FORMATS.items() if how and how.has_groups)),
-    "chunk": those("format", (name for name, how in FORMATS.items() if how)),
+    "group_size": those("format", (name for name, how in QUANTIZED.items() if how.has_groups)),
+    "chunk": those("format", QUANTIZED),
     "retention": "all",
-    "budget": EVICTING,
-    "recent": those("retention", (name for name, policy in RETENTIONS.items() if policy and policy.recent is None)),
-    "sinks": EVICTING,
-    "prefill": EVICTING,
+    "budget": EVICTS,
+    "recent": those("retention", (name for name, policy in EVICTING.items() if policy.recent is None)),
+    "sinks": EVICTS,
+    "prefill": EVICTS,
     "positions": "`retention` `window`",
     "trained": "`positions` `renumbered`, `capped`",
-    "pressure": EVICTING,
+    "pressure": EVICTS,
     "sharing": "`read` `sparq`, `spans`",
     "lossless": "`read` `sparq`, `spans`",
     "drafts": "`lossless`",

@@ -20,7 +20,7 @@ from vllm_sparq.benchmarks.engine.cases import SKIPPED
 from vllm_sparq.benchmarks.reporting.runs import apart, commit_of, kind_of, names_apart, newest, title_of
 from vllm_sparq.benchmarks.reporting.tables import NO_DENSE, Record, Row, tabulate
 from vllm_sparq.console import UsageError, place
-from vllm_sparq.formats import FORMATS
+from vllm_sparq.formats import QUANTIZED
 
 NUMBER = re.compile(r"[-+]?[\d.,]+(%|x|$| at once|, slower| \.\. |, breaks)")
 """How the text of a figure begins."""
@@ -50,8 +50,7 @@ GLOSSARY = {
     DENSE: "vLLM's own attention and cache; the baseline of every table. Where single ops are timed, this is our op "
     "that reads everything, and vLLM's is called vllm",
     **{name: preset.summary for name, preset in PRESETS.items()},
-    ", ".join(name for name, how in FORMATS.items() if how is not None): "how full blocks are stored; with a plus, "
-    "how they are read: sparq+int4",
+    ", ".join(QUANTIZED): "how full blocks are stored; with a plus, how they are read: sparq+int4",
     SKIPPED: "an engine whose output tokens attend to nothing: the limit of any speed-up, not a method",
 }
 

@@ -7,7 +7,6 @@ from dataclasses import replace
 import torch
 
 from tests.ops.cases import Case
-from vllm_sparq import formats
 
 _BASE = Case()
 SHAPES: tuple[Case, ...] = (
@@ -49,9 +48,6 @@ SHAPES: tuple[Case, ...] = (
 """Shapes that every op takes, kernels of the CPU."""
 
 _QUANTIZED = replace(_BASE, block_size=32, ranking=None, value_sum=False)
-QUANTIZED_FORMATS = tuple(name for name, how in formats.FORMATS.items() if how is not None)
-"""Every row of the table, so that a new one is tested without being named."""
-
 FORMATS: tuple[Case, ...] = (
     # Each format twice or more, in every type, with the default groups and others, dense and with what SparQ needs.
     replace(_QUANTIZED, format="int8", lens=(1, 31, 32, 33, 65, 0, 96)),

@@ -12,13 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.ops.cases import Case
-from vllm_sparq.formats import FORMATS
+from vllm_sparq.formats import FORMATS, QUANTIZED
 from vllm_sparq.layout import PageLayout, Pages
 from vllm_sparq.ops.codec import decode_page, encode_page, not_below, quantize, unpack
 
-QUANTIZED = [name for name in FORMATS if name != "model"]
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-GROUPS = {name: (None, 8, 16, 32, 64) if how.has_groups else (None,) for name, how in FORMATS.items() if how}
+GROUPS = {name: (None, 8, 16, 32, 64) if how.has_groups else (None,) for name, how in QUANTIZED.items()}
 
 
 def page_of(layout: PageLayout, keys: torch.Tensor, values: torch.Tensor) -> Pages:

@@ -13,7 +13,8 @@ from tests.ops import tolerances
 from tests.ops.cases import ALL, HUGE_BYTE, KERNELS, Case, Tokens, build, each, load
 from tests.ops.cases import device_of as device
 from tests.ops.rounding import rounded_dense_decode
-from tests.ops.shapes import FORMATS, QUANTIZED_FORMATS, SHAPES, TINY, TINY_FORMATS
+from tests.ops.shapes import FORMATS, SHAPES, TINY, TINY_FORMATS
+from vllm_sparq.formats import QUANTIZED as QUANTIZED_FORMATS
 from vllm_sparq.ops.dense_decode.reference import dense_decode as reference
 
 LONG = (

@@ -10,7 +10,8 @@ import torch
 from tests.ops import tolerances
 from tests.ops.cases import ALL, HUGE_BYTE, KERNELS, UNUSED, Case, Tokens, World, build, each, load, write_in_chunks
 from tests.ops.cases import device_of as device
-from tests.ops.shapes import FORMATS, QUANTIZED_FORMATS, TINY_FORMATS
+from tests.ops.shapes import FORMATS, TINY_FORMATS
+from vllm_sparq.formats import QUANTIZED as QUANTIZED_FORMATS
 from vllm_sparq.layout import Pages
 from vllm_sparq.ops.codec import decode_page
 from vllm_sparq.ops.write.reference import write as reference

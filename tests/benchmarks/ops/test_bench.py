@@ -19,7 +19,7 @@ from vllm_sparq.benchmarks.ops.methods import METHODS
 from vllm_sparq.benchmarks.ops.vllm_op import vllm_kernel
 from vllm_sparq.config import Options
 from vllm_sparq.console import UsageError
-from vllm_sparq.formats import FORMATS
+from vllm_sparq.formats import QUANTIZED
 from vllm_sparq.ops.dense_decode.reference import cached_tokens
 from vllm_sparq.ops.native import OVERRIDE
 
@@ -162,7 +162,7 @@ def test_requests_own_pages_and_hold_tokens() -> None:
     assert first.any()
 
 
-@pytest.mark.parametrize("format", [name for name, fmt in FORMATS.items() if fmt is not None])
+@pytest.mark.parametrize("format", QUANTIZED)
 def test_random_pages_stand_for_plausible_tokens(format: str) -> None:
     words = ("--shape", "2/1/64", "--context", "300", "--batch", "2", "--k", "9")
     tensors = Tensors.build(ops_bench.cells(settled(*words))[0])

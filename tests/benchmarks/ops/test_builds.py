@@ -17,10 +17,9 @@ from vllm_sparq.benchmarks.ops.methods import METHODS
 from vllm_sparq.benchmarks.ops.stopwatch import Stopwatch
 from vllm_sparq.console import UsageError
 from vllm_sparq.ops import native
+from vllm_sparq.ops.dispatch import OVERRIDE
 
 from .test_bench import parse, settled
-
-pytestmark = pytest.mark.skipif(native.find().library is None, reason="no compiled kernels run here")
 
 SMALL = ("--shape", "4/2/64", "--context", "300,1024", "--repeats", "4", "--k", "64")
 
@@ -110,6 +109,13 @@ def test_methods_are_ours_unless_named() -> None:
 def test_what_cannot_be_compared(tmp_path: Path, words: tuple[str, ...], says: str) -> None:
     with pytest.raises(UsageError, match=says):
         ops_bench.main(parse(*SMALL, *words, "--beside", str(tmp_path)))
+
+
+def test_no_kernels_are_in_use(idle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else the reference would be compared with itself."""
+    monkeypatch.setenv(OVERRIDE, "reference")
+    with pytest.raises(UsageError, match=f"compares compiled kernels, and none are in use: .*{OVERRIDE}"):
+        ops_bench.main(parse(*SMALL, "--beside", str(idle.parent)))
 
 
 def test_another_interface(tmp_path: Path) -> None:
